@@ -1,0 +1,42 @@
+# make demo   set up, then tokenize the bundled speech file, decode it, plot both
+# make test   set up, then run the tests
+# make lint   set up, then check style
+# Everything goes into .venv; `rm -r .venv` undoes it. Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TRANSFORMERS_TESTS := $(VENV)/transformers_tests
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/demo.py --output demo_output
+
+test: $(VENV)/installed $(TRANSFORMERS_TESTS)
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed $(TRANSFORMERS_TESTS)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# transformers' own common tests for models are in its source archive only, not in the package that pip installs
+$(TRANSFORMERS_TESTS): $(VENV)/installed
+	rm -rf $@ $(VENV)/sdist
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers --dest $(VENV)/sdist \
+		transformers==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))')
+	mkdir -p $@
+	tar -xzf $(VENV)/sdist/transformers-*.tar.gz -C $@ --strip-components=2 --wildcards '*/tests/*'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo_output

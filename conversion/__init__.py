@@ -1,0 +1,1 @@
+"""Original WavTokenizer checkpoints to folders that Hugging Face loads. See convert.py."""

@@ -1,0 +1,1 @@
+"""Model cards: template.md, which conversion fills in."""

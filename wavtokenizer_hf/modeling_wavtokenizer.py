@@ -1,0 +1,882 @@
+"""WavTokenizer: 24 kHz audio to one stream of codes and back. Ji et al., ICLR 2025, arXiv 2408.16532.
+
+In the order of the data:
+
+    input_values (B, 1, T) -> encoder -> latents (B, D, L) -> quantizer -> audio_codes (B, 1, L)
+    audio_codes -> quantizer -> quantized (B, D, L) -> backbone -> (B, L, H) -> ISTFT head -> audio_values (B, 1, L * hop)
+
+Shape letters: B rows of a batch, T samples, L = ceil(T / hop) frames, hop = hop_length samples per code, D = hidden_size
+(512), K = codebook_size (4096), H = decoder_hidden_size (768), C channels, N time steps of whatever is at hand.
+
+A padded batch gives each row what it would get alone. On a CPU the rows simply are processed one after another, which is
+as fast there and equal to the last bit; elsewhere, and in a compiled graph, `Rows` says where the real part of each row
+lies and every layer that looks beyond one time step heeds it.
+
+This file is copied unchanged into every Hub repository that we write: it imports the standard library, torch,
+transformers and its sibling configuration, and nothing else.
+"""
+
+import hashlib
+import math
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.amp import is_autocast_available
+from torch.nn.utils.parametrizations import weight_norm
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedAudioTokenizerBase
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_wavtokenizer import WavTokenizerConfig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Outputs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class WavTokenizerEncoderOutput(ModelOutput):
+    """
+    Args:
+        audio_codes (`torch.LongTensor` of shape `(B, 1, L)`): codes in [0, K); 0 where the mask is False.
+        audio_codes_mask (`torch.BoolTensor` of shape `(B, 1, L)`): True for the codes of real audio.
+        latents (`torch.FloatTensor` of shape `(B, D, L)`, *optional*): the encoder's output before it is quantized,
+            0 where the mask is False; with `output_latents=True`.
+    """
+
+    audio_codes: torch.LongTensor | None = None
+    audio_codes_mask: torch.BoolTensor | None = None
+    latents: torch.FloatTensor | None = None
+
+
+@dataclass
+class WavTokenizerDecoderOutput(ModelOutput):
+    """
+    Args:
+        audio_values (`torch.FloatTensor` of shape `(B, 1, L * hop)`): float32 audio at `config.sampling_rate`,
+            nominally in [-1, 1] and not clipped.
+    """
+
+    audio_values: torch.FloatTensor | None = None
+
+
+@dataclass
+class WavTokenizerOutput(ModelOutput):
+    """
+    Args:
+        audio_values (`torch.FloatTensor` of shape `(B, 1, T)`): the reconstruction, as long as the input.
+        audio_codes, audio_codes_mask, latents: as in [`WavTokenizerEncoderOutput`].
+    """
+
+    audio_values: torch.FloatTensor | None = None
+    audio_codes: torch.LongTensor | None = None
+    audio_codes_mask: torch.BoolTensor | None = None
+    latents: torch.FloatTensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of a padded batch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rows:
+    """Where the real part of each row of a padded batch lies: places `starts` to `starts + lengths` of `size`.
+
+    Inside the model every row stands at the front of its padded length, whatever side it was padded on. So left and right
+    padding are one case, and a forward LSTM meets nothing before a row's first frame.
+    """
+
+    lengths: torch.Tensor  # (B,) int64, at least 1
+    starts: torch.Tensor  # (B,) int64
+    size: int
+
+    @classmethod
+    def from_mask(cls, mask: torch.Tensor | None, name: str, expected_shape: tuple[int, ...]) -> "Rows | None":
+        """Reads a mask (B, size) or (B, 1, size); None where nothing is padded. Raises ValueError for a bad mask."""
+        if mask is None:
+            return None
+        if not isinstance(mask, torch.Tensor) or tuple(mask.shape) != expected_shape:
+            got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ValueError(
+                f"Got {name} of shape {got}, expected a tensor of shape {expected_shape}, "
+                "1 for what is real and 0 for padding."
+            )
+        size = expected_shape[-1]
+        mask = mask.reshape(-1, size)
+        real = mask.bool()
+        rows = cls(lengths=real.sum(-1), starts=real.int().argmax(-1), size=size)
+        if torch.compiler.is_compiling():  # a compiled graph cannot look at values
+            return rows
+        if not (mask == real.to(mask.dtype)).all():
+            raise ValueError(f"{name} holds values other than 0 and 1. Pass 1 for what is real and 0 for padding.")
+        one_sided = (rows.starts == 0) | (rows.starts + rows.lengths == size)
+        good = (rows.lengths > 0) & one_sided & (rows._places() == real).all(-1)
+        if not good.all():
+            row = int(good.int().argmin())
+            reason = (
+                "nothing real in it; drop the row"
+                if rows.lengths[row] == 0
+                else "gaps or padding on both sides; what is real must be one run that begins or ends the row"
+            )
+            raise ValueError(f"Row {row} of {name} has {reason}.")
+        return None if (rows.lengths == size).all() else rows
+
+    def _places(self) -> torch.Tensor:
+        places = torch.arange(self.size, device=self.lengths.device)
+        return (places >= self.starts[:, None]) & (places < (self.starts + self.lengths)[:, None])
+
+    def mask(self) -> torch.Tensor:
+        """(B, 1, size) bool, True where the row's real part lies in the batch as the caller sees it."""
+        return self._places()[:, None]
+
+    def front_mask(self) -> torch.Tensor:
+        """(B, 1, size) bool, the same after `to_front`."""
+        return (torch.arange(self.size, device=self.lengths.device) < self.lengths[:, None])[:, None]
+
+    def to_front(self, values: torch.Tensor) -> torch.Tensor:
+        """Moves each row of (B, C, size) to the front and zeroes the rest."""
+        places = torch.arange(self.size, device=values.device) + self.starts[:, None]
+        values = values.gather(-1, (places % self.size)[:, None].expand_as(values))
+        return values.masked_fill(~self.front_mask(), 0)
+
+    def to_place(self, values: torch.Tensor) -> torch.Tensor:
+        """Undoes `to_front` and zeroes what is not real."""
+        places = torch.arange(self.size, device=values.device) - self.starts[:, None]
+        values = values.gather(-1, (places % self.size)[:, None].expand_as(values))
+        return values.masked_fill(~self.mask(), 0)
+
+    def frames(self, hop_length: int) -> "Rows":
+        """Rows of samples -> rows of the frames that they give, padded on the same side."""
+        lengths, size = -(-self.lengths // hop_length), -(-self.size // hop_length)
+        return Rows(lengths, torch.where(self.starts > 0, size - lengths, 0), size)
+
+    def samples(self, hop_length: int) -> "Rows":
+        """Rows of frames -> rows of the samples that they decode to."""
+        return Rows(self.lengths * hop_length, self.starts * hop_length, self.size * hop_length)
+
+
+def _one_by_one(values: torch.Tensor) -> bool:
+    # A batch is no faster than its rows one after another on a CPU (benchmarks/README.md), and a row that is processed
+    # alone is equal to the last bit to the row alone.
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _each_row(function: Callable, values: torch.Tensor, rows: Rows | None) -> list:
+    """`function` of each row of (B, C, N) alone, without its padding."""
+    lengths = [values.shape[-1]] * len(values) if rows is None else rows.lengths.tolist()
+    return [function(values[row : row + 1, :, :length]) for row, length in enumerate(lengths)]
+
+
+def _stack(pieces: list[torch.Tensor], size: int) -> torch.Tensor:
+    """Rows (1, C, N_b) -> (B, C, size), zeros after each."""
+    return torch.cat([F.pad(piece, (0, size - piece.shape[-1])) for piece in pieces])
+
+
+# Switches that let float32 products be computed in TF32 or bfloat16, by type of device; "none" and "ieee" mean not.
+_PRECISION_SWITCHES = {
+    "cpu": (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn),
+    "cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn),
+}
+_precision_lock = threading.Lock()
+
+
+@contextmanager
+def _full_float32(device: torch.device):
+    """No autocast, TF32 or bfloat16 products, whatever the surroundings ask for: each of them changes most codes."""
+    if torch.compiler.is_compiling():  # a compiled graph cannot set switches; it takes those it was compiled under
+        yield
+        return
+    autocast_off = torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
+    switches = _PRECISION_SWITCHES.get(device.type, ())
+    with autocast_off:
+        if all(switch.fp32_precision in ("none", "ieee") for switch in switches):
+            yield
+            return
+        with _precision_lock:  # the switches belong to the process: two threads would undo each other's work
+            before = [switch.fp32_precision for switch in switches]
+            try:
+                for switch in switches:
+                    switch.fp32_precision = "ieee"
+                yield
+            finally:
+                for switch, value in zip(switches, before, strict=True):
+                    switch.fp32_precision = value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoder: input_values (B, 1, T) -> latents (B, D, L)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _reflect(values: torch.Tensor, left: int, right: int) -> torch.Tensor:
+    """Continues (B, C, N) by reflection at both ends; a signal too short for that is first lengthened by zeros."""
+    missing = max(left, right) + 1 - values.shape[-1]
+    if missing <= 0:
+        return F.pad(values, (left, right), mode="reflect")
+    return F.pad(F.pad(values, (0, missing)), (left, right), mode="reflect")[..., :-missing]
+
+
+def _reflect_rows(values: torch.Tensor, lengths: torch.Tensor, left: int, right: int, stride: int) -> torch.Tensor:
+    """`_reflect` of each row (C, lengths[b]) of (B, C, N) at its own two ends, filled up so that all have one length."""
+    most_right = right + stride - 1
+    own_right = right + (-lengths) % stride
+    extended = torch.maximum(lengths, own_right.clamp(min=left) + 1)[:, None]  # the short-signal rule, per row
+    lengths = lengths[:, None]
+    before = torch.arange(-left, 0, device=values.device).expand(len(values), -1)
+    after = lengths + torch.arange(most_right, device=values.device)
+    places = torch.cat([before, after], dim=1)  # (B, left + most_right): what lies around each row
+    sources = places.abs()
+    sources = torch.where(sources < extended, sources, 2 * (extended - 1) - sources)
+    real = (sources >= 0) & (sources < lengths)
+    index = sources.clamp(0, values.shape[-1] - 1)[:, None].expand(-1, values.shape[1], -1)
+    around = values.gather(-1, index).masked_fill(~real[:, None], 0)
+    places = (places + left)[:, None].expand_as(around)
+    return F.pad(values, (left, most_right)).scatter_(-1, places, around)
+
+
+class WavTokenizerConv1d(nn.Module):
+    """Weight-normalised convolution (B, C, N) -> (B, C', ceil(N / stride)) that reflects the signal at its ends."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, dilation: int = 1):
+        super().__init__()
+        self.conv = weight_norm(nn.Conv1d(in_channels, out_channels, kernel_size, stride, dilation=dilation))
+        total = (kernel_size - 1) * dilation + 1 - stride
+        self.stride = stride
+        self.right = total // 2
+        self.left = total - self.right  # an odd total pads one more on the left
+
+    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        if lengths is not None and self.left + self.right > 0:
+            hidden_states = _reflect_rows(hidden_states, lengths, self.left, self.right, self.stride)
+        else:
+            extra = -hidden_states.shape[-1] % self.stride  # so that the last window is full
+            if self.left + self.right + extra > 0:
+                hidden_states = _reflect(hidden_states, self.left, self.right + extra)
+        return self.conv(hidden_states)
+
+
+class WavTokenizerResidualBlock(GradientCheckpointingLayer):
+    """(B, C, N) -> (B, C, N)"""
+
+    def __init__(self, config: WavTokenizerConfig, channels: int, dilation: int):
+        super().__init__()
+        inner = channels // config.compress
+        self.block = nn.ModuleList(
+            [
+                nn.ELU(),
+                WavTokenizerConv1d(channels, inner, config.residual_kernel_size, dilation=dilation),
+                nn.ELU(inplace=True),
+                WavTokenizerConv1d(inner, channels, 1),
+            ]
+        )
+        self.shortcut = WavTokenizerConv1d(channels, channels, 1)
+
+    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        elu, widen, inner_elu, project = self.block
+        inner = project(inner_elu(widen(elu(hidden_states), lengths)))
+        return self.shortcut(hidden_states) + inner
+
+
+class WavTokenizerLSTM(nn.Module):
+    """(B, C, L) -> (B, C, L): a forward LSTM, its input added to its output."""
+
+    def __init__(self, config: WavTokenizerConfig, channels: int):
+        super().__init__()
+        self.lstm = nn.LSTM(channels, channels, config.num_lstm_layers)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        output, _ = self.lstm(hidden_states.permute(2, 0, 1))
+        return hidden_states + output.permute(1, 2, 0)
+
+
+class WavTokenizerEncoder(nn.Module):
+    """SEANet encoder: (B, 1, T) -> (B, D, L). Rows stand at the front; `lengths` (B,) samples, None without padding."""
+
+    def __init__(self, config: WavTokenizerConfig):
+        super().__init__()
+        channels = config.num_filters
+        layers = [WavTokenizerConv1d(config.audio_channels, channels, config.kernel_size)]
+        for stride in reversed(config.upsampling_ratios):
+            for layer in range(config.num_residual_layers):
+                layers.append(WavTokenizerResidualBlock(config, channels, config.dilation_growth_rate**layer))
+            layers.append(nn.ELU(inplace=True))
+            layers.append(WavTokenizerConv1d(channels, 2 * channels, 2 * stride, stride))
+            channels *= 2
+        layers.append(WavTokenizerLSTM(config, channels))
+        layers.append(nn.ELU(inplace=True))
+        layers.append(WavTokenizerConv1d(channels, config.hidden_size, config.last_kernel_size))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, input_values: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        hidden_states = input_values
+        for layer in self.layers:
+            if isinstance(layer, (WavTokenizerConv1d, WavTokenizerResidualBlock)):
+                hidden_states = layer(hidden_states, lengths)
+            else:
+                hidden_states = layer(hidden_states)
+            if lengths is not None and isinstance(layer, WavTokenizerConv1d):
+                lengths = -(-lengths // layer.stride)
+        return hidden_states
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantizer: latents (B, D, L) <-> audio_codes (B, 1, L)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class WavTokenizerCodebook(nn.Module):
+    """K entries of D numbers, with the moving averages that training keeps of them. The model itself changes none."""
+
+    def __init__(self, config: WavTokenizerConfig):
+        super().__init__()
+        shape = (config.codebook_size, config.codebook_dim)
+        self.register_buffer("inited", torch.zeros(1))  # 1 once training has chosen the entries by k-means
+        self.register_buffer("cluster_size", torch.zeros(shape[0]))
+        self.register_buffer("embed", torch.zeros(shape))
+        self.register_buffer("embed_avg", torch.zeros(shape))
+
+
+class WavTokenizerQuantizer(nn.Module):
+    def __init__(self, config: WavTokenizerConfig):
+        super().__init__()
+        self.codebook = WavTokenizerCodebook(config)
+
+    def encode(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents (B, D, L) -> codes (B, 1, L), int64: the entry at the smallest Euclidean distance."""
+        entries = self.codebook.embed
+        # |x - e|^2 = |x|^2 - 2 (x.e - |e|^2 / 2), so the nearest entry has the largest x.e - |e|^2 / 2
+        nearness = F.linear(latents.transpose(1, 2), entries, -0.5 * entries.square().sum(dim=1))
+        return nearness.argmax(dim=-1)[:, None]
+
+    def decode(self, audio_codes: torch.Tensor) -> torch.Tensor:
+        """codes (B, 1, L) -> quantized (B, D, L)."""
+        return F.embedding(audio_codes[:, 0], self.codebook.embed).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbone: quantized (B, D, L) -> hidden states (B, L, H). `mask` (B, 1, L) bool marks real frames, None without padding.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _zero_padding(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """What a convolution must see beyond a row's end: zeros, as beyond the end of a row alone."""
+    return hidden_states if mask is None else hidden_states * mask
+
+
+class WavTokenizerGroupNorm(nn.GroupNorm):
+    """GroupNorm of (B, H, L) with statistics over real frames only."""
+
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        if mask is None:
+            return super().forward(hidden_states)
+        groups = hidden_states.float().unflatten(1, (self.num_groups, -1))  # (B, G, H / G, L), statistics in float32
+        mask = mask[:, None]
+        count = mask.sum(dim=-1, keepdim=True) * groups.shape[2]
+        mean = (groups * mask).sum(dim=(2, 3), keepdim=True) / count
+        centred = (groups - mean) * mask
+        variance = centred.square().sum(dim=(2, 3), keepdim=True) / count
+        normed = (centred * torch.rsqrt(variance + self.eps)).flatten(1, 2).to(hidden_states.dtype)
+        return torch.addcmul(self.bias[:, None], normed, self.weight[:, None])
+
+
+class WavTokenizerResnetBlock(GradientCheckpointingLayer):
+    """(B, H, L) -> (B, H, L)"""
+
+    def __init__(self, config: WavTokenizerConfig):
+        super().__init__()
+        channels, groups = config.decoder_hidden_size, config.decoder_attention_num_groups
+        self.norm1 = WavTokenizerGroupNorm(groups, channels, eps=config.norm_eps)
+        self.conv1 = nn.Conv1d(channels, channels, kernel_size=3, padding=1)
+        self.norm2 = WavTokenizerGroupNorm(groups, channels, eps=config.norm_eps)
+        self.conv2 = nn.Conv1d(channels, channels, kernel_size=3, padding=1)
+        self.dropout = nn.Dropout(0.1)  # no field of the port's config; the original always trains with 0.1
+
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = F.silu(self.norm1(hidden_states, mask))
+        hidden_states = self.conv1(_zero_padding(hidden_states, mask))
+        hidden_states = self.dropout(F.silu(self.norm2(hidden_states, mask)))
+        return residual + self.conv2(_zero_padding(hidden_states, mask))
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with an L x L matrix: (B, 1, L, H) each -> (B, L, 1, H) and the weights (B, 1, L, L)."""
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
+    weights = weights.softmax(dim=-1)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class WavTokenizerAttention(GradientCheckpointingLayer):
+    """(B, H, L) -> (B, H, L): one head over all frames, without positions, added to its input."""
+
+    def __init__(self, config: WavTokenizerConfig):
+        super().__init__()
+        channels = config.decoder_hidden_size
+        self.config = config
+        self.is_causal = False
+        self.scaling = channels**-0.5
+        self.norm = WavTokenizerGroupNorm(config.decoder_attention_num_groups, channels, eps=config.norm_eps)
+        self.q = nn.Conv1d(channels, channels, kernel_size=1)
+        self.k = nn.Conv1d(channels, channels, kernel_size=1)
+        self.v = nn.Conv1d(channels, channels, kernel_size=1)
+        self.proj_out = nn.Conv1d(channels, channels, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        normed = self.norm(hidden_states, mask)
+        query, key, value = (project(normed).transpose(1, 2)[:, None] for project in (self.q, self.k, self.v))
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        # a key mask (B, 1, 1, L) is broadcast over the queries, so no L x L mask is ever made
+        attention_mask = None if mask is None else mask[:, None]
+        attended, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling)  # (B, L, 1, H)
+        return hidden_states + self.proj_out(attended.squeeze(2).transpose(1, 2))
+
+
+class WavTokenizerAdaLayerNorm(nn.Module):
+    """LayerNorm of (B, L, H) over H, whose scale and shift are row `bandwidth_id` of two tables."""
+
+    def __init__(self, config: WavTokenizerConfig):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.scale = nn.Embedding(config.adanorm_num_embeddings, config.decoder_hidden_size)
+        self.shift = nn.Embedding(config.adanorm_num_embeddings, config.decoder_hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, bandwidth_id: int) -> torch.Tensor:
+        scale, shift = self.scale.weight[bandwidth_id], self.shift.weight[bandwidth_id]
+        return F.layer_norm(hidden_states, scale.shape, scale, shift, self.eps)
+
+
+class WavTokenizerConvNeXtBlock(GradientCheckpointingLayer):
+    """(B, L, H) -> (B, L, H)"""
+
+    def __init__(self, config: WavTokenizerConfig):
+        super().__init__()
+        channels = config.decoder_hidden_size
+        self.dwconv = nn.Conv1d(channels, channels, kernel_size=7, padding=3, groups=channels)
+        self.norm = WavTokenizerAdaLayerNorm(config)
+        self.pwconv1 = nn.Linear(channels, config.decoder_intermediate_size)
+        self.pwconv2 = nn.Linear(config.decoder_intermediate_size, channels)
+        self.gamma = nn.Parameter(torch.full((channels,), 1 / config.decoder_num_layers))
+
+    def forward(self, hidden_states: torch.Tensor, bandwidth_id: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = self.dwconv(_zero_padding(hidden_states.transpose(1, 2), mask)).transpose(1, 2)
+        hidden_states = self.norm(hidden_states, bandwidth_id)
+        hidden_states = self.pwconv2(F.gelu(self.pwconv1(hidden_states)))
+        return torch.addcmul(residual, self.gamma, hidden_states)
+
+
+class WavTokenizerBackbone(nn.Module):
+    """(B, D, L) -> (B, L, H): a front of residual and attention blocks, then ConvNeXt blocks."""
+
+    def __init__(self, config: WavTokenizerConfig):
+        super().__init__()
+        channels, groups = config.decoder_hidden_size, config.decoder_attention_num_groups
+        self.embed = nn.Conv1d(config.codebook_dim, channels, kernel_size=7, padding=3)
+        self.pos_net = nn.ModuleList(  # the original's name for the front; it encodes no positions
+            [
+                WavTokenizerResnetBlock(config),
+                WavTokenizerResnetBlock(config),
+                WavTokenizerAttention(config),
+                WavTokenizerResnetBlock(config),
+                WavTokenizerResnetBlock(config),
+                WavTokenizerGroupNorm(groups, channels, eps=config.norm_eps),
+            ]
+        )
+        self.norm = WavTokenizerAdaLayerNorm(config)
+        self.convnext = nn.ModuleList(WavTokenizerConvNeXtBlock(config) for _ in range(config.decoder_num_layers))
+        self.final_layer_norm = nn.LayerNorm(channels, eps=config.norm_eps)
+
+    def forward(self, quantized: torch.Tensor, bandwidth_id: int = 0, mask: torch.Tensor | None = None) -> torch.Tensor:
+        hidden_states = self.embed(_zero_padding(quantized, mask))
+        for block in self.pos_net:
+            hidden_states = block(hidden_states, mask)
+        hidden_states = self.norm(hidden_states.transpose(1, 2), bandwidth_id)
+        for block in self.convnext:
+            hidden_states = block(hidden_states, bandwidth_id, mask)
+        return self.final_layer_norm(hidden_states)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Head: hidden states (B, L, H) -> audio_values (B, 1, L * hop)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class WavTokenizerISTFTHead(nn.Module):
+    """Predicts a spectrum for each frame and inverts it: window of 4 hops, overlap-add, division by the envelope."""
+
+    def __init__(self, config: WavTokenizerConfig):
+        super().__init__()
+        self.n_fft, self.hop_length = config.n_fft, config.hop_length
+        self.linear = nn.Linear(config.decoder_hidden_size, config.n_fft + 2)
+
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        magnitude, phase = self.linear(hidden_states).float().chunk(2, dim=-1)  # (B, L, n_fft / 2 + 1) each
+        spectrum = torch.polar(magnitude.exp().clamp(max=100), phase)
+        # made here rather than kept in a buffer, which a cast of the model would round
+        window = torch.hann_window(self.n_fft, device=phase.device)
+        frames = torch.fft.irfft(spectrum, n=self.n_fft) * window  # (B, L, n_fft)
+        if mask is None:
+            return self._overlap_add(frames) / self._overlap_add(window.square().expand(1, *frames.shape[1:]))
+        mask = mask.transpose(1, 2)  # (B, L, 1)
+        envelope = self._overlap_add(window.square() * mask)
+        return (self._overlap_add(frames * mask) / envelope.masked_fill(envelope == 0, 1)) * self._samples(mask)
+
+    def _overlap_add(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames (B, L, n_fft), a hop apart -> their sum (B, 1, L * hop), without 1.5 hops at either end."""
+        batch_size, length, _ = frames.shape
+        hops = self.n_fft // self.hop_length
+        blocks = frames.unflatten(-1, (hops, self.hop_length))
+        total = frames.new_zeros(batch_size, length + hops - 1, self.hop_length)
+        for shift in range(hops):  # hop-sized blocks, so that each shift is one addition of whole frames
+            total[:, shift : shift + length] += blocks[:, :, shift]
+        cut = (self.n_fft - self.hop_length) // 2
+        return total.flatten(1)[:, None, cut : cut + length * self.hop_length]
+
+    def _samples(self, mask: torch.Tensor) -> torch.Tensor:
+        """Mask of frames (B, L, 1) -> mask of samples (B, 1, L * hop)."""
+        return mask.expand(-1, -1, self.hop_length).flatten(1)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class WavTokenizerPreTrainedModel(PreTrainedAudioTokenizerBase):
+    config_class = WavTokenizerConfig
+    base_model_prefix = "encoder_model"
+    main_input_name = "input_values"
+    input_modalities = ("audio",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "WavTokenizerResidualBlock",
+        "WavTokenizerResnetBlock",
+        "WavTokenizerAttention",
+        "WavTokenizerConvNeXtBlock",
+    ]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+
+    @property
+    def codebook_fingerprint(self) -> str:
+        """Short hash of the codebook: 16 hex digits of the SHA-256 of its entries as little-endian float32.
+
+        Checkpoints of equal shape decode each other's codes to fluent babble; equal fingerprints rule that out.
+        """
+        entries = self.quantizer.codebook.embed.detach().cpu().numpy().astype("<f4")
+        return hashlib.sha256(entries.tobytes()).hexdigest()[:16]
+
+    def check_codebook_fingerprint(self, fingerprint: str) -> None:
+        """Raises ValueError unless codes made with the codebook of that fingerprint are this model's."""
+        own = self.codebook_fingerprint
+        if fingerprint != own:
+            raise ValueError(
+                f"These codes were made with the codebook {fingerprint}, this model has the codebook {own}: it would "
+                "decode them to sound that is not theirs. Load the checkpoint that made them."
+            )
+
+    def save_pretrained(self, *args, **kwargs):
+        if self.quantizer.codebook.embed.device.type != "meta":  # offloaded weights cannot be read here
+            self.config.codebook_fingerprint = self.codebook_fingerprint
+        return super().save_pretrained(*args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """The original's initialisation for training from scratch."""
+        if isinstance(module, WavTokenizerConv1d):
+            gain, direction = (getattr(module.conv.parametrizations.weight, name) for name in ("original0", "original1"))
+            self._init_like_torch(direction, module.conv.bias)
+            init.copy_(gain, torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True))
+        elif isinstance(module, nn.LSTM):
+            for parameter in module.parameters():
+                init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
+        elif isinstance(module, WavTokenizerCodebook):
+            init.zeros_(module.inited)
+            init.zeros_(module.cluster_size)
+            init.kaiming_uniform_(module.embed)
+            init.copy_(module.embed_avg, module.embed)
+        elif isinstance(module, WavTokenizerResnetBlock):
+            for conv in (module.conv1, module.conv2):
+                self._init_like_torch(conv.weight, conv.bias)
+        elif isinstance(module, WavTokenizerAttention):
+            for conv in (module.q, module.k, module.v, module.proj_out):
+                self._init_like_torch(conv.weight, conv.bias)
+        elif isinstance(module, WavTokenizerISTFTHead):
+            self._init_like_torch(module.linear.weight, module.linear.bias)
+        elif isinstance(module, WavTokenizerBackbone):
+            self._init_truncated_normal(module.embed)
+        elif isinstance(module, WavTokenizerConvNeXtBlock):
+            for layer in (module.dwconv, module.pwconv1, module.pwconv2):
+                self._init_truncated_normal(layer)
+            init.constant_(module.gamma, 1 / self.config.decoder_num_layers)
+        elif isinstance(module, WavTokenizerAdaLayerNorm):
+            init.ones_(module.scale.weight)
+            init.zeros_(module.shift.weight)
+        elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    @staticmethod
+    def _init_like_torch(weight: torch.Tensor, bias: torch.Tensor) -> None:
+        init.kaiming_uniform_(weight, a=math.sqrt(5))
+        bound = weight[0].numel() ** -0.5
+        init.uniform_(bias, -bound, bound)
+
+    @staticmethod
+    def _init_truncated_normal(layer: nn.Module) -> None:
+        init.trunc_normal_(layer.weight, std=0.02)
+        init.zeros_(layer.bias)
+
+
+class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):
+    """Encoder and quantizer: audio to codes. Loads from the files of a whole WavTokenizer, or from its own.
+
+    It stays in float32 whatever dtype the model is loaded in or moved to: bfloat16 changes most codes.
+    """
+
+    _keep_in_fp32_modules_strict = ["encoder", "quantizer"]
+    _keys_to_ignore_on_load_unexpected = [r"^backbone\.", r"^head\."]
+
+    def __init__(self, config: WavTokenizerConfig):
+        super().__init__(config)
+        self.encoder = WavTokenizerEncoder(config)
+        self.quantizer = WavTokenizerQuantizer(config)
+        self.post_init()
+
+    def _apply(self, function, *args, **kwargs):
+        def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = function(tensor)
+            return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved
+
+        return super()._apply(keep_float32, *args, **kwargs)
+
+    @can_return_tuple
+    def encode(
+        self,
+        input_values: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        output_latents: bool = False,
+    ) -> WavTokenizerEncoderOutput:
+        r"""
+        Audio to codes. A row of a padded batch gets the codes that it gets alone.
+
+        Args:
+            input_values (`torch.FloatTensor` of shape `(B, 1, T)`): audio at `config.sampling_rate`, nominally in
+                [-1, 1]; any float dtype, computed in float32.
+            padding_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real samples, 0 for padding, which may
+                stand on either side and hold anything.
+            output_latents (`bool`): also return the encoder's output before it is quantized.
+
+        Returns:
+            [`WavTokenizerEncoderOutput`]: `audio_codes` and `audio_codes_mask` (B, 1, L) with L = ceil(T / hop). A row
+            padded on the left has its codes at the right end.
+
+        Raises:
+            ValueError: audio of another shape or dtype, without samples or not finite; a mask of another shape, or one
+                that is not a single run of ones at the row's beginning or end.
+        """
+        audio, rows = self._read_audio(input_values, padding_mask)
+        latents, audio_codes = self._encode_rows(audio, rows)
+        return self._output(WavTokenizerEncoderOutput, latents, audio_codes, rows, output_latents)
+
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        output_latents: bool = False,
+        **kwargs,
+    ) -> WavTokenizerEncoderOutput:
+        """The same as [`~WavTokenizerEncoderModel.encode`]."""
+        return self.encode(input_values, padding_mask, output_latents, **kwargs)
+
+    def decode(self, *args, **kwargs):
+        raise ValueError(
+            "WavTokenizerEncoderModel has no decoder. Load the same files with WavTokenizerModel to turn codes into audio."
+        )
+
+    @staticmethod
+    def _read_audio(input_values: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, Rows | None]:
+        """Checks the caller's batch -> audio (B, 1, T) in float32 with its rows at the front, and where they were."""
+        if not isinstance(input_values, torch.Tensor) or not input_values.is_floating_point():
+            got = input_values.dtype if isinstance(input_values, torch.Tensor) else type(input_values).__name__
+            raise ValueError(f"Got input_values of type {got}, expected a float tensor, as the feature extractor returns.")
+        if input_values.ndim != 3 or input_values.shape[1] != 1 or input_values.numel() == 0:
+            raise ValueError(
+                f"Got input_values of shape {tuple(input_values.shape)}, expected (batch size, 1, samples) with at least "
+                "one clip of one sample: WavTokenizer is mono. The feature extractor gives this shape."
+            )
+        batch_size, _, size = input_values.shape
+        rows = Rows.from_mask(padding_mask, "padding_mask", (batch_size, size))
+        audio = input_values.float() if rows is None else rows.to_front(input_values.float())
+        if not torch.compiler.is_compiling() and not audio.isfinite().all():
+            row = int((~audio.isfinite()).flatten(1).any(1).int().argmax())
+            raise ValueError(f"Row {row} of input_values holds NaN or infinite samples. Repair or drop the clip.")
+        return audio, rows
+
+    def _encode_rows(self, audio: torch.Tensor, rows: Rows | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Audio (B, 1, T), rows at the front -> latents (B, D, L) and codes (B, 1, L), rows at the front."""
+        if _one_by_one(audio) and (len(audio) > 1 or rows is not None):
+            size = -(-audio.shape[-1] // self.config.hop_length)
+            pairs = _each_row(lambda row: self._encode_rows(row, None), audio, rows)
+            return tuple(_stack(pieces, size) for pieces in zip(*pairs, strict=True))
+        with _full_float32(audio.device):
+            latents = self.encoder(audio, None if rows is None else rows.lengths)
+            return latents, self.quantizer.encode(latents)
+
+    def _output(self, output_class, latents, audio_codes, rows: Rows | None, output_latents: bool, **fields):
+        """Puts the codes and latents of each row where its audio was, beside a mask that says so."""
+        if rows is None:
+            mask = torch.ones_like(audio_codes, dtype=torch.bool)
+        else:
+            frames = rows.frames(self.config.hop_length)
+            audio_codes, mask = frames.to_place(audio_codes), frames.mask()
+            latents = frames.to_place(latents) if output_latents else None
+        return output_class(
+            audio_codes=audio_codes, audio_codes_mask=mask, latents=latents if output_latents else None, **fields
+        )
+
+
+class WavTokenizerModel(WavTokenizerPreTrainedModel):
+    """WavTokenizer: audio to codes (`encode`), codes to audio (`decode`), or both in one go (`forward`)."""
+
+    _keep_in_fp32_modules_strict = ["encoder_model"]
+
+    def __init__(self, config: WavTokenizerConfig):
+        super().__init__(config)
+        self.encoder_model = WavTokenizerEncoderModel(config)
+        self.backbone = WavTokenizerBackbone(config)
+        self.head = WavTokenizerISTFTHead(config)
+        self.post_init()
+
+    @property
+    def quantizer(self) -> WavTokenizerQuantizer:
+        return self.encoder_model.quantizer
+
+    def encode(
+        self,
+        input_values: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        output_latents: bool = False,
+        **kwargs,
+    ) -> WavTokenizerEncoderOutput:
+        """Audio to codes; see [`WavTokenizerEncoderModel.encode`]."""
+        return self.encoder_model.encode(input_values, padding_mask, output_latents, **kwargs)
+
+    @can_return_tuple
+    def decode(
+        self,
+        audio_codes: torch.Tensor,
+        bandwidth_id: int = 0,
+        audio_codes_mask: torch.Tensor | None = None,
+    ) -> WavTokenizerDecoderOutput:
+        r"""
+        Codes to audio. A row of a padded batch gets the audio that it gets alone.
+
+        Args:
+            audio_codes (`torch.LongTensor` of shape `(B, 1, L)`): codes in [0, K), of any integer dtype.
+            bandwidth_id (`int`, defaults to 0): row of the adaptive norms' tables; the original always decodes with 0.
+            audio_codes_mask (`torch.Tensor` of shape `(B, 1, L)`, *optional*): 1 for real codes, 0 for padding, which
+                may stand on either side and hold anything.
+
+        Returns:
+            [`WavTokenizerDecoderOutput`]: `audio_values` (B, 1, L * hop), float32, zero where the mask is zero.
+
+        Raises:
+            ValueError: codes of another shape or dtype or outside [0, K); a mask as refused by `encode`; a
+                `bandwidth_id` outside [0, config.adanorm_num_embeddings).
+        """
+        codes, rows = self._read_codes(audio_codes, audio_codes_mask)
+        self._check_bandwidth_id(bandwidth_id)
+        audio_values = self._decode_rows(codes, rows, bandwidth_id)
+        if rows is not None:
+            audio_values = rows.samples(self.config.hop_length).to_place(audio_values)
+        return WavTokenizerDecoderOutput(audio_values=audio_values)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        bandwidth_id: int = 0,
+        output_latents: bool = False,
+    ) -> WavTokenizerOutput:
+        """Audio to codes and back: the arguments of `encode` and `decode`; `audio_values` (B, 1, T) lie where the input
+        lay and are zero where `padding_mask` is zero."""
+        audio, rows = self.encoder_model._read_audio(input_values, padding_mask)
+        self._check_bandwidth_id(bandwidth_id)
+        latents, audio_codes = self.encoder_model._encode_rows(audio, rows)
+        frames = None if rows is None else rows.frames(self.config.hop_length)
+        audio_values = self._decode_rows(audio_codes, frames, bandwidth_id)[..., : input_values.shape[-1]]
+        if rows is not None:
+            audio_values = rows.to_place(audio_values)
+        return self.encoder_model._output(
+            WavTokenizerOutput, latents, audio_codes, rows, output_latents, audio_values=audio_values
+        )
+
+    def _read_codes(self, audio_codes: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, Rows | None]:
+        """Checks the caller's codes -> codes (B, 1, L), int64, with their rows at the front, and where those were."""
+        is_tensor = isinstance(audio_codes, torch.Tensor)
+        if not is_tensor or audio_codes.is_floating_point() or audio_codes.dtype in (torch.bool, torch.complex64):
+            got = audio_codes.dtype if is_tensor else type(audio_codes).__name__
+            raise ValueError(f"Got audio_codes of type {got}, expected an integer tensor.")
+        if audio_codes.ndim != 3 or audio_codes.shape[1] != 1 or audio_codes.numel() == 0:
+            raise ValueError(
+                f"Got audio_codes of shape {tuple(audio_codes.shape)}, expected (batch size, 1, codes) with at least one "
+                "code; a plain list of codes becomes that by torch.tensor(codes)[None, None]."
+            )
+        audio_codes = audio_codes.long()
+        rows = Rows.from_mask(mask, "audio_codes_mask", tuple(audio_codes.shape))
+        if rows is not None:
+            audio_codes = rows.to_front(audio_codes)
+        if not torch.compiler.is_compiling():
+            low, high = (int(limit) for limit in audio_codes.aminmax())
+            if low < 0 or high >= self.config.codebook_size:
+                raise ValueError(
+                    f"Got audio_codes from {low} to {high}, expected 0 to {self.config.codebook_size - 1}. Ids of a "
+                    "language model need their offset removed; padding needs audio_codes_mask."
+                )
+        return audio_codes, rows
+
+    def _check_bandwidth_id(self, bandwidth_id: int) -> None:
+        if not 0 <= bandwidth_id < self.config.adanorm_num_embeddings:
+            raise ValueError(
+                f"Got bandwidth_id={bandwidth_id}, expected 0 to {self.config.adanorm_num_embeddings - 1}; the original "
+                "always decodes with 0."
+            )
+
+    def _decode_rows(self, audio_codes: torch.Tensor, rows: Rows | None, bandwidth_id: int) -> torch.Tensor:
+        """Codes (B, 1, L), rows at the front -> audio (B, 1, L * hop), rows at the front, zeros after them."""
+        if _one_by_one(audio_codes) and (len(audio_codes) > 1 or rows is not None):
+            size = audio_codes.shape[-1] * self.config.hop_length
+            return _stack(_each_row(lambda row: self._decode_rows(row, None, bandwidth_id), audio_codes, rows), size)
+        mask = None if rows is None else rows.front_mask()
+        quantized = self.quantizer.decode(audio_codes).to(self.head.linear.weight.dtype)
+        return self.head(self.backbone(quantized, bandwidth_id, mask), mask)
+
+
+__all__ = [
+    "WavTokenizerDecoderOutput",
+    "WavTokenizerEncoderModel",
+    "WavTokenizerEncoderOutput",
+    "WavTokenizerModel",
+    "WavTokenizerOutput",
+    "WavTokenizerPreTrainedModel",
+]
