@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.amp import is_autocast_available
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedAudioTokenizerBase
@@ -285,16 +286,28 @@ class WavTokenizerResidualBlock(GradientCheckpointingLayer):
         return self.shortcut(hidden_states) + inner
 
 
+class WavTokenizerLSTMLayers(nn.RNNBase):
+    """nn.LSTM under another name, since torch.compile refuses to trace that class: (L, B, C) -> (L, B, C)."""
+
+    def __init__(self, channels: int, num_layers: int):
+        super().__init__("LSTM", channels, channels, num_layers)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        state = inputs.new_zeros(self.num_layers, inputs.shape[1], self.hidden_size)
+        return torch.lstm(
+            inputs, (state, state), self._flat_weights, self.bias, self.num_layers, 0.0, self.training, False, False
+        )[0]
+
+
 class WavTokenizerLSTM(nn.Module):
     """(B, C, L) -> (B, C, L): a forward LSTM, its input added to its output."""
 
     def __init__(self, config: WavTokenizerConfig, channels: int):
         super().__init__()
-        self.lstm = nn.LSTM(channels, channels, config.num_lstm_layers)
+        self.lstm = WavTokenizerLSTMLayers(channels, config.num_lstm_layers)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        output, _ = self.lstm(hidden_states.permute(2, 0, 1))
-        return hidden_states + output.permute(1, 2, 0)
+        return hidden_states + self.lstm(hidden_states.permute(2, 0, 1)).permute(1, 2, 0)
 
 
 class WavTokenizerEncoder(nn.Module):
@@ -457,6 +470,7 @@ class WavTokenizerAdaLayerNorm(nn.Module):
         self.eps = config.norm_eps
         self.scale = nn.Embedding(config.adanorm_num_embeddings, config.decoder_hidden_size)
         self.shift = nn.Embedding(config.adanorm_num_embeddings, config.decoder_hidden_size)
+        self.scale.initial_value, self.shift.initial_value = 1.0, 0.0  # see _init_weights
 
     def forward(self, hidden_states: torch.Tensor, bandwidth_id: int) -> torch.Tensor:
         scale, shift = self.scale.weight[bandwidth_id], self.shift.weight[bandwidth_id]
@@ -473,6 +487,8 @@ class WavTokenizerConvNeXtBlock(GradientCheckpointingLayer):
         self.norm = WavTokenizerAdaLayerNorm(config)
         self.pwconv1 = nn.Linear(channels, config.decoder_intermediate_size)
         self.pwconv2 = nn.Linear(config.decoder_intermediate_size, channels)
+        for layer in (self.dwconv, self.pwconv1, self.pwconv2):
+            layer.initial_std = 0.02  # see _init_weights
         self.gamma = nn.Parameter(torch.full((channels,), 1 / config.decoder_num_layers))
 
     def forward(self, hidden_states: torch.Tensor, bandwidth_id: int, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -490,6 +506,7 @@ class WavTokenizerBackbone(nn.Module):
         super().__init__()
         channels, groups = config.decoder_hidden_size, config.decoder_attention_num_groups
         self.embed = nn.Conv1d(config.codebook_dim, channels, kernel_size=7, padding=3)
+        self.embed.initial_std = 0.02  # see _init_weights
         self.pos_net = nn.ModuleList(  # the original's name for the front; it encodes no positions
             [
                 WavTokenizerResnetBlock(config),
@@ -600,50 +617,40 @@ class WavTokenizerPreTrainedModel(PreTrainedAudioTokenizerBase):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """The original's initialisation for training from scratch."""
-        if isinstance(module, WavTokenizerConv1d):
-            gain, direction = (getattr(module.conv.parametrizations.weight, name) for name in ("original0", "original1"))
-            self._init_like_torch(direction, module.conv.bias)
-            init.copy_(gain, torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True))
-        elif isinstance(module, nn.LSTM):
+        """The original's initialisation for training from scratch.
+
+        Only modules with tensors of their own are handled, and what differs among them was noted on them when they were
+        made: transformers 5.23.0 does not call this for the others (modeling_utils.py:2371, where all() of nothing is true).
+        """
+        if isinstance(module, (nn.Conv1d, nn.Linear)):
+            if is_parametrized(module):
+                gain, weight = module.parametrizations.weight.original0, module.parametrizations.weight.original1
+            else:
+                gain, weight = None, module.weight
+            if hasattr(module, "initial_std"):
+                init.trunc_normal_(weight, std=module.initial_std)
+                init.zeros_(module.bias)
+            else:  # PyTorch's own
+                init.kaiming_uniform_(weight, a=math.sqrt(5))
+                bound = weight[0].numel() ** -0.5
+                init.uniform_(module.bias, -bound, bound)
+            if gain is not None:
+                init.copy_(gain, torch.linalg.vector_norm(weight, dim=(1, 2), keepdim=True))
+        elif isinstance(module, WavTokenizerLSTMLayers):  # PyTorch's own
             for parameter in module.parameters():
                 init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
+        elif isinstance(module, nn.Embedding):
+            init.constant_(module.weight, module.initial_value)
+        elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, WavTokenizerConvNeXtBlock):
+            init.constant_(module.gamma, 1 / self.config.decoder_num_layers)
         elif isinstance(module, WavTokenizerCodebook):
             init.zeros_(module.inited)
             init.zeros_(module.cluster_size)
             init.kaiming_uniform_(module.embed)
             init.copy_(module.embed_avg, module.embed)
-        elif isinstance(module, WavTokenizerResnetBlock):
-            for conv in (module.conv1, module.conv2):
-                self._init_like_torch(conv.weight, conv.bias)
-        elif isinstance(module, WavTokenizerAttention):
-            for conv in (module.q, module.k, module.v, module.proj_out):
-                self._init_like_torch(conv.weight, conv.bias)
-        elif isinstance(module, WavTokenizerISTFTHead):
-            self._init_like_torch(module.linear.weight, module.linear.bias)
-        elif isinstance(module, WavTokenizerBackbone):
-            self._init_truncated_normal(module.embed)
-        elif isinstance(module, WavTokenizerConvNeXtBlock):
-            for layer in (module.dwconv, module.pwconv1, module.pwconv2):
-                self._init_truncated_normal(layer)
-            init.constant_(module.gamma, 1 / self.config.decoder_num_layers)
-        elif isinstance(module, WavTokenizerAdaLayerNorm):
-            init.ones_(module.scale.weight)
-            init.zeros_(module.shift.weight)
-        elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-
-    @staticmethod
-    def _init_like_torch(weight: torch.Tensor, bias: torch.Tensor) -> None:
-        init.kaiming_uniform_(weight, a=math.sqrt(5))
-        bound = weight[0].numel() ** -0.5
-        init.uniform_(bias, -bound, bound)
-
-    @staticmethod
-    def _init_truncated_normal(layer: nn.Module) -> None:
-        init.trunc_normal_(layer.weight, std=0.02)
-        init.zeros_(layer.bias)
 
 
 class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):

@@ -1,0 +1,98 @@
+"""Speed of encode and decode beside the original's, on one clip at a time, in one process and interleaved.
+
+    git clone https://github.com/jishengpeng/WavTokenizer ../WavTokenizer
+    pip install einops scipy
+    python benchmarks/compare_with_original.py ../WavTokenizer
+
+Prints seconds of audio per second for both and the ratio of ours to theirs (over 1: ours is faster), the median of
+several rounds, and how far the results are apart. Weights are the reference formula's, so nothing is downloaded.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures"), str(ROOT / "benchmarks")]
+
+import build_checkpoint  # noqa: E402
+import formula  # noqa: E402
+import original  # noqa: E402
+
+from conversion.convert import convert  # noqa: E402
+from wavtokenizer_hf import WavTokenizerModel  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", help="a checkout of jishengpeng/WavTokenizer")
+    parser.add_argument("--rate", type=int, choices=(40, 75), default=75, help="tokens per second (default 75)")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[1, 3, 10, 30], help="lengths of clips")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default 5)")
+    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "benchmarks", help="folder for the checkpoint")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+    theirs = original.load_original(arguments.checkout, arguments.rate, build_checkpoint.state_dict(arguments.rate))
+    ours = WavTokenizerModel.from_pretrained(_folder(arguments.work, arguments.rate)).eval()
+
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rate} tokens/s, float32")
+    print("| clip | encode: theirs | ours | ratio | decode: theirs | ours | ratio | codes that differ | audio, largest difference |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for seconds in arguments.seconds:
+        audio = torch.from_numpy(formula.waveform("speechlike", seconds))[None]
+        with torch.inference_mode():
+            codes = original.encode(theirs, audio)
+            encode = _times(
+                arguments.rounds,
+                lambda: original.encode(theirs, audio),  # noqa: B023  (called within this round of the loop)
+                lambda: ours.encode(audio[None]),  # noqa: B023
+            )
+            decode = _times(
+                arguments.rounds,
+                lambda: original.decode(theirs, codes),  # noqa: B023
+                lambda: ours.decode(codes[None]),  # noqa: B023
+            )
+            differ = int((ours.encode(audio[None]).audio_codes[0] != codes).sum())
+            apart = (ours.decode(codes[None]).audio_values[0] - original.decode(theirs, codes)).abs().max().item()
+        cells = [f"{seconds:g} s"]
+        for their_time, our_time, ratio in (encode, decode):
+            cells += [f"{seconds / their_time:.1f} x", f"{seconds / our_time:.1f} x", f"**{ratio:.2f}**"]
+        print("| " + " | ".join([*cells, f"{differ} of {codes.numel()}", f"{apart:.1e}"]) + " |", flush=True)
+
+
+def _folder(work: Path, rate: int) -> Path:
+    folder = work / f"wavtokenizer-{rate}"
+    if not folder.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        checkpoint = build_checkpoint.build(rate, work / f"original-{rate}.ckpt")
+        convert(checkpoint, folder)
+        checkpoint.unlink()
+    return folder
+
+
+def _times(rounds: int, theirs, ours) -> tuple[float, float, float]:
+    """Medians of both times in seconds, and of the ratio within each round, which the machine's mood leaves alone."""
+    theirs(), ours()
+    pairs = []
+    for _ in range(rounds):
+        pair = []
+        for function in (theirs, ours):
+            started = time.perf_counter()
+            function()
+            pair.append(time.perf_counter() - started)
+        pairs.append(pair)
+    their_times, our_times = zip(*pairs, strict=True)
+    ratios = [their_time / our_time for their_time, our_time in pairs]
+    return statistics.median(their_times), statistics.median(our_times), statistics.median(ratios)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Sound files in and out."""
+
+import logging
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from wavtokenizer_hf import audio
+
+
+@pytest.fixture
+def tone():
+    """Half a second of a 440 Hz sine at 24 kHz."""
+    return (0.5 * np.sin(2 * np.pi * 440 * np.arange(12000) / 24000)).astype(np.float32)
+
+
+def test_a_file_at_the_models_rate_is_read_as_it_is(tone, tmp_path):
+    soundfile.write(tmp_path / "tone.wav", tone, 24000, subtype="FLOAT")
+    loaded = audio.load(tmp_path / "tone.wav")
+    assert loaded.dtype == np.float32
+    np.testing.assert_array_equal(loaded, tone)
+
+
+def test_another_rate_is_resampled_and_a_log_line_says_so(tmp_path, tone, caplog):
+    caplog.set_level(logging.INFO)
+    time = np.arange(22050) / 44100
+    soundfile.write(tmp_path / "tone.flac", 0.5 * np.sin(2 * np.pi * 440 * time), 44100)
+    loaded = audio.load(tmp_path / "tone.flac")
+    assert len(loaded) == 12000
+    np.testing.assert_allclose(loaded[500:-500], tone[500:-500], atol=1e-3)
+    assert "resampled from 44100 to 24000 Hz" in caplog.text
+
+
+def test_several_channels_are_averaged_and_a_warning_says_so(tmp_path, tone, caplog):
+    soundfile.write(tmp_path / "stereo.wav", np.stack([tone, -0.5 * tone], 1), 24000, subtype="FLOAT")
+    np.testing.assert_allclose(audio.load(tmp_path / "stereo.wav"), 0.25 * tone, atol=1e-6)
+    assert "stereo.wav: 2 channels, averaged to one" in caplog.text
+
+
+@pytest.mark.parametrize("shape", [(12000,), (1, 12000), (1, 1, 12000)])
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_saved_audio_is_read_back(tmp_path, tone, shape, kind, caplog):
+    values = tone.reshape(shape)
+    path = audio.save(tmp_path / "tone.wav", torch.from_numpy(values) if kind == "torch" else values)
+    np.testing.assert_allclose(audio.load(path), tone, atol=2 / 32768)  # 16-bit integers
+    assert soundfile.info(path).subtype == "PCM_16"
+    assert not caplog.text
+    assert [file.name for file in tmp_path.iterdir()] == ["tone.wav"]
+
+
+def test_a_float_file_keeps_every_value(tmp_path, tone):
+    path = audio.save(tmp_path / "loud.wav", 3 * tone, subtype="FLOAT")
+    np.testing.assert_array_equal(audio.load(path), 3 * tone)
+
+
+def test_clipping_is_never_silent(tmp_path, tone, caplog):
+    audio.save(tmp_path / "loud.wav", 3 * tone)
+    assert f"{(np.abs(3 * tone) > 1).sum()} of 12000 samples lie outside [-1, 1]" in caplog.text
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, tone, monkeypatch):
+    path = audio.save(tmp_path / "tone.wav", tone)
+    before = path.read_bytes()
+
+    def full_disk(partial, *arguments, **named):
+        partial.write_bytes(b"RIFF")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(soundfile, "write", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        audio.save(path, 0.1 * tone)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["tone.wav"]
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, FileNotFoundError, "There is no file"),
+        (b"", ValueError, "Cannot read"),
+        (b"<html>not found</html>", ValueError, "Cannot read"),
+    ],
+)
+def test_load_refuses(tmp_path, content, error, message):
+    path = tmp_path / "sound.wav"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(error, match=message):
+        audio.load(path)
+
+
+def test_a_file_without_samples_is_refused(tmp_path):
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 24000)
+    with pytest.raises(ValueError, match="holds no samples"):
+        audio.load(tmp_path / "empty.wav")
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "message"),
+    [
+        (np.zeros((2, 100), np.float32), "a.wav", r"shape \(2, 100\), expected one mono clip"),
+        (np.zeros(0, np.float32), "a.wav", r"shape \(0,\)"),
+        (np.zeros(100, np.int16), "a.wav", "dtype int16"),
+        (np.full(100, np.nan), "a.wav", "NaN"),
+        (np.zeros(100, np.float32), "a.txt", "ending"),
+        (np.zeros(100, np.float32), "a", "ending"),
+    ],
+)
+def test_save_refuses_and_writes_nothing(tmp_path, values, name, message):
+    with pytest.raises(ValueError, match=message):
+        audio.save(tmp_path / name, values)
+    assert not list(tmp_path.iterdir())

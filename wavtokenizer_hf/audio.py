@@ -1,0 +1,116 @@
+"""Sound files: the only place that reads or writes them. Needs the extra `audio` (soundfile, soxr)."""
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+from transformers.audio_utils import load_audio
+
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf")
+"""Endings that are taken for sound files when a folder is searched; `load` itself goes by content."""
+
+
+def load(path: str | os.PathLike, sampling_rate: int = 24000, backend: str = "soundfile") -> np.ndarray:
+    """Reads a sound file as mono audio at `sampling_rate`, by transformers' `load_audio`.
+
+    Several channels are averaged, and a warning says so; other rates are resampled, and a log line (INFO) says so.
+
+    Args:
+        path: a local file.
+        sampling_rate: Hz of what is returned.
+        backend: `"soundfile"` (decodes with soundfile, resamples with soxr), or `"torchcodec"` or `"torchaudio"` where
+            those are installed; the three resample differently, so for equal codes use one throughout.
+
+    Returns:
+        float32 array of shape (T,), nominally in [-1, 1].
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not sound, is damaged, or holds no samples.
+        ImportError: the backend is not installed.
+    """
+    soundfile = _soundfile()
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. Give the path of a sound file.")
+    try:
+        info = soundfile.info(path)
+    except soundfile.LibsndfileError as error:
+        if backend == "soundfile":
+            raise ValueError(
+                f"Cannot read {path} as sound: {error}. Expected a format that libsndfile knows (WAV, FLAC, MP3, OGG); "
+                "for others install torchcodec and pass backend='torchcodec'."
+            ) from error
+        logger.warning("%s: cannot tell the number of channels; if there are several, they are averaged", path)
+    else:
+        if info.channels > 1:
+            logger.warning("%s: %d channels, averaged to one", path, info.channels)
+        if info.samplerate != sampling_rate:
+            logger.info("%s: resampled from %d to %d Hz", path, info.samplerate, sampling_rate)
+    try:
+        audio = load_audio(str(path), sampling_rate=sampling_rate, backend=backend)
+    except (RuntimeError, EOFError) as error:  # what the decoders raise for a damaged file
+        raise ValueError(f"Cannot read {path} as sound: {error}. The file may be damaged.") from error
+    if audio.size == 0:
+        raise ValueError(f"{path} holds no samples, expected at least one.")
+    return np.asarray(audio, dtype=np.float32)
+
+
+def save(
+    path: str | os.PathLike, audio, sampling_rate: int = 24000, subtype: str | None = None, format: str | None = None
+) -> Path:
+    """Writes mono audio to a sound file, first under a temporary name, so that no half-written file can be met.
+
+    Args:
+        path: where to write; the ending (.wav, .flac, .ogg, .mp3) names the format.
+        audio: numpy array or torch tensor of shape (T,), (1, T) or (1, 1, T), nominally in [-1, 1]. What lies outside is
+            clipped in integer formats, and a warning says how much.
+        sampling_rate: Hz of `audio`.
+        subtype: sample format by soundfile's name; default 16-bit integers where the format has them. `"FLOAT"` in a
+            WAV file keeps every value.
+        format: container by soundfile's name, for a path whose ending says nothing.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: audio of another shape, empty or not finite, or an ending that names no format.
+    """
+    soundfile = _soundfile()
+    path = Path(path)
+    if hasattr(audio, "detach"):
+        audio = audio.detach().cpu().float().numpy()
+    audio = np.asarray(audio)
+    if audio.size == 0 or audio.size != audio.shape[-1]:
+        raise ValueError(f"Got audio of shape {audio.shape}, expected one mono clip: (T,), (1, T) or (1, 1, T).")
+    if not np.issubdtype(audio.dtype, np.floating) or not np.isfinite(audio).all():
+        raise ValueError(f"Got audio of dtype {audio.dtype} or with NaN or infinite samples, expected finite floats.")
+    format = format or path.suffix[1:].upper()
+    if format not in soundfile.available_formats():
+        raise ValueError(f"Cannot tell the sound format from the ending of {path}; use .wav, .flac, .ogg or .mp3.")
+    subtype = subtype or soundfile.default_subtype(format)
+    outside = int((np.abs(audio) > 1).sum())
+    if outside and subtype not in ("FLOAT", "DOUBLE"):
+        logger.warning(
+            "%s: %d of %d samples lie outside [-1, 1] (peak %.3f) and are clipped; subtype='FLOAT' in a WAV file keeps them",
+            path, outside, audio.size, np.abs(audio).max(),
+        )  # fmt: skip
+    partial = path.with_name(path.name + ".partial")
+    try:
+        soundfile.write(partial, audio.reshape(-1), sampling_rate, subtype=subtype, format=format)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _soundfile():
+    try:
+        import soundfile
+    except ImportError as error:
+        raise ImportError("Sound files need soundfile and soxr: pip install 'wavtokenizer_hf[audio]'") from error
+    return soundfile

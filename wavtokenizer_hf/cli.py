@@ -1,0 +1,378 @@
+"""The command line: `wavtokenizer encode | decode | reconstruct | convert | info`.
+
+Exit codes: 0, all went well; 1, some files failed (each is named with its reason, the others are done); 2, the command
+cannot be carried out as given.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. `argv` are the arguments without the program's name; default: those of the process."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"wavtokenizer {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"wavtokenizer {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="wavtokenizer",
+        description="24 kHz audio to one stream of 40 or 75 tokens per second, and back.",
+        epilog="Exit codes: 0 all went well, 1 some files failed and the others are done, 2 cannot be carried out.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    encode = _add(commands, "encode", _encode, "sound files to token files")
+    _add_files(encode, "sound files, or folders to search for them")
+    _add_model(encode)
+    encode.add_argument(
+        "--format",
+        choices=("safetensors", "json", "npy", "txt"),
+        help="of token files; default: the ending of OUTPUT, else safetensors. safetensors and json remember the model "
+        "and the exact length, npy and txt hold the numbers alone",
+    )
+
+    decode = _add(commands, "decode", _decode, "token files to sound files")
+    _add_files(decode, "token files, or folders to search for them")
+    _add_model(decode)
+    _add_sound(decode)
+
+    reconstruct = _add(commands, "reconstruct", _reconstruct, "sound files to tokens and back, to hear what is lost")
+    _add_files(reconstruct, "sound files, or folders to search for them")
+    _add_model(reconstruct)
+    _add_sound(reconstruct)
+    reconstruct.add_argument("--plot", action="store_true", help="also write a .png with both spectrograms and the tokens")
+
+    convert = _add(commands, "convert", _convert, "an original checkpoint to a folder for transformers and the Hub")
+    convert.add_argument("checkpoint", help="the original's .ckpt, or a state dict (.pt, .bin, .safetensors)")
+    convert.add_argument("--config", help="the original's YAML file, to be checked against the checkpoint")
+    convert.add_argument("-o", "--output", required=True, help="folder to make")
+
+    info = _add(commands, "info", _info, "what a model, or a token file, is")
+    info.add_argument("source", help="name or folder of a model, or a token file (.safetensors, .json)")
+    return parser
+
+
+def _add(commands, name: str, run: Callable, help: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser.add_argument("--json", action="store_true", help="print results as JSON, one object a line")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_files(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=help)
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        help="a file for one input file; else a folder, in which the inputs' folders are mirrored",
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", required=True, help="name on the Hub, or folder")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the decoder (default float32); tokens are always computed in float32",
+    )
+
+
+def _add_sound(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sound-format", choices=("wav", "flac", "ogg", "mp3"), default="wav", help="in a folder; default wav")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _encode(arguments) -> int:
+    from . import audio
+    from .token_file import TokenFile
+
+    to_stdout = arguments.output == "-"
+    named_format = Path(arguments.output).suffix[1:]
+    known = named_format in ("safetensors", "json", "npy", "txt")
+    format = arguments.format or (named_format if known and len(arguments.inputs) == 1 else "safetensors")
+    jobs = _jobs(arguments.inputs, arguments.output, audio.SUFFIXES, f".{format}")
+    model = _load_model(arguments, encoder_only=True)
+    fingerprint = model.codebook_fingerprint
+
+    def work(source: Path, target: Path | None) -> dict:
+        waveform = audio.load(source, sampling_rate=model.config.sampling_rate)
+        started = time.perf_counter()
+        codes = _codes(model, waveform)
+        seconds = time.perf_counter() - started
+        tokens = TokenFile(
+            audio_codes=codes,
+            model=arguments.model,
+            codebook_fingerprint=fingerprint,
+            sampling_rate=model.config.sampling_rate,
+            hop_length=model.config.hop_length,
+            num_samples=len(waveform),
+        )
+        if target is None:
+            sys.stdout.buffer.write(tokens.to_bytes(format))
+            sys.stdout.buffer.flush()
+        else:
+            tokens.save(target)
+        return _figures(model, len(waveform), len(codes), seconds)
+
+    return _each(jobs, work, arguments, quiet=to_stdout)
+
+
+def _decode(arguments) -> int:
+    from . import audio
+
+    jobs = _sound_jobs(arguments, (".safetensors", ".json", ".npy", ".txt"))
+    model = _load_model(arguments)
+
+    def work(source: Path, target: Path) -> dict:
+        codes, num_samples = _read_tokens(source, model)
+        started = time.perf_counter()
+        waveform = _audio(model, codes)[:num_samples]
+        seconds = time.perf_counter() - started
+        audio.save(target, waveform, model.config.sampling_rate)
+        return _figures(model, len(waveform), len(codes), seconds)
+
+    return _each(jobs, work, arguments)
+
+
+def _reconstruct(arguments) -> int:
+    from . import audio
+
+    jobs = _sound_jobs(arguments, audio.SUFFIXES)
+    model = _load_model(arguments)
+
+    def work(source: Path, target: Path) -> dict:
+        if target.exists() and source.samefile(target):
+            raise ValueError(f"{target} would be overwritten by its own reconstruction. Name another output.")
+        waveform = audio.load(source, sampling_rate=model.config.sampling_rate)
+        started = time.perf_counter()
+        codes = _codes(model, waveform)
+        reconstruction = _audio(model, codes)[: len(waveform)]
+        seconds = time.perf_counter() - started
+        audio.save(target, reconstruction, model.config.sampling_rate)
+        if arguments.plot:
+            from .plots import plot_reconstruction
+
+            picture = target.with_suffix(".png")
+            plot_reconstruction(picture, waveform, reconstruction, codes, model.config.sampling_rate, source.name)
+        return _figures(model, len(waveform), len(codes), seconds)
+
+    return _each(jobs, work, arguments)
+
+
+def _convert(arguments) -> int:
+    from conversion.convert import convert
+
+    with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+        folder = convert(arguments.checkpoint, arguments.output, config=arguments.config)
+    if arguments.json:
+        from . import WavTokenizerConfig
+
+        config = WavTokenizerConfig.from_pretrained(folder)
+        print(json.dumps({"output": str(folder), "codebook_fingerprint": config.codebook_fingerprint}))
+    return 0
+
+
+def _info(arguments) -> int:
+    if Path(arguments.source).is_file():
+        from .token_file import TokenFile
+
+        tokens = TokenFile.load(arguments.source)
+        facts = {
+            "model": tokens.model,
+            "codebook_fingerprint": tokens.codebook_fingerprint,
+            "num_tokens": len(tokens.audio_codes),
+            "num_samples": tokens.num_samples,
+            "sampling_rate": tokens.sampling_rate,
+            "seconds": tokens.num_samples / tokens.sampling_rate,
+            "tokens_per_second": tokens.sampling_rate / tokens.hop_length,
+        }
+    else:
+        from . import WavTokenizerModel
+
+        model = _from_pretrained(WavTokenizerModel, arguments.source)
+        config = model.config
+        facts = {
+            "model": arguments.source,
+            "codebook_fingerprint": model.codebook_fingerprint,
+            "sampling_rate": config.sampling_rate,
+            "tokens_per_second": config.frame_rate,
+            "codebook_size": config.codebook_size,
+            "bits_per_second": config.bit_rate,
+            "samples_per_token": config.hop_length,
+            "num_parameters": model.num_parameters(),
+            "dtype": str(model.head.linear.weight.dtype).removeprefix("torch."),
+        }
+    _print_facts(facts, arguments.json)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the commands share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _jobs(
+    inputs: list[str], output: str, suffixes: tuple[str, ...], new_suffix: str
+) -> list[tuple[Path, Path | None]]:
+    """Pairs of a file to read and the file to write for it; None to write is standard output."""
+    sources = []  # (file, its place in an output folder)
+    for name in map(Path, inputs):
+        if name.is_dir():
+            found = sorted(file for file in name.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+            if not found:
+                raise ValueError(f"The folder {name} holds no file that ends in {', '.join(suffixes)}.")
+            sources += [(file, file.relative_to(name)) for file in found]
+        elif name.is_file():
+            sources.append((name, Path(name.name)))
+        else:
+            raise FileNotFoundError(f"There is no file or folder {name}.")
+
+    if output == "-":
+        if len(sources) != 1:
+            raise ValueError(f"Got {len(sources)} files for standard output, expected one. Name a folder instead.")
+        return [(sources[0][0], None)]
+    folder = Path(output)
+    if len(inputs) == 1 and Path(inputs[0]).is_file() and not folder.is_dir() and not output.endswith(("/", "\\")):
+        return [(sources[0][0], folder)]
+    jobs, seen = [], {}
+    for source, place in sources:
+        target = folder / place.with_suffix(new_suffix)
+        if target in seen:
+            raise ValueError(f"{seen[target]} and {source} would both become {target}. Give them different names or outputs.")
+        seen[target] = source
+        jobs.append((source, target))
+    return jobs
+
+
+def _sound_jobs(arguments, suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
+    if arguments.output == "-":
+        raise ValueError("Sound cannot be written to standard output yet. Name a file or a folder as OUTPUT.")
+    return _jobs(arguments.inputs, arguments.output, suffixes, f".{arguments.sound_format}")
+
+
+def _each(jobs: list[tuple[Path, Path | None]], work: Callable, arguments, quiet: bool = False) -> int:
+    """Does every job, says what came of it, goes on after a failed one; returns the exit code."""
+    import torch
+    from tqdm import tqdm
+
+    failures = 0
+    for source, target in tqdm(jobs, unit="file", disable=len(jobs) == 1 or not sys.stderr.isatty()):
+        try:
+            if target is not None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            figures = work(source, target)
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            failures += 1
+            result = {"input": str(source), "error": str(error)}
+            message = f"{source}: failed: {error}"
+        else:
+            result = {"input": str(source), "output": str(target), **figures}
+            message = (
+                f"{source} -> {target}: {figures['seconds']:.2f} s, {figures['num_tokens']} tokens, "
+                f"{figures['times_real_time']:.1f} x real time"
+            )
+        if arguments.json and not quiet:
+            tqdm.write(json.dumps(result))
+        elif "error" in result or not quiet:
+            tqdm.write(message, file=sys.stderr if "error" in result else sys.stdout)
+    if failures:
+        print(f"wavtokenizer {arguments.command}: {failures} of {len(jobs)} files failed", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _load_model(arguments, encoder_only: bool = False):
+    import torch
+
+    from . import WavTokenizerEncoderModel, WavTokenizerModel
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"Got the device {device!r}: {error}") from error
+    model_class = WavTokenizerEncoderModel if encoder_only else WavTokenizerModel
+    model = _from_pretrained(
+        model_class, arguments.model, revision=arguments.revision or "main", dtype=getattr(torch, arguments.dtype)
+    )
+    try:
+        return model.eval().to(device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without that device
+        raise ValueError(f"Cannot use the device {device}: {error}") from error
+
+
+def _from_pretrained(model_class, name: str, **arguments):
+    try:
+        return model_class.from_pretrained(name, **arguments)
+    except OSError as error:  # from transformers, and not all of its messages name the model
+        raise OSError(f"Cannot load the model {name!r}: {error}") from error
+
+
+def _codes(model, waveform):
+    """(T,) numpy -> (L,) numpy"""
+    import torch
+
+    with torch.inference_mode():
+        input_values = torch.from_numpy(waveform)[None, None].to(model.device)
+        return model.encode(input_values).audio_codes[0, 0].cpu().numpy()
+
+
+def _audio(model, codes):
+    """(L,) numpy -> (L * hop,) numpy"""
+    import torch
+
+    with torch.inference_mode():
+        audio_codes = torch.from_numpy(codes.astype("int64"))[None, None].to(model.device)
+        return model.decode(audio_codes).audio_values[0, 0].cpu().numpy()
+
+
+def _read_tokens(path: Path, model) -> tuple:
+    """Codes (L,) and the number of samples that they stand for; refuses those of another codebook."""
+    from .token_file import TokenFile, load_bare_codes
+
+    if path.suffix in (".npy", ".txt"):
+        print(f"{path}: says nothing of the model that made it; decoded unchecked and to whole tokens", file=sys.stderr)
+        codes = load_bare_codes(path)
+        return codes, len(codes) * model.config.hop_length
+    tokens = TokenFile.load(path)
+    model.check_codebook_fingerprint(tokens.codebook_fingerprint)
+    return tokens.audio_codes, tokens.num_samples
+
+
+def _figures(model, num_samples: int, num_tokens: int, seconds: float) -> dict:
+    duration = num_samples / model.config.sampling_rate
+    return {
+        "seconds": duration,
+        "num_samples": num_samples,
+        "num_tokens": num_tokens,
+        "times_real_time": duration / seconds,
+    }
+
+
+def _print_facts(facts: dict, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):<{width}}  {value:g}" if isinstance(value, float) else f"{name.replace('_', ' '):<{width}}  {value}")

@@ -1,0 +1,61 @@
+"""Pictures of what the codec does. Needs the extra `audio` (matplotlib)."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+def plot_reconstruction(
+    path: str | os.PathLike,
+    original: np.ndarray,
+    reconstruction: np.ndarray,
+    audio_codes: np.ndarray,
+    sampling_rate: int = 24000,
+    title: str = "",
+) -> Path:
+    """Writes a picture: spectrogram of the original, the token stream, spectrogram of the reconstruction, on one time axis.
+
+    Args:
+        path: where to write; the ending (.png, .svg, .pdf) names the format.
+        original, reconstruction: audio of shape (T,).
+        audio_codes: codes of shape (L,).
+        sampling_rate: Hz.
+        title: a line above the picture.
+    """
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no window, no state
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: pip install 'wavtokenizer_hf[audio]'") from error
+
+    path = Path(path)
+    seconds = len(original) / sampling_rate
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    top, middle, bottom = figure.subplots(3, 1, sharex=True)
+    for axes, audio, name in ((top, original, "original"), (bottom, reconstruction, "reconstruction")):
+        level = _decibels(audio)
+        image = axes.imshow(
+            level, origin="lower", aspect="auto", extent=(0, seconds, 0, sampling_rate / 2000), vmin=-80, vmax=0, cmap="magma"
+        )
+        axes.set(ylabel="kHz", title=name)
+        figure.colorbar(image, ax=axes, label="dB")
+    times = (np.arange(len(audio_codes)) + 0.5) * seconds / len(audio_codes)
+    middle.plot(times, audio_codes, ".", markersize=4)
+    middle.set(ylabel="code", title=f"{len(audio_codes)} tokens, {len(np.unique(audio_codes))} different")
+    bottom.set(xlabel="seconds", xlim=(0, seconds))
+    figure.suptitle(title)
+    partial = path.with_name(path.stem + ".partial" + path.suffix)
+    try:
+        figure.savefig(partial, dpi=120)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _decibels(audio: np.ndarray, size: int = 1024, step: int = 256) -> np.ndarray:
+    """Magnitude spectrogram (size / 2 + 1, frames) in dB below its largest value."""
+    audio = np.pad(audio, (size // 2, size // 2 + size))
+    frames = np.lib.stride_tricks.sliding_window_view(audio, size)[::step] * np.hanning(size)
+    magnitude = np.abs(np.fft.rfft(frames)).T
+    return 20 * np.log10(np.maximum(magnitude / max(magnitude.max(), 1e-9), 1e-6))

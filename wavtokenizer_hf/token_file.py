@@ -1,0 +1,125 @@
+"""Token files: the codes of one clip, with what is needed to decode them to exactly the right sound and length."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as serialize
+
+
+@dataclass
+class TokenFile:
+    """The codes of one clip and where they come from.
+
+    Args:
+        audio_codes: integers of shape (L,), each in [0, 65536); kept as uint16.
+        model: name or folder of the model that made them, as it was given.
+        codebook_fingerprint: of that model's codebook.
+        sampling_rate: Hz of the audio.
+        hop_length: samples per code.
+        num_samples: samples of the clip; the last code may cover more than there were.
+    """
+
+    audio_codes: np.ndarray
+    model: str
+    codebook_fingerprint: str
+    sampling_rate: int
+    hop_length: int
+    num_samples: int
+
+    def __post_init__(self):
+        codes = np.asarray(self.audio_codes)
+        if codes.ndim != 1 or codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
+            raise ValueError(f"Got codes of shape {codes.shape} and dtype {codes.dtype}, expected integers of shape (L,).")
+        if codes.min() < 0 or codes.max() > np.iinfo(np.uint16).max:
+            raise ValueError(f"Got codes from {codes.min()} to {codes.max()}, expected 0 to {np.iinfo(np.uint16).max}.")
+        if -(-self.num_samples // self.hop_length) != codes.size:
+            raise ValueError(
+                f"Got {codes.size} codes for {self.num_samples} samples at {self.hop_length} samples per code, expected "
+                f"{-(-self.num_samples // self.hop_length)}."
+            )
+        self.audio_codes = codes.astype(np.uint16)
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Writes the file as the ending of `path` says, under a temporary name first.
+
+        `.safetensors` (`audio_codes` uint16 (L,), the rest as metadata) and `.json` keep everything; `.npy` and `.txt`
+        (numbers on one line) keep the codes alone.
+        """
+        path = Path(path)
+        content = self.to_bytes(path.suffix[1:])
+        partial = path.with_name(path.name + ".partial")
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    def to_bytes(self, format: str) -> bytes:
+        """The content of a file of that format: `safetensors`, `json`, `npy` or `txt`."""
+        if format == "safetensors":
+            return serialize({"audio_codes": self.audio_codes}, {key: str(v) for key, v in self._metadata().items()})
+        if format == "json":
+            return (json.dumps({**self._metadata(), "audio_codes": self.audio_codes.tolist()}) + "\n").encode()
+        if format == "txt":
+            return (" ".join(map(str, self.audio_codes.tolist())) + "\n").encode()
+        if format == "npy":
+            from io import BytesIO
+
+            buffer = BytesIO()
+            np.save(buffer, self.audio_codes)
+            return buffer.getvalue()
+        raise ValueError(f"Got the token format {format!r}, expected one of {', '.join(FORMATS)}.")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "TokenFile":
+        """Reads a `.safetensors` or `.json` token file. Raises ValueError for anything else."""
+        path = Path(path)
+        try:
+            if path.suffix == ".json":
+                fields = json.loads(path.read_text())
+                codes = np.asarray(fields["audio_codes"])
+            else:
+                with safe_open(path, framework="numpy") as file:
+                    fields, codes = file.metadata() or {}, file.get_tensor("audio_codes")
+            return cls(
+                audio_codes=codes,
+                model=fields["model"],
+                codebook_fingerprint=fields["codebook_fingerprint"],
+                sampling_rate=int(fields["sampling_rate"]),
+                hop_length=int(fields["hop_length"]),
+                num_samples=int(fields["num_samples"]),
+            )
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a token file of wavtokenizer_hf: {error}") from error
+
+    def _metadata(self) -> dict:
+        return {
+            "model": self.model,
+            "codebook_fingerprint": self.codebook_fingerprint,
+            "sampling_rate": self.sampling_rate,
+            "hop_length": self.hop_length,
+            "num_samples": self.num_samples,
+        }
+
+
+FORMATS = ("safetensors", "json", "npy", "txt")
+
+
+def load_bare_codes(path: str | os.PathLike) -> np.ndarray:
+    """Reads the codes of a `.npy` or `.txt` file, which say nothing of the model that made them: integers (L,).
+
+    Raises ValueError if the file holds anything else.
+    """
+    path = Path(path)
+    try:
+        codes = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.array(path.read_text().split(), int)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} does not hold codes: {error}. Expected integers.") from error
+    if codes.ndim != 1 or codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
+        raise ValueError(f"{path} holds an array of shape {codes.shape}, dtype {codes.dtype}; expected integers (L,).")
+    return codes
