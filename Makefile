@@ -1,6 +1,7 @@
 # make demo   set up, then tokenize the bundled speech file, decode it, plot both
 # make test   set up, then run the tests
 # make lint   set up, then check style
+# make setup  set up only
 # Everything goes into .venv; `rm -r .venv` undoes it. Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -8,7 +9,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TRANSFORMERS_TESTS := $(VENV)/transformers_tests
 
-.PHONY: demo test test-slow lint clean
+.PHONY: setup demo test test-slow lint clean
+
+setup: $(VENV)/installed
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py --output demo_output

@@ -44,7 +44,9 @@ def main() -> None:
     ours = WavTokenizerModel.from_pretrained(_folder(arguments.work, arguments.rate)).eval()
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rate} tokens/s, float32")
-    print("| clip | encode: theirs | ours | ratio | decode: theirs | ours | ratio | codes that differ | audio, largest difference |")
+    print(
+        "| clip | encode: theirs | ours | ratio | decode: theirs | ours | ratio | codes that differ | audio, largest difference |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for seconds in arguments.seconds:
         audio = torch.from_numpy(formula.waveform("speechlike", seconds))[None]

@@ -26,7 +26,9 @@ from wavtokenizer_hf.token_file import TokenFile  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for what is made")
-    parser.add_argument("--model", help="a converted checkpoint or a name on the Hub, instead of the reference checkpoint")
+    parser.add_argument(
+        "--model", help="a converted checkpoint or a name on the Hub, instead of the reference checkpoint"
+    )
     parser.add_argument("--audio", type=Path, default=ROOT / "examples" / "speech.flac", help="a sound file")
     arguments = parser.parse_args()
     output = arguments.output
@@ -58,7 +60,12 @@ def main() -> None:
     reconstruction = audio_values[0, 0, : tokens.num_samples].numpy()
     sound_file = audio.save(output / "speech.wav", reconstruction, model.config.sampling_rate)
     picture = plot_reconstruction(
-        output / "speech.png", waveform, reconstruction, tokens.audio_codes, model.config.sampling_rate, arguments.audio.name
+        output / "speech.png",
+        waveform,
+        reconstruction,
+        tokens.audio_codes,
+        model.config.sampling_rate,
+        arguments.audio.name,
     )
 
     seconds = len(waveform) / model.config.sampling_rate
@@ -67,8 +74,14 @@ def main() -> None:
         ("tokens", f"{len(tokens.audio_codes)}"),
         ("tokens per second", f"{model.config.frame_rate:g}"),
         ("bit rate", f"{model.config.bit_rate:g} bit/s"),
-        ("real-time factor, encode", f"{(encoded - started) / seconds:.3f}  ({seconds / (encoded - started):.0f} x real time)"),
-        ("real-time factor, decode", f"{(decoded - encoded) / seconds:.3f}  ({seconds / (decoded - encoded):.0f} x real time)"),
+        (
+            "real-time factor, encode",
+            f"{(encoded - started) / seconds:.3f}  ({seconds / (encoded - started):.0f} x real time)",
+        ),
+        (
+            "real-time factor, decode",
+            f"{(decoded - encoded) / seconds:.3f}  ({seconds / (decoded - encoded):.0f} x real time)",
+        ),
         ("codebook fingerprint", model.codebook_fingerprint),
         ("token file", token_file),
         ("sound", sound_file),
@@ -85,7 +98,9 @@ def reference_model(output: Path) -> Path:
     """The reference checkpoint for 40 tokens/s, rebuilt and converted on first use."""
     folder = output / "reference-model-40"
     if not (folder / "model.safetensors").exists():
-        print("No trained model is bundled yet: rebuilding the reference checkpoint by formula (about 330 MB, not trained).")
+        print(
+            "No trained model is bundled yet: rebuilding the reference checkpoint by formula (about 330 MB, not trained)."
+        )
         checkpoint = build_checkpoint.build(40, output / "reference-40.ckpt")
         convert(checkpoint, folder)
         checkpoint.unlink()

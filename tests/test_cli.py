@@ -74,7 +74,9 @@ def test_decode_gives_back_exactly_the_original_length(model_folder, sound, tmp_
 
 
 @pytest.mark.parametrize("format", ["npy", "txt"])
-def test_bare_codes_decode_to_whole_tokens_and_the_missing_check_is_said(model_folder, sound, tmp_path, format, capsys):
+def test_bare_codes_decode_to_whole_tokens_and_the_missing_check_is_said(
+    model_folder, sound, tmp_path, format, capsys
+):
     tokens = tmp_path / f"tokens.{format}"
     assert main(["encode", str(sound), "-m", model_folder, "-o", str(tokens)]) == 0
     codes = np.load(tokens) if format == "npy" else np.array(tokens.read_text().split(), int)
@@ -104,7 +106,9 @@ def _json_lines(printed):
     return [line for stream in printed for line in stream.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize(("format", "read"), [("txt", str.split), ("json", lambda text: json.loads(text)["audio_codes"])])
+@pytest.mark.parametrize(
+    ("format", "read"), [("txt", str.split), ("json", lambda text: json.loads(text)["audio_codes"])]
+)
 def test_codes_go_to_standard_output_for_pipes(model_folder, sound, format, read):
     process = subprocess.run(
         [sys.executable, "-m", "wavtokenizer_hf", "encode", sound, "-m", model_folder, "-o", "-", "--format", format],
@@ -113,7 +117,9 @@ def test_codes_go_to_standard_output_for_pipes(model_folder, sound, format, read
     np.testing.assert_array_equal(np.array(read(process.stdout), int), expected_codes(model_folder, sound))
 
 
-def test_codes_of_another_codebook_are_refused_with_both_fingerprints(model_folder, sound, tmp_path, tiny_model, capsys):
+def test_codes_of_another_codebook_are_refused_with_both_fingerprints(
+    model_folder, sound, tmp_path, tiny_model, capsys
+):
     tokens = str(tmp_path / "tokens.safetensors")
     main(["encode", str(sound), "-m", model_folder, "-o", tokens])
     own = tiny_model.codebook_fingerprint
@@ -159,6 +165,7 @@ def test_info_describes_a_model_and_a_token_file(model_folder, sound, tmp_path, 
         (["encode", "SOUND", "COPY", "-m", "MODEL", "-o", "-"], "2 files for standard output"),
         (["reconstruct", "SOUND", "-m", "MODEL", "-o", "-"], "cannot be written to standard output"),
         (["info", "SOUND"], "is not a token file"),
+        (["info", "CAUSAL"], "use_causal_conv=True; WavTokenizer has use_causal_conv=False"),
         (["convert", "SOUND", "-o", "x"], "sound.wav"),
     ],
 )
@@ -169,7 +176,15 @@ def test_what_cannot_be_done_as_given_is_one_line_and_exit_code_2(
     (tmp_path / "empty").mkdir()
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "sound.wav").write_bytes(sound.read_bytes())
-    names = {"MODEL": model_folder, "SOUND": "sound.wav", "EMPTY": "empty", "COPY": "copy/sound.wav"}
+    (tmp_path / "causal").mkdir()
+    (tmp_path / "causal" / "config.json").write_text('{"model_type": "wavtokenizer", "use_causal_conv": true}')
+    names = {
+        "CAUSAL": "causal",
+        "MODEL": model_folder,
+        "SOUND": "sound.wav",
+        "EMPTY": "empty",
+        "COPY": "copy/sound.wav",
+    }
     assert main([names.get(argument, argument) for argument in arguments]) == 2
     printed = capsys.readouterr()
     lines = [line for line in printed.err.strip().splitlines() if line.startswith("wavtokenizer ")]

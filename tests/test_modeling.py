@@ -118,7 +118,9 @@ def check_rows(model, clips, padding_side, monkeypatch, together, codes_may_diff
         assert (decoded[row, 0, ~real_samples] == 0).all()
 
         real_samples = batch["padding_mask"][row].bool()
-        torch.testing.assert_close(both.audio_values[row, 0, real_samples], audio_alone[: len(clip)], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            both.audio_values[row, 0, real_samples], audio_alone[: len(clip)], atol=1e-5, rtol=0
+        )
         assert (both.audio_values[row, 0, ~real_samples] == 0).all()
     assert differ <= codes_may_differ * total, f"{differ} of {total} codes differ"
 
@@ -157,7 +159,9 @@ def test_rows_of_a_batch_on_a_cpu_are_equal_to_the_last_bit(models, rate):
     frames = alone.audio_codes.shape[-1]
     assert torch.equal(encoded.latents[1:, :, :frames], alone.latents)
     decoded = model.decode(encoded.audio_codes, audio_codes_mask=encoded.audio_codes_mask).audio_values
-    assert torch.equal(decoded[1:, :, : frames * model.config.hop_length], model.decode(alone.audio_codes).audio_values)
+    assert torch.equal(
+        decoded[1:, :, : frames * model.config.hop_length], model.decode(alone.audio_codes).audio_values
+    )
 
 
 def test_a_mask_without_padding_changes_nothing(tiny_model, way):

@@ -12,13 +12,20 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. `argv` are the arguments without the program's name; default: those of the process."""
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ValueError, OSError, ImportError) as error:
+    except (
+        ValueError,
+        OSError,
+        ImportError,
+        StrictDataclassError,
+    ) as error:  # the last: a config.json that is refused
         print(f"wavtokenizer {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -53,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_files(reconstruct, "sound files, or folders to search for them")
     _add_model(reconstruct)
     _add_sound(reconstruct)
-    reconstruct.add_argument("--plot", action="store_true", help="also write a .png with both spectrograms and the tokens")
+    reconstruct.add_argument(
+        "--plot", action="store_true", help="also write a .png with both spectrograms and the tokens"
+    )
 
     convert = _add(commands, "convert", _convert, "an original checkpoint to a folder for transformers and the Hub")
     convert.add_argument("checkpoint", help="the original's .ckpt, or a state dict (.pt, .bin, .safetensors)")
@@ -95,7 +104,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sound(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sound-format", choices=("wav", "flac", "ogg", "mp3"), default="wav", help="in a folder; default wav")
+    parser.add_argument(
+        "--sound-format", choices=("wav", "flac", "ogg", "mp3"), default="wav", help="in a folder; default wav"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +270,9 @@ def _jobs(
     for source, place in sources:
         target = folder / place.with_suffix(new_suffix)
         if target in seen:
-            raise ValueError(f"{seen[target]} and {source} would both become {target}. Give them different names or outputs.")
+            raise ValueError(
+                f"{seen[target]} and {source} would both become {target}. Give them different names or outputs."
+            )
         seen[target] = source
         jobs.append((source, target))
     return jobs
@@ -351,7 +364,9 @@ def _read_tokens(path: Path, model) -> tuple:
     from .token_file import TokenFile, load_bare_codes
 
     if path.suffix in (".npy", ".txt"):
-        print(f"{path}: says nothing of the model that made it; decoded unchecked and to whole tokens", file=sys.stderr)
+        print(
+            f"{path}: says nothing of the model that made it; decoded unchecked and to whole tokens", file=sys.stderr
+        )
         codes = load_bare_codes(path)
         return codes, len(codes) * model.config.hop_length
     tokens = TokenFile.load(path)
@@ -375,4 +390,8 @@ def _print_facts(facts: dict, as_json: bool) -> None:
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        print(f"{name.replace('_', ' '):<{width}}  {value:g}" if isinstance(value, float) else f"{name.replace('_', ' '):<{width}}  {value}")
+        print(
+            f"{name.replace('_', ' '):<{width}}  {value:g}"
+            if isinstance(value, float)
+            else f"{name.replace('_', ' '):<{width}}  {value}"
+        )

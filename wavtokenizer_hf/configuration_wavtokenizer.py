@@ -47,7 +47,8 @@ class WavTokenizerConfig(PreTrainedConfig):
             [`WavTokenizerModel.codebook_fingerprint`]), kept up to date by `save_pretrained`.
 
     Raises:
-        ValueError: (huggingface_hub's `StrictDataclassClassValidationError`) for a shape that is not a WavTokenizer.
+        huggingface_hub.errors.StrictDataclassError: for a shape that is not a WavTokenizer; its `__cause__` is the
+            ValueError or TypeError that says what is wrong.
     """
 
     model_type = "wavtokenizer"

@@ -108,9 +108,7 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
         padding_mask = list(padded["attention_mask"])
         if len({clip.shape for clip in input_values}) == 1:
             input_values, padding_mask = np.stack(input_values), np.stack(padding_mask)
-        return BatchFeature(
-            {"input_values": input_values, "padding_mask": padding_mask}, tensor_type=return_tensors
-        )
+        return BatchFeature({"input_values": input_values, "padding_mask": padding_mask}, tensor_type=return_tensors)
 
     def _check_sampling_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:
@@ -167,7 +165,9 @@ def _clip(clip, name: str) -> np.ndarray:
     clip = clip.astype(np.float32, copy=False)
     if not np.isfinite(clip).all():
         first = int(np.flatnonzero(~np.isfinite(clip))[0])
-        raise ValueError(f"{name} holds {clip[first]} at sample {first}, expected finite numbers. Repair or drop the clip.")
+        raise ValueError(
+            f"{name} holds {clip[first]} at sample {first}, expected finite numbers. Repair or drop the clip."
+        )
     return clip
 
 

@@ -491,7 +491,9 @@ class WavTokenizerConvNeXtBlock(GradientCheckpointingLayer):
             layer.initial_std = 0.02  # see _init_weights
         self.gamma = nn.Parameter(torch.full((channels,), 1 / config.decoder_num_layers))
 
-    def forward(self, hidden_states: torch.Tensor, bandwidth_id: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, bandwidth_id: int, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         residual = hidden_states
         hidden_states = self.dwconv(_zero_padding(hidden_states.transpose(1, 2), mask)).transpose(1, 2)
         hidden_states = self.norm(hidden_states, bandwidth_id)
@@ -521,7 +523,9 @@ class WavTokenizerBackbone(nn.Module):
         self.convnext = nn.ModuleList(WavTokenizerConvNeXtBlock(config) for _ in range(config.decoder_num_layers))
         self.final_layer_norm = nn.LayerNorm(channels, eps=config.norm_eps)
 
-    def forward(self, quantized: torch.Tensor, bandwidth_id: int = 0, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, quantized: torch.Tensor, bandwidth_id: int = 0, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         hidden_states = self.embed(_zero_padding(quantized, mask))
         for block in self.pos_net:
             hidden_states = block(hidden_states, mask)
@@ -724,7 +728,9 @@ class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):
         """Checks the caller's batch -> audio (B, 1, T) in float32 with its rows at the front, and where they were."""
         if not isinstance(input_values, torch.Tensor) or not input_values.is_floating_point():
             got = input_values.dtype if isinstance(input_values, torch.Tensor) else type(input_values).__name__
-            raise ValueError(f"Got input_values of type {got}, expected a float tensor, as the feature extractor returns.")
+            raise ValueError(
+                f"Got input_values of type {got}, expected a float tensor, as the feature extractor returns."
+            )
         if input_values.ndim != 3 or input_values.shape[1] != 1 or input_values.numel() == 0:
             raise ValueError(
                 f"Got input_values of shape {tuple(input_values.shape)}, expected (batch size, 1, samples) with at least "

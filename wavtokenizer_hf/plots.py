@@ -35,7 +35,13 @@ def plot_reconstruction(
     for axes, audio, name in ((top, original, "original"), (bottom, reconstruction, "reconstruction")):
         level = _decibels(audio)
         image = axes.imshow(
-            level, origin="lower", aspect="auto", extent=(0, seconds, 0, sampling_rate / 2000), vmin=-80, vmax=0, cmap="magma"
+            level,
+            origin="lower",
+            aspect="auto",
+            extent=(0, seconds, 0, sampling_rate / 2000),
+            vmin=-80,
+            vmax=0,
+            cmap="magma",
         )
         axes.set(ylabel="kHz", title=name)
         figure.colorbar(image, ax=axes, label="dB")

@@ -33,9 +33,13 @@ class TokenFile:
     def __post_init__(self):
         codes = np.asarray(self.audio_codes)
         if codes.ndim != 1 or codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
-            raise ValueError(f"Got codes of shape {codes.shape} and dtype {codes.dtype}, expected integers of shape (L,).")
+            raise ValueError(
+                f"Got codes of shape {codes.shape} and dtype {codes.dtype}, expected integers of shape (L,)."
+            )
         if codes.min() < 0 or codes.max() > np.iinfo(np.uint16).max:
-            raise ValueError(f"Got codes from {codes.min()} to {codes.max()}, expected 0 to {np.iinfo(np.uint16).max}.")
+            raise ValueError(
+                f"Got codes from {codes.min()} to {codes.max()}, expected 0 to {np.iinfo(np.uint16).max}."
+            )
         if -(-self.num_samples // self.hop_length) != codes.size:
             raise ValueError(
                 f"Got {codes.size} codes for {self.num_samples} samples at {self.hop_length} samples per code, expected "
