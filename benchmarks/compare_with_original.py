@@ -45,7 +45,7 @@ def main() -> None:
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rate} tokens/s, float32")
     print(
-        "| clip | encode: theirs | ours | ratio | decode: theirs | ours | ratio | codes that differ | audio, largest difference |"
+        "| clip | encode: theirs | ours | ratio | decode: theirs | ours | ratio | codes that differ | audio differs by |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for seconds in arguments.seconds:

@@ -1,4 +1,4 @@
-"""Loads the original WavTokenizer from a checkout of its repository, to measure against it. Nothing of it is kept here."""
+"""Loads the original WavTokenizer from a checkout of its repository, to measure against it."""
 
 import importlib
 import sys
@@ -14,8 +14,8 @@ YAML = "wavtokenizer_smalldata_frame{rate}_3s_nq1_code4096_dim512_kmeans200_attn
 def load_original(checkout: str | Path, rate: int, state_dict: dict[str, torch.Tensor]) -> torch.nn.Module:
     """The original's model for `rate` tokens/s with the given weights (original names), in eval mode.
 
-    Needs einops and scipy. torchaudio, which the original imports for two functions that no inference calls, is replaced by
-    an empty module where it is absent.
+    Needs einops and scipy. torchaudio, which the original imports for two functions that no inference calls, is
+    replaced by an empty module where it is absent.
     """
     checkout = Path(checkout)
     if not (checkout / "decoder" / "pretrained.py").is_file():

@@ -1,7 +1,7 @@
 """The main job, end to end: speech -> token file -> speech, with a picture and a table. `make demo` runs this.
 
-Until a trained model is bundled, the model is the reference checkpoint of the tests, rebuilt by formula and converted: every
-step is real, but its weights were never trained, so what comes out is noise.
+Until a trained model is bundled, the model is the reference checkpoint of the tests, rebuilt by formula and converted:
+every step is real, but its weights were never trained, so what comes out is noise.
 """
 
 import argparse
@@ -98,9 +98,7 @@ def reference_model(output: Path) -> Path:
     """The reference checkpoint for 40 tokens/s, rebuilt and converted on first use."""
     folder = output / "reference-model-40"
     if not (folder / "model.safetensors").exists():
-        print(
-            "No trained model is bundled yet: rebuilding the reference checkpoint by formula (about 330 MB, not trained)."
-        )
+        print("No trained model is bundled yet: rebuilding the reference checkpoint by formula (330 MB, not trained).")
         checkpoint = build_checkpoint.build(40, output / "reference-40.ckpt")
         convert(checkpoint, folder)
         checkpoint.unlink()

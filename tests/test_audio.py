@@ -33,6 +33,17 @@ def test_another_rate_is_resampled_and_a_log_line_says_so(tmp_path, tone, caplog
     assert "resampled from 44100 to 24000 Hz" in caplog.text
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rate", [8000, 22050, 24000, 44100])
+def test_older_versions_of_transformers_give_the_same_audio(tmp_path, rate, channels):
+    if not hasattr(audio.audio_utils, "_load_audio_soundfile"):
+        pytest.skip("this is an older version of transformers")
+    noise = np.random.default_rng(0).uniform(-1, 1, (10001, channels))
+    soundfile.write(tmp_path / "noise.wav", noise, rate, subtype="FLOAT")
+    by_hand = audio._load_by_soundfile(tmp_path / "noise.wav", 24000)
+    np.testing.assert_array_equal(by_hand, audio.load(tmp_path / "noise.wav"))
+
+
 def test_several_channels_are_averaged_and_a_warning_says_so(tmp_path, tone, caplog):
     soundfile.write(tmp_path / "stereo.wav", np.stack([tone, -0.5 * tone], 1), 24000, subtype="FLOAT")
     np.testing.assert_allclose(audio.load(tmp_path / "stereo.wav"), 0.25 * tone, atol=1e-6)

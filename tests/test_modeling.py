@@ -20,6 +20,15 @@ def no_gradients():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny layers gain nothing from threads, and the full-size ones here are short."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The original's golden data
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,7 +81,7 @@ def test_clips_shorter_than_the_padding_equal_the_originals(num_samples, models,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows of a padded batch. On a CPU the models take rows one by one; `together` makes them go through the masks, as on a GPU.
+# Rows of a padded batch. A CPU encodes them one by one; `together` sends them through the masks, as on a GPU.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -144,12 +153,12 @@ def test_batch_gives_each_row_what_it_gets_alone_at_full_size(models, rate, padd
     rng = np.random.default_rng(rate)
     lengths = [1, 2, 7, *rng.integers(8, 2000, 3), *rng.integers(2000, 40000, 2)]
     clips = [(0.1 * rng.standard_normal(length)).astype(np.float32) for length in lengths]
-    # Through the masks, sums run in another order than alone, which flips a near tie now and then: 0 of 7,212 codes when
-    # this was written, 4 of 19,811 in an earlier measurement. One by one, not a single code may differ.
+    # Through the masks, sums run in another order than alone, which flips a near tie now and then: 0 of 7,212 codes
+    # when this was written, 4 of 19,811 in an earlier measurement. One by one, not a single code may differ.
     check_rows(models(rate), clips, padding_side, monkeypatch, together, codes_may_differ=0.005 if together else 0)
 
 
-def test_rows_of_a_batch_on_a_cpu_are_equal_to_the_last_bit(models, rate):
+def test_rows_encoded_on_a_cpu_are_equal_to_the_last_bit(models, rate):
     torch.manual_seed(0)
     model, batch = models(rate), 0.1 * torch.randn(2, 1, 9000)
     mask = torch.ones(2, 9000)
@@ -158,10 +167,7 @@ def test_rows_of_a_batch_on_a_cpu_are_equal_to_the_last_bit(models, rate):
     alone = model.encode(batch[1:, :, :7001], output_latents=True)
     frames = alone.audio_codes.shape[-1]
     assert torch.equal(encoded.latents[1:, :, :frames], alone.latents)
-    decoded = model.decode(encoded.audio_codes, audio_codes_mask=encoded.audio_codes_mask).audio_values
-    assert torch.equal(
-        decoded[1:, :, : frames * model.config.hop_length], model.decode(alone.audio_codes).audio_values
-    )
+    assert torch.equal(encoded.audio_codes[1:, :, :frames], alone.audio_codes)
 
 
 def test_a_mask_without_padding_changes_nothing(tiny_model, way):
@@ -319,8 +325,24 @@ def test_a_new_model_starts_as_the_original_does():
     assert (block.norm.scale.weight == 1).all() and (block.norm.shift.weight == 0).all()
     assert 0.01 < block.pwconv1.weight.std() < 0.03 and (block.pwconv1.bias == 0).all()
     assert len(model.quantizer.codebook.embed.unique(dim=0)) == 64
-    # two seconds of noise use more than one code, or every test of codes on new models would be empty
-    assert len(model.encode(torch.randn(1, 1, 2000)).audio_codes.unique()) > 1
+    # loud noise uses several codes, or every test of codes on new models would be empty
+    torch.manual_seed(0)
+    assert len(model.encode(100 * torch.randn(1, 1, 2000)).audio_codes.unique()) > 2
+
+
+def test_weights_that_a_file_lacks_are_initialised(tiny_model, tmp_path):
+    """As from a file that was saved with weight norm folded: convolutions with a bias and no weight."""
+    kept = {name: tensor for name, tensor in tiny_model.state_dict().items() if ".parametrizations." not in name}
+    tiny_model.save_pretrained(tmp_path, state_dict=kept)
+    loaded = WavTokenizerModel.from_pretrained(tmp_path)
+    for layer in loaded.encoder_model.encoder.layers:
+        if isinstance(layer, modeling.WavTokenizerConv1d):
+            gain, direction = (
+                layer.conv.parametrizations.weight.original0,
+                layer.conv.parametrizations.weight.original1,
+            )
+            torch.testing.assert_close(gain, direction.flatten(1).norm(dim=1)[:, None, None])
+            assert 0 < direction.abs().max() <= direction[0].numel() ** -0.5
 
 
 def test_the_encoder_model_loads_from_a_whole_model_and_from_its_own_folder(tiny_model, tmp_path):
@@ -438,7 +460,7 @@ def test_decode_refuses(tiny_model, audio_codes, arguments, message):
 def test_padding_may_hold_codes_that_do_not_exist(tiny_model):
     codes, mask = torch.tensor([[[1, 2, 3, -1, 9999]]]), torch.tensor([[[1, 1, 1, 0, 0]]])
     audio = tiny_model.decode(codes, audio_codes_mask=mask).audio_values
-    assert torch.equal(audio[..., :48], tiny_model.decode(codes[..., :3]).audio_values)
+    torch.testing.assert_close(audio[..., :48], tiny_model.decode(codes[..., :3]).audio_values, atol=1e-6, rtol=0)
 
 
 def test_an_encoder_says_that_it_cannot_decode():

@@ -63,7 +63,8 @@ import pkgutil, importlib, wavtokenizer_hf, conversion.convert
 for module in pkgutil.iter_modules(wavtokenizer_hf.__path__, "wavtokenizer_hf."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-for function in (lambda: wavtokenizer_hf.audio.load("x.wav"), lambda: wavtokenizer_hf.plots.plot_reconstruction("x.png", [0], [0], [0])):
+from wavtokenizer_hf import audio, plots
+for function in (lambda: audio.load("x.wav"), lambda: plots.plot_reconstruction("x.png", [0], [0], [0])):
     try:
         function()
     except ImportError as error:

@@ -66,7 +66,7 @@ class ModelTester:
     """What the mixin calls a model tester: a tiny config, and a batch of noise whose second row is padded."""
 
     batch_size = 2
-    is_training = False  # the models compute no loss; training/ does
+    is_training = False  # the models compute no loss
 
     def prepare_config_and_inputs_for_common(self):
         config = tiny_config()

@@ -21,7 +21,7 @@ AutoModel.register(WavTokenizerConfig, WavTokenizerModel, exist_ok=True)
 AutoModelForAudioTokenization.register(WavTokenizerConfig, WavTokenizerModel, exist_ok=True)
 AutoFeatureExtractor.register(WavTokenizerConfig, WavTokenizerFeatureExtractor, exist_ok=True)
 
-# so that save_pretrained writes the code too, and the folder loads with trust_remote_code=True where this package is absent
+# so that save_pretrained writes the code too, and the folder loads with trust_remote_code=True without this package
 WavTokenizerConfig.register_for_auto_class("AutoConfig")
 WavTokenizerModel.register_for_auto_class("AutoModel")
 WavTokenizerEncoderModel.register_for_auto_class("AutoModel")

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from transformers.audio_utils import load_audio
+from transformers import audio_utils
 
 
 logger = logging.getLogger(__name__)
@@ -22,8 +22,8 @@ def load(path: str | os.PathLike, sampling_rate: int = 24000, backend: str = "so
     Args:
         path: a local file.
         sampling_rate: Hz of what is returned.
-        backend: `"soundfile"` (decodes with soundfile, resamples with soxr), or `"torchcodec"` or `"torchaudio"` where
-            those are installed; the three resample differently, so for equal codes use one throughout.
+        backend: `"soundfile"` (decodes with soundfile, resamples with soxr), or `"torchcodec"` or `"torchaudio"`
+            where those are installed; the three resample differently, so for equal codes use one throughout.
 
     Returns:
         float32 array of shape (T,), nominally in [-1, 1].
@@ -52,7 +52,10 @@ def load(path: str | os.PathLike, sampling_rate: int = 24000, backend: str = "so
         if info.samplerate != sampling_rate:
             logger.info("%s: resampled from %d to %d Hz", path, info.samplerate, sampling_rate)
     try:
-        audio = load_audio(str(path), sampling_rate=sampling_rate, backend=backend)
+        if backend == "soundfile" and not hasattr(audio_utils, "_load_audio_soundfile"):  # transformers before 5.23
+            audio = _load_by_soundfile(path, sampling_rate)
+        else:
+            audio = audio_utils.load_audio(str(path), sampling_rate=sampling_rate, backend=backend)
     except (RuntimeError, EOFError) as error:  # what the decoders raise for a damaged file
         raise ValueError(f"Cannot read {path} as sound: {error}. The file may be damaged.") from error
     if audio.size == 0:
@@ -67,8 +70,8 @@ def save(
 
     Args:
         path: where to write; the ending (.wav, .flac, .ogg, .mp3) names the format.
-        audio: numpy array or torch tensor of shape (T,), (1, T) or (1, 1, T), nominally in [-1, 1]. What lies outside is
-            clipped in integer formats, and a warning says how much.
+        audio: numpy array or torch tensor of shape (T,), (1, T) or (1, 1, T), nominally in [-1, 1]. What lies outside
+            is clipped in integer formats, and a warning says how much.
         sampling_rate: Hz of `audio`.
         subtype: sample format by soundfile's name; default 16-bit integers where the format has them. `"FLOAT"` in a
             WAV file keeps every value.
@@ -96,7 +99,8 @@ def save(
     outside = int((np.abs(audio) > 1).sum())
     if outside and subtype not in ("FLOAT", "DOUBLE"):
         logger.warning(
-            "%s: %d of %d samples lie outside [-1, 1] (peak %.3f) and are clipped; subtype='FLOAT' in a WAV file keeps them",
+            "%s: %d of %d samples lie outside [-1, 1] (peak %.3f) and are clipped; "
+            "subtype='FLOAT' in a WAV file keeps them",
             path, outside, audio.size, np.abs(audio).max(),
         )  # fmt: skip
     partial = path.with_name(path.name + ".partial")
@@ -108,9 +112,23 @@ def save(
     return path
 
 
+def _load_by_soundfile(path: Path, sampling_rate: int) -> np.ndarray:
+    """What newer versions of transformers do for `backend="soundfile"`, in the same steps."""
+    import soxr
+
+    channels, rate = _soundfile().read(path, dtype="float32", always_2d=True)
+    audio = channels[:, 0] if channels.shape[1] == 1 else channels.mean(axis=1)
+    if rate == sampling_rate:
+        return audio
+    size = -(-len(audio) * sampling_rate // rate)
+    audio = soxr.resample(audio, rate, sampling_rate, quality="HQ")[:size]
+    return np.pad(audio, (0, size - len(audio)))
+
+
 def _soundfile():
     try:
         import soundfile
+        import soxr  # noqa: F401  (transformers resamples with it)
     except ImportError as error:
         raise ImportError("Sound files need soundfile and soxr: pip install 'wavtokenizer_hf[audio]'") from error
     return soundfile

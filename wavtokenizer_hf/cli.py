@@ -47,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument(
         "--format",
         choices=("safetensors", "json", "npy", "txt"),
-        help="of token files; default: the ending of OUTPUT, else safetensors. safetensors and json remember the model "
-        "and the exact length, npy and txt hold the numbers alone",
+        help="of token files; default: the ending of OUTPUT, else safetensors. safetensors and json remember the "
+        "model and the exact length, npy and txt hold the numbers alone",
     )
 
     decode = _add(commands, "decode", _decode, "token files to sound files")

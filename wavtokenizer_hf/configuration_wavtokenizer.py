@@ -22,15 +22,15 @@ class WavTokenizerConfig(PreTrainedConfig):
     Args:
         sampling_rate (`int`, defaults to 24000): Hz of the audio that goes in and comes out.
         audio_channels (`int`, defaults to 1): must be 1, WavTokenizer is mono.
-        num_filters (`int`, defaults to 32): channels after the first encoder convolution, doubled by each downsampling.
+        num_filters (`int`, defaults to 32): channels after the first encoder convolution; each downsampling doubles them.
         upsampling_ratios (`list[int]`, defaults to `[6, 5, 5, 4]`): the encoder downsamples by these, last one first;
             their product is `hop_length`.
         num_residual_layers (`int`, defaults to 1): residual blocks before each downsampling of the encoder.
         dilation_growth_rate (`int`, defaults to 2): dilation of residual block j of a stage is this to the power j.
         compress (`int`, defaults to 2): a residual block's inner width is its width divided by this.
-        use_conv_shortcut (`bool`, defaults to `True`): must be `True`, the shortcut of a residual block is a convolution.
+        use_conv_shortcut (`bool`, defaults to `True`): must be `True`, a residual block's shortcut is a convolution.
         use_causal_conv (`bool`, defaults to `False`): must be `False`.
-        pad_mode (`str`, defaults to `"reflect"`): must be `"reflect"`, how the encoder continues audio at its two ends.
+        pad_mode (`str`, defaults to `"reflect"`): must be `"reflect"`, how the encoder continues audio at its ends.
         norm_type (`str`, defaults to `"weight_norm"`): must be `"weight_norm"`, of the encoder's convolutions.
         kernel_size, last_kernel_size, residual_kernel_size (`int`, default to 7, 7, 3): of the encoder's convolutions.
         num_lstm_layers (`int`, defaults to 2): layers of the encoder's forward LSTM.
@@ -126,7 +126,7 @@ class WavTokenizerConfig(PreTrainedConfig):
                 raise ValueError(f"Got {name}={getattr(self, name)}, expected at least 1.")
         if len(self.upsampling_ratios) == 0 or min(self.upsampling_ratios) < 1:
             raise ValueError(
-                f"Got upsampling_ratios={list(self.upsampling_ratios)}, expected positive integers such as [8, 5, 4, 2]."
+                f"Got upsampling_ratios={list(self.upsampling_ratios)}, expected positive integers, as [8, 5, 4, 2]."
             )
         if self.decoder_hidden_size % self.decoder_attention_num_groups != 0:
             raise ValueError(

@@ -113,8 +113,8 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
     def _check_sampling_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:
             logger.warning(
-                f"No sampling_rate was given to {type(self).__name__}. Pass sampling_rate={self.sampling_rate} (the rate "
-                "of your audio): audio at another rate gives wrong codes, and this is the only place that can tell."
+                f"No sampling_rate was given to {type(self).__name__}. Pass sampling_rate={self.sampling_rate} (if that "
+                "is your audio's rate): audio at another rate gives wrong codes, and only this check could tell."
             )
         elif sampling_rate != self.sampling_rate:
             raise ValueError(

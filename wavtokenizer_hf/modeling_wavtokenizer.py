@@ -3,14 +3,13 @@
 In the order of the data:
 
     input_values (B, 1, T) -> encoder -> latents (B, D, L) -> quantizer -> audio_codes (B, 1, L)
-    audio_codes -> quantizer -> quantized (B, D, L) -> backbone -> (B, L, H) -> ISTFT head -> audio_values (B, 1, L * hop)
+    audio_codes (B, 1, L) -> quantizer -> quantized (B, D, L) -> backbone -> (B, L, H) -> head -> audio_values (B, 1, L * hop)
 
-Shape letters: B rows of a batch, T samples, L = ceil(T / hop) frames, hop = hop_length samples per code, D = hidden_size
-(512), K = codebook_size (4096), H = decoder_hidden_size (768), C channels, N time steps of whatever is at hand.
+Shape letters: B rows of a batch, T samples, L = ceil(T / hop) frames, hop = hop_length samples per code,
+D = hidden_size (512), K = codebook_size (4096), H = decoder_hidden_size (768), C channels, N time steps of any kind.
 
-A padded batch gives each row what it would get alone. On a CPU the rows simply are processed one after another, which is
-as fast there and equal to the last bit; elsewhere, and in a compiled graph, `Rows` says where the real part of each row
-lies and every layer that looks beyond one time step heeds it.
+A padded batch gives each row what it would get alone: `Rows` says where the real part of each row lies, and every layer
+that looks beyond one time step heeds it. Only to encode on a CPU, rows are simply taken one after another.
 
 This file is copied unchanged into every Hub repository that we write: it imports the standard library, torch,
 transformers and its sibling configuration, and nothing else.
@@ -19,7 +18,6 @@ transformers and its sibling configuration, and nothing else.
 import hashlib
 import math
 import threading
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -28,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.amp import is_autocast_available
 from torch.nn.utils.parametrizations import weight_norm
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedAudioTokenizerBase
@@ -91,8 +89,8 @@ class WavTokenizerOutput(ModelOutput):
 class Rows:
     """Where the real part of each row of a padded batch lies: places `starts` to `starts + lengths` of `size`.
 
-    Inside the model every row stands at the front of its padded length, whatever side it was padded on. So left and right
-    padding are one case, and a forward LSTM meets nothing before a row's first frame.
+    Inside the model every row stands at the front of its padded length, whatever side it was padded on. So left and
+    right padding are one case, and a forward LSTM meets nothing before a row's first frame.
     """
 
     lengths: torch.Tensor  # (B,) int64, at least 1
@@ -164,23 +162,6 @@ class Rows:
         return Rows(self.lengths * hop_length, self.starts * hop_length, self.size * hop_length)
 
 
-def _one_by_one(values: torch.Tensor) -> bool:
-    # A batch is no faster than its rows one after another on a CPU (benchmarks/README.md), and a row that is processed
-    # alone is equal to the last bit to the row alone.
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _each_row(function: Callable, values: torch.Tensor, rows: Rows | None) -> list:
-    """`function` of each row of (B, C, N) alone, without its padding."""
-    lengths = [values.shape[-1]] * len(values) if rows is None else rows.lengths.tolist()
-    return [function(values[row : row + 1, :, :length]) for row, length in enumerate(lengths)]
-
-
-def _stack(pieces: list[torch.Tensor], size: int) -> torch.Tensor:
-    """Rows (1, C, N_b) -> (B, C, size), zeros after each."""
-    return torch.cat([F.pad(piece, (0, size - piece.shape[-1])) for piece in pieces])
-
-
 # Switches that let float32 products be computed in TF32 or bfloat16, by type of device; "none" and "ieee" mean not.
 _PRECISION_SWITCHES = {
     "cpu": (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn),
@@ -226,7 +207,7 @@ def _reflect(values: torch.Tensor, left: int, right: int) -> torch.Tensor:
 
 
 def _reflect_rows(values: torch.Tensor, lengths: torch.Tensor, left: int, right: int, stride: int) -> torch.Tensor:
-    """`_reflect` of each row (C, lengths[b]) of (B, C, N) at its own two ends, filled up so that all have one length."""
+    """`_reflect` of each row (C, lengths[b]) of (B, C, N) at its own two ends, filled up to one length."""
     most_right = right + stride - 1
     own_right = right + (-lengths) % stride
     extended = torch.maximum(lengths, own_right.clamp(min=left) + 1)[:, None]  # the short-signal rule, per row
@@ -311,7 +292,7 @@ class WavTokenizerLSTM(nn.Module):
 
 
 class WavTokenizerEncoder(nn.Module):
-    """SEANet encoder: (B, 1, T) -> (B, D, L). Rows stand at the front; `lengths` (B,) samples, None without padding."""
+    """SEANet encoder: (B, 1, T) -> (B, D, L). `lengths` (B,) are the rows' samples, None without padding."""
 
     def __init__(self, config: WavTokenizerConfig):
         super().__init__()
@@ -375,7 +356,7 @@ class WavTokenizerQuantizer(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Backbone: quantized (B, D, L) -> hidden states (B, L, H). `mask` (B, 1, L) bool marks real frames, None without padding.
+# Backbone: quantized (B, D, L) -> hidden states (B, L, H). `mask` (B, 1, L) bool: real frames, None without padding.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -623,23 +604,22 @@ class WavTokenizerPreTrainedModel(PreTrainedAudioTokenizerBase):
     def _init_weights(self, module):
         """The original's initialisation for training from scratch.
 
-        Only modules with tensors of their own are handled, and what differs among them was noted on them when they were
-        made: transformers 5.23.0 does not call this for the others (modeling_utils.py:2371, where all() of nothing is true).
+        Only modules with tensors of their own are handled, and what differs among them was noted on them when they
+        were made: transformers 5.23.0 does not call this for others (modeling_utils.py:2371, all() of nothing is true).
         """
-        if isinstance(module, (nn.Conv1d, nn.Linear)):
-            if is_parametrized(module):
-                gain, weight = module.parametrizations.weight.original0, module.parametrizations.weight.original1
-            else:
-                gain, weight = None, module.weight
+        if isinstance(module, ParametrizationList):  # of weight norm: the weight that PyTorch's own would be, split
+            gain, direction = module.original0, module.original1
+            init.kaiming_uniform_(direction, a=math.sqrt(5))
+            init.copy_(gain, torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True))
+        elif isinstance(module, (nn.Conv1d, nn.Linear)):
             if hasattr(module, "initial_std"):
-                init.trunc_normal_(weight, std=module.initial_std)
+                init.trunc_normal_(module.weight, std=module.initial_std)
                 init.zeros_(module.bias)
             else:  # PyTorch's own
-                init.kaiming_uniform_(weight, a=math.sqrt(5))
-                bound = weight[0].numel() ** -0.5
+                if not is_parametrized(module):
+                    init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+                bound = module.weight[0].numel() ** -0.5
                 init.uniform_(module.bias, -bound, bound)
-            if gain is not None:
-                init.copy_(gain, torch.linalg.vector_norm(weight, dim=(1, 2), keepdim=True))
         elif isinstance(module, WavTokenizerLSTMLayers):  # PyTorch's own
             for parameter in module.parameters():
                 init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
@@ -655,6 +635,12 @@ class WavTokenizerPreTrainedModel(PreTrainedAudioTokenizerBase):
             init.zeros_(module.cluster_size)
             init.kaiming_uniform_(module.embed)
             init.copy_(module.embed_avg, module.embed)
+
+
+def _one_by_one(audio: torch.Tensor) -> bool:
+    # Rows that are encoded one after another get, to the last bit, what they get alone; and from about 3 s on that is also
+    # the faster way on a CPU, whose caches a batch overflows (benchmarks/README.md).
+    return audio.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):
@@ -720,7 +706,7 @@ class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):
 
     def decode(self, *args, **kwargs):
         raise ValueError(
-            "WavTokenizerEncoderModel has no decoder. Load the same files with WavTokenizerModel to turn codes into audio."
+            "WavTokenizerEncoderModel has no decoder. Load the same files with WavTokenizerModel to make audio of codes."
         )
 
     @staticmethod
@@ -733,8 +719,8 @@ class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):
             )
         if input_values.ndim != 3 or input_values.shape[1] != 1 or input_values.numel() == 0:
             raise ValueError(
-                f"Got input_values of shape {tuple(input_values.shape)}, expected (batch size, 1, samples) with at least "
-                "one clip of one sample: WavTokenizer is mono. The feature extractor gives this shape."
+                f"Got input_values of shape {tuple(input_values.shape)}, expected (batch size, 1, samples) with at "
+                "least one clip of one sample: WavTokenizer is mono. The feature extractor gives this shape."
             )
         batch_size, _, size = input_values.shape
         rows = Rows.from_mask(padding_mask, "padding_mask", (batch_size, size))
@@ -747,9 +733,14 @@ class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):
     def _encode_rows(self, audio: torch.Tensor, rows: Rows | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Audio (B, 1, T), rows at the front -> latents (B, D, L) and codes (B, 1, L), rows at the front."""
         if _one_by_one(audio) and (len(audio) > 1 or rows is not None):
+            lengths = [audio.shape[-1]] * len(audio) if rows is None else rows.lengths.tolist()
+            alone = [self._encode_rows(audio[row : row + 1, :, :length], None) for row, length in enumerate(lengths)]
             size = -(-audio.shape[-1] // self.config.hop_length)
-            pairs = _each_row(lambda row: self._encode_rows(row, None), audio, rows)
-            return tuple(_stack(pieces, size) for pieces in zip(*pairs, strict=True))
+            latents, audio_codes = (
+                torch.cat([F.pad(values, (0, size - values.shape[-1])) for values in rows_of])
+                for rows_of in zip(*alone, strict=True)
+            )
+            return latents, audio_codes
         with _full_float32(audio.device):
             latents = self.encoder(audio, None if rows is None else rows.lengths)
             return latents, self.quantizer.encode(latents)
@@ -831,8 +822,13 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         bandwidth_id: int = 0,
         output_latents: bool = False,
     ) -> WavTokenizerOutput:
-        """Audio to codes and back: the arguments of `encode` and `decode`; `audio_values` (B, 1, T) lie where the input
-        lay and are zero where `padding_mask` is zero."""
+        r"""
+        Audio to codes and back; arguments and errors are those of `encode` and `decode`.
+
+        Returns:
+            [`WavTokenizerOutput`]: `audio_values` (B, 1, T) lie where the input lay and are zero where `padding_mask`
+            is zero; the rest as from `encode`.
+        """
         audio, rows = self.encoder_model._read_audio(input_values, padding_mask)
         self._check_bandwidth_id(bandwidth_id)
         latents, audio_codes = self.encoder_model._encode_rows(audio, rows)
@@ -852,8 +848,8 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
             raise ValueError(f"Got audio_codes of type {got}, expected an integer tensor.")
         if audio_codes.ndim != 3 or audio_codes.shape[1] != 1 or audio_codes.numel() == 0:
             raise ValueError(
-                f"Got audio_codes of shape {tuple(audio_codes.shape)}, expected (batch size, 1, codes) with at least one "
-                "code; a plain list of codes becomes that by torch.tensor(codes)[None, None]."
+                f"Got audio_codes of shape {tuple(audio_codes.shape)}, expected (batch size, 1, codes) with at least "
+                "one code; a plain list of codes becomes that by torch.tensor(codes)[None, None]."
             )
         audio_codes = audio_codes.long()
         rows = Rows.from_mask(mask, "audio_codes_mask", tuple(audio_codes.shape))
@@ -871,15 +867,12 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
     def _check_bandwidth_id(self, bandwidth_id: int) -> None:
         if not 0 <= bandwidth_id < self.config.adanorm_num_embeddings:
             raise ValueError(
-                f"Got bandwidth_id={bandwidth_id}, expected 0 to {self.config.adanorm_num_embeddings - 1}; the original "
-                "always decodes with 0."
+                f"Got bandwidth_id={bandwidth_id}, expected 0 to {self.config.adanorm_num_embeddings - 1}; "
+                "the original always decodes with 0."
             )
 
     def _decode_rows(self, audio_codes: torch.Tensor, rows: Rows | None, bandwidth_id: int) -> torch.Tensor:
         """Codes (B, 1, L), rows at the front -> audio (B, 1, L * hop), rows at the front, zeros after them."""
-        if _one_by_one(audio_codes) and (len(audio_codes) > 1 or rows is not None):
-            size = audio_codes.shape[-1] * self.config.hop_length
-            return _stack(_each_row(lambda row: self._decode_rows(row, None, bandwidth_id), audio_codes, rows), size)
         mask = None if rows is None else rows.front_mask()
         quantized = self.quantizer.decode(audio_codes).to(self.head.linear.weight.dtype)
         return self.head(self.backbone(quantized, bandwidth_id, mask), mask)

@@ -14,7 +14,7 @@ def plot_reconstruction(
     sampling_rate: int = 24000,
     title: str = "",
 ) -> Path:
-    """Writes a picture: spectrogram of the original, the token stream, spectrogram of the reconstruction, on one time axis.
+    """Writes a picture of three parts on one time axis: spectrogram of the original, tokens, spectrogram after decoding.
 
     Args:
         path: where to write; the ending (.png, .svg, .pdf) names the format.
@@ -61,7 +61,7 @@ def plot_reconstruction(
 
 def _decibels(audio: np.ndarray, size: int = 1024, step: int = 256) -> np.ndarray:
     """Magnitude spectrogram (size / 2 + 1, frames) in dB below its largest value."""
-    audio = np.pad(audio, (size // 2, size // 2 + size))
+    audio = np.pad(audio, size // 2)
     frames = np.lib.stride_tricks.sliding_window_view(audio, size)[::step] * np.hanning(size)
     magnitude = np.abs(np.fft.rfft(frames)).T
     return 20 * np.log10(np.maximum(magnitude / max(magnitude.max(), 1e-9), 1e-6))

@@ -42,8 +42,8 @@ class TokenFile:
             )
         if -(-self.num_samples // self.hop_length) != codes.size:
             raise ValueError(
-                f"Got {codes.size} codes for {self.num_samples} samples at {self.hop_length} samples per code, expected "
-                f"{-(-self.num_samples // self.hop_length)}."
+                f"Got {codes.size} codes for {self.num_samples} samples at {self.hop_length} samples per code, "
+                f"expected {-(-self.num_samples // self.hop_length)}."
             )
         self.audio_codes = codes.astype(np.uint16)
 

@@ -1,0 +1,93 @@
+"""What a batch costs: through the masks or row by row, with and without padding. In one process and interleaved.
+
+    python benchmarks/batches.py [--rate 75] [--device cuda]
+
+"padded" is the same batch with rows of half to full length marked in the mask, "one by one" a loop over its rows without
+their padding. Each figure is a time divided by that of the unpadded batch that goes through the model together.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import wavtokenizer_hf.modeling_wavtokenizer as modeling  # noqa: E402
+from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", type=int, choices=(40, 75), default=75, help="tokens per second (default 75)")
+    parser.add_argument("--batch", type=int, default=8, help="rows (default 8)")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[1, 3, 10], help="length of the longest row")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default 5)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    arguments = parser.parse_args()
+    modeling._one_by_one = lambda audio: False  # a batch goes through the model together on a CPU too
+    torch.manual_seed(0)
+    ratios = [8, 5, 4, 2] if arguments.rate == 75 else [6, 5, 5, 4]
+    model = WavTokenizerModel(WavTokenizerConfig(upsampling_ratios=ratios)).eval().to(arguments.device)
+    hop = model.config.hop_length
+
+    where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {where}, {arguments.rate} tokens/s, {arguments.batch} rows, float32")
+    print("| longest row | job | together | together, padded | one by one | one by one, padded |")
+    print("|---|---|---|---|---|---|")
+    for seconds in arguments.seconds:
+        size = round(seconds * 24000)
+        audio = 0.1 * torch.randn(arguments.batch, 1, size, device=arguments.device)
+        lengths = torch.linspace(size / 2, size, arguments.batch).long()
+        mask = (torch.arange(size) < lengths[:, None]).to(arguments.device)
+        codes = torch.randint(
+            model.config.codebook_size, (arguments.batch, 1, -(-size // hop)), device=arguments.device
+        )
+        codes_mask = (torch.arange(codes.shape[-1]) < -(-lengths[:, None] // hop))[:, None].to(arguments.device)
+        jobs = {
+            "encode": (model.encode, audio, {"padding_mask": mask}, lengths),
+            "decode": (model.decode, codes, {"audio_codes_mask": codes_mask}, -(-lengths // hop)),
+        }
+        for job, (function, batch, masks, row_lengths) in jobs.items():
+            rows = list(batch.split(1))
+            cut_rows = [row[..., :length] for row, length in zip(rows, row_lengths.tolist(), strict=True)]
+            ways = [
+                partial(function, batch),
+                partial(function, batch, **masks),
+                partial(_one_after_another, function, rows),
+                partial(_one_after_another, function, cut_rows),
+            ]
+            times = _times(arguments.rounds, ways)
+            cells = [f"{arguments.batch * seconds / times[0]:.1f} x real time"]
+            cells += [f"{other / times[0]:.2f}" for other in times[1:]]
+            print(f"| {seconds:g} s | {job} | " + " | ".join(cells) + " |", flush=True)
+
+
+def _one_after_another(function, rows) -> None:
+    for row in rows:
+        function(row)
+
+
+def _times(rounds: int, ways) -> list[float]:
+    """Median seconds of each way, measured in turns."""
+    times = [[] for _ in ways]
+    with torch.inference_mode():
+        for round_ in range(rounds + 1):
+            for index, way in enumerate(ways):
+                started = time.perf_counter()
+                way()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                if round_ > 0:  # the first sets things up
+                    times[index].append(time.perf_counter() - started)
+    return [statistics.median(values) for values in times]
+
+
+if __name__ == "__main__":
+    main()
