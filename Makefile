@@ -37,9 +37,7 @@ $(TRANSFORMERS_TESTS): $(VENV)/installed
 	rm -rf $@ $(VENV)/sdist
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers --dest $(VENV)/sdist \
 		transformers==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))')
-	mkdir -p $@
-	tar -xzf $(VENV)/sdist/transformers-*.tar.gz -C $@ --strip-components=2 --wildcards '*/tests/*'
-	touch $@
+	$(BIN)/python tests/fixtures/unpack_transformers_tests.py $(VENV)/sdist $@
 
 clean:
 	rm -rf $(VENV) demo_output

@@ -41,7 +41,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
 
     theirs = original.load_original(arguments.checkout, arguments.rate, build_checkpoint.state_dict(arguments.rate))
-    ours = WavTokenizerModel.from_pretrained(_folder(arguments.work, arguments.rate)).eval()
+    ours = WavTokenizerModel.from_pretrained(reference_folder(arguments.work, arguments.rate)).eval()
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rate} tokens/s, float32")
     print(
@@ -70,7 +70,8 @@ def main() -> None:
         print("| " + " | ".join([*cells, f"{differ} of {codes.numel()}", f"{apart:.1e}"]) + " |", flush=True)
 
 
-def _folder(work: Path, rate: int) -> Path:
+def reference_folder(work: Path, rate: int) -> Path:
+    """The reference checkpoint for `rate` tokens/s, rebuilt and converted on first use."""
     folder = work / f"wavtokenizer-{rate}"
     if not folder.exists():
         work.mkdir(parents=True, exist_ok=True)

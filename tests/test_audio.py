@@ -86,6 +86,11 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, tone, monk
     assert [file.name for file in tmp_path.iterdir()] == ["tone.wav"]
 
 
+def test_a_place_that_cannot_be_written_to_is_an_oserror(tmp_path, tone):
+    with pytest.raises(OSError, match="Cannot write"):
+        audio.save(tmp_path / "absent" / "tone.wav", tone)
+
+
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [

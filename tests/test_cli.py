@@ -193,6 +193,26 @@ def test_what_cannot_be_done_as_given_is_one_line_and_exit_code_2(
     assert not (tmp_path / "x").exists()
 
 
+def test_a_model_that_lacks_tensors_or_is_damaged_is_refused(model_folder, sound, tiny_model, tmp_path, capsys):
+    tiny_model.encoder_model.save_pretrained(tmp_path / "encoder")
+    tiny_model.save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    main(["encode", str(sound), "-m", str(tmp_path / "encoder"), "-o", str(tmp_path / "tokens.safetensors")])
+    capsys.readouterr()
+    for name, message in (("encoder", "tensors, such as backbone."), ("cut", "Cannot load the model")):
+        arguments = ["-m", str(tmp_path / name), "-o", str(tmp_path / "x.wav")]
+        assert main(["decode", str(tmp_path / "tokens.safetensors"), *arguments]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "x.wav").exists()
+
+
+def test_the_format_asked_for_wins_over_the_ending(model_folder, sound, tmp_path):
+    output = tmp_path / "tokens.txt"
+    assert main(["encode", str(sound), "-m", model_folder, "-o", str(output), "--format", "json"]) == 0
+    assert json.loads(output.read_text())["num_samples"] == 1003
+
+
 def test_a_sound_is_not_overwritten_by_its_own_reconstruction(model_folder, sound, capsys):
     before = sound.read_bytes()
     assert main(["reconstruct", str(sound), "-m", model_folder, "-o", str(sound)]) == 1
@@ -215,6 +235,7 @@ def test_every_command_explains_itself(command, capsys):
         ({"audio_codes": np.array([0.5])}, "expected integers"),
         ({"audio_codes": np.zeros((1, 3), int)}, r"shape \(1, 3\)"),
         ({"audio_codes": np.zeros(0, int)}, r"shape \(0,\)"),
+        ({"hop_length": 0}, "hop_length=0"),
         ({"num_samples": 17}, "Got 1 codes for 17 samples at 16 samples per code, expected 2"),
     ],
 )

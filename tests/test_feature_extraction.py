@@ -80,6 +80,11 @@ def test_the_peak_gets_the_level_asked_for(where):
         np.testing.assert_allclose(scaled / np.abs(scaled).max(), clip / np.abs(clip).max(), atol=1e-6)
 
 
+def test_the_faintest_audio_is_scaled_without_overflow():
+    features = extract(np.array([1e-40, 0, 1e-41], np.float32), peak_dbfs=-3)
+    assert features["input_values"].abs().max().item() == pytest.approx(10 ** (-3 / 20), rel=1e-4)
+
+
 def test_silence_stays_silence_at_any_peak():
     assert extract(np.zeros(10, np.float32), peak_dbfs=-3)["input_values"].abs().max() == 0
 
@@ -121,6 +126,7 @@ def test_a_missing_sampling_rate_is_warned_about(caplog, monkeypatch):
         ([CLIP, np.array([0, -np.inf])], {}, r"audio\[1\] holds -inf at sample 1"),
         (np.array([0.1, 1e300]), {}, "holds inf at sample 1"),
         (CLIP, {"peak_dbfs": 3}, "peak_dbfs=3, expected a level of at most 0"),
+        (CLIP, {"peak_dbfs": -np.inf}, "peak_dbfs=-inf, expected a level"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")

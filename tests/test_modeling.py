@@ -1,14 +1,17 @@
 """The model against the original's golden data, and against itself: rows of batches, dtypes, compiled graphs."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 from conftest import REFERENCE, tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoModel
 
 import wavtokenizer_hf.modeling_wavtokenizer as modeling
 from wavtokenizer_hf import WavTokenizerEncoderModel, WavTokenizerFeatureExtractor, WavTokenizerModel
@@ -92,8 +95,19 @@ def way(request, monkeypatch):
     return request.param
 
 
-def check_rows(model, clips, padding_side, monkeypatch, together, codes_may_differ=0.0):
-    """Every row of the batch of `clips` gets the codes, latents and audio that its clip gets alone."""
+def margins(model, latents):
+    """Relative gap between the nearest and the second-nearest entry of each frame, in float64: (L,)."""
+    entries = model.quantizer.codebook.embed.double()
+    nearest = torch.cdist(latents[0].T.double(), entries).topk(2, largest=False).values
+    return 1 - nearest[:, 0] / nearest[:, 1]
+
+
+def check_rows(model, clips, padding_side, monkeypatch, together):
+    """Every row of the batch of `clips` gets the codes, latents and audio that its clip gets alone.
+
+    Through the masks, float32 sums run in another order than alone, so there, and there only, a code may differ where two
+    entries are nearly equally near; benchmarks/README.md says how often that happens.
+    """
     hop = model.config.hop_length
     extractor = WavTokenizerFeatureExtractor(hop_length=hop, padding_side=padding_side)
     batch = extractor(clips, sampling_rate=24000, return_tensors="pt")
@@ -105,7 +119,6 @@ def check_rows(model, clips, padding_side, monkeypatch, together, codes_may_diff
         decoded = model.decode(encoded.audio_codes, audio_codes_mask=encoded.audio_codes_mask).audio_values
         both = model(**batch)
     assert torch.equal(both.audio_codes, encoded.audio_codes)
-    differ = total = 0
     for row, clip in enumerate(clips):
         real = encoded.audio_codes_mask[row, 0]
         alone = model.encode(torch.from_numpy(clip)[None, None], output_latents=True)
@@ -114,7 +127,8 @@ def check_rows(model, clips, padding_side, monkeypatch, together, codes_may_diff
         place = slice(padding, None) if padding_side == "left" else slice(0, frames)
         assert real[place].all() and real.sum() == frames
         codes = encoded.audio_codes[row, :, place]
-        differ, total = differ + int((codes != alone.audio_codes[0]).sum()), total + frames
+        differ = codes[0] != alone.audio_codes[0, 0]
+        assert not differ.any() or (together and margins(model, alone.latents)[differ].max() < 1e-5)
 
         latents = encoded.latents[row][:, place]
         scale = alone.latents.abs().max()
@@ -131,7 +145,6 @@ def check_rows(model, clips, padding_side, monkeypatch, together, codes_may_diff
             both.audio_values[row, 0, real_samples], audio_alone[: len(clip)], atol=1e-5, rtol=0
         )
         assert (both.audio_values[row, 0, ~real_samples] == 0).all()
-    assert differ <= codes_may_differ * total, f"{differ} of {total} codes differ"
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["one_by_one", "together"])
@@ -148,14 +161,18 @@ def test_batch_gives_each_row_what_it_gets_alone(tiny_model, monkeypatch, togeth
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["one_by_one", "together"])
-@pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_batch_gives_each_row_what_it_gets_alone_at_full_size(models, rate, padding_side, monkeypatch, together):
-    rng = np.random.default_rng(rate)
-    lengths = [1, 2, 7, *rng.integers(8, 2000, 3), *rng.integers(2000, 40000, 2)]
-    clips = [(0.1 * rng.standard_normal(length)).astype(np.float32) for length in lengths]
-    # Through the masks, sums run in another order than alone, which flips a near tie now and then: 0 of 7,212 codes
-    # when this was written, 4 of 19,811 in an earlier measurement. One by one, not a single code may differ.
-    check_rows(models(rate), clips, padding_side, monkeypatch, together, codes_may_differ=0.005 if together else 0)
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    lengths=st.lists(st.integers(1, 72000), min_size=2, max_size=4),
+    short=st.lists(st.integers(1, 400), min_size=0, max_size=2),
+    padding_side=st.sampled_from(["left", "right"]),
+)
+def test_batch_gives_each_row_what_it_gets_alone_at_full_size(
+    models, rate, monkeypatch, together, lengths, short, padding_side
+):
+    rng = np.random.default_rng(sum(lengths))
+    clips = [(0.1 * rng.standard_normal(length)).astype(np.float32) for length in lengths + short]
+    check_rows(models(rate), clips, padding_side, monkeypatch, together)
 
 
 def test_rows_encoded_on_a_cpu_are_equal_to_the_last_bit(models, rate):
@@ -247,6 +264,94 @@ def test_codes_are_those_of_float32_under_autocast_and_lower_matmul_precision(mo
         torch.set_float32_matmul_precision("highest")
 
 
+def test_codes_are_those_of_float32_in_a_graph_compiled_under_autocast(models):
+    audio = 0.1 * torch.randn(1, 1, 4000)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled = torch.compile(models(75).encode, fullgraph=True, backend="aot_eager")(audio, output_latents=True)
+    expected = models(75).encode(audio, output_latents=True)
+    torch.testing.assert_close(compiled.latents, expected.latents, atol=1e-4, rtol=0)
+    assert torch.equal(compiled.audio_codes, expected.audio_codes)
+
+
+def test_threads_do_not_undo_each_others_float32():
+    """One block begins within another and ends after it: the switches stay as long as either needs them."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        switch, cpu = torch.backends.mkldnn.matmul, torch.device("cpu")
+        first, second = modeling._full_float32(cpu), modeling._full_float32(cpu)
+        first.__enter__()
+        second.__enter__()
+        assert switch.fp32_precision == "ieee"
+        first.__exit__(None, None, None)
+        assert switch.fp32_precision == "ieee"
+        second.__exit__(None, None, None)
+        assert switch.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_threads_that_encode_at_once_get_the_same_codes(models):
+    audio = [0.1 * torch.randn(1, 1, 3000) for _ in range(4)]
+    expected = [models(75).encode(clip, output_latents=True).latents for clip in audio]
+    torch.set_float32_matmul_precision("medium")
+
+    def encode(clip):
+        with torch.no_grad():
+            return [models(75).encode(clip, output_latents=True).latents for _ in range(4)]
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for latents, alone in zip(pool.map(encode, audio), expected, strict=True):
+                assert all(torch.equal(each, alone) for each in latents)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_model_made_in_bfloat16_encodes_in_float32():
+    model = AutoModel.from_config(tiny_config(), dtype=torch.bfloat16).eval()
+    assert model.backbone.embed.weight.dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in model.encoder_model.state_dict().values()} == {torch.float32}
+    assert model(torch.randn(1, 1, 100)).audio_values.dtype == torch.float32
+    assert len(model.codebook_fingerprint) == 16
+    encoder = AutoModel.from_config(tiny_config(), dtype=torch.bfloat16).encoder_model.double().half()
+    assert {tensor.dtype for tensor in encoder.state_dict().values()} == {torch.float32}
+
+
+def test_audio_is_float32_whatever_the_default_dtype(tiny_model):
+    codes = torch.randint(0, 64, (1, 1, 20))
+    expected = tiny_model.decode(codes).audio_values
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(tiny_model.decode(codes).audio_values, expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_magnitudes_are_limited_to_100(tiny_model):
+    """By hand: every magnitude is exp(7), limited to 100, and every phase 90 degrees, so all frames are alike."""
+    head = tiny_model.head
+    head.linear.weight.zero_()
+    head.linear.bias[:33], head.linear.bias[33:] = 7, np.pi / 2
+    audio = head(torch.zeros(1, 5, 16))[0, 0].numpy()
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(64) / 64)
+    frame = np.fft.irfft(100j * np.ones(33)) * window
+    assert np.abs(frame).max() > 1
+    total, envelope = np.zeros(5 * 16 + 48), np.zeros(5 * 16 + 48)
+    for start in range(0, 5 * 16, 16):
+        total[start : start + 64] += frame
+        envelope[start : start + 64] += window**2
+    np.testing.assert_allclose(audio, total[24:-24] / envelope[24:-24], atol=1e-3)
+
+
+def test_weights_may_be_offloaded(tiny_model):
+    audio = torch.randn(2, 1, 100)
+    expected = tiny_model(audio)
+    offloaded = accelerate.cpu_offload(tiny_model, execution_device=torch.device("cpu"))(audio)
+    assert torch.equal(offloaded.audio_codes, expected.audio_codes)
+    assert torch.equal(offloaded.audio_values, expected.audio_values)
+
+
 def test_bfloat16_decodes_close_to_float32(folders, models):
     codes = torch.randint(0, 4096, (1, 1, 100))
     expected = models(75).decode(codes).audio_values
@@ -287,6 +392,7 @@ def test_eager_attention_equals_sdpa(tiny_model, way):
     torch.testing.assert_close(audio["eager"], audio["sdpa"], atol=1e-6, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")  # its new name is of 5.23
 @torch.enable_grad()
 def test_gradients_are_the_same_with_checkpointing(tiny_model, way):
     audio, mask = torch.randn(2, 1, 100), torch.ones(2, 100)
@@ -386,8 +492,10 @@ def test_forward_gives_what_encode_and_decode_give(tiny_model):
 def test_bandwidth_id_chooses_the_norms(tiny_model):
     codes = torch.randint(0, 64, (1, 1, 20))
     before = tiny_model.decode(codes, bandwidth_id=2).audio_values
-    tiny_model.backbone.norm.shift.weight[2] += 1
-    assert not torch.equal(tiny_model.decode(codes, bandwidth_id=2).audio_values, before)
+    for table in (tiny_model.backbone.norm.shift, tiny_model.backbone.convnext[0].norm.scale):
+        table.weight[2] += torch.randn(16)
+        assert not torch.equal(tiny_model.decode(codes, bandwidth_id=2).audio_values, before)
+        table.weight[2] = table.weight[0]
     assert torch.equal(tiny_model.decode(codes).audio_values, before)  # all rows of a new model's tables are equal
 
 
@@ -438,12 +546,14 @@ def test_encode_refuses(tiny_model, input_values, padding_mask, message):
         ([[[1, 2]]], {}, "type list, expected an integer tensor"),
         (torch.zeros(1, 1, 5), {}, "float32, expected an integer tensor"),
         (torch.zeros(1, 1, 5, dtype=torch.bool), {}, "bool, expected an integer tensor"),
+        (torch.zeros(1, 1, 5, dtype=torch.complex128), {}, "complex128, expected an integer tensor"),
+        (torch.zeros(1, 1, 5, dtype=torch.long), {"bandwidth_id": True}, "bandwidth_id=True, expected an int"),
         (torch.zeros(5, dtype=torch.long), {}, r"shape \(5,\), expected \(batch size, 1, codes\)"),
         (torch.zeros(1, 8, 5, dtype=torch.long), {}, r"shape \(1, 8, 5\)"),
         (torch.zeros(1, 1, 0, dtype=torch.long), {}, "at least one code"),
         (torch.full((1, 1, 5), 64), {}, "from 64 to 64, expected 0 to 63"),
         (torch.full((1, 1, 5), -1), {}, "from -1 to -1, expected 0 to 63"),
-        (torch.zeros(1, 1, 5, dtype=torch.long), {"bandwidth_id": 4}, "bandwidth_id=4, expected 0 to 3"),
+        (torch.zeros(1, 1, 5, dtype=torch.long), {"bandwidth_id": 4}, "bandwidth_id=4, expected an int from 0 to 3"),
         (torch.zeros(1, 1, 5, dtype=torch.long), {"audio_codes_mask": torch.ones(1, 5)}, r"expected .* \(1, 1, 5\)"),
         (
             torch.zeros(1, 1, 5, dtype=torch.long),
@@ -479,6 +589,10 @@ def test_an_encoder_says_that_it_cannot_decode():
         ({"upsampling_ratios": []}, "upsampling_ratios"),
         ({"decoder_hidden_size": 18}, "decoder_hidden_size"),
         ({"codebook_size": 0}, "codebook_size"),
+        ({"kernel_size": 0}, "kernel_size"),
+        ({"num_residual_layers": -1}, "num_residual_layers"),
+        ({"compress": 8}, "num_filters=4, expected at least 8"),
+        ({"norm_eps": 0}, "norm_eps"),
         ({"num_filters": "many"}, "num_filters"),
     ],
 )

@@ -82,6 +82,7 @@ def save(
 
     Raises:
         ValueError: audio of another shape, empty or not finite, or an ending that names no format.
+        OSError: the file cannot be written.
     """
     soundfile = _soundfile()
     path = Path(path)
@@ -107,6 +108,8 @@ def save(
     try:
         soundfile.write(partial, audio.reshape(-1), sampling_rate, subtype=subtype, format=format)
         os.replace(partial, path)
+    except soundfile.LibsndfileError as error:
+        raise OSError(f"Cannot write {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
     return path

@@ -143,7 +143,7 @@ def _encode(arguments) -> int:
             sys.stdout.buffer.write(tokens.to_bytes(format))
             sys.stdout.buffer.flush()
         else:
-            tokens.save(target)
+            tokens.save(target, format)
         return _figures(model, len(waveform), len(codes), seconds)
 
     return _each(jobs, work, arguments, quiet=to_stdout)
@@ -335,10 +335,16 @@ def _load_model(arguments, encoder_only: bool = False):
 
 
 def _from_pretrained(model_class, name: str, **arguments):
+    from safetensors import SafetensorError
+
     try:
-        return model_class.from_pretrained(name, **arguments)
-    except OSError as error:  # from transformers, and not all of its messages name the model
-        raise OSError(f"Cannot load the model {name!r}: {error}") from error
+        model, info = model_class.from_pretrained(name, output_loading_info=True, **arguments)
+    except (OSError, SafetensorError, RuntimeError) as error:  # damaged files, and not every message names the model
+        raise ValueError(f"Cannot load the model {name!r}: {error}") from error
+    if info["missing_keys"]:  # transformers would fill them with random numbers
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(f"The model {name!r} lacks {len(info['missing_keys'])} tensors, such as {missing}.")
+    return model
 
 
 def _codes(model, waveform):

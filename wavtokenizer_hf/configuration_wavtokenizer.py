@@ -1,10 +1,11 @@
 """Configuration of WavTokenizer.
 
-This file is copied unchanged into every Hub repository that we write: it imports the standard library, numpy,
-transformers and huggingface_hub, and nothing else.
+This file is copied unchanged into every Hub repository that we write: it imports the standard library, transformers and
+huggingface_hub, and nothing else.
 """
 
 import math
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -79,6 +80,12 @@ class WavTokenizerConfig(PreTrainedConfig):
     norm_eps: float | int = 1e-6
     codebook_fingerprint: str | None = None
 
+    _SIZES: ClassVar[tuple[str, ...]] = (
+        "sampling_rate", "compress", "dilation_growth_rate", "kernel_size", "last_kernel_size", "residual_kernel_size",
+        "num_lstm_layers", "hidden_size", "codebook_size", "decoder_hidden_size", "decoder_intermediate_size",
+        "decoder_num_layers", "adanorm_num_embeddings", "decoder_attention_num_groups",
+    )  # fmt: skip
+
     @property
     def hop_length(self) -> int:
         """Samples per code: 320 (75 codes/s) or 600 (40 codes/s) in the published checkpoints."""
@@ -119,11 +126,12 @@ class WavTokenizerConfig(PreTrainedConfig):
                 f"Got codebook_dim={self.codebook_dim} and hidden_size={self.hidden_size}; they must be equal, "
                 "since nothing projects the encoder's output onto the codebook."
             )
-        for name in ("sampling_rate", "num_filters", "compress", "hidden_size", "codebook_size", "num_lstm_layers",
-                     "decoder_hidden_size", "decoder_intermediate_size", "decoder_num_layers",
-                     "adanorm_num_embeddings", "decoder_attention_num_groups"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"Got {name}={getattr(self, name)}, expected at least 1.")
+        at_least = dict.fromkeys(self._SIZES, 1) | {"num_residual_layers": 0, "num_filters": self.compress}
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"Got {name}={getattr(self, name)}, expected at least {least}.")
+        if not self.norm_eps > 0:
+            raise ValueError(f"Got norm_eps={self.norm_eps}, expected more than 0, as 1e-6.")
         if len(self.upsampling_ratios) == 0 or min(self.upsampling_ratios) < 1:
             raise ValueError(
                 f"Got upsampling_ratios={list(self.upsampling_ratios)}, expected positive integers, as [8, 5, 4, 2]."

@@ -172,13 +172,13 @@ def _clip(clip, name: str) -> np.ndarray:
 
 
 def _check_peak(peak_dbfs: float | None) -> None:
-    if peak_dbfs is not None and not peak_dbfs <= 0:
+    if peak_dbfs is not None and not -np.inf < peak_dbfs <= 0:
         raise ValueError(f"Got peak_dbfs={peak_dbfs}, expected a level of at most 0 dBFS, for example -3.")
 
 
 def _scale_to_peak(clip: np.ndarray, peak_dbfs: float) -> np.ndarray:
     peak = np.abs(clip).max()
-    return clip if peak == 0 else clip * np.float32(10 ** (peak_dbfs / 20) / peak)
+    return clip if peak == 0 else clip / peak * np.float32(10 ** (peak_dbfs / 20))
 
 
 __all__ = ["WavTokenizerFeatureExtractor"]

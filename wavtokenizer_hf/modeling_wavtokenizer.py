@@ -168,29 +168,38 @@ _PRECISION_SWITCHES = {
     "cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn),
 }
 _precision_lock = threading.Lock()
+_precision_users: dict[str, int] = {}  # type of device -> how many blocks of `_full_float32` are being executed
+_precision_before: dict[str, list] = {}  # type of device -> switches to give back, and their values
 
 
 @contextmanager
 def _full_float32(device: torch.device):
-    """No autocast, TF32 or bfloat16 products, whatever the surroundings ask for: each of them changes most codes."""
-    if torch.compiler.is_compiling():  # a compiled graph cannot set switches; it takes those it was compiled under
-        yield
-        return
-    autocast_off = torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
-    switches = _PRECISION_SWITCHES.get(device.type, ())
-    with autocast_off:
-        if all(switch.fp32_precision in ("none", "ieee") for switch in switches):
+    """No autocast, TF32 or bfloat16 products, whatever the surroundings ask for: each of them changes most codes.
+
+    The switches belong to the process, so among several threads the first in sets them and the last out gives them back.
+    A compiled graph cannot set them; it keeps those it was compiled under.
+    """
+    with torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext():
+        if torch.compiler.is_compiling():
             yield
             return
-        with _precision_lock:  # the switches belong to the process: two threads would undo each other's work
-            before = [switch.fp32_precision for switch in switches]
-            try:
-                for switch in switches:
+        with _precision_lock:
+            if _precision_users.get(device.type, 0) == 0:
+                switches = _PRECISION_SWITCHES.get(device.type, ())
+                lower = [(switch, switch.fp32_precision) for switch in switches]
+                lower = [(switch, value) for switch, value in lower if value not in ("none", "ieee")]
+                for switch, _ in lower:
                     switch.fp32_precision = "ieee"
-                yield
-            finally:
-                for switch, value in zip(switches, before, strict=True):
-                    switch.fp32_precision = value
+                _precision_before[device.type] = lower
+            _precision_users[device.type] = _precision_users.get(device.type, 0) + 1
+        try:
+            yield
+        finally:
+            with _precision_lock:
+                _precision_users[device.type] -= 1
+                if _precision_users[device.type] == 0:
+                    for switch, value in _precision_before[device.type]:
+                        switch.fp32_precision = value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,6 +233,11 @@ def _reflect_rows(values: torch.Tensor, lengths: torch.Tensor, left: int, right:
     return F.pad(values, (left, most_right)).scatter_(-1, places, around)
 
 
+def _within(lengths: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor | None:
+    """Lengths of rows as far as they lie within (B, C, N); a row that has ended counts as 1, and nobody looks at it."""
+    return None if lengths is None else lengths.clamp(1, values.shape[-1])
+
+
 class WavTokenizerConv1d(nn.Module):
     """Weight-normalised convolution (B, C, N) -> (B, C', ceil(N / stride)) that reflects the signal at its ends."""
 
@@ -234,6 +248,7 @@ class WavTokenizerConv1d(nn.Module):
         self.stride = stride
         self.right = total // 2
         self.left = total - self.right  # an odd total pads one more on the left
+        self.folded_weight = None  # see WavTokenizerEncoder.folded
 
     def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         if lengths is not None and self.left + self.right > 0:
@@ -242,7 +257,10 @@ class WavTokenizerConv1d(nn.Module):
             extra = -hidden_states.shape[-1] % self.stride  # so that the last window is full
             if self.left + self.right + extra > 0:
                 hidden_states = _reflect(hidden_states, self.left, self.right + extra)
-        return self.conv(hidden_states)
+        weight = self.folded_weight
+        if weight is None or torch.is_grad_enabled():  # another thread may have folded what this one trains
+            return self.conv(hidden_states)
+        return F.conv1d(hidden_states, weight, self.conv.bias, self.stride, dilation=self.conv.dilation)
 
 
 class WavTokenizerResidualBlock(GradientCheckpointingLayer):
@@ -268,31 +286,55 @@ class WavTokenizerResidualBlock(GradientCheckpointingLayer):
 
 
 class WavTokenizerLSTMLayers(nn.RNNBase):
-    """nn.LSTM under another name, since torch.compile refuses to trace that class: (L, B, C) -> (L, B, C)."""
+    """nn.LSTM under another name, since torch.compile refuses to trace that class: (L, B, C) -> (L, B, C), state."""
 
     def __init__(self, channels: int, num_layers: int):
         super().__init__("LSTM", channels, channels, num_layers)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        state = inputs.new_zeros(self.num_layers, inputs.shape[1], self.hidden_size)
-        return torch.lstm(
-            inputs, (state, state), self._flat_weights, self.bias, self.num_layers, 0.0, self.training, False, False
-        )[0]
+    def forward(self, inputs: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None = None):
+        if state is None:
+            zeros = inputs.new_zeros(self.num_layers, inputs.shape[1], self.hidden_size)
+            state = (zeros, zeros)
+        weights = [weight for layer in self.all_weights for weight in layer]
+        output, *state = torch.lstm(
+            inputs, state, weights, self.bias, self.num_layers, 0.0, self.training, False, False
+        )
+        return output, tuple(state)
 
 
 class WavTokenizerLSTM(nn.Module):
-    """(B, C, L) -> (B, C, L): a forward LSTM, its input added to its output."""
+    """(B, C, L) -> (B, C, L): a forward LSTM, its input added to its output; and its state after the last frame."""
 
     def __init__(self, config: WavTokenizerConfig, channels: int):
         super().__init__()
         self.lstm = WavTokenizerLSTMLayers(channels, config.num_lstm_layers)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states + self.lstm(hidden_states.permute(2, 0, 1)).permute(1, 2, 0)
+    def forward(
+        self, hidden_states: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        output, state = self.lstm(hidden_states.permute(2, 0, 1), state)
+        return hidden_states + output.permute(1, 2, 0), state
+
+
+@dataclass
+class EncoderState:
+    """What the encoder keeps of the audio that it has seen, for the audio that is still to come; small and picklable."""
+
+    audio: torch.Tensor | None = None  # (B, 1, N): samples that later frames reach back to, or wait for others
+    audio_start: int = 0  # where the first of them lies, in frames
+    num_convolved: int = 0  # frames that have gone through the convolutions and the LSTM
+    lstm: tuple[torch.Tensor, torch.Tensor] | None = None
+    frames: torch.Tensor | None = None  # (B, C, N): frames after the LSTM that the last convolution still needs
+    frames_start: int = 0
+    num_frames: int = 0  # frames given out
 
 
 class WavTokenizerEncoder(nn.Module):
-    """SEANet encoder: (B, 1, T) -> (B, D, L). `lengths` (B,) are the rows' samples, None without padding."""
+    """SEANet encoder: (B, 1, T) -> (B, D, L). `lengths` (B,) are the rows' samples, None without padding.
+
+    All but the LSTM reaches a fixed distance, and the LSTM runs forward: so audio can come in pieces (`continue_with`), and
+    gives what it gives in one piece.
+    """
 
     def __init__(self, config: WavTokenizerConfig):
         super().__init__()
@@ -308,17 +350,99 @@ class WavTokenizerEncoder(nn.Module):
         layers.append(nn.ELU(inplace=True))
         layers.append(WavTokenizerConv1d(channels, config.hidden_size, config.last_kernel_size))
         self.layers = nn.ModuleList(layers)
+        self.hop_length = config.hop_length
+        self.frames_back, self.frames_ahead = self._reach()
+        self.last_reach = self.layers[-1].left  # frames, to either side
+
+    @contextmanager
+    def folded(self):
+        """Inside, weight norm is folded once and not for each row and chunk; where nothing has to flow back through it."""
+        convs = [module for module in self.modules() if isinstance(module, WavTokenizerConv1d)]
+        offloaded = any(conv.conv.bias.is_meta for conv in convs)  # by accelerate, which loads each when it is called
+        if offloaded or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            yield
+            return
+        try:
+            for conv in convs:
+                conv.folded_weight = conv.conv.weight
+            yield
+        finally:
+            # the first of several threads to leave takes it from the others, which then fold as they go
+            for conv in convs:
+                conv.folded_weight = None
 
     def forward(self, input_values: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        hidden_states = input_values
-        for layer in self.layers:
-            if isinstance(layer, (WavTokenizerConv1d, WavTokenizerResidualBlock)):
-                hidden_states = layer(hidden_states, lengths)
-            else:
+        latents, _ = self.continue_with(input_values, EncoderState(), final=True, lengths=lengths)
+        return latents
+
+    def continue_with(
+        self, audio: torch.Tensor, state: EncoderState, final: bool, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, EncoderState]:
+        """Takes the next piece of audio (B, 1, any) and gives the latents (B, D, any) that are complete with it.
+
+        Each stage works on the new frames and on as many around them as they reach to, and keeps the new ones. `lengths`
+        are those of the whole rows. Nothing can follow a `final` piece: it ends where the audio ends.
+        """
+        hop = self.hop_length
+        audio = audio if state.audio is None else torch.cat([state.audio, audio], dim=-1)
+        end = state.audio_start * hop + audio.shape[-1]  # samples seen
+        first, last = state.num_convolved, -(-end // hop) if final else end // hop - self.frames_ahead
+        frames, lstm = state.frames, state.lstm
+        if last > first:
+            hidden_states = self._convolve(audio, None if lengths is None else lengths - state.audio_start * hop)
+            hidden_states = hidden_states[..., first - state.audio_start : last - state.audio_start]
+            hidden_states, lstm = self.layers[-3](hidden_states, lstm)
+            hidden_states = self.layers[-2](hidden_states)
+            frames = hidden_states if frames is None else torch.cat([frames, hidden_states], dim=-1)
+        last = max(first, last)
+        audio_start = max(0, last - self.frames_back)
+
+        given, ready = state.num_frames, last if final else last - self.last_reach
+        if ready > given:
+            frame_lengths = None if lengths is None else -(-lengths // hop) - state.frames_start
+            latents = self.layers[-1](frames, _within(frame_lengths, frames))
+            latents = latents[..., given - state.frames_start : ready - state.frames_start]
+        else:
+            latents = audio.new_zeros(len(audio), self.layers[-1].conv.out_channels, 0)
+        ready = max(given, ready)
+        frames_start = max(0, ready - self.last_reach)
+        return (
+            latents,
+            EncoderState(
+                audio=audio[..., (audio_start - state.audio_start) * hop :].clone(),  # a view would keep all of it
+                audio_start=audio_start,
+                num_convolved=last,
+                lstm=lstm,
+                frames=None if frames is None else frames[..., frames_start - state.frames_start :].clone(),
+                frames_start=frames_start,
+                num_frames=ready,
+            ),
+        )
+
+    def _convolve(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """The layers before the LSTM: audio (B, 1, T) -> (B, C, ceil(T / hop))."""
+        lengths = _within(lengths, hidden_states)
+        for layer in self.layers[:-3]:
+            if isinstance(layer, nn.ELU):
                 hidden_states = layer(hidden_states)
+                continue
+            hidden_states = layer(hidden_states, lengths)
             if lengths is not None and isinstance(layer, WavTokenizerConv1d):
                 lengths = -(-lengths // layer.stride)
         return hidden_states
+
+    def _reach(self) -> tuple[int, int]:
+        """How many frames the layers before the LSTM reach back and ahead of a frame, mirrored audio at an end included."""
+        back = ahead = 0
+        rate = 1  # samples per time step of the layer at hand
+        for layer in self.layers[:-3]:
+            for conv in layer.modules():
+                if isinstance(conv, WavTokenizerConv1d):
+                    most_right = conv.right + conv.stride - 1
+                    back += max(conv.left, most_right) * rate  # a mirror at the row's end looks back that far
+                    ahead += most_right * rate
+                    rate *= conv.stride
+        return -(-back // self.hop_length), -(-max(ahead + 1 - self.hop_length, 0) // self.hop_length)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,7 +578,8 @@ class WavTokenizerAdaLayerNorm(nn.Module):
         self.scale.initial_value, self.shift.initial_value = 1.0, 0.0  # see _init_weights
 
     def forward(self, hidden_states: torch.Tensor, bandwidth_id: int) -> torch.Tensor:
-        scale, shift = self.scale.weight[bandwidth_id], self.shift.weight[bandwidth_id]
+        row = torch.full((), bandwidth_id, device=hidden_states.device)
+        scale, shift = self.scale(row), self.shift(row)
         return F.layer_norm(hidden_states, scale.shape, scale, shift, self.eps)
 
 
@@ -533,7 +658,7 @@ class WavTokenizerISTFTHead(nn.Module):
         magnitude, phase = self.linear(hidden_states).float().chunk(2, dim=-1)  # (B, L, n_fft / 2 + 1) each
         spectrum = torch.polar(magnitude.exp().clamp(max=100), phase)
         # made here rather than kept in a buffer, which a cast of the model would round
-        window = torch.hann_window(self.n_fft, device=phase.device)
+        window = torch.hann_window(self.n_fft, dtype=torch.float32, device=phase.device)
         frames = torch.fft.irfft(spectrum, n=self.n_fft) * window  # (B, L, n_fft)
         if mask is None:
             return self._overlap_add(frames) / self._overlap_add(window.square().expand(1, *frames.shape[1:]))
@@ -656,12 +781,14 @@ class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):
         super().__init__(config)
         self.encoder = WavTokenizerEncoder(config)
         self.quantizer = WavTokenizerQuantizer(config)
+        self.float()  # from_config(config, dtype=...) builds everything in that dtype
         self.post_init()
 
     def _apply(self, function, *args, **kwargs):
         def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
             moved = function(tensor)
-            return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved
+            lossless = not moved.is_floating_point() or moved.dtype == torch.float32
+            return moved if lossless else tensor.to(moved.device, torch.float32)
 
         return super()._apply(keep_float32, *args, **kwargs)
 
@@ -671,9 +798,10 @@ class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):
         input_values: torch.Tensor,
         padding_mask: torch.Tensor | None = None,
         output_latents: bool = False,
+        chunk_seconds: float | None = None,
     ) -> WavTokenizerEncoderOutput:
         r"""
-        Audio to codes. A row of a padded batch gets the codes that it gets alone.
+        Audio to codes. A row of a padded batch gets the codes that it gets alone, and long audio those of the whole.
 
         Args:
             input_values (`torch.FloatTensor` of shape `(B, 1, T)`): audio at `config.sampling_rate`, nominally in
@@ -681,28 +809,34 @@ class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):
             padding_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real samples, 0 for padding, which may
                 stand on either side and hold anything.
             output_latents (`bool`): also return the encoder's output before it is quantized.
+            chunk_seconds (`float`, *optional*): work on chunks of about this length (rounded up to whole frames), so that
+                memory does not grow with T; the codes are those of the whole. By default 5 s on a CPU for clips above
+                10 s, which is also faster there, and 60 s elsewhere.
 
         Returns:
             [`WavTokenizerEncoderOutput`]: `audio_codes` and `audio_codes_mask` (B, 1, L) with L = ceil(T / hop). A row
             padded on the left has its codes at the right end.
 
-        Raises:
+        Raises (but a compiled graph cannot look at values, and checks shapes and dtypes only):
             ValueError: audio of another shape or dtype, without samples or not finite; a mask of another shape, or one
-                that is not a single run of ones at the row's beginning or end.
+                that is not a single run of ones at the row's beginning or end; `chunk_seconds` not above 0.
         """
         audio, rows = self._read_audio(input_values, padding_mask)
-        latents, audio_codes = self._encode_rows(audio, rows)
-        return self._output(WavTokenizerEncoderOutput, latents, audio_codes, rows, output_latents)
+        chunk_size = self._chunk_size(chunk_seconds, audio)
+        with self.encoder.folded():
+            latents, audio_codes = self._encode_rows(audio, rows, output_latents, chunk_size)
+        return self._output(WavTokenizerEncoderOutput, latents, audio_codes, rows)
 
     def forward(
         self,
         input_values: torch.Tensor,
         padding_mask: torch.Tensor | None = None,
         output_latents: bool = False,
+        chunk_seconds: float | None = None,
         **kwargs,
     ) -> WavTokenizerEncoderOutput:
         """The same as [`~WavTokenizerEncoderModel.encode`]."""
-        return self.encode(input_values, padding_mask, output_latents, **kwargs)
+        return self.encode(input_values, padding_mask, output_latents, chunk_seconds, **kwargs)
 
     def decode(self, *args, **kwargs):
         raise ValueError(
@@ -730,32 +864,74 @@ class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):
             raise ValueError(f"Row {row} of input_values holds NaN or infinite samples. Repair or drop the clip.")
         return audio, rows
 
-    def _encode_rows(self, audio: torch.Tensor, rows: Rows | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Audio (B, 1, T), rows at the front -> latents (B, D, L) and codes (B, 1, L), rows at the front."""
+    def encode_piece(
+        self, audio: torch.Tensor, state: EncoderState, final: bool, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, EncoderState]:
+        """Codes of audio that comes in pieces; `long_audio.EncodeStream` is the comfortable way to this.
+
+        Args:
+            audio (`torch.FloatTensor` of shape `(B, 1, any)`): the next piece, float32.
+            state (`EncoderState`): `EncoderState()` for the first piece, then what the call before returned.
+            final (`bool`): whether the audio ends with this piece.
+            lengths (`torch.LongTensor` of shape `(B,)`, *optional*): samples of the whole rows, if they differ.
+
+        Returns:
+            `latents` (B, D, n) and `audio_codes` (B, 1, n) of the n >= 0 frames that are complete now, and the new state.
+        """
+        with _full_float32(audio.device):
+            latents, state = self.encoder.continue_with(audio, state, final, lengths)
+            return latents, self.quantizer.encode(latents), state
+
+    def _chunk_size(self, chunk_seconds: float | None, audio: torch.Tensor) -> int:
+        """Samples in a chunk: a whole number of hops, or all that there are."""
+        if chunk_seconds is None:
+            automatic, above = (5, 10) if audio.device.type == "cpu" else (60, 60)
+            if torch.compiler.is_compiling() or audio.shape[-1] <= above * self.config.sampling_rate:
+                return audio.shape[-1]
+            chunk_seconds = automatic
+        if not chunk_seconds > 0:
+            raise ValueError(f"Got chunk_seconds={chunk_seconds}, expected more than 0, or None for automatic chunks.")
+        return math.ceil(chunk_seconds * self.config.frame_rate) * self.config.hop_length
+
+    def _encode_rows(
+        self, audio: torch.Tensor, rows: Rows | None, output_latents: bool, chunk_size: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Audio (B, 1, T), rows at the front -> latents (B, D, L) or None, and codes (B, 1, L), rows at the front."""
         if _one_by_one(audio) and (len(audio) > 1 or rows is not None):
             lengths = [audio.shape[-1]] * len(audio) if rows is None else rows.lengths.tolist()
-            alone = [self._encode_rows(audio[row : row + 1, :, :length], None) for row, length in enumerate(lengths)]
+            cut_rows = (audio[row : row + 1, :, :length] for row, length in enumerate(lengths))
+            alone = [self._encode_rows(cut_row, None, output_latents, chunk_size) for cut_row in cut_rows]
             size = -(-audio.shape[-1] // self.config.hop_length)
             latents, audio_codes = (
-                torch.cat([F.pad(values, (0, size - values.shape[-1])) for values in rows_of])
-                for rows_of in zip(*alone, strict=True)
+                torch.cat([F.pad(values, (0, size - values.shape[-1])) for values in of_rows])
+                if of_rows[0] is not None
+                else None
+                for of_rows in zip(*alone, strict=True)
             )
             return latents, audio_codes
-        with _full_float32(audio.device):
-            latents = self.encoder(audio, None if rows is None else rows.lengths)
-            return latents, self.quantizer.encode(latents)
+        *pieces, rest = audio.split(chunk_size, dim=-1)
+        if pieces:  # the last chunk takes the rest: some libraries order the sums of a very short one in another way
+            rest = torch.cat([pieces.pop(), rest], dim=-1)
+        pieces.append(rest)
+        state, latents, audio_codes = EncoderState(), [], []
+        for index, piece in enumerate(pieces):
+            new_latents, new_codes, state = self.encode_piece(
+                piece, state, final=index == len(pieces) - 1, lengths=None if rows is None else rows.lengths
+            )
+            audio_codes.append(new_codes)
+            if output_latents:
+                latents.append(new_latents)
+        return torch.cat(latents, dim=-1) if output_latents else None, torch.cat(audio_codes, dim=-1)
 
-    def _output(self, output_class, latents, audio_codes, rows: Rows | None, output_latents: bool, **fields):
+    def _output(self, output_class, latents, audio_codes, rows: Rows | None, **fields):
         """Puts the codes and latents of each row where its audio was, beside a mask that says so."""
         if rows is None:
             mask = torch.ones_like(audio_codes, dtype=torch.bool)
         else:
             frames = rows.frames(self.config.hop_length)
             audio_codes, mask = frames.to_place(audio_codes), frames.mask()
-            latents = frames.to_place(latents) if output_latents else None
-        return output_class(
-            audio_codes=audio_codes, audio_codes_mask=mask, latents=latents if output_latents else None, **fields
-        )
+            latents = None if latents is None else frames.to_place(latents)
+        return output_class(audio_codes=audio_codes, audio_codes_mask=mask, latents=latents, **fields)
 
 
 class WavTokenizerModel(WavTokenizerPreTrainedModel):
@@ -779,10 +955,11 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         input_values: torch.Tensor,
         padding_mask: torch.Tensor | None = None,
         output_latents: bool = False,
+        chunk_seconds: float | None = None,
         **kwargs,
     ) -> WavTokenizerEncoderOutput:
         """Audio to codes; see [`WavTokenizerEncoderModel.encode`]."""
-        return self.encoder_model.encode(input_values, padding_mask, output_latents, **kwargs)
+        return self.encoder_model.encode(input_values, padding_mask, output_latents, chunk_seconds, **kwargs)
 
     @can_return_tuple
     def decode(
@@ -801,9 +978,10 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
                 may stand on either side and hold anything.
 
         Returns:
-            [`WavTokenizerDecoderOutput`]: `audio_values` (B, 1, L * hop), float32, zero where the mask is zero.
+            [`WavTokenizerDecoderOutput`]: `audio_values` (B, 1, L * hop), float32, zero where the mask is zero. A row
+            padded on the left has its audio at the right end.
 
-        Raises:
+        Raises (but a compiled graph cannot look at values, and checks shapes and dtypes only):
             ValueError: codes of another shape or dtype or outside [0, K); a mask as refused by `encode`; a
                 `bandwidth_id` outside [0, config.adanorm_num_embeddings).
         """
@@ -831,19 +1009,24 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         """
         audio, rows = self.encoder_model._read_audio(input_values, padding_mask)
         self._check_bandwidth_id(bandwidth_id)
-        latents, audio_codes = self.encoder_model._encode_rows(audio, rows)
+        chunk_size = self.encoder_model._chunk_size(None, audio)
+        with self.encoder_model.encoder.folded():
+            latents, audio_codes = self.encoder_model._encode_rows(audio, rows, output_latents, chunk_size)
         frames = None if rows is None else rows.frames(self.config.hop_length)
         audio_values = self._decode_rows(audio_codes, frames, bandwidth_id)[..., : input_values.shape[-1]]
         if rows is not None:
             audio_values = rows.to_place(audio_values)
-        return self.encoder_model._output(
-            WavTokenizerOutput, latents, audio_codes, rows, output_latents, audio_values=audio_values
-        )
+        return self.encoder_model._output(WavTokenizerOutput, latents, audio_codes, rows, audio_values=audio_values)
 
     def _read_codes(self, audio_codes: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, Rows | None]:
         """Checks the caller's codes -> codes (B, 1, L), int64, with their rows at the front, and where those were."""
         is_tensor = isinstance(audio_codes, torch.Tensor)
-        if not is_tensor or audio_codes.is_floating_point() or audio_codes.dtype in (torch.bool, torch.complex64):
+        if (
+            not is_tensor
+            or audio_codes.is_floating_point()
+            or audio_codes.is_complex()
+            or audio_codes.dtype == torch.bool
+        ):
             got = audio_codes.dtype if is_tensor else type(audio_codes).__name__
             raise ValueError(f"Got audio_codes of type {got}, expected an integer tensor.")
         if audio_codes.ndim != 3 or audio_codes.shape[1] != 1 or audio_codes.numel() == 0:
@@ -865,9 +1048,9 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         return audio_codes, rows
 
     def _check_bandwidth_id(self, bandwidth_id: int) -> None:
-        if not 0 <= bandwidth_id < self.config.adanorm_num_embeddings:
+        if type(bandwidth_id) is not int or not 0 <= bandwidth_id < self.config.adanorm_num_embeddings:
             raise ValueError(
-                f"Got bandwidth_id={bandwidth_id}, expected 0 to {self.config.adanorm_num_embeddings - 1}; "
+                f"Got bandwidth_id={bandwidth_id}, expected an int from 0 to {self.config.adanorm_num_embeddings - 1}; "
                 "the original always decodes with 0."
             )
 

@@ -2,7 +2,8 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,10 @@ class TokenFile:
             raise ValueError(
                 f"Got codes from {codes.min()} to {codes.max()}, expected 0 to {np.iinfo(np.uint16).max}."
             )
+        if self.hop_length < 1 or self.sampling_rate < 1:
+            raise ValueError(
+                f"Got hop_length={self.hop_length} and sampling_rate={self.sampling_rate}, expected at least 1 each."
+            )
         if -(-self.num_samples // self.hop_length) != codes.size:
             raise ValueError(
                 f"Got {codes.size} codes for {self.num_samples} samples at {self.hop_length} samples per code, "
@@ -47,14 +52,14 @@ class TokenFile:
             )
         self.audio_codes = codes.astype(np.uint16)
 
-    def save(self, path: str | os.PathLike) -> Path:
-        """Writes the file as the ending of `path` says, under a temporary name first.
+    def save(self, path: str | os.PathLike, format: str | None = None) -> Path:
+        """Writes the file under a temporary name first; `format` is by default what the ending of `path` says.
 
-        `.safetensors` (`audio_codes` uint16 (L,), the rest as metadata) and `.json` keep everything; `.npy` and `.txt`
-        (numbers on one line) keep the codes alone.
+        `safetensors` (`audio_codes` uint16 (L,), the rest as metadata) and `json` keep everything; `npy` and `txt`
+        (numbers on one line) keep the codes alone. Raises ValueError for another format.
         """
         path = Path(path)
-        content = self.to_bytes(path.suffix[1:])
+        content = self.to_bytes(format or path.suffix[1:])
         partial = path.with_name(path.name + ".partial")
         try:
             partial.write_bytes(content)
@@ -72,8 +77,6 @@ class TokenFile:
         if format == "txt":
             return (" ".join(map(str, self.audio_codes.tolist())) + "\n").encode()
         if format == "npy":
-            from io import BytesIO
-
             buffer = BytesIO()
             np.save(buffer, self.audio_codes)
             return buffer.getvalue()
@@ -102,13 +105,9 @@ class TokenFile:
             raise ValueError(f"{path} is not a token file of wavtokenizer_hf: {error}") from error
 
     def _metadata(self) -> dict:
-        return {
-            "model": self.model,
-            "codebook_fingerprint": self.codebook_fingerprint,
-            "sampling_rate": self.sampling_rate,
-            "hop_length": self.hop_length,
-            "num_samples": self.num_samples,
-        }
+        fields = asdict(self)
+        del fields["audio_codes"]
+        return fields
 
 
 FORMATS = ("safetensors", "json", "npy", "txt")

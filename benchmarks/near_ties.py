@@ -1,0 +1,65 @@
+"""How often a code differs between a row alone and the same row in a padded batch that goes through the masks.
+
+    python benchmarks/near_ties.py [--rate 75] [--batches 20]
+
+Random batches of 8 rows of 1 sample to 3 s, noise and the formula's speech-like signal, on the reference checkpoint,
+padded left and right in turn. Also prints the largest relative gap between the nearest and the second-nearest entry among
+the codes that differ: small means that float32 could not tell.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures"), str(ROOT / "benchmarks")]
+
+import formula  # noqa: E402
+from compare_with_original import reference_folder  # noqa: E402
+
+import wavtokenizer_hf.modeling_wavtokenizer as modeling  # noqa: E402
+from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", type=int, choices=(40, 75), default=75, help="tokens per second (default 75)")
+    parser.add_argument("--batches", type=int, default=20, help="batches of 8 rows (default 20)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "benchmarks", help="folder for the checkpoint")
+    arguments = parser.parse_args()
+    model = WavTokenizerModel.from_pretrained(reference_folder(arguments.work, arguments.rate)).eval()
+    model = model.to(arguments.device)
+    modeling._one_by_one = lambda audio: False  # through the masks on a CPU too
+    entries = model.quantizer.codebook.embed.double()
+    rng, speech = np.random.default_rng(0), formula.waveform("speechlike", 10)
+    differ, total, gap = 0, 0, 0.0
+    for batch in range(arguments.batches):
+        clips = []
+        for row in range(8):
+            length = int(rng.integers(1, 72001))
+            start = int(rng.integers(0, len(speech) - length))
+            noise = (0.1 * rng.standard_normal(length)).astype(np.float32)
+            clips.append(noise if row % 2 else speech[start : start + length])
+        extractor = WavTokenizerFeatureExtractor(padding_side="left" if batch % 2 else "right")
+        inputs = extractor(clips, sampling_rate=24000, return_tensors="pt").to(arguments.device)
+        with torch.inference_mode():
+            together = model.encode(**inputs)
+            for row, clip in enumerate(clips):
+                clip = torch.from_numpy(clip)[None, None].to(arguments.device)
+                alone = model.encode(clip, output_latents=True)
+                other = together.audio_codes[row, 0][together.audio_codes_mask[row, 0]] != alone.audio_codes[0, 0]
+                differ, total = differ + int(other.sum()), total + other.numel()
+                if other.any():
+                    latents = alone.latents[0].T[other].double()
+                    nearest = torch.cdist(latents, entries).topk(2, largest=False).values
+                    gap = max(gap, (1 - nearest[:, 0] / nearest[:, 1]).max().item())
+    print(f"{arguments.rate} tokens/s, {arguments.device}: {differ} of {total} codes differ, largest gap {gap:.1e}")
+
+
+if __name__ == "__main__":
+    main()
