@@ -16,7 +16,7 @@ import torch
 
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures" / "reference"), str(ROOT / "benchmarks")]
 
 import formula  # noqa: E402
 from compare_with_original import reference_folder  # noqa: E402

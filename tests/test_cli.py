@@ -125,7 +125,7 @@ def test_codes_of_another_codebook_are_refused_with_both_fingerprints(
     own = tiny_model.codebook_fingerprint
     tiny_model.quantizer.codebook.embed.data.add_(1)
     tiny_model.save_pretrained(tmp_path / "other")
-    assert main(["decode", tokens, "-m", str(tmp_path / "other"), "-o", str(tmp_path / "decoded.wav")]) == 1
+    assert main(["decode", tokens, "-m", str(tmp_path / "other"), "-o", str(tmp_path / "decoded.wav")]) == 2
     printed = capsys.readouterr().err
     assert own in printed and tiny_model.codebook_fingerprint in printed
     assert not (tmp_path / "decoded.wav").exists()
@@ -215,7 +215,7 @@ def test_the_format_asked_for_wins_over_the_ending(model_folder, sound, tmp_path
 
 def test_a_sound_is_not_overwritten_by_its_own_reconstruction(model_folder, sound, capsys):
     before = sound.read_bytes()
-    assert main(["reconstruct", str(sound), "-m", model_folder, "-o", str(sound)]) == 1
+    assert main(["reconstruct", str(sound), "-m", model_folder, "-o", str(sound)]) == 2
     assert sound.read_bytes() == before
 
 
@@ -246,8 +246,9 @@ def test_a_token_file_refuses_what_makes_no_sense(changes, message):
 
 
 @pytest.mark.parametrize("name", ["tokens.safetensors", "tokens.json", "tokens.npy", "tokens.txt"])
-def test_a_damaged_token_file_fails_alone(name, model_folder, tmp_path, capsys):
+def test_a_damaged_token_file_is_refused_in_one_line(name, model_folder, tmp_path, capsys):
     (tmp_path / name).write_bytes(b'{"audio_codes": [1, 2')
-    assert main(["decode", str(tmp_path / name), "-m", model_folder, "-o", str(tmp_path / "x.wav")]) == 1
-    assert name in capsys.readouterr().err
+    assert main(["decode", str(tmp_path / name), "-m", model_folder, "-o", str(tmp_path / "x.wav")]) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert len([line for line in printed if line.startswith("wavtokenizer decode: ") and name in line]) == 1
     assert not (tmp_path / "x.wav").exists()

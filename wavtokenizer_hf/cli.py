@@ -1,7 +1,7 @@
 """The command line: `wavtokenizer encode | decode | reconstruct | convert | info`.
 
-Exit codes: 0, all went well; 1, some files failed (each is named with its reason, the others are done); 2, the command
-cannot be carried out as given.
+Exit codes: 0, all went well; 1, some of several files failed (each is named with its reason, the others are done); 2, the
+command cannot be carried out as given.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="wavtokenizer",
         description="24 kHz audio to one stream of 40 or 75 tokens per second, and back.",
-        epilog="Exit codes: 0 all went well, 1 some files failed and the others are done, 2 cannot be carried out.",
+        epilog="Exit codes: 0 all went well, 1 some of several files failed and the others are done, 2 cannot be done as given.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -296,6 +296,8 @@ def _each(jobs: list[tuple[Path, Path | None]], work: Callable, arguments, quiet
                 target.parent.mkdir(parents=True, exist_ok=True)
             figures = work(source, target)
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            if len(jobs) == 1:
+                raise ValueError(f"{source}: {error}") from error
             failures += 1
             result = {"input": str(source), "error": str(error)}
             message = f"{source}: failed: {error}"

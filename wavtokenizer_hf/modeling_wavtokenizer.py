@@ -380,8 +380,9 @@ class WavTokenizerEncoder(nn.Module):
     ) -> tuple[torch.Tensor, EncoderState]:
         """Takes the next piece of audio (B, 1, any) and gives the latents (B, D, any) that are complete with it.
 
-        Each stage works on the new frames and on as many around them as they reach to, and keeps the new ones. `lengths`
-        are those of the whole rows. Nothing can follow a `final` piece: it ends where the audio ends.
+        Each stage works on the new frames and on as many around them as they reach to, and keeps the new ones: so what it
+        mirrors at the ends of a piece shows only where the audio itself ends. `lengths` are those of the whole rows.
+        Nothing can follow a `final` piece.
         """
         hop = self.hop_length
         audio = audio if state.audio is None else torch.cat([state.audio, audio], dim=-1)
@@ -768,6 +769,11 @@ def _one_by_one(audio: torch.Tensor) -> bool:
     return audio.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def _stack(rows: tuple[torch.Tensor, ...], size: int) -> torch.Tensor:
+    """Rows (1, C, any) -> (B, C, size), zeros after each."""
+    return torch.cat([F.pad(row, (0, size - row.shape[-1])) for row in rows])
+
+
 class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):
     """Encoder and quantizer: audio to codes. Loads from the files of a whole WavTokenizer, or from its own.
 
@@ -901,14 +907,9 @@ class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):
             lengths = [audio.shape[-1]] * len(audio) if rows is None else rows.lengths.tolist()
             cut_rows = (audio[row : row + 1, :, :length] for row, length in enumerate(lengths))
             alone = [self._encode_rows(cut_row, None, output_latents, chunk_size) for cut_row in cut_rows]
+            latents, audio_codes = zip(*alone, strict=True)
             size = -(-audio.shape[-1] // self.config.hop_length)
-            latents, audio_codes = (
-                torch.cat([F.pad(values, (0, size - values.shape[-1])) for values in of_rows])
-                if of_rows[0] is not None
-                else None
-                for of_rows in zip(*alone, strict=True)
-            )
-            return latents, audio_codes
+            return _stack(latents, size) if output_latents else None, _stack(audio_codes, size)
         *pieces, rest = audio.split(chunk_size, dim=-1)
         if pieces:  # the last chunk takes the rest: some libraries order the sums of a very short one in another way
             rest = torch.cat([pieces.pop(), rest], dim=-1)
