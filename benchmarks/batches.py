@@ -20,8 +20,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import wavtokenizer_hf.modeling_wavtokenizer as modeling  # noqa: E402
-from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel  # noqa: E402
+import wavtokenizer_hf.modeling_wavtokenizer as modeling
+from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
 
 
 def main() -> None:

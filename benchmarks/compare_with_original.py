@@ -20,12 +20,12 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures"), str(ROOT / "benchmarks")]
 
-import build_checkpoint  # noqa: E402
-import formula  # noqa: E402
-import original  # noqa: E402
+import build_checkpoint
+import formula
+import original
 
-from conversion.convert import convert  # noqa: E402
-from wavtokenizer_hf import WavTokenizerModel  # noqa: E402
+from conversion.convert import convert
+from wavtokenizer_hf import WavTokenizerModel
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerEncoderModel  # noqa: E402
-from wavtokenizer_hf.long_audio import EncodeStream  # noqa: E402
+from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerEncoderModel
+from wavtokenizer_hf.long_audio import EncodeStream
 
 
 def main() -> None:

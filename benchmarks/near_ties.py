@@ -18,11 +18,11 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures" / "reference"), str(ROOT / "benchmarks")]
 
-import formula  # noqa: E402
-from compare_with_original import reference_folder  # noqa: E402
+import formula
+from compare_with_original import reference_folder
 
-import wavtokenizer_hf.modeling_wavtokenizer as modeling  # noqa: E402
-from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel  # noqa: E402
+import wavtokenizer_hf.modeling_wavtokenizer as modeling
+from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel
 
 
 def main() -> None:

@@ -15,12 +15,12 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures")]
 
-import build_checkpoint  # noqa: E402  (a script beside the golden data)
+import build_checkpoint  # a script beside the golden data
 
-from conversion.convert import convert  # noqa: E402
-from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel, audio  # noqa: E402
-from wavtokenizer_hf.plots import plot_reconstruction  # noqa: E402
-from wavtokenizer_hf.token_file import TokenFile  # noqa: E402
+from conversion.convert import convert
+from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel, audio
+from wavtokenizer_hf.plots import plot_reconstruction
+from wavtokenizer_hf.token_file import TokenFile
 
 
 def main() -> None:

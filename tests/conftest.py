@@ -16,9 +16,9 @@ FIXTURES = Path(__file__).parent / "fixtures"
 REFERENCE = FIXTURES / "reference"
 sys.path[:0] = [str(FIXTURES), str(FIXTURES.parent.parent)]  # build_checkpoint, and conversion in a plain checkout
 
-import build_checkpoint  # noqa: E402
+import build_checkpoint
 
-from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel  # noqa: E402
+from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
 
 
 @pytest.fixture(scope="session", params=[75, 40], ids=["75_per_s", "40_per_s"])

@@ -40,9 +40,9 @@ def _stand_in(module_name: str, class_name: str) -> None:
 _stand_in("transformers_tests.exporters.test_export", "ExportTesterMixin")
 _stand_in("transformers_tests.generation.test_utils", "GenerationTesterMixin")
 
-from transformers_tests import test_modeling_common  # noqa: E402
-from transformers_tests.test_modeling_common import ModelTesterMixin  # noqa: E402
-from transformers_tests.test_sequence_feature_extraction_common import (  # noqa: E402
+from transformers_tests import test_modeling_common
+from transformers_tests.test_modeling_common import ModelTesterMixin
+from transformers_tests.test_sequence_feature_extraction_common import (
     SequenceFeatureExtractionTestMixin,
 )
 
