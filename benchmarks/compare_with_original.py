@@ -12,6 +12,7 @@ import argparse
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,13 +55,13 @@ def main() -> None:
             codes = original.encode(theirs, audio)
             encode = _times(
                 arguments.rounds,
-                lambda: original.encode(theirs, audio),  # noqa: B023  (called within this round of the loop)
-                lambda: ours.encode(audio[None]),  # noqa: B023
+                partial(original.encode, theirs, audio),
+                partial(ours.encode, audio[None]),
             )
             decode = _times(
                 arguments.rounds,
-                lambda: original.decode(theirs, codes),  # noqa: B023
-                lambda: ours.decode(codes[None]),  # noqa: B023
+                partial(original.decode, theirs, codes),
+                partial(ours.decode, codes[None]),
             )
             differ = int((ours.encode(audio[None]).audio_codes[0] != codes).sum())
             apart = (ours.decode(codes[None]).audio_values[0] - original.decode(theirs, codes)).abs().max().item()

@@ -204,12 +204,12 @@ def test_each_row_of_a_batch_can_be_padded_on_its_own_side(tiny_model, way):
     assert torch.equal(encoded.audio_codes[1, :, :5], tiny_model.encode(audio[1:, :, :70]).audio_codes[0])
 
 
-@pytest.mark.parametrize("stride", [1, 2, 5, 8])
-@pytest.mark.parametrize("kernel_size", [3, 7, 10, 16])
+@pytest.mark.parametrize(
+    ("kernel_size", "stride"),
+    [(kernel_size, stride) for kernel_size in (3, 7, 10, 16) for stride in (1, 2, 5, 8) if kernel_size >= stride],
+)
 def test_reflection_follows_the_rule_of_the_architecture(kernel_size, stride):
     """Against the rule as architecture.md words it, number by number."""
-    if kernel_size < stride:
-        pytest.skip("a window shorter than its step never occurs")
     total = kernel_size - stride
     right = total // 2
     left = total - right

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 
+from .token_file import FORMATS
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. `argv` are the arguments without the program's name; default: those of the process."""
@@ -46,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(encode)
     encode.add_argument(
         "--format",
-        choices=("safetensors", "json", "npy", "txt"),
+        choices=FORMATS,
         help="of token files; default: the ending of OUTPUT, else safetensors. safetensors and json remember the "
         "model and the exact length, npy and txt hold the numbers alone",
     )
@@ -120,7 +122,7 @@ def _encode(arguments) -> int:
 
     to_stdout = arguments.output == "-"
     named_format = Path(arguments.output).suffix[1:]
-    known = named_format in ("safetensors", "json", "npy", "txt")
+    known = named_format in FORMATS
     format = arguments.format or (named_format if known and len(arguments.inputs) == 1 else "safetensors")
     jobs = _jobs(arguments.inputs, arguments.output, audio.SUFFIXES, f".{format}")
     model = _load_model(arguments, encoder_only=True)
@@ -152,7 +154,7 @@ def _encode(arguments) -> int:
 def _decode(arguments) -> int:
     from . import audio
 
-    jobs = _sound_jobs(arguments, (".safetensors", ".json", ".npy", ".txt"))
+    jobs = _sound_jobs(arguments, tuple(f".{format}" for format in FORMATS))
     model = _load_model(arguments)
 
     def work(source: Path, target: Path) -> dict:
