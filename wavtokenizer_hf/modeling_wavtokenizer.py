@@ -202,6 +202,35 @@ def _full_float32(device: torch.device):
                         switch.fp32_precision = value
 
 
+# torch's usual products on a CPU, MKL's, are far slower on AMD's processors than oneDNN's, and as fast on Intel's. These are
+# the operators that torch.compile's own CPU backend calls; builds of torch for other processors may lack them.
+_HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+def _pays_by_onednn(values: torch.Tensor) -> bool:
+    """Whether products of these values are for oneDNN, whose operators know no gradients: inference on a CPU."""
+    usual = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    return _HAS_ONEDNN and values.device.type == "cpu" and not usual
+
+
+def _product(
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    onto: torch.Tensor | None = None,
+    gelu: bool = False,
+) -> torch.Tensor:
+    """inputs (..., C) x weight (C', C) transposed + bias, then GELU if asked for, then + `onto` -> (..., C')."""
+    if not _pays_by_onednn(inputs):
+        output = F.linear(inputs, weight, bias)
+        output = F.gelu(output) if gelu else output
+        return output if onto is None else onto + output
+    if onto is None:
+        activation, algorithm = ("gelu", "none") if gelu else ("none", "")
+        return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, activation, [], algorithm)
+    return torch.ops.mkldnn._linear_pointwise.binary(inputs, onto, weight, bias, "add")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoder: input_values (B, 1, T) -> latents (B, D, L)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,7 +268,10 @@ def _within(lengths: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor 
 
 
 class WavTokenizerConv1d(nn.Module):
-    """Weight-normalised convolution (B, C, N) -> (B, C', ceil(N / stride)) that reflects the signal at its ends."""
+    """Weight-normalised convolution (B, C, N) -> (B, C', ceil(N / stride)) that reflects the signal at its ends.
+
+    With `elu`, of the ELU of its input; `onto` (B, C', ceil(N / stride)) is added to what comes out.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, dilation: int = 1):
         super().__init__()
@@ -248,19 +280,77 @@ class WavTokenizerConv1d(nn.Module):
         self.stride = stride
         self.right = total // 2
         self.left = total - self.right  # an odd total pads one more on the left
-        self.folded_weight = None  # see WavTokenizerEncoder.folded
+        self._folded = None  # see _taps
 
-    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        elu: bool = False,
+        onto: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        right = self.right + -hidden_states.shape[-1] % self.stride  # so that the last window is full
+        if lengths is None and self._pays_as_products(hidden_states, right):
+            return self._as_products(hidden_states, right, elu, onto)
+        padded = hidden_states
         if lengths is not None and self.left + self.right > 0:
-            hidden_states = _reflect_rows(hidden_states, lengths, self.left, self.right, self.stride)
+            padded = _reflect_rows(hidden_states, lengths, self.left, self.right, self.stride)
+        elif self.left + right > 0:
+            padded = _reflect(hidden_states, self.left, right)
+        if elu:
+            padded = F.elu(padded, inplace=padded is not hidden_states)
+        output = self.conv(padded)
+        return output if onto is None else onto + output
+
+    def _pays_as_products(self, hidden_states: torch.Tensor, right: int) -> bool:
+        return (
+            _pays_by_onednn(hidden_states)
+            and len(hidden_states) == 1
+            and hidden_states.shape[-1] > max(self.left, right)  # long enough to be reflected
+            and self.conv.dilation == (1,)
+            and not self.conv.bias.is_meta  # offloaded by accelerate, which loads it when self.conv is called
+        )
+
+    def _as_products(
+        self, hidden_states: torch.Tensor, right: int, elu: bool, onto: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The same for one clip (1, C, N) that lies in memory time step after time step, as what comes out then does.
+
+        A block of `stride` time steps is one run of memory there, and a window is a few blocks. So the convolution is one
+        product for each block of the window, of all blocks from that one on, and no window has to be copied.
+        """
+        steps = hidden_states[0].t()  # (N, C)
+        padded = steps.new_empty(self.left + len(steps) + right, steps.shape[1])
+        inside = padded[self.left : self.left + len(steps)]
+        torch.ops.aten.elu.out(steps, out=inside) if elu else inside.copy_(steps)
+        padded[: self.left] = inside[1 : 1 + self.left].flip(0)
+        padded[self.left + len(steps) :] = inside[-1 - right : -1].flip(0)
+        taps = self._taps()
+        if steps.shape[1] == 1:  # windows as small as these are worth a copy
+            blocks = padded[:, 0].unfold(0, self.conv.kernel_size[0], self.stride)
         else:
-            extra = -hidden_states.shape[-1] % self.stride  # so that the last window is full
-            if self.left + self.right + extra > 0:
-                hidden_states = _reflect(hidden_states, self.left, self.right + extra)
-        weight = self.folded_weight
-        if weight is None or torch.is_grad_enabled():  # another thread may have folded what this one trains
-            return self.conv(hidden_states)
-        return F.conv1d(hidden_states, weight, self.conv.bias, self.stride, dilation=self.conv.dilation)
+            blocks = padded.view(-1, self.stride * steps.shape[1])
+        length = len(blocks) - len(taps) + 1
+        output = _product(blocks[:length], taps[0], self.conv.bias, None if onto is None else onto[0].t())
+        for place, tap in enumerate(taps[1:], start=1):
+            output = _product(blocks[place : place + length], tap, onto=output)
+        return output.t()[None]
+
+    def _taps(self) -> list[torch.Tensor]:
+        """The weight, folded and cut into blocks of `stride` time steps (C', stride * C), as oneDNN wants them.
+
+        Kept until it changes. A change through `.data` counts nowhere, but shows in the gains.
+        """
+        parametrization = self.conv.parametrizations.weight
+        gain, direction = parametrization.original0, parametrization.original1
+        versions = [(tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in (gain, direction)]
+        if self._folded is None or self._folded[0] != versions or not torch.equal(self._folded[1], gain):
+            weight = self.conv.weight.transpose(1, 2)  # (C', K, C)
+            size = weight.shape[1] if weight.shape[2] == 1 else self.stride
+            taps = [tap.flatten(1).contiguous() for tap in weight.split(size, dim=1)]
+            taps = [torch.ops.mkldnn._reorder_linear_weight(tap, None) for tap in taps]
+            self._folded = versions, gain.clone(), taps
+        return self._folded[2]
 
 
 class WavTokenizerResidualBlock(GradientCheckpointingLayer):
@@ -271,18 +361,18 @@ class WavTokenizerResidualBlock(GradientCheckpointingLayer):
         inner = channels // config.compress
         self.block = nn.ModuleList(
             [
-                nn.ELU(),
+                nn.ELU(),  # computed by the convolution after it, as all are
                 WavTokenizerConv1d(channels, inner, config.residual_kernel_size, dilation=dilation),
-                nn.ELU(inplace=True),
+                nn.ELU(),
                 WavTokenizerConv1d(inner, channels, 1),
             ]
         )
         self.shortcut = WavTokenizerConv1d(channels, channels, 1)
 
     def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        elu, widen, inner_elu, project = self.block
-        inner = project(inner_elu(widen(elu(hidden_states), lengths)))
-        return self.shortcut(hidden_states) + inner
+        _, narrow, _, widen = self.block
+        inner = narrow(hidden_states, lengths, elu=True)
+        return widen(inner, elu=True, onto=self.shortcut(hidden_states))
 
 
 class WavTokenizerLSTMLayers(nn.RNNBase):
@@ -343,33 +433,16 @@ class WavTokenizerEncoder(nn.Module):
         for stride in reversed(config.upsampling_ratios):
             for layer in range(config.num_residual_layers):
                 layers.append(WavTokenizerResidualBlock(config, channels, config.dilation_growth_rate**layer))
-            layers.append(nn.ELU(inplace=True))
+            layers.append(nn.ELU())
             layers.append(WavTokenizerConv1d(channels, 2 * channels, 2 * stride, stride))
             channels *= 2
         layers.append(WavTokenizerLSTM(config, channels))
-        layers.append(nn.ELU(inplace=True))
+        layers.append(nn.ELU())
         layers.append(WavTokenizerConv1d(channels, config.hidden_size, config.last_kernel_size))
         self.layers = nn.ModuleList(layers)
         self.hop_length = config.hop_length
         self.frames_back, self.frames_ahead = self._reach()
         self.last_reach = self.layers[-1].left  # frames, to either side
-
-    @contextmanager
-    def folded(self):
-        """Inside, weight norm is folded once and not for each row and chunk; where nothing has to flow back through it."""
-        convs = [module for module in self.modules() if isinstance(module, WavTokenizerConv1d)]
-        offloaded = any(conv.conv.bias.is_meta for conv in convs)  # by accelerate, which loads each when it is called
-        if offloaded or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            yield
-            return
-        try:
-            for conv in convs:
-                conv.folded_weight = conv.conv.weight
-            yield
-        finally:
-            # the first of several threads to leave takes it from the others, which then fold as they go
-            for conv in convs:
-                conv.folded_weight = None
 
     def forward(self, input_values: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         latents, _ = self.continue_with(input_values, EncoderState(), final=True, lengths=lengths)
@@ -393,7 +466,6 @@ class WavTokenizerEncoder(nn.Module):
             hidden_states = self._convolve(audio, None if lengths is None else lengths - state.audio_start * hop)
             hidden_states = hidden_states[..., first - state.audio_start : last - state.audio_start]
             hidden_states, lstm = self.layers[-3](hidden_states, lstm)
-            hidden_states = self.layers[-2](hidden_states)
             frames = hidden_states if frames is None else torch.cat([frames, hidden_states], dim=-1)
         last = max(first, last)
         audio_start = max(0, last - self.frames_back)
@@ -401,7 +473,7 @@ class WavTokenizerEncoder(nn.Module):
         given, ready = state.num_frames, last if final else last - self.last_reach
         if ready > given:
             frame_lengths = None if lengths is None else -(-lengths // hop) - state.frames_start
-            latents = self.layers[-1](frames, _within(frame_lengths, frames))
+            latents = self.layers[-1](frames, _within(frame_lengths, frames), elu=True)
             latents = latents[..., given - state.frames_start : ready - state.frames_start]
         else:
             latents = audio.new_zeros(len(audio), self.layers[-1].conv.out_channels, 0)
@@ -423,13 +495,12 @@ class WavTokenizerEncoder(nn.Module):
     def _convolve(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         """The layers before the LSTM: audio (B, 1, T) -> (B, C, ceil(T / hop))."""
         lengths = _within(lengths, hidden_states)
-        for layer in self.layers[:-3]:
-            if isinstance(layer, nn.ELU):
-                hidden_states = layer(hidden_states)
-                continue
-            hidden_states = layer(hidden_states, lengths)
-            if lengths is not None and isinstance(layer, WavTokenizerConv1d):
-                lengths = -(-lengths // layer.stride)
+        for place, layer in enumerate(self.layers[:-3]):
+            if isinstance(layer, WavTokenizerResidualBlock):
+                hidden_states = layer(hidden_states, lengths)
+            elif isinstance(layer, WavTokenizerConv1d):
+                hidden_states = layer(hidden_states, lengths, elu=place > 0)
+                lengths = None if lengths is None else -(-lengths // layer.stride)
         return hidden_states
 
     def _reach(self) -> tuple[int, int]:
@@ -472,7 +543,8 @@ class WavTokenizerQuantizer(nn.Module):
         """latents (B, D, L) -> codes (B, 1, L), int64: the entry at the smallest Euclidean distance."""
         entries = self.codebook.embed
         # |x - e|^2 = |x|^2 - 2 (x.e - |e|^2 / 2), so the nearest entry has the largest x.e - |e|^2 / 2
-        nearness = F.linear(latents.transpose(1, 2), entries, -0.5 * entries.square().sum(dim=1))
+        half_squares = 0.5 * torch.linalg.vector_norm(entries, dim=1).square()
+        nearness = _product(latents.transpose(1, 2), entries, -half_squares)
         return nearness.argmax(dim=-1)[:, None]
 
     def decode(self, audio_codes: torch.Tensor) -> torch.Tensor:
@@ -490,19 +562,40 @@ def _zero_padding(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> tor
     return hidden_states if mask is None else hidden_states * mask
 
 
-class WavTokenizerGroupNorm(nn.GroupNorm):
+# The decoder may be in another dtype than float32. Then its large products are, and what lies between them stays in float32:
+# in bfloat16 that costs little time and gives up far less.
+
+
+class _Float32(nn.Module):
+    """A module that stays in float32 whatever dtype it is moved to."""
+
+    def _apply(self, function, *args, **kwargs):
+        def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = function(tensor)
+            lossless = not moved.is_floating_point() or moved.dtype == torch.float32
+            return moved if lossless else tensor.to(moved.device, torch.float32)
+
+        return super()._apply(keep_float32, *args, **kwargs)
+
+
+def _convolve(conv: nn.Conv1d, hidden_states: torch.Tensor) -> torch.Tensor:
+    """float32 -> float32, computed in the dtype of the weight."""
+    return conv(hidden_states.to(conv.weight.dtype)).float()
+
+
+class WavTokenizerGroupNorm(_Float32, nn.GroupNorm):
     """GroupNorm of (B, H, L) with statistics over real frames only."""
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         if mask is None:
             return super().forward(hidden_states)
-        groups = hidden_states.float().unflatten(1, (self.num_groups, -1))  # (B, G, H / G, L), statistics in float32
+        groups = hidden_states.unflatten(1, (self.num_groups, -1))  # (B, G, H / G, L)
         mask = mask[:, None]
         count = mask.sum(dim=-1, keepdim=True) * groups.shape[2]
         mean = (groups * mask).sum(dim=(2, 3), keepdim=True) / count
         centred = (groups - mean) * mask
         variance = centred.square().sum(dim=(2, 3), keepdim=True) / count
-        normed = (centred * torch.rsqrt(variance + self.eps)).flatten(1, 2).to(hidden_states.dtype)
+        normed = (centred * torch.rsqrt(variance + self.eps)).flatten(1, 2)
         return torch.addcmul(self.bias[:, None], normed, self.weight[:, None])
 
 
@@ -521,9 +614,9 @@ class WavTokenizerResnetBlock(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         residual = hidden_states
         hidden_states = F.silu(self.norm1(hidden_states, mask))
-        hidden_states = self.conv1(_zero_padding(hidden_states, mask))
+        hidden_states = _convolve(self.conv1, _zero_padding(hidden_states, mask))
         hidden_states = self.dropout(F.silu(self.norm2(hidden_states, mask)))
-        return residual + self.conv2(_zero_padding(hidden_states, mask))
+        return residual + _convolve(self.conv2, _zero_padding(hidden_states, mask))
 
 
 def eager_attention_forward(
@@ -543,6 +636,13 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
+class WavTokenizerPointwiseConv(nn.Conv1d):
+    """(B, L, C) -> (B, L, C'): a convolution over one frame is a product with it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return _product(hidden_states, self.weight[..., 0], self.bias)
+
+
 class WavTokenizerAttention(GradientCheckpointingLayer):
     """(B, H, L) -> (B, H, L): one head over all frames, without positions, added to its input."""
 
@@ -553,22 +653,23 @@ class WavTokenizerAttention(GradientCheckpointingLayer):
         self.is_causal = False
         self.scaling = channels**-0.5
         self.norm = WavTokenizerGroupNorm(config.decoder_attention_num_groups, channels, eps=config.norm_eps)
-        self.q = nn.Conv1d(channels, channels, kernel_size=1)
-        self.k = nn.Conv1d(channels, channels, kernel_size=1)
-        self.v = nn.Conv1d(channels, channels, kernel_size=1)
-        self.proj_out = nn.Conv1d(channels, channels, kernel_size=1)
+        self.q = WavTokenizerPointwiseConv(channels, channels, kernel_size=1)
+        self.k = WavTokenizerPointwiseConv(channels, channels, kernel_size=1)
+        self.v = WavTokenizerPointwiseConv(channels, channels, kernel_size=1)
+        self.proj_out = WavTokenizerPointwiseConv(channels, channels, kernel_size=1)
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        normed = self.norm(hidden_states, mask)
-        query, key, value = (project(normed).transpose(1, 2)[:, None] for project in (self.q, self.k, self.v))
+        # time-major and contiguous, or sdpa on a CPU would take the way that makes an L x L matrix
+        normed = self.norm(hidden_states, mask).transpose(1, 2).to(self.q.weight.dtype).contiguous()
+        query, key, value = (project(normed)[:, None] for project in (self.q, self.k, self.v))
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         # a key mask (B, 1, 1, L) is broadcast over the queries, so no L x L mask is ever made
         attention_mask = None if mask is None else mask[:, None]
         attended, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling)  # (B, L, 1, H)
-        return hidden_states + self.proj_out(attended.squeeze(2).transpose(1, 2))
+        return hidden_states + self.proj_out(attended.squeeze(2)).float().transpose(1, 2)
 
 
-class WavTokenizerAdaLayerNorm(nn.Module):
+class WavTokenizerAdaLayerNorm(_Float32):
     """LayerNorm of (B, L, H) over H, whose scale and shift are row `bandwidth_id` of two tables."""
 
     def __init__(self, config: WavTokenizerConfig):
@@ -584,16 +685,45 @@ class WavTokenizerAdaLayerNorm(nn.Module):
         return F.layer_norm(hidden_states, scale.shape, scale, shift, self.eps)
 
 
+class WavTokenizerLayerNorm(_Float32, nn.LayerNorm):
+    """LayerNorm in float32."""
+
+
+class WavTokenizerDepthwiseConv(_Float32, nn.Conv1d):
+    """(B, L, H) -> (B, L, H): a convolution of each channel by itself, with zeros around each row."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        if mask is not None:
+            hidden_states = hidden_states * mask.transpose(1, 2)
+        if not _pays_by_onednn(hidden_states):
+            return super().forward(hidden_states.transpose(1, 2)).transpose(1, 2)
+        length = hidden_states.shape[1]  # on a CPU, shifted sums are cheaper than turning the memory over and back
+        padded = F.pad(hidden_states, (0, 0, *2 * self.padding))
+        taps = self.weight[:, 0].t()
+        output = torch.addcmul(self.bias, padded[:, :length], taps[0])
+        for place, tap in enumerate(taps[1:], start=1):
+            output.addcmul_(padded[:, place : place + length], tap)
+        return output
+
+
+class WavTokenizerLinear(nn.Linear):
+    def forward(self, hidden_states: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+        return _product(hidden_states, self.weight, self.bias, gelu=gelu)
+
+
 class WavTokenizerConvNeXtBlock(GradientCheckpointingLayer):
     """(B, L, H) -> (B, L, H)"""
 
     def __init__(self, config: WavTokenizerConfig):
         super().__init__()
         channels = config.decoder_hidden_size
-        self.dwconv = nn.Conv1d(channels, channels, kernel_size=7, padding=3, groups=channels)
+        self.dwconv = WavTokenizerDepthwiseConv(channels, kernel_size=7)
         self.norm = WavTokenizerAdaLayerNorm(config)
-        self.pwconv1 = nn.Linear(channels, config.decoder_intermediate_size)
-        self.pwconv2 = nn.Linear(config.decoder_intermediate_size, channels)
+        self.pwconv1 = WavTokenizerLinear(channels, config.decoder_intermediate_size)
+        self.pwconv2 = WavTokenizerLinear(config.decoder_intermediate_size, channels)
         for layer in (self.dwconv, self.pwconv1, self.pwconv2):
             layer.initial_std = 0.02  # see _init_weights
         self.gamma = nn.Parameter(torch.full((channels,), 1 / config.decoder_num_layers))
@@ -602,10 +732,9 @@ class WavTokenizerConvNeXtBlock(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, bandwidth_id: int, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         residual = hidden_states
-        hidden_states = self.dwconv(_zero_padding(hidden_states.transpose(1, 2), mask)).transpose(1, 2)
-        hidden_states = self.norm(hidden_states, bandwidth_id)
-        hidden_states = self.pwconv2(F.gelu(self.pwconv1(hidden_states)))
-        return torch.addcmul(residual, self.gamma, hidden_states)
+        hidden_states = self.norm(self.dwconv(hidden_states, mask), bandwidth_id)
+        hidden_states = self.pwconv1(hidden_states.to(self.pwconv1.weight.dtype), gelu=True)
+        return torch.addcmul(residual, self.gamma.float(), self.pwconv2(hidden_states).float())
 
 
 class WavTokenizerBackbone(nn.Module):
@@ -628,15 +757,18 @@ class WavTokenizerBackbone(nn.Module):
         )
         self.norm = WavTokenizerAdaLayerNorm(config)
         self.convnext = nn.ModuleList(WavTokenizerConvNeXtBlock(config) for _ in range(config.decoder_num_layers))
-        self.final_layer_norm = nn.LayerNorm(channels, eps=config.norm_eps)
+        self.final_layer_norm = WavTokenizerLayerNorm(channels, eps=config.norm_eps)
+        for module in self.modules():
+            if isinstance(module, _Float32):  # from_config(config, dtype=...) builds everything in that dtype
+                module.float()
 
     def forward(
         self, quantized: torch.Tensor, bandwidth_id: int = 0, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        hidden_states = self.embed(_zero_padding(quantized, mask))
+        hidden_states = _convolve(self.embed, _zero_padding(quantized, mask))
         for block in self.pos_net:
             hidden_states = block(hidden_states, mask)
-        hidden_states = self.norm(hidden_states.transpose(1, 2), bandwidth_id)
+        hidden_states = self.norm(hidden_states.transpose(1, 2).contiguous(), bandwidth_id)
         for block in self.convnext:
             hidden_states = block(hidden_states, bandwidth_id, mask)
         return self.final_layer_norm(hidden_states)
@@ -653,10 +785,10 @@ class WavTokenizerISTFTHead(nn.Module):
     def __init__(self, config: WavTokenizerConfig):
         super().__init__()
         self.n_fft, self.hop_length = config.n_fft, config.hop_length
-        self.linear = nn.Linear(config.decoder_hidden_size, config.n_fft + 2)
+        self.linear = WavTokenizerLinear(config.decoder_hidden_size, config.n_fft + 2)
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        magnitude, phase = self.linear(hidden_states).float().chunk(2, dim=-1)  # (B, L, n_fft / 2 + 1) each
+        magnitude, phase = self.linear(hidden_states.to(self.linear.weight.dtype)).float().chunk(2, dim=-1)  # (B, L, n_fft / 2 + 1) each
         spectrum = torch.polar(magnitude.exp().clamp(max=100), phase)
         # made here rather than kept in a buffer, which a cast of the model would round
         window = torch.hann_window(self.n_fft, dtype=torch.float32, device=phase.device)
@@ -774,7 +906,7 @@ def _stack(rows: tuple[torch.Tensor, ...], size: int) -> torch.Tensor:
     return torch.cat([F.pad(row, (0, size - row.shape[-1])) for row in rows])
 
 
-class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):
+class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
     """Encoder and quantizer: audio to codes. Loads from the files of a whole WavTokenizer, or from its own.
 
     It stays in float32 whatever dtype the model is loaded in or moved to: bfloat16 changes most codes.
@@ -789,14 +921,6 @@ class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):
         self.quantizer = WavTokenizerQuantizer(config)
         self.float()  # from_config(config, dtype=...) builds everything in that dtype
         self.post_init()
-
-    def _apply(self, function, *args, **kwargs):
-        def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
-            moved = function(tensor)
-            lossless = not moved.is_floating_point() or moved.dtype == torch.float32
-            return moved if lossless else tensor.to(moved.device, torch.float32)
-
-        return super()._apply(keep_float32, *args, **kwargs)
 
     @can_return_tuple
     def encode(
@@ -829,8 +953,7 @@ class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):
         """
         audio, rows = self._read_audio(input_values, padding_mask)
         chunk_size = self._chunk_size(chunk_seconds, audio)
-        with self.encoder.folded():
-            latents, audio_codes = self._encode_rows(audio, rows, output_latents, chunk_size)
+        latents, audio_codes = self._encode_rows(audio, rows, output_latents, chunk_size)
         return self._output(WavTokenizerEncoderOutput, latents, audio_codes, rows)
 
     def forward(
@@ -938,7 +1061,7 @@ class WavTokenizerEncoderModel(WavTokenizerPreTrainedModel):
 class WavTokenizerModel(WavTokenizerPreTrainedModel):
     """WavTokenizer: audio to codes (`encode`), codes to audio (`decode`), or both in one go (`forward`)."""
 
-    _keep_in_fp32_modules_strict = ["encoder_model"]
+    _keep_in_fp32_modules_strict = ["encoder_model", "norm", "norm1", "norm2", "pos_net.5", "dwconv", "final_layer_norm"]
 
     def __init__(self, config: WavTokenizerConfig):
         super().__init__(config)
@@ -1011,8 +1134,7 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         audio, rows = self.encoder_model._read_audio(input_values, padding_mask)
         self._check_bandwidth_id(bandwidth_id)
         chunk_size = self.encoder_model._chunk_size(None, audio)
-        with self.encoder_model.encoder.folded():
-            latents, audio_codes = self.encoder_model._encode_rows(audio, rows, output_latents, chunk_size)
+        latents, audio_codes = self.encoder_model._encode_rows(audio, rows, output_latents, chunk_size)
         frames = None if rows is None else rows.frames(self.config.hop_length)
         audio_values = self._decode_rows(audio_codes, frames, bandwidth_id)[..., : input_values.shape[-1]]
         if rows is not None:
@@ -1058,8 +1180,7 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
     def _decode_rows(self, audio_codes: torch.Tensor, rows: Rows | None, bandwidth_id: int) -> torch.Tensor:
         """Codes (B, 1, L), rows at the front -> audio (B, 1, L * hop), rows at the front, zeros after them."""
         mask = None if rows is None else rows.front_mask()
-        quantized = self.quantizer.decode(audio_codes).to(self.head.linear.weight.dtype)
-        return self.head(self.backbone(quantized, bandwidth_id, mask), mask)
+        return self.head(self.backbone(self.quantizer.decode(audio_codes), bandwidth_id, mask), mask)
 
 
 __all__ = [
