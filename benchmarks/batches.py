@@ -69,10 +69,12 @@ def main() -> None:
 
 
 def _together(function, batch, **masks) -> None:
-    choice = modeling._one_by_one
-    modeling._one_by_one = lambda audio: False  # a batch goes through the model together on a CPU too
+    """As on a GPU: all rows at once, and no row a second time."""
+    choice, near_ties = modeling._one_by_one, modeling.WavTokenizerQuantizer.near_ties
+    modeling._one_by_one = lambda audio: False
+    modeling.WavTokenizerQuantizer.near_ties = lambda self, latents: torch.zeros(1, 1, 1, dtype=torch.bool)
     function(batch, **masks)
-    modeling._one_by_one = choice
+    modeling._one_by_one, modeling.WavTokenizerQuantizer.near_ties = choice, near_ties
 
 
 def _one_after_another(function, rows) -> None:

@@ -84,7 +84,7 @@ def test_clips_shorter_than_the_padding_equal_the_originals(num_samples, models,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows of a padded batch. A CPU encodes them one by one; `together` sends them through the masks, as on a GPU.
+# Rows of a padded batch. A CPU encodes longer ones one by one; `together` sends them through the masks, as short ones go.
 # ---------------------------------------------------------------------------------------------------------------------
 
 

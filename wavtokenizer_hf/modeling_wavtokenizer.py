@@ -9,7 +9,7 @@ Shape letters: B rows of a batch, T samples, L = ceil(T / hop) frames, hop = hop
 D = hidden_size (512), K = codebook_size (4096), H = decoder_hidden_size (768), C channels, N time steps of any kind.
 
 A padded batch gives each row what it would get alone: `Rows` says where the real part of each row lies, and every layer
-that looks beyond one time step heeds it. Only to encode on a CPU, rows are simply taken one after another.
+that looks beyond one time step heeds it. Only to encode on a CPU, longer rows are simply taken one after another.
 
 This file is copied unchanged into every Hub repository that we write: it imports the standard library, torch,
 transformers and its sibling configuration, and nothing else.
@@ -343,7 +343,9 @@ class WavTokenizerConv1d(nn.Module):
         """
         parametrization = self.conv.parametrizations.weight
         gain, direction = parametrization.original0, parametrization.original1
-        versions = [(tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in (gain, direction)]
+        versions = [
+            (tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in (gain, direction)
+        ]
         if self._folded is None or self._folded[0] != versions or not torch.equal(self._folded[1], gain):
             weight = self.conv.weight.transpose(1, 2)  # (C', K, C)
             size = weight.shape[1] if weight.shape[2] == 1 else self.stride
@@ -546,6 +548,17 @@ class WavTokenizerQuantizer(nn.Module):
         half_squares = 0.5 * torch.linalg.vector_norm(entries, dim=1).square()
         nearness = _product(latents.transpose(1, 2), entries, -half_squares)
         return nearness.argmax(dim=-1)[:, None]
+
+    def near_ties(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents (B, D, L) -> (B, 1, L) bool: where another order of the encoder's float32 sums might change the code.
+
+        Latents of rows together and alone were at most 1.4e-6 of their length apart; 1e-5 is allowed for here.
+        """
+        entries, latents = self.codebook.embed, latents.transpose(1, 2)
+        half_squares = 0.5 * torch.linalg.vector_norm(entries, dim=1).square()
+        nearness, nearest = _product(latents, entries, -half_squares).topk(2)  # (B, L, 2)
+        between = (entries[nearest[..., 0]] - entries[nearest[..., 1]]).norm(dim=-1)
+        return (nearness[..., 0] - nearness[..., 1] < 1e-5 * latents.norm(dim=-1) * between)[:, None]
 
     def decode(self, audio_codes: torch.Tensor) -> torch.Tensor:
         """codes (B, 1, L) -> quantized (B, D, L)."""
@@ -788,7 +801,9 @@ class WavTokenizerISTFTHead(nn.Module):
         self.linear = WavTokenizerLinear(config.decoder_hidden_size, config.n_fft + 2)
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        magnitude, phase = self.linear(hidden_states.to(self.linear.weight.dtype)).float().chunk(2, dim=-1)  # (B, L, n_fft / 2 + 1) each
+        magnitude, phase = (
+            self.linear(hidden_states.to(self.linear.weight.dtype)).float().chunk(2, dim=-1)
+        )  # (B, L, n_fft / 2 + 1) each
         spectrum = torch.polar(magnitude.exp().clamp(max=100), phase)
         # made here rather than kept in a buffer, which a cast of the model would round
         window = torch.hann_window(self.n_fft, dtype=torch.float32, device=phase.device)
@@ -896,14 +911,10 @@ class WavTokenizerPreTrainedModel(PreTrainedAudioTokenizerBase):
 
 
 def _one_by_one(audio: torch.Tensor) -> bool:
-    # Rows that are encoded one after another get, to the last bit, what they get alone; and from about 3 s on that is also
-    # the faster way on a CPU, whose caches a batch overflows (benchmarks/README.md).
-    return audio.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _stack(rows: tuple[torch.Tensor, ...], size: int) -> torch.Tensor:
-    """Rows (1, C, any) -> (B, C, size), zeros after each."""
-    return torch.cat([F.pad(row, (0, size - row.shape[-1])) for row in rows])
+    # From about half a second on, a CPU is faster with one row after the other than with all together, which its caches
+    # do not hold (benchmarks/README.md); and each row gets, to the last bit, what it gets alone. Shorter rows go together,
+    # and only those in which float32 does not tell which of two entries is nearer are encoded again, alone.
+    return audio.shape[-1] > 12_000
 
 
 class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
@@ -1026,13 +1037,29 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
         self, audio: torch.Tensor, rows: Rows | None, output_latents: bool, chunk_size: int
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Audio (B, 1, T), rows at the front -> latents (B, D, L) or None, and codes (B, 1, L), rows at the front."""
-        if _one_by_one(audio) and (len(audio) > 1 or rows is not None):
-            lengths = [audio.shape[-1]] * len(audio) if rows is None else rows.lengths.tolist()
-            cut_rows = (audio[row : row + 1, :, :length] for row, length in enumerate(lengths))
-            alone = [self._encode_rows(cut_row, None, output_latents, chunk_size) for cut_row in cut_rows]
-            latents, audio_codes = zip(*alone, strict=True)
-            size = -(-audio.shape[-1] // self.config.hop_length)
-            return _stack(latents, size) if output_latents else None, _stack(audio_codes, size)
+        if audio.device.type != "cpu" or torch.compiler.is_compiling() or (len(audio) == 1 and rows is None):
+            return self._encode_together(audio, rows, output_latents, chunk_size)
+        if _one_by_one(audio):
+            num_frames = -(-audio.shape[-1] // self.config.hop_length)
+            latents = audio.new_zeros(len(audio), self.config.hidden_size, num_frames) if output_latents else None
+            audio_codes = torch.zeros(len(audio), 1, num_frames, dtype=torch.long)
+            unsettled = range(len(audio))
+        else:
+            latents, audio_codes = self._encode_together(audio, rows, True, chunk_size)
+            frames = torch.ones_like(audio_codes) if rows is None else rows.frames(self.config.hop_length).front_mask()
+            unsettled = (self.quantizer.near_ties(latents) & frames.bool()).any(-1).nonzero()[:, 0].tolist()
+        for row in unsettled:
+            clip = audio[row : row + 1, :, : audio.shape[-1] if rows is None else rows.lengths[row]]
+            clip_latents, clip_codes = self._encode_together(clip, None, output_latents, chunk_size)
+            audio_codes[row, :, : clip_codes.shape[-1]] = clip_codes[0]
+            if output_latents:
+                latents[row, :, : clip_codes.shape[-1]] = clip_latents[0]
+        return latents, audio_codes
+
+    def _encode_together(
+        self, audio: torch.Tensor, rows: Rows | None, output_latents: bool, chunk_size: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """`_encode_rows` chunk after chunk, each of all rows."""
         *pieces, rest = audio.split(chunk_size, dim=-1)
         if pieces:  # the last chunk takes the rest: some libraries order the sums of a very short one in another way
             rest = torch.cat([pieces.pop(), rest], dim=-1)
@@ -1061,7 +1088,15 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
 class WavTokenizerModel(WavTokenizerPreTrainedModel):
     """WavTokenizer: audio to codes (`encode`), codes to audio (`decode`), or both in one go (`forward`)."""
 
-    _keep_in_fp32_modules_strict = ["encoder_model", "norm", "norm1", "norm2", "pos_net.5", "dwconv", "final_layer_norm"]
+    _keep_in_fp32_modules_strict = [
+        "encoder_model",
+        "norm",
+        "norm1",
+        "norm2",
+        "pos_net.5",
+        "dwconv",
+        "final_layer_norm",
+    ]
 
     def __init__(self, config: WavTokenizerConfig):
         super().__init__(config)
