@@ -178,7 +178,7 @@ def _pick(latents: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
     A joint batch is the parts of all workers one after another; so a place means the same for any number of workers.
     """
-    batches, size, _ = latents.shape
+    size = latents.shape[1]
     places = places.to(latents.device)
     rank = torch.distributed.get_rank() if _distributed() else 0
     batch, place = places // (size * num_workers()), places % (size * num_workers())

@@ -40,6 +40,11 @@ class Settings:
 
     steps: int = _field("steps in all", 1_000_000)
     mel_only_steps: int = _field("first steps without discriminators, on mel and commitment losses alone", 0)
+    continuous_steps: int = _field(
+        "first steps without the codebook, in which the decoder gets the encoder's output itself; k-means then chooses the "
+        "entries from an encoder that has learned something, which a short run needs",
+        0,
+    )
     batch_size: int = _field("segments in a batch of each process", 40)
     gradient_accumulation: int = _field("batches of each process in a step", 1)
     segment_seconds: float = _field("length of a segment; shorter clips are repeated to it", 3.0)
@@ -62,6 +67,11 @@ class Settings:
 
     codebook_decay: float = _field("of the codebook's moving averages", 0.99)
     restart_below: float = _field("entries used less than this share of an even count are replaced", 0.1)
+    normalize_encoder: bool = _field(
+        "begin a new model with an encoder whose layers all give mean 0 and deviation 1 on the first batch (weight norm's "
+        "data-dependent initialization); PyTorch's own gives latents that hardly vary, and a slow start",
+        False,
+    )
     kmeans_iterations: int = _field("at most, at the start of a new model", 200)
     kmeans_latents: int = _field("encoder outputs that k-means starts from, over all processes", 72_000)
 
@@ -84,7 +94,7 @@ class Settings:
         if unknown:
             raise ValueError(f"Got loss_weights for {', '.join(unknown)}; the losses are {', '.join(WEIGHTS)}.")
         at_least = {
-            "steps": 1, "mel_only_steps": 0, "batch_size": 1, "gradient_accumulation": 1, "num_workers": 0,
+            "steps": 1, "mel_only_steps": 0, "continuous_steps": 0, "batch_size": 1, "gradient_accumulation": 1, "num_workers": 0,
             "warmup_steps": 0, "kmeans_iterations": 1, "kmeans_latents": 1, "log_every": 1, "validate_every": 1,
             "num_validation_clips": 1, "num_logged_clips": 0, "dropout": 0, "restart_below": 0, "codebook_decay": 0,
         }  # fmt: skip
@@ -195,6 +205,14 @@ def _pair(text: str) -> tuple[str, Any]:
     return name, _yaml().safe_load(value)
 
 
+def _number(value: Any) -> Any:
+    """1e-6, which YAML takes for text, as the number that it is; all else as it came."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _typed(name: str, value: Any, type_: Any) -> Any:
     """The value in the field's type; text, as the command line gives it, and 2e-4, which YAML takes for text, are read."""
     choices = typing.get_args(type_) if isinstance(type_, types.UnionType) else (type_,)
@@ -203,7 +221,7 @@ def _typed(name: str, value: Any, type_: Any) -> Any:
             return None
     elif dict in (typing.get_origin(choice) for choice in choices):
         if isinstance(value, dict):
-            return value
+            return {key: _number(each) for key, each in value.items()}
     else:
         kind = choices[0]
         if kind is bool and isinstance(value, bool):

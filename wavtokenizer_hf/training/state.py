@@ -31,16 +31,20 @@ class Codec(nn.Module):
         self.model, self.precision = model, precision
 
     def forward(
-        self, audio: torch.Tensor, bandwidth_id: int
+        self, audio: torch.Tensor, bandwidth_id: int, quantize: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """audio (B, 1, T) -> made (B, 1, T), commitment loss (), latents (B, D, L) and their codes (B, 1, L)."""
+        """audio (B, 1, T) -> made (B, 1, T), commitment loss (), latents (B, D, L) and their codes (B, 1, L).
+
+        Without `quantize` the decoder gets the latents themselves; losses and codes are still those of the codebook.
+        """
         model = self.model
         with torch.autocast(audio.device.type, enabled=False):  # codes are always decided in float32
             latents = model.encoder_model.encoder(audio)
             audio_codes = model.quantizer.encode(latents.detach())
             quantized = model.quantizer.decode(audio_codes)
             commitment = F.mse_loss(latents, quantized)
-            quantized = latents + (quantized - latents).detach()  # gradients pass straight through the choice
+            # gradients pass straight through the choice
+            quantized = latents + (quantized - latents).detach() if quantize else latents
         with autocast(audio.device, self.precision):
             made = model.head(model.backbone(quantized, bandwidth_id))
         return made[..., : audio.shape[-1]], commitment, latents.detach(), audio_codes
@@ -67,6 +71,10 @@ class State:
     skipped: dict[str, str] = field(default_factory=dict)  # clips that could not be read by this process, and why
 
     @property
+    def quantizes(self) -> bool:
+        return self.step >= self.settings.continuous_steps
+
+    @property
     def critics_train(self) -> bool:
         return self.critics is not None and self.step >= self.settings.mel_only_steps
 
@@ -82,7 +90,9 @@ def build(settings: Settings) -> State:
     except ImportError as error:
         raise ImportError("Training needs accelerate: pip install 'wavtokenizer_hf[training]'") from error
     # the codebook, the only buffer, agrees over workers by its own sums; nothing has to be broadcast at every pass
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    # unless it is told that there is nothing but CPUs, accelerate takes each process that torchrun started for the only one
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=handlers)
     torch.manual_seed(derived_seed(settings.seed, "weights"))
     model = _load_model(settings.model) if settings.model else WavTokenizerModel(_new_config(settings.config))
     for module in model.modules():
@@ -142,9 +152,9 @@ def restore(state: State, output: Path) -> None:
             f"from it with model={output / 'last'}."
         )
     state.model.load_state_dict(_load_model(str(output / "last")).state_dict())
-    if state.critics is not None and facts["step"] >= state.settings.mel_only_steps:
-        if not load_discriminators(str(output / "last"), state.critics):
-            raise ValueError(f"{output / 'last'} lacks its discriminators. Start another run from it.")
+    needed = state.critics is not None and facts["step"] >= state.settings.mel_only_steps
+    if needed and not load_discriminators(str(output / "last"), state.critics):
+        raise ValueError(f"{output / 'last'} lacks its discriminators. Start another run from it.")
     for name, part in _steered(state).items():
         part.load_state_dict(tensors[name])
     state.learner.usage.copy_(tensors["usage"])

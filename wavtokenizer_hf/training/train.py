@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrize import cached
 
-from .codebook import sum_over_workers, usage_figures
+from ..modeling_wavtokenizer import WavTokenizerConv1d
+from .codebook import num_workers, sum_over_workers, usage_figures
 from .data import Batch, one_warning_of_a_kind, open_clips, training_batches, validation_clips
 from .log import Log
 from .losses import adversarial_losses, discriminator_losses, total
@@ -68,13 +69,15 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
                 accelerator.process_index, accelerator.num_processes, start,
             )  # fmt: skip
 
-        if not state.model.quantizer.codebook.inited:
-            start_codebook(state, batches(0))
+        if settings.normalize_encoder and state.step == 0 and not state.model.quantizer.codebook.inited:
+            normalize_encoder(state, batches(0))
         log = Log(output / "log", config.sampling_rate, state.step) if accelerator.is_main_process else None
         stream = batches(state.step * settings.gradient_accumulation)
         num_repeated = num_clips = 0
         bar = tqdm(initial=state.step, total=settings.steps, unit="step", disable=not accelerator.is_main_process)
         while state.step < settings.steps:
+            if state.quantizes and not state.model.quantizer.codebook.inited:
+                start_codebook(state, batches(state.step * settings.gradient_accumulation))
             taken = [next(stream) for _ in range(settings.gradient_accumulation)]
             for batch in taken:
                 _report_skipped(state, batch)
@@ -83,6 +86,7 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
             figures = train_step(state, [batch.audio.to(accelerator.device) for batch in taken])
             bar.update()
             if state.step % settings.log_every == 0 or state.step == settings.steps:
+                figures = _mean_over_workers(figures, accelerator.device)
                 figures |= {f"codebook/{name}": value for name, value in state.learner.report().items()}
                 figures |= {"data/repeated": num_repeated / num_clips, "data/skipped": len(state.skipped)}
                 bar.set_postfix(_shown(figures))
@@ -129,15 +133,19 @@ def train_step(state: State, batches: list[torch.Tensor]) -> dict[str, float]:
             # of several batches no graph was kept, since they would fill the memory
             output = made if len(batches) == 1 and made else _run_codec(state, audio, index, bandwidth_id)
             made_audio, commitment, latents, audio_codes = output
-            losses = {"mel": state.mel_loss(made_audio[:, 0], audio[:, 0]), "commitment": commitment}
+            losses = {"mel": state.mel_loss(made_audio[:, 0], audio[:, 0])}
+            if state.quantizes:
+                losses["commitment"] = commitment
             if critics_train:
                 losses |= _judge(state, audio, made_audio, bandwidth_id)
             loss = total(losses, settings.loss_weights)
             _note(figures, "loss", losses | {"total": loss}, len(batches))
             state.accelerator.backward(loss / len(batches))
-        state.learner.observe(latents, audio_codes)
+        if state.quantizes:
+            state.learner.observe(latents, audio_codes)
     _step(state, state.optimizer, state.schedule, figures, "codec", "loss")
-    state.learner.update(state.step)
+    if state.quantizes:
+        state.learner.update(state.step)
     state.step += 1
     return figures
 
@@ -191,6 +199,31 @@ def validate(state: State, clips: Batch, log: Log | None) -> dict[str, float]:
     return figures
 
 
+def normalize_encoder(state: State, stream: Iterator[Batch]) -> None:
+    """Sets the gains and biases of a new encoder so that each layer gives mean 0 and deviation 1 over the first joint batch.
+
+    Salimans and Kingma (2016) begin weight-normed networks so. PyTorch's own initialization shrinks the signal at every layer.
+    """
+
+    def normalize(layer: WavTokenizerConv1d, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        count = sum_over_workers(output.new_tensor(output.shape[0] * output.shape[2]))
+        mean = sum_over_workers(output.sum((0, 2))) / count
+        deviation = (sum_over_workers((output - mean[:, None]).square().sum((0, 2))) / count).sqrt().clamp(min=1e-5)
+        layer.conv.parametrizations.weight.original0.div_(deviation[:, None, None])
+        layer.conv.bias.sub_(mean).div_(deviation)
+        return (output - mean[:, None]) / deviation[:, None]  # so that the next layer sees what it will see
+
+    encoder = state.model.encoder_model.encoder
+    layers = [module for module in encoder.modules() if isinstance(module, WavTokenizerConv1d)]
+    hooks = [layer.register_forward_hook(normalize) for layer in layers]
+    try:
+        with torch.no_grad():
+            encoder(next(stream).audio.to(state.accelerator.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def start_codebook(state: State, stream: Iterator[Batch]) -> None:
     """Chooses the first codebook of a new model by k-means on what its encoder makes of the first batches."""
     settings, accelerator = state.settings, state.accelerator
@@ -212,7 +245,7 @@ def start_codebook(state: State, stream: Iterator[Batch]) -> None:
 def _run_codec(state: State, audio: torch.Tensor, index: int, bandwidth_id: int) -> tuple:
     # dropout depends on where the run is and on nothing before it, so a run can be resumed, and a pass repeated
     torch.manual_seed(derived_seed(state.settings.seed, "dropout", state.step, index, state.accelerator.process_index))
-    return state.codec(audio, bandwidth_id)
+    return state.codec(audio, bandwidth_id, state.quantizes)
 
 
 def _judge(state: State, audio: torch.Tensor, made: torch.Tensor, bandwidth_id: int) -> dict[str, torch.Tensor]:
@@ -262,6 +295,11 @@ def _note(figures: dict[str, float], group: str, losses: dict[str, torch.Tensor]
     for name, loss in losses.items():
         key = f"{group}/{name}"
         figures[key] = figures.get(key, 0.0) + loss.item() / parts
+
+
+def _mean_over_workers(figures: dict[str, float], device: torch.device) -> dict[str, float]:
+    values = sum_over_workers(torch.tensor(list(figures.values()), device=device)) / num_workers()
+    return dict(zip(figures, values.tolist(), strict=True))
 
 
 def _shown(figures: dict[str, float]) -> dict[str, str]:
