@@ -1,6 +1,7 @@
 """The loop: what a step does, what a run leaves behind, and that it can be stopped, resumed and shared out."""
 
 import importlib
+import itertools
 import json
 import os
 import resource
@@ -183,18 +184,38 @@ def test_bfloat16_keeps_latents_and_codes_in_float32(tmp_path, sound):
     assert not torch.equal(codes[0][1], codes[1][1])  # and the decoder does run in bfloat16
 
 
-def test_loss_falls_and_utilization_rises(tmp_path):
-    # few clips of k-means make a poor codebook, half of whose entries no latent is near
-    settings = tiny_settings(
-        tmp_path, steps=60, mel_only_steps=60, normalize_encoder=True, codebook_decay=0.9, validate_every=60,
-        loss_weights={"commitment": 1.0}, kmeans_latents=20, kmeans_iterations=1,
-    )  # fmt: skip
-    train(settings)
+def test_loss_falls_and_utilization_rises(tmp_path, sound):
+    settings = {"steps": 60, "mel_only_steps": 60, "codebook_decay": 0.9, "loss_weights": {"commitment": 1.0}}
+    state = build(tiny_settings(tmp_path, **settings))
+    loop.normalize_encoder(state, iter([Batch(sound)]))
+    loop.start_codebook(state, itertools.repeat(Batch(sound)))
+    state.model.quantizer.codebook.embed[8:] += 100  # most entries lie where no latent is
+    figures = [train_step(state, [sound]) | state.learner.report() for _ in range(60)]
+    assert figures[-1]["loss/mel"] < 0.8 * figures[0]["loss/mel"]
+    assert figures[0]["utilization"] <= 1 / 8
+    assert figures[-1]["utilization"] > 1 / 2
+
+
+def test_a_normalized_encoder_begins_with_mean_0_and_deviation_1(tmp_path, sound):
+    state = build(tiny_settings(tmp_path))
+    encoder = state.model.encoder_model.encoder
+    with torch.no_grad():
+        assert encoder(sound).std() < 0.1  # PyTorch's own initialization
+        loop.normalize_encoder(state, iter([Batch(sound)]))
+        latents = encoder(sound)
+    torch.testing.assert_close(latents.mean(dim=(0, 2)), torch.zeros(16), rtol=0, atol=1e-4)
+    torch.testing.assert_close(latents.std(dim=(0, 2), correction=0), torch.ones(16), rtol=0, atol=1e-4)
+
+
+def test_continuous_steps_leave_the_codebook_alone_and_k_means_follows(tmp_path, sound):
+    state = build(tiny_settings(tmp_path, mel_only_steps=4, continuous_steps=1))
+    before = state.model.quantizer.codebook.embed.clone()
+    assert "loss/commitment" not in train_step(state, [sound])
+    assert torch.equal(state.model.quantizer.codebook.embed, before)
+    run = train(tiny_settings(tmp_path, mel_only_steps=4, continuous_steps=3))
+    assert run.model.quantizer.codebook.inited.item() == 1
     log = EventAccumulator(str(tmp_path / "run" / "log")).Reload()
-    mel, used = ([event.value for event in log.Scalars(name)] for name in ("loss/mel", "codebook/utilization"))
-    print(mel, used)
-    assert mel[-1] < 0.8 * mel[0]
-    assert sum(used[-5:]) > 1.2 * sum(used[:5])
+    assert [event.step for event in log.Scalars("loss/commitment")] == [4]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
