@@ -295,6 +295,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_pat
     torch.manual_seed(12345)  # another process would not have the random state either
     resumed = train(tiny_settings(tmp_path, **settings, resume=True))
     assert resumed.step == 4
+    log = EventAccumulator(str(tmp_path / "run" / "log")).Reload()
+    assert [event.step for event in log.Scalars("loss/mel")] == [1, 2, 3, 4]  # the third was logged twice
     whole, again = folder / "run" / "last", tmp_path / "run" / "last"
     for file in ("model.safetensors", "discriminators.safetensors"):
         expected, got = load_file(whole / file), load_file(again / file)
@@ -367,7 +369,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
 
 def test_clips_that_are_all_shorter_than_a_segment_are_warned_of(tmp_path, caplog):
     train(tiny_settings(tmp_path, steps=1, segment_seconds=0.5))
-    assert "All 2 clips so far are shorter than segment_seconds=0.5" in caplog.text
+    assert "shorter than segment_seconds=0.5" in caplog.text
 
 
 def test_push_to_hub_uploads_the_best_folder(tmp_path, monkeypatch):

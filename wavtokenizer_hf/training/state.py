@@ -68,7 +68,10 @@ class State:
     critics_schedule: torch.optim.lr_scheduler.LRScheduler | None = None
     step: int = 0  # steps done
     best_score: float = math.inf
-    skipped: dict[str, str] = field(default_factory=dict)  # clips that could not be read by this process, and why
+    # of this process, since it began
+    skipped: dict[str, str] = field(default_factory=dict)  # clips that could not be read, and why
+    num_taken: int = 0  # segments
+    num_repeated: int = 0  # of those, from clips shorter than a segment
 
     @property
     def quantizes(self) -> bool:

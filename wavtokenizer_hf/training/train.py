@@ -7,7 +7,7 @@ settings' seed alone, so a resumed run goes the way of one that was never stoppe
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,6 +26,10 @@ from .state import State, autocast, build, check_output, prepare_hub, restore, s
 
 
 logger = logging.getLogger(__name__)
+
+SHORT_CLIPS = (
+    "All clips so far are shorter than segment_seconds=%g and were repeated to that length. Choose shorter segments."
+)
 
 
 def train(settings: Settings, train_data=None, validation_data=None) -> State:
@@ -58,12 +62,13 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
             _given(settings, "validation_data") if validation_data is None else validation_data,
             length, config.sampling_rate, settings.num_validation_clips,
         )  # fmt: skip
-        _report_skipped(state, validation)
+        _take(state, validation)
         if settings.resume:
             restore(state, output)
         prepare_hub(state)
 
         def batches(start: int) -> Iterator[Batch]:
+            """Of this process without end, from the given batch of the run on."""
             return training_batches(
                 clips, length, config.sampling_rate, settings.batch_size, settings.seed, settings.num_workers,
                 accelerator.process_index, accelerator.num_processes, start,
@@ -71,44 +76,50 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
 
         if settings.normalize_encoder and state.step == 0 and not state.model.quantizer.codebook.inited:
             normalize_encoder(state, batches(0))
-        log = Log(output / "log", config.sampling_rate, state.step) if accelerator.is_main_process else None
-        stream = batches(state.step * settings.gradient_accumulation)
-        num_repeated = num_clips = 0
+        log = Log(output / "log", config.sampling_rate, state.step + 1) if accelerator.is_main_process else None
         bar = tqdm(initial=state.step, total=settings.steps, unit="step", disable=not accelerator.is_main_process)
-        while state.step < settings.steps:
-            if state.quantizes and not state.model.quantizer.codebook.inited:
-                start_codebook(state, batches(state.step * settings.gradient_accumulation))
-            taken = [next(stream) for _ in range(settings.gradient_accumulation)]
-            for batch in taken:
-                _report_skipped(state, batch)
-                num_repeated += batch.num_repeated
-                num_clips += len(batch.audio)
-            figures = train_step(state, [batch.audio.to(accelerator.device) for batch in taken])
-            bar.update()
-            if state.step % settings.log_every == 0 or state.step == settings.steps:
-                figures = _mean_over_workers(figures, accelerator.device)
-                figures |= {f"codebook/{name}": value for name, value in state.learner.report().items()}
-                figures |= {"data/repeated": num_repeated / num_clips, "data/skipped": len(state.skipped)}
-                bar.set_postfix(_shown(figures))
-                if num_repeated == num_clips:
-                    logger.warning(
-                        "All %d clips so far are shorter than segment_seconds=%g and were repeated to that length. "
-                        "Choose shorter segments.", num_clips, settings.segment_seconds,
-                    )  # fmt: skip
-                if log:
-                    log.figures(figures, state.step)
-            if state.step % settings.validate_every == 0 or state.step == settings.steps:
-                figures = validate(state, validation, log)
-                improved = figures["validation/score"] < state.best_score
-                state.best_score = min(state.best_score, figures["validation/score"])
-                save(state, output, improved)
-        bar.close()
-        if log:
-            log.close()
+        try:
+            _run(state, batches, validation, output, log, bar)
+        finally:
+            bar.close()
+            if log:
+                log.close()
         if state.skipped:
             logger.warning("%d clips could not be read and were skipped.", len(state.skipped))
         upload(state, output)
         return state
+
+
+def _run(
+    state: State, batches: Callable[[int], Iterator[Batch]], validation: Batch, output: Path, log: Log | None, bar
+) -> None:
+    """The loop: steps, entries in the log, validations and checkpoints."""
+    settings, device = state.settings, state.accelerator.device
+    stream = batches(state.step * settings.gradient_accumulation)
+    taken_before, repeated_before = state.num_taken, state.num_repeated  # the validation's
+    warned = False
+    while state.step < settings.steps:
+        if state.quantizes and not state.model.quantizer.codebook.inited:
+            start_codebook(state, batches(state.step * settings.gradient_accumulation))
+        figures = train_step(state, [_take(state, next(stream)) for _ in range(settings.gradient_accumulation)])
+        bar.update()
+        last = state.step == settings.steps
+        if state.step % settings.log_every == 0 or last:
+            figures = _mean_over_workers(figures, device)
+            figures |= {f"codebook/{name}": value for name, value in state.learner.report().items()}
+            repeated = (state.num_repeated - repeated_before) / (state.num_taken - taken_before)
+            figures |= {"data/repeated": repeated, "data/skipped": len(state.skipped)}
+            bar.set_postfix(_shown(figures))
+            if log:
+                log.figures(figures, state.step)
+            if repeated == 1 and not warned:
+                logger.warning(SHORT_CLIPS, settings.segment_seconds)
+                warned = True
+        if state.step % settings.validate_every == 0 or last:
+            score = validate(state, validation, log)["validation/score"]
+            improved = score < state.best_score
+            state.best_score = min(state.best_score, score)
+            save(state, output, improved)
 
 
 def train_step(state: State, batches: list[torch.Tensor]) -> dict[str, float]:
@@ -312,11 +323,15 @@ def _shown(figures: dict[str, float]) -> dict[str, str]:
     return {short[name]: f"{value:.3g}" for name, value in figures.items() if name in short}
 
 
-def _report_skipped(state: State, batch: Batch) -> None:
+def _take(state: State, batch: Batch) -> torch.Tensor:
+    """The segments of a batch on the device of this process; what was wrong with its clips is counted and reported."""
     for clip, reason in batch.skipped.items():
         if clip not in state.skipped:
             state.skipped[clip] = reason
             logger.warning("Skipped %s: %s", clip, reason)
+    state.num_taken += len(batch.audio)
+    state.num_repeated += batch.num_repeated
+    return batch.audio.to(state.accelerator.device)
 
 
 def _given(settings: Settings, name: str) -> str:
