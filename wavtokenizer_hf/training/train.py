@@ -183,7 +183,7 @@ def validate(state: State, clips: Batch, log: Log | None) -> dict[str, float]:
     Encodes and decodes the validation clips as a user would; nothing of the model changes.
 
     The score by which checkpoints are picked is mel + 1000 * commitment: that of the original without UTMOS and PESQ, which
-    need packages and weights of their own.
+    need packages and weights of their own. The 1000 is the run's own weight of the commitment loss, which sets its scale.
     """
     accelerator, model = state.accelerator, state.model.eval()
     sums = torch.zeros(3, device=accelerator.device)  # mel, commitment, clips
@@ -201,7 +201,7 @@ def validate(state: State, clips: Batch, log: Log | None) -> dict[str, float]:
                 log.clip(f"clip_{index}/made", made[0, 0], state.mel_loss, state.step)
     mel, commitment, count = sum_over_workers(sums).tolist()
     figures = {"mel": mel / count, "commitment": commitment / count, **usage_figures(sum_over_workers(usage))}
-    figures["score"] = figures["mel"] + 1000 * figures["commitment"]
+    figures["score"] = figures["mel"] + state.settings.loss_weights["commitment"] * figures["commitment"]
     figures = {f"validation/{name}": value for name, value in figures.items()}
     if log:
         log.figures(figures, state.step)
