@@ -51,7 +51,8 @@ class Settings:
     num_workers: int = _field("processes of each process that load data; 0: none", 8, free=True)
     seed: int = _field("of all that is random", 0)
 
-    learning_rate: float = _field("of both AdamW optimizers; decays to 0 by a cosine", 2e-4)
+    learning_rate: float = _field("of the AdamW optimizers; decays to 0 by a cosine", 2e-4)
+    discriminator_learning_rate: float | None = _field("of the discriminators' optimizer, if it is another", None)
     warmup_steps: int = _field("first steps of each optimizer, in which its learning rate rises from 0", 0)
     max_gradient_norm: float | None = _field("gradients are scaled down to this norm; default: never", None)
     precision: str = _field(
@@ -101,7 +102,9 @@ class Settings:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"Got {name}={getattr(self, name)}, expected at least {least}.")
-        for name in ("segment_seconds", "learning_rate", "discriminator_scale", "max_gradient_norm"):
+        for name in (
+            "segment_seconds", "learning_rate", "discriminator_learning_rate", "discriminator_scale", "max_gradient_norm",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"Got {name}={value}, expected more than 0.")

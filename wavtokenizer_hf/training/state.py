@@ -102,7 +102,7 @@ def build(settings: Settings) -> State:
         if isinstance(module, nn.Dropout):
             module.p = settings.dropout
     model.to(accelerator.device)
-    optimizer = _adamw(model, settings)
+    optimizer = _adamw(model, settings.learning_rate)
     state = State(
         settings, accelerator, model, accelerator.prepare(Codec(model, settings.precision)),
         MelLoss(model.config.sampling_rate).to(accelerator.device),
@@ -117,7 +117,7 @@ def build(settings: Settings) -> State:
             logger.info("The discriminators of %s go on.", settings.model)
         state.critics.to(accelerator.device)
         state.prepared_critics = accelerator.prepare(state.critics)
-        state.critics_optimizer = _adamw(state.critics, settings)
+        state.critics_optimizer = _adamw(state.critics, settings.discriminator_learning_rate or settings.learning_rate)
         state.critics_schedule = get_cosine_schedule_with_warmup(
             state.critics_optimizer, settings.warmup_steps, critics_steps
         )
@@ -218,6 +218,6 @@ def _new_config(values: dict[str, Any]) -> WavTokenizerConfig:
     return WavTokenizerConfig(**values)
 
 
-def _adamw(module: nn.Module, settings: Settings) -> torch.optim.AdamW:
+def _adamw(module: nn.Module, learning_rate: float) -> torch.optim.AdamW:
     fused = next(module.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(module.parameters(), settings.learning_rate, fused=fused)
+    return torch.optim.AdamW(module.parameters(), learning_rate, fused=fused)
