@@ -268,6 +268,7 @@ def test_checkpoints_load_with_auto_classes_and_are_complete(finished, name):
     assert model.config.codebook_fingerprint == model.codebook_fingerprint
     extractor = AutoFeatureExtractor.from_pretrained(folder / "run" / name)
     assert extractor.hop_length == model.config.hop_length == 16
+    assert len({file.stat().st_mode for file in (folder / "run" / name).iterdir() if file.is_file()}) == 1
     if name == "last":
         for tensor_name, tensor in state.model.state_dict().items():
             assert torch.equal(model.state_dict()[tensor_name], tensor)

@@ -50,6 +50,8 @@ def save_checkpoint(
             _write_model(partial, model)
             if discriminators is not None:
                 save_file(discriminators.state_dict(), partial / DISCRIMINATORS)
+            for file in partial.glob("*.safetensors"):  # safetensors 0.8 lets the owner alone read
+                shutil.copymode(partial / "config.json", file)
             if facts is not None:
                 (partial / STATE).mkdir()
                 torch.save(optimizers, partial / STATE / "optimizers.pt")
@@ -106,8 +108,6 @@ def _write_model(folder: Path, model: WavTokenizerModel) -> None:
     extractor_class(sampling_rate=model.config.sampling_rate, hop_length=model.config.hop_length).save_pretrained(
         folder
     )
-    for file in folder.glob("*.safetensors"):  # safetensors 0.8 lets the owner alone read
-        shutil.copymode(folder / "config.json", file)
 
 
 @contextmanager
