@@ -1,6 +1,6 @@
 """Turns an original WavTokenizer checkpoint into a folder that Hugging Face loads.
 
-    python -m conversion.convert CHECKPOINT [--config YAML] --output DIR
+    python -m conversion.convert CHECKPOINT [--config YAML] [--with-discriminators] --output DIR
 
     checkpoint.py     opens the file, running nothing that is in it
     mapping.py        names of tensors: kept, dropped or refused
@@ -25,15 +25,18 @@ from pathlib import Path
 
 import safetensors
 import torch
+from safetensors.torch import save_file
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerFeatureExtractor, WavTokenizerModel, __version__
+from wavtokenizer_hf.training.discriminators import Discriminators
 
 from .architecture import INFERRED, NOT_IN_TENSORS, check_yaml, infer_config, yaml_sampling_rate
 from .checkpoint import read_checkpoint, read_yaml
-from .mapping import DROPPED, sort_names
+from .mapping import DROPPED, discriminator_names, sort_names
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+WITH_DISCRIMINATORS_HELP = "keep the discriminators in a second file, so that training can go on from them"
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 
 
@@ -48,9 +51,12 @@ class Source:
     cast: Counter  # dtype that is not float32 -> number of tensors
     dropped: dict[str, list[str]]  # beginning of the name -> original names
     others: list[str]  # what lies beside the state dict
+    discriminators: dict[str, torch.Tensor]  # by their names in training/; empty unless they were asked for
 
 
-def convert(checkpoint: str | Path, output: str | Path, config: str | Path | None = None) -> Path:
+def convert(
+    checkpoint: str | Path, output: str | Path, config: str | Path | None = None, with_discriminators: bool = False
+) -> Path:
     """
     Converts a checkpoint of the original training code and prints a report of it.
 
@@ -64,18 +70,19 @@ def convert(checkpoint: str | Path, output: str | Path, config: str | Path | Non
         output: the folder to make; it must not exist, or be empty.
         config: the YAML file that the checkpoint was trained with. It is needed only where the sampling rate is not
             24000; all else is read off the tensors, and what the file says of them is compared.
+        with_discriminators: also keep the discriminators, in discriminators.safetensors, from which training goes on.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: the checkpoint is no whole WavTokenizer, holds weights that are not finite, contradicts the YAML
-            file, or is a pickle that would run code; or the output exists.
+            file, lacks the discriminators that were asked for, or is a pickle that would run code; or the output exists.
         OSError: a file cannot be read or written.
     """
     output = Path(output).resolve()
     _check_output(output)
-    source = read_source(Path(checkpoint), None if config is None else Path(config))
+    source = read_source(Path(checkpoint), None if config is None else Path(config), with_discriminators)
     with _folder_at_once(output) as folder:
         _write(source, folder)
         _verify(source, folder)
@@ -83,7 +90,7 @@ def convert(checkpoint: str | Path, output: str | Path, config: str | Path | Non
     return output
 
 
-def read_source(checkpoint: Path, config: Path | None = None) -> Source:
+def read_source(checkpoint: Path, config: Path | None = None, with_discriminators: bool = False) -> Source:
     """Reads and checks a checkpoint without writing anything; arguments and errors are those of `convert`."""
     values = None if config is None else read_yaml(config)
     sampling_rate = 24000 if values is None else yaml_sampling_rate(values, config)
@@ -102,7 +109,8 @@ def read_source(checkpoint: Path, config: Path | None = None) -> Source:
         if users[weight.data_ptr()] > 1:  # one tensor under two names, which transformers would refuse to save
             weights[name] = weight.clone()
     cast = Counter(str(tensor.dtype) for tensor in tensors.values() if tensor.dtype != torch.float32)
-    return Source(checkpoint, _sha256(checkpoint), model_config, weights, cast, dropped, others)
+    discriminators = _discriminators(content, model_config, checkpoint) if with_discriminators else {}
+    return Source(checkpoint, _sha256(checkpoint), model_config, weights, cast, dropped, others, discriminators)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,9 +130,10 @@ def main(argv: list[str] | None = None) -> int:
         help="the YAML file that the checkpoint was trained with: what it says of the shape is compared with the "
         "tensors, and its sampling rate replaces 24000 Hz (all else is read off the tensors)",
     )
+    add("--with-discriminators", action="store_true", help=WITH_DISCRIMINATORS_HELP)
     arguments = parser.parse_args(argv)
     try:
-        convert(arguments.checkpoint, arguments.output, arguments.config)
+        convert(arguments.checkpoint, arguments.output, arguments.config, arguments.with_discriminators)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -151,6 +160,29 @@ def _weight(name: str, tensor: torch.Tensor) -> torch.Tensor:
             "finite weights. The training diverged or the file is damaged; use another checkpoint."
         )
     return weight
+
+
+def _discriminators(
+    content: dict[str, torch.Tensor], config: WavTokenizerConfig, checkpoint: Path
+) -> dict[str, torch.Tensor]:
+    """All three discriminators as training loads them; they must be whole, and nothing else is accepted for them."""
+    tensors = {
+        name: _weight(original, content[original]).clone() for name, original in discriminator_names(content).items()
+    }
+    if not tensors:
+        raise ValueError(
+            f"{checkpoint} holds no discriminators. Convert it without them, or use the file of the training run."
+        )
+    with torch.device("meta"):
+        expected = Discriminators(config.adanorm_num_embeddings)
+    try:
+        expected.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{checkpoint} holds other discriminators than the original's: {' '.join(str(error).split())[:300]}. "
+            "Convert it without them."
+        ) from error
+    return tensors
 
 
 def _sha256(path: Path) -> str:
@@ -200,10 +232,13 @@ def _write(source: Source, folder: Path) -> None:
     model.config.auto_map = {"AutoFeatureExtractor": f"{_module(extractor_class)}.{extractor_class.__name__}"}
     try:
         model.save_pretrained(folder)
+        if source.discriminators:
+            save_file(source.discriminators, folder / "discriminators.safetensors")
     except safetensors.SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(f"Cannot write model.safetensors in {folder.parent.parent}: {error}.") from error
+        raise OSError(f"Cannot write the weights in {folder.parent.parent}: {error}.") from error
     # safetensors 0.8 writes a file that its owner alone can read; the others follow the user's umask
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", file)
     extractor = extractor_class(sampling_rate=model.config.sampling_rate, hop_length=model.config.hop_length)
     extractor.save_pretrained(folder)
     (folder / "README.md").write_text(_card(source, folder.name), encoding="utf-8")
@@ -263,7 +298,11 @@ def _report(source: Source, output: Path) -> str:
     ]
     if source.cast:
         lines.append(f"not float32 in the checkpoint: {_cast(source)}")
+    if source.discriminators:
+        lines.append(f"kept in discriminators.safetensors: {len(source.discriminators)} tensors")
     for prefix, names in source.dropped.items():
+        if source.discriminators and prefix in ("multiperioddisc.", "multiresddisc.", "dac.", "dacdiscriminator."):
+            continue
         lines.append(f"dropped: {prefix}{'*' * prefix.endswith('.')} ({len(names)}): {DROPPED[prefix]}")
     if source.others:
         lines.append(f"dropped: {', '.join(source.others)}: not weights")

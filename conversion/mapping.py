@@ -30,6 +30,15 @@ DROPPED = {
     "melspec_loss.": "training only: mel filters and window of the reconstruction loss",
 }
 
+# Where the discriminators lie, for those who want to train on. The original's loss holds one DAC-style discriminator and its
+# optimizer another; the codec was trained against the former, so where a file has both, the later line here wins.
+DISCRIMINATORS = {
+    "multiperioddisc.": "multiperioddisc.",
+    "multiresddisc.": "multiresddisc.",
+    "dac.": "dac.",
+    "dacdiscriminator.discriminator.": "dac.",
+}
+
 _LATER_QUANTIZER = re.compile(r"feature_extractor\.encodec\.quantizer\.vq\.layers\.([1-9]\d*)\.")
 
 
@@ -77,6 +86,18 @@ def check_names(kept: dict[str, str], expected: Iterable[str]) -> None:
     unknown = sorted(original for name, original in kept.items() if name not in expected)
     if unknown:
         raise unknown_names(unknown)
+
+
+def discriminator_names(names: Iterable[str]) -> dict[str, str]:
+    """The discriminators among the original's tensors: name in `training/` -> original name."""
+    found = {}
+    for prefix, new_prefix in DISCRIMINATORS.items():
+        for name in names:
+            if name.startswith(prefix):
+                new_name = new_prefix + name.removeprefix(prefix)
+                new_name = new_name.replace(".weight_g", ".parametrizations.weight.original0")
+                found[new_name.replace(".weight_v", ".parametrizations.weight.original1")] = name
+    return found
 
 
 def unknown_names(names: list[str]) -> ValueError:

@@ -333,6 +333,47 @@ def test_training_only_tensors_are_dropped(tensors, save, small_folder, tmp_path
     assert (folder / "model.safetensors").read_bytes() == (small_folder / "model.safetensors").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def discriminators():
+    """The original's three discriminators at their full size, each tensor of one value that no other has; by original names."""
+    manifest = json.loads((REFERENCE / "manifest_discriminators.json").read_text())
+    return {name: torch.tensor(float(place)).expand(shape) for place, (name, shape) in enumerate(manifest.items(), 1)}
+
+
+def test_discriminators_are_kept_where_training_finds_them(
+    tensors, discriminators, save, small_folder, tmp_path, capsys
+):
+    from wavtokenizer_hf.training import Settings
+    from wavtokenizer_hf.training.state import build
+
+    # as in real files, where the critic that the codec was trained against lies in the loss, and "dac." was never used
+    used = {name.replace("dac.", "dacdiscriminator.discriminator."): tensor for name, tensor in discriminators.items()}
+    unused = {
+        name: torch.zeros(()).expand(tensor.shape) for name, tensor in discriminators.items() if name[:3] == "dac"
+    }
+    checkpoint = save({**tensors, **used, **unused})
+    capsys.readouterr()
+    folder = convert(checkpoint, tmp_path / "converted", with_discriminators=True)
+    assert f"kept in discriminators.safetensors: {len(discriminators)} tensors" in capsys.readouterr().out
+    assert (folder / "model.safetensors").read_bytes() == (small_folder / "model.safetensors").read_bytes()
+    critics = build(Settings(model=str(folder))).critics.state_dict()
+    assert len(critics) == len(discriminators)
+    for name, tensor in discriminators.items():
+        weight = ".parametrizations.weight.original"
+        name = name.replace(".weight_g", f"{weight}0").replace(".weight_v", f"{weight}1")
+        assert critics[name].shape == tensor.shape
+        assert (critics[name].flatten()[[0, -1]] == tensor.flatten()[0]).all()
+
+
+def test_discriminators_that_are_asked_for_must_be_there_and_whole(tensors, discriminators, save, tmp_path):
+    with pytest.raises(ValueError, match="holds no discriminators"):
+        convert(save(tensors), tmp_path / "converted", with_discriminators=True)
+    some = dict(list(discriminators.items())[:-1])
+    with pytest.raises(ValueError, match="other discriminators"):
+        convert(save({**tensors, **some}), tmp_path / "converted", with_discriminators=True)
+    assert not (tmp_path / "converted").exists()
+
+
 def test_unusual_shapes_are_inferred(tmp_path):
     fields = {
         "num_filters": 8,

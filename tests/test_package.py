@@ -11,13 +11,21 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "wavtokenizer_hf"
 CORE = ("configuration_wavtokenizer", "feature_extraction_wavtokenizer", "modeling_wavtokenizer")
 CORE_DEPENDENCIES = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy"}
-ALLOWED_TOGETHER = {"cli": {"audio", "token_file", "plots", ""}, "__main__": {"cli"}}  # "" is the package: the core
+ALLOWED_TOGETHER = {  # "" is the package: the core
+    "cli": {"audio", "token_file", "plots", "training", ""},
+    "__main__": {"cli"},
+    "training": {"audio", ""},  # audio is the only door to sound files
+}
+ROOMS = sorted({path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()})
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imports(path: Path, everywhere: bool = True) -> set[str]:
-    """Modules that a file imports; `.name` for one beside it. Only at its top level unless `everywhere`."""
+    """Modules that a file imports; `.name` for one of the package, `.` for the package itself. Only at its top level
+    unless `everywhere`. What a room that is a folder imports of itself counts as its own name."""
     tree = ast.parse(path.read_text())
     nodes = ast.walk(tree) if everywhere else iter(tree.body)
+    inside = path.relative_to(PACKAGE).parts[:-1]  # folders between the package and the file
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -25,8 +33,11 @@ def imports(path: Path, everywhere: bool = True) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             if node.level == 0:
                 found.add(node.module.split(".")[0])
-            elif node.module:
-                found.add("." + node.module.split(".")[0])
+                continue
+            above = list(inside[: len(inside) - node.level + 1])  # where the dots lead
+            module = above + (node.module.split(".") if node.module else [])
+            if module:
+                found.add("." + module[0])
             else:
                 rooms = {p.stem for p in PACKAGE.iterdir()}
                 found |= {"." + (alias.name if alias.name in rooms else "") for alias in node.names}
@@ -40,15 +51,21 @@ def test_the_core_imports_what_every_hub_user_has_and_no_room(name):
     assert outside <= CORE_DEPENDENCIES, f"the core imports {outside - CORE_DEPENDENCIES}"
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
-def test_rooms_import_the_core_and_no_other_room(path):
-    if path.stem in (*CORE, "__init__"):
+@pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.stem)
+def test_rooms_import_the_core_and_no_other_room(room):
+    if room.stem in (*CORE, "__init__"):
         return
-    rooms = {name[1:] for name in imports(path) if name.startswith(".")} - set(CORE)
-    assert rooms <= ALLOWED_TOGETHER.get(path.stem, {""})
+    files = [room] if room.is_file() else sorted(room.rglob("*.py"))
+    assert files
+    imported = {name[1:] for path in files for name in imports(path) if name.startswith(".")}
+    assert imported - set(CORE) - {room.stem} <= ALLOWED_TOGETHER.get(room.stem, {""})
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_of_a_folder_are_seen():
+    assert {".audio", ".training"} <= imports(PACKAGE / "training" / "data.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_extras_are_imported_where_they_are_used(path):
     third_party = imports(path, everywhere=False) - set(sys.stdlib_module_names)
     assert {name for name in third_party if not name.startswith(".")} <= CORE_DEPENDENCIES
@@ -57,10 +74,10 @@ def test_extras_are_imported_where_they_are_used(path):
 def test_everything_imports_without_the_extras_and_says_which_is_missing(tmp_path):
     code = """
 import sys
-for name in ("soundfile", "soxr", "matplotlib", "datasets", "torchaudio", "torchcodec", "accelerate"):
+for name in ("soundfile", "soxr", "matplotlib", "datasets", "torchaudio", "torchcodec", "accelerate", "tensorboard"):
     sys.modules[name] = None
 import pkgutil, importlib, wavtokenizer_hf, conversion.convert
-for module in pkgutil.iter_modules(wavtokenizer_hf.__path__, "wavtokenizer_hf."):
+for module in pkgutil.walk_packages(wavtokenizer_hf.__path__, "wavtokenizer_hf."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 from wavtokenizer_hf import audio, plots
@@ -69,6 +86,16 @@ for function in (lambda: audio.load("x.wav"), lambda: plots.plot_reconstruction(
         function()
     except ImportError as error:
         assert "pip install 'wavtokenizer_hf[audio]'" in str(error), error
+    else:
+        raise AssertionError("no error")
+from wavtokenizer_hf.training import Settings
+from wavtokenizer_hf.training.log import Log
+from wavtokenizer_hf.training.state import build
+for function in (lambda: build(Settings()), lambda: Log("x", 24000, 0)):
+    try:
+        function()
+    except ImportError as error:
+        assert "pip install 'wavtokenizer_hf[training]'" in str(error), error
     else:
         raise AssertionError("no error")
 """

@@ -1,4 +1,4 @@
-"""The command line: `wavtokenizer encode | decode | reconstruct | convert | info`.
+"""The command line: `wavtokenizer encode | decode | reconstruct | convert | train | info`.
 
 Exit codes: 0, all went well; 1, some of several files failed (each is named with its reason, the others are done); 2, the
 command cannot be carried out as given.
@@ -15,6 +15,7 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 
 from .token_file import FORMATS
+from .training import settings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,6 +71,15 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("checkpoint", help="the original's .ckpt, or a state dict (.pt, .bin, .safetensors)")
     convert.add_argument("--config", help="the original's YAML file, to be checked against the checkpoint")
     convert.add_argument("-o", "--output", required=True, help="folder to make")
+
+    convert.add_argument(
+        "--with-discriminators",
+        action="store_true",
+        help="keep the discriminators in a second file, so that training can go on from them",
+    )
+
+    train = _add(commands, "train", _train, "a new model, or more training for a converted one")
+    settings.add_arguments(train)
 
     info = _add(commands, "info", _info, "what a model, or a token file, is")
     info.add_argument("source", help="name or folder of a model, or a token file (.safetensors, .json)")
@@ -197,12 +207,27 @@ def _convert(arguments) -> int:
     from conversion.convert import convert
 
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-        folder = convert(arguments.checkpoint, arguments.output, config=arguments.config)
+        folder = convert(arguments.checkpoint, arguments.output, arguments.config, arguments.with_discriminators)
     if arguments.json:
         from . import WavTokenizerConfig
 
         config = WavTokenizerConfig.from_pretrained(folder)
         print(json.dumps({"output": str(folder), "codebook_fingerprint": config.codebook_fingerprint}))
+    return 0
+
+
+def _train(arguments) -> int:
+    from .training import train
+
+    state = train(settings.read_arguments(arguments))
+    facts = {
+        "output": state.settings.output,
+        "steps": state.step,
+        "best_validation_score": state.best_score,
+        "clips_skipped": len(state.skipped),
+    }
+    if state.accelerator.is_main_process:
+        _print_facts(facts, arguments.json)
     return 0
 
 

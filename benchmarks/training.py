@@ -1,0 +1,160 @@
+"""Time per training step beside the original's, full-size model and discriminators, in one process and interleaved.
+
+    git clone https://github.com/jishengpeng/WavTokenizer ../WavTokenizer
+    pip install einops scipy
+    python benchmarks/training.py ../WavTokenizer
+
+Prints the median time of a step of both, and the median of the ratios within each round (under 1: ours is faster). The
+original's step is put together from its own modules in the order of its `training_step`, with what Lightning does around
+it, since Lightning 1.8 does not run beside a torch of today. Its mel-only step is taken without the two terms that make it
+crash, and both use one and the same mel loss, since torchaudio may be absent.
+"""
+
+import argparse
+import ctypes
+import statistics
+import sys
+import time
+import types
+from pathlib import Path
+
+import torch
+
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures"), str(ROOT / "benchmarks")]
+
+import build_checkpoint
+import original
+from compare_with_original import reference_folder
+
+from wavtokenizer_hf.training import Settings
+from wavtokenizer_hf.training.losses import MelLoss
+from wavtokenizer_hf.training.state import build
+from wavtokenizer_hf.training.train import train_step
+
+
+class TheirStep:
+    """A step of the original: discriminators first, codec second, each with its own pass through the codec."""
+
+    def __init__(self, checkout: str, rate: int, gan: bool):
+        self.model = original.load_original(checkout, rate, build_checkpoint.state_dict(rate)).train()
+        # imported by the original's losses, and used by its mel loss alone
+        sys.modules["torchaudio"].transforms = types.ModuleType("torchaudio.transforms")
+        from decoder.discriminator_dac import DACDiscriminator
+        from decoder.discriminators import MultiPeriodDiscriminator, MultiResolutionDiscriminator
+        from decoder.loss import DACGANLoss, DiscriminatorLoss, FeatureMatchingLoss, GeneratorLoss
+
+        self.gan = gan
+        self.mp, self.mrd = MultiPeriodDiscriminator(num_embeddings=4), MultiResolutionDiscriminator(num_embeddings=4)
+        self.dac_loss = DACGANLoss(DACDiscriminator())
+        unused = DACDiscriminator()  # the original's optimizer holds this one, its loss the other
+        self.disc_loss, self.gen_loss, self.features_loss = DiscriminatorLoss(), GeneratorLoss(), FeatureMatchingLoss()
+        self.mel_loss = MelLoss()
+        self.critics = [*self.mp.parameters(), *self.mrd.parameters(), *unused.parameters()]
+        self.codec = list(self.model.parameters())
+        self.critics_optimizer = torch.optim.AdamW(self.critics, lr=2e-4)
+        self.codec_optimizer = torch.optim.AdamW(self.codec, lr=2e-4)
+
+    def run(self, audio: torch.Tensor, bandwidth_id: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features, _, commitment = self.model.feature_extractor(audio, bandwidth_id=bandwidth_id)
+        return self.model.head(self.model.backbone(features, bandwidth_id=bandwidth_id)), commitment
+
+    def __call__(self, audio: torch.Tensor) -> None:
+        bandwidth_id = torch.randint(4, (1,))
+        if self.gan:
+            self._toggle(self.critics, self.codec)
+            self.critics_optimizer.zero_grad()
+            with torch.no_grad():
+                made, _ = self.run(audio, bandwidth_id)
+            loss = self.dac_loss.discriminator_loss(made.unsqueeze(1), audio.unsqueeze(1))
+            for critic in (self.mp, self.mrd):
+                real_scores, made_scores, _, _ = critic(y=audio, y_hat=made, bandwidth_id=bandwidth_id)
+                part, real_parts, _ = self.disc_loss(real_scores, made_scores)
+                loss = loss + part / len(real_parts)
+            loss.backward()
+            self._gradient_norm()
+            self.critics_optimizer.step()
+            self._toggle(self.codec, self.critics)
+        self.codec_optimizer.zero_grad()
+        made, commitment = self.run(audio, bandwidth_id)
+        loss = 45 * self.mel_loss(made, audio) + 1000 * commitment
+        if self.gan:
+            loss = loss + sum(self.dac_loss.generator_loss(made.unsqueeze(1), audio.unsqueeze(1)))
+            for critic in (self.mp, self.mrd):
+                _, scores, real_features, made_features = critic(y=audio, y_hat=made, bandwidth_id=bandwidth_id)
+                part, parts = self.gen_loss(scores)
+                loss = loss + part / len(parts) + self.features_loss(real_features, made_features) / len(real_features)
+        loss.backward()
+        self._gradient_norm()
+        self.codec_optimizer.step()
+
+    def _gradient_norm(self) -> None:
+        """What the callback in the original's YAML logs after each backward pass, in its way."""
+        gradients = [p.grad for p in (*self.codec, *self.critics) if p.grad is not None]
+        torch.norm(torch.stack([torch.norm(gradient.detach(), 2.0) for gradient in gradients]), 2.0).item()
+
+    @staticmethod
+    def _toggle(on: list[torch.nn.Parameter], off: list[torch.nn.Parameter]) -> None:
+        """What Lightning does before each optimizer's turn."""
+        for parameters, value in ((off, False), (on, True)):
+            for parameter in parameters:
+                parameter.requires_grad_(value)
+
+
+def keep_memory() -> None:
+    """Tells glibc to keep what it has once got. Else it gives memory back and gets it again, one page fault for every 4 kB,
+    and which of the two steps has to pay for that changes from run to run."""
+    if sys.platform == "linux":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", help="a checkout of jishengpeng/WavTokenizer")
+    parser.add_argument("--rate", type=int, choices=(40, 75), default=75, help="tokens per second (default 75)")
+    parser.add_argument("--batch-size", type=int, default=2, help="segments (default 2)")
+    parser.add_argument("--seconds", type=float, default=1, help="of a segment (default 1)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default 5)")
+    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "benchmarks", help="folder for the checkpoint")
+    arguments = parser.parse_args()
+    keep_memory()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rate} tokens/s, float32")
+    print(f"| {arguments.batch_size} segments of {arguments.seconds:g} s | a step: theirs | ours | ratio |")
+    print("|---|---|---|---|")
+    torch.manual_seed(0)
+    audio = 0.1 * torch.randn(arguments.batch_size, 1, round(arguments.seconds * 24000))
+    folder = str(reference_folder(arguments.work, arguments.rate))
+    for name, gan in (("mel-only", False), ("with all discriminators", True)):
+        theirs = TheirStep(arguments.checkout, arguments.rate, gan)
+        state = build(Settings(model=folder, mel_only_steps=0 if gan else 1_000_000))
+        their_time, our_time, ratio = _times(
+            arguments.rounds, lambda theirs=theirs: theirs(audio[:, 0]), lambda state=state: train_step(state, [audio])
+        )
+        print(f"| {name} | {their_time:.2f} s | {our_time:.2f} s | **{ratio:.2f}** |", flush=True)
+
+
+def _times(rounds: int, theirs, ours) -> tuple[float, float, float]:
+    """Medians of both times in seconds, and of ours / theirs within each round, which the machine's mood leaves alone."""
+    theirs(), ours()
+    pairs = []
+    for index in range(rounds):
+        pair = {}
+        for function in (theirs, ours) if index % 2 == 0 else (ours, theirs):
+            started = time.perf_counter()
+            function()
+            pair[function] = time.perf_counter() - started
+        pairs.append((pair[theirs], pair[ours]))
+    their_times, our_times = zip(*pairs, strict=True)
+    ratios = [our_time / their_time for their_time, our_time in pairs]
+    return statistics.median(their_times), statistics.median(our_times), statistics.median(ratios)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""Segments of sound to train on. What a run sees is a function of (seed, epoch, clip): not of workers, processes or resumption.
+
+Clips come from a list file, a folder, or a dataset of the datasets library; clips that cannot be read are skipped, counted
+and named.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .. import audio
+from .settings import derived_seed
+
+
+logger = logging.getLogger(__name__)
+
+TRAINING_PEAKS = (-6.0, -1.0)  # dBFS that a training clip is scaled to, drawn evenly
+VALIDATION_PEAK = -3.0
+MOST_SKIPPED = 100  # clips in a row that cannot be read, after which it is not the clips
+
+
+@dataclass
+class Batch:
+    """Segments, and what happened to the clips that they come from."""
+
+    audio: torch.Tensor  # (B, 1, T)
+    num_repeated: int = 0  # clips shorter than a segment
+    skipped: dict[str, str] = field(default_factory=dict)  # clip -> why it could not be read
+
+    def pin_memory(self) -> "Batch":  # by this name DataLoader asks for it
+        self.audio = self.audio.pin_memory()
+        return self
+
+
+def open_clips(source: str | os.PathLike | Sequence, column: str = "audio") -> Sequence:
+    """
+    The clips of a data source, of which `read_clip` gives the sound.
+
+    Args:
+        source: a folder, which is searched for sound files; a text file with one path a line, relative to that file; a
+            folder saved by `datasets.Dataset.save_to_disk`; or a dataset itself, of the datasets library or any sequence
+            of paths or of rows with a `column`.
+        column: of the sound in a dataset.
+
+    Raises:
+        ValueError: there is no such source, or no clip in it.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        clips = _undecoded(source, column)
+    elif Path(source, "state.json").is_file() and Path(source, "dataset_info.json").is_file():
+        clips = _undecoded(_load_dataset(source), column)
+    elif Path(source).is_dir():
+        files = sorted(file for file in Path(source).rglob("*") if file.suffix.lower() in audio.SUFFIXES)
+        clips = [str(file) for file in files if file.is_file()]
+    elif Path(source).is_file():
+        try:
+            lines = Path(source).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{source} is not text, expected a list with the path of one sound file a line."
+            ) from error
+        clips = [str(Path(source).parent / line.strip()) for line in lines if line.strip()]
+    else:
+        raise ValueError(f"There is no file or folder {str(source)!r} to take sound from. Check the path.")
+    if len(clips) == 0:
+        shown = source if isinstance(source, (str, os.PathLike)) else f"the {type(source).__name__}"
+        raise ValueError(
+            f"There is no clip in {shown}, expected sound files ({', '.join(audio.SUFFIXES)}) or a list of them."
+        )
+    return clips
+
+
+def read_clip(clips: Sequence, index: int, sampling_rate: int, column: str = "audio") -> np.ndarray:
+    """Sound (T,) of one clip, mono, float32. Raises ValueError or OSError if it cannot be read."""
+    row = clips[index]
+    if isinstance(row, dict):
+        row = row[column]
+    if isinstance(row, (str, os.PathLike)):
+        waveform = audio.load(row, sampling_rate)
+    elif isinstance(row, dict) and row.get("array") is not None:
+        waveform = np.asarray(row["array"], dtype=np.float32)
+        if row["sampling_rate"] != sampling_rate or waveform.ndim != 1 or waveform.size == 0:
+            raise ValueError(
+                f"Got an array of shape {waveform.shape} at {row['sampling_rate']} Hz, expected (T,) at {sampling_rate} Hz."
+            )
+    elif isinstance(row, dict) and row.get("bytes") is not None:  # sound files in the dataset's own files
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "clip")
+            file.write_bytes(row["bytes"])
+            waveform = audio.load(file, sampling_rate)
+    elif isinstance(row, dict) and row.get("path") is not None:
+        waveform = audio.load(row["path"], sampling_rate)
+    else:
+        raise ValueError(
+            f"Got a clip of type {type(row).__name__}, expected a path, or a row of a dataset with sound."
+        )
+    if not np.isfinite(waveform).all():
+        raise ValueError("The clip holds NaN or infinite samples.")
+    return waveform
+
+
+def cut_segment(waveform: np.ndarray, length: int, random: np.random.Generator | None) -> np.ndarray:
+    """
+    A segment (length,) of a clip (T,), as training sees it: the clip scaled to a peak, a piece of it cut out.
+
+    Clips shorter than the segment are repeated to its length; silence stays silence.
+
+    Args:
+        random: draws the peak from -6 to -1 dBFS, and the place of the piece; None for validation: -3 dBFS, the beginning.
+    """
+    peak = VALIDATION_PEAK if random is None else random.uniform(*TRAINING_PEAKS)
+    highest = np.abs(waveform).max()
+    if highest > 0:
+        waveform = waveform * np.float32(10 ** (peak / 20) / highest)
+    if len(waveform) < length:
+        return np.resize(waveform, length)  # numpy repeats what is too short
+    start = 0 if random is None else int(random.integers(len(waveform) - length + 1))
+    return waveform[start : start + length]
+
+
+class Segments(Dataset):
+    """Training segments, asked for by (epoch, clip)."""
+
+    def __init__(self, clips: Sequence, length: int, sampling_rate: int, seed: int, column: str = "audio"):
+        self.clips, self.length, self.sampling_rate = clips, length, sampling_rate
+        self.seed, self.column = seed, column
+
+    def __getitem__(self, place: tuple[int, int]) -> Batch:
+        epoch, index = place
+        random = np.random.default_rng(derived_seed(self.seed, "segment", epoch, index))
+        skipped = {}
+        for _ in range(MOST_SKIPPED):
+            try:
+                waveform = read_clip(self.clips, index, self.sampling_rate, self.column)
+            except (ValueError, OSError) as error:
+                skipped[name_of(self.clips, index, self.column)] = str(error)
+                index = int(random.integers(len(self.clips)))  # another clip in its place, the same in every run
+                continue
+            segment = torch.from_numpy(cut_segment(waveform, self.length, random))
+            return Batch(segment[None, None], int(len(waveform) < self.length), skipped)
+        name, reason = next(iter(skipped.items()))
+        raise ValueError(
+            f"{MOST_SKIPPED} clips in a row could not be read, such as {name}: {reason} Check the training data."
+        )
+
+
+class EndlessBatches(Sampler):
+    """Batches of (epoch, clip) without end: every epoch a new order of all clips, one epoch right after another.
+
+    A joint batch is cut into equal parts for the processes, so one process with the whole of it sees the same.
+    """
+
+    def __init__(self, num_clips: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0):
+        """`start`: joint batches that were used up before, by a run that is resumed."""
+        self.num_clips, self.batch_size, self.seed = num_clips, batch_size, seed
+        self.rank, self.world_size, self.start = rank, world_size, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        joint, epoch, order = self.batch_size * self.world_size, None, None
+        batch = self.start
+        while True:
+            first = batch * joint + self.rank * self.batch_size
+            places = []
+            for position in range(first, first + self.batch_size):
+                if position // self.num_clips != epoch:
+                    epoch = position // self.num_clips
+                    order = np.random.default_rng(derived_seed(self.seed, "order", epoch)).permutation(self.num_clips)
+                places.append((epoch, int(order[position % self.num_clips])))
+            yield places
+            batch += 1
+
+
+def training_batches(
+    clips: Sequence, length: int, sampling_rate: int, batch_size: int, seed: int, num_workers: int, rank: int = 0,
+    world_size: int = 1, start: int = 0,
+) -> Iterator[Batch]:  # fmt: skip
+    """Batches (batch_size, 1, length) of this process without end, from joint batch `start` on."""
+    return iter(
+        DataLoader(
+            Segments(clips, length, sampling_rate, seed),
+            batch_sampler=EndlessBatches(len(clips), batch_size, seed, rank, world_size, start),
+            collate_fn=_join,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_quiet_worker,
+            # no seed from torch's global generator, which has to stay where the step left it
+            generator=torch.Generator().manual_seed(0),
+        )
+    )
+
+
+def validation_clips(source, length: int, sampling_rate: int, most: int) -> Batch:
+    """At most `most` clips, evenly spread over the source and always the same: their beginnings, at -3 dBFS."""
+    clips = open_clips(source)
+    segments, skipped, num_repeated = [], {}, 0
+    for index in np.linspace(0, len(clips) - 1, min(most, len(clips))).round().astype(int).tolist():
+        try:
+            waveform = read_clip(clips, index, sampling_rate)
+        except (ValueError, OSError) as error:
+            skipped[name_of(clips, index)] = str(error)
+            continue
+        num_repeated += len(waveform) < length
+        segments.append(torch.from_numpy(cut_segment(waveform, length, None)))
+    if not segments:
+        raise ValueError(
+            f"None of the {len(skipped)} validation clips can be read, such as {next(iter(skipped.items()))}."
+        )
+    return Batch(torch.stack(segments)[:, None], num_repeated, skipped)
+
+
+def name_of(clips: Sequence, index: int, column: str = "audio") -> str:
+    """What a clip is called in a report: its path, or its place in the dataset."""
+    row = clips[index]
+    row = row.get(column) if isinstance(row, dict) else row
+    path = row.get("path") if isinstance(row, dict) else row
+    return str(path) if isinstance(path, (str, os.PathLike)) else f"clip {index}"
+
+
+def _undecoded(dataset: Sequence, column: str) -> Sequence:
+    """A dataset whose sound is decoded here, by wavtokenizer_hf.audio, and not by torchcodec."""
+    if not hasattr(dataset, "cast_column"):
+        return dataset
+    if column not in dataset.column_names:
+        raise ValueError(f"The dataset has no column {column!r}, but {', '.join(dataset.column_names)}.")
+    if type(dataset.features[column]).__name__ != "Audio":  # paths, or rows with arrays
+        return dataset.select_columns(column)
+    import datasets
+
+    return dataset.select_columns(column).cast_column(column, datasets.Audio(decode=False))
+
+
+def _load_dataset(folder: str | os.PathLike):
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("Saved datasets need the datasets library: pip install datasets") from error
+    return datasets.load_from_disk(str(folder))
+
+
+def _join(batches: list[Batch]) -> Batch:
+    skipped = {clip: reason for batch in batches for clip, reason in batch.skipped.items()}
+    return Batch(torch.cat([batch.audio for batch in batches]), sum(batch.num_repeated for batch in batches), skipped)
+
+
+class _OneOfAKind(logging.Filter):
+    """Lets each kind of message through once, whatever file it is about."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        new = record.msg not in self.seen
+        self.seen.add(record.msg)
+        return new
+
+
+@contextmanager
+def one_warning_of_a_kind() -> Iterator[None]:
+    """Inside, loading says each kind of thing once: a stereo corpus would give a warning for every clip of every epoch."""
+    once = _OneOfAKind()
+    audio.logger.addFilter(once)
+    try:
+        yield
+    finally:
+        audio.logger.removeFilter(once)
+
+
+def _quiet_worker(worker: int) -> None:
+    audio.logger.addFilter(_OneOfAKind())  # for good: the process lives as long as the loader

@@ -1,0 +1,247 @@
+"""The three critics of training: multi-period, multi-resolution and DAC-style. Their tensors bear the original's names.
+
+Shape letters: B rows of a batch, T samples, N time steps, p a period, F frequency bins, C channels.
+
+Each critic takes audio (B, T) and gives one `Judgement` per sub-discriminator. All layers are weight-normalised
+convolutions with leaky ReLU 0.1 between them; only the last one of each sub-discriminator stands alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+
+PERIODS = (2, 3, 5, 7, 11)
+PERIOD_CHANNELS = (32, 128, 512, 1024, 1024)
+RESOLUTIONS = ((1024, 256), (2048, 512), (512, 128))  # (n_fft, hop)
+RESOLUTION_CHANNELS = 64
+BAND_RESOLUTIONS = (2048, 1024, 512)  # n_fft; the hop is a quarter of it
+BAND_CHANNELS = 32
+BANDS = ((0.0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))  # shares of the frequency bins
+
+NAMES = {"multi_period": "multiperioddisc", "multi_resolution": "multiresddisc", "dac": "dac"}
+"""The critics' names here -> the original's, under which their tensors stand in files."""
+
+
+@dataclass
+class Judgement:
+    """What one sub-discriminator says of a batch."""
+
+    scores: torch.Tensor  # (B, any): high for audio that it takes for real
+    features: list[torch.Tensor]  # the maps that feature matching compares
+
+    def halves(self) -> tuple["Judgement", "Judgement"]:
+        """Of a batch that is two batches one after the other: what was said of each."""
+        scores, features = self.scores.chunk(2), [each.chunk(2) for each in self.features]
+        return tuple(Judgement(scores[half], [each[half] for each in features]) for half in (0, 1))
+
+
+class Discriminators(nn.Module):
+    """All critics that a run uses, each under the original's name."""
+
+    def __init__(self, num_embeddings: int = 4, scale: float = 1.0, names: tuple[str, ...] = tuple(NAMES)):
+        """
+        Args:
+            num_embeddings: values of `bandwidth_id`, on which multi-period and multi-resolution are conditioned.
+            scale: all inner channels are multiplied by this; 1 is the original's size, 41 M numbers each in the two
+                that look at periods.
+            names: which to make, of `NAMES`.
+        """
+        super().__init__()
+        makers = {
+            "multi_period": lambda: MultiPeriodDiscriminator(num_embeddings, scale),
+            "multi_resolution": lambda: MultiResolutionDiscriminator(num_embeddings, scale),
+            "dac": lambda: DACDiscriminator(scale),
+        }
+        self.names = tuple(names)
+        for name in self.names:
+            setattr(self, NAMES[name], makers[name]())
+
+    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> dict[str, list[Judgement]]:
+        """audio (B, T), float -> by name of the critic, the judgement of each of its sub-discriminators."""
+        return {name: getattr(self, NAMES[name])(audio, bandwidth_id) for name in self.names}
+
+
+class MultiPeriodDiscriminator(nn.Module):
+    """Looks at every p-th sample, for five periods p; conditioned on `bandwidth_id`."""
+
+    def __init__(self, num_embeddings: int, scale: float = 1.0):
+        super().__init__()
+        self.discriminators = nn.ModuleList(PeriodDiscriminator(period, num_embeddings, scale) for period in PERIODS)
+
+    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> list[Judgement]:
+        return [discriminator(audio, bandwidth_id) for discriminator in self.discriminators]
+
+
+class PeriodDiscriminator(nn.Module):
+    def __init__(self, period: int, num_embeddings: int, scale: float):
+        super().__init__()
+        self.period = period
+        self.convs = nn.ModuleList(_period_convs(scale))
+        channels = self.convs[-1].out_channels
+        self.emb = _zero_embedding(num_embeddings, channels)
+        self.conv_post = weight_norm(nn.Conv2d(channels, 1, (3, 1), padding=(1, 0)))
+
+    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> Judgement:
+        missing = -audio.shape[-1] % self.period
+        hidden_states = _fold(audio, self.period, missing)
+        features = []
+        for conv in self.convs:
+            hidden_states = F.leaky_relu(conv(hidden_states), 0.1)
+            features.append(hidden_states)
+        scores = _conditioned_scores(self, hidden_states, bandwidth_id)
+        return Judgement(scores.flatten(1), [*features[1:], scores])  # the first layer's map is not matched
+
+
+class MultiResolutionDiscriminator(nn.Module):
+    """Looks at magnitude spectrograms of three resolutions; conditioned on `bandwidth_id`."""
+
+    def __init__(self, num_embeddings: int, scale: float = 1.0):
+        super().__init__()
+        self.discriminators = nn.ModuleList(
+            ResolutionDiscriminator(*resolution, num_embeddings, scale) for resolution in RESOLUTIONS
+        )
+
+    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> list[Judgement]:
+        return [discriminator(audio, bandwidth_id) for discriminator in self.discriminators]
+
+
+class ResolutionDiscriminator(nn.Module):
+    def __init__(self, n_fft: int, hop_length: int, num_embeddings: int, scale: float):
+        super().__init__()
+        self.n_fft, self.hop_length = n_fft, hop_length
+        channels = _scaled(RESOLUTION_CHANNELS, scale)
+        shapes = [  # kernel, stride, padding over (frequency, time)
+            ((7, 5), (2, 2), (3, 2)),
+            ((5, 3), (2, 1), (2, 1)),
+            ((5, 3), (2, 2), (2, 1)),
+            ((3, 3), (2, 1), (1, 1)),
+            ((3, 3), (2, 2), (1, 1)),
+        ]
+        self.convs = nn.ModuleList(
+            weight_norm(nn.Conv2d(channels if layer else 1, channels, *shape)) for layer, shape in enumerate(shapes)
+        )
+        self.emb = _zero_embedding(num_embeddings, channels)
+        self.conv_post = weight_norm(nn.Conv2d(channels, 1, (3, 3), padding=(1, 1)))
+
+    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> Judgement:
+        hidden_states = _stft(audio, self.n_fft, self.hop_length).abs()[:, None]  # (B, 1, F, N)
+        features = []
+        for conv in self.convs:
+            hidden_states = F.leaky_relu(conv(hidden_states), 0.1)
+            features.append(hidden_states)
+        scores = _conditioned_scores(self, hidden_states, bandwidth_id)
+        return Judgement(scores.flatten(1), [*features, scores])
+
+
+class DACDiscriminator(nn.Module):
+    """Multi-period and multi-band critics of the Descript Audio Codec, on audio freed of DC and of its level."""
+
+    def __init__(self, scale: float = 1.0):
+        super().__init__()
+        self.discriminators = nn.ModuleList(
+            [DACPeriodDiscriminator(period, scale) for period in PERIODS]
+            + [DACBandDiscriminator(n_fft, scale) for n_fft in BAND_RESOLUTIONS]
+        )
+
+    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> list[Judgement]:  # not conditioned on it
+        audio = audio - audio.mean(dim=-1, keepdim=True)
+        audio = 0.8 * audio / (audio.abs().amax(dim=-1, keepdim=True) + 1e-9)
+        return [discriminator(audio) for discriminator in self.discriminators]
+
+
+class DACPeriodDiscriminator(nn.Module):
+    def __init__(self, period: int, scale: float):
+        super().__init__()
+        self.period = period
+        self.convs = nn.ModuleList(nn.ModuleList([conv]) for conv in _period_convs(scale))  # nested as in the original
+        self.conv_post = weight_norm(nn.Conv2d(self.convs[-1][0].out_channels, 1, (3, 1), padding=(1, 0)))
+
+    def forward(self, audio: torch.Tensor) -> Judgement:
+        # unlike the critic above, a whole period is added where none is missing
+        hidden_states = _fold(audio, self.period, self.period - audio.shape[-1] % self.period)
+        features = []
+        for (conv,) in self.convs:
+            hidden_states = F.leaky_relu(conv(hidden_states), 0.1)
+            features.append(hidden_states)
+        return Judgement(self.conv_post(hidden_states).flatten(1), features)
+
+
+class DACBandDiscriminator(nn.Module):
+    """Looks at real and imaginary parts of a spectrum, band by band."""
+
+    def __init__(self, n_fft: int, scale: float):
+        super().__init__()
+        self.n_fft = n_fft
+        bins = n_fft // 2 + 1
+        self.bands = [(int(low * bins), int(high * bins)) for low, high in BANDS]
+        channels = _scaled(BAND_CHANNELS, scale)
+        self.band_convs = nn.ModuleList(
+            nn.ModuleList(nn.ModuleList([conv]) for conv in _band_convs(channels)) for _ in self.bands
+        )
+        self.conv_post = weight_norm(nn.Conv2d(channels, 1, (3, 3), padding=(1, 1)))
+
+    def forward(self, audio: torch.Tensor) -> Judgement:
+        spectrum = torch.view_as_real(_stft(audio, self.n_fft, self.n_fft // 4))
+        spectrum = spectrum.permute(0, 3, 2, 1)  # (B, 2, N, F)
+        features, bands = [], []
+        for (low, high), convs in zip(self.bands, self.band_convs, strict=True):
+            hidden_states = spectrum[..., low:high]
+            for (conv,) in convs:
+                hidden_states = F.leaky_relu(conv(hidden_states), 0.1)
+                features.append(hidden_states)
+            bands.append(hidden_states)
+        return Judgement(self.conv_post(torch.cat(bands, dim=-1)).flatten(1), features)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _scaled(channels: int, scale: float) -> int:
+    return max(1, round(channels * scale))
+
+
+def _period_convs(scale: float) -> Iterator[nn.Module]:
+    widths = [1, *(_scaled(channels, scale) for channels in PERIOD_CHANNELS)]
+    for inputs, outputs, stride in zip(widths, widths[1:], (3, 3, 3, 3, 1), strict=False):
+        yield weight_norm(nn.Conv2d(inputs, outputs, (5, 1), (stride, 1), (2, 0)))
+
+
+def _band_convs(channels: int) -> Iterator[nn.Module]:
+    yield weight_norm(nn.Conv2d(2, channels, (3, 9), (1, 1), (1, 4)))
+    for _ in range(3):
+        yield weight_norm(nn.Conv2d(channels, channels, (3, 9), (1, 2), (1, 4)))
+    yield weight_norm(nn.Conv2d(channels, channels, (3, 3), (1, 1), (1, 1)))
+
+
+def _zero_embedding(num_embeddings: int, channels: int) -> nn.Embedding:
+    embedding = nn.Embedding(num_embeddings, channels)
+    nn.init.zeros_(embedding.weight)
+    return embedding
+
+
+def _conditioned_scores(discriminator: nn.Module, hidden_states: torch.Tensor, bandwidth_id: int) -> torch.Tensor:
+    """Score map (B, 1, any, any), the inner product of the last map with an embedding added to it."""
+    row = torch.full((), bandwidth_id, device=hidden_states.device)
+    agreement = (discriminator.emb(row)[:, None, None] * hidden_states).sum(dim=1, keepdim=True)
+    return discriminator.conv_post(hidden_states) + agreement
+
+
+def _fold(audio: torch.Tensor, period: int, missing: int) -> torch.Tensor:
+    """(B, T) -> (B, 1, (T + missing) / p, p), continued by reflection."""
+    if missing:
+        audio = F.pad(audio[:, None], (0, missing), mode="reflect")
+    return audio.reshape(len(audio), 1, -1, period)
+
+
+def _stft(audio: torch.Tensor, n_fft: int, hop_length: int) -> torch.Tensor:
+    """(B, T) -> complex (B, F, N): centred, with a rectangular window, in float32 also under autocast."""
+    with torch.autocast(audio.device.type, enabled=False):
+        window = torch.ones(n_fft, device=audio.device)  # torch would take one by itself, but warns of it
+        return torch.stft(audio.float(), n_fft, hop_length, window=window, return_complex=True)

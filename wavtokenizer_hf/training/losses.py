@@ -1,0 +1,90 @@
+"""The losses of training. One dict of weights says which count how much; its keys are the names in the log.
+
+The values equal those of the original's code; `tests/test_training_losses.py` holds them against it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.audio_utils import mel_filter_bank
+
+from .discriminators import NAMES, Judgement
+
+
+WEIGHTS = {
+    "mel": 45.0,
+    "commitment": 1000.0,
+    "multi_period": 1.0,
+    "multi_period_features": 1.0,
+    "multi_resolution": 1.0,
+    "multi_resolution_features": 1.0,
+    "dac": 1.0,
+    "dac_features": 1.0,
+}
+"""The published weights of the generator's losses. A critic whose two weights are 0 is not made at all."""
+
+
+class MelLoss(nn.Module):
+    """L1 distance of log mel magnitudes, the part of the objective that needs no critic."""
+
+    def __init__(self, sampling_rate: int = 24000, n_fft: int = 1024, hop_length: int = 256, num_mels: int = 100):
+        super().__init__()
+        self.n_fft, self.hop_length = n_fft, hop_length
+        filters = mel_filter_bank(n_fft // 2 + 1, num_mels, 0.0, sampling_rate / 2, sampling_rate, mel_scale="htk")
+        self.register_buffer("filters", torch.from_numpy(filters).float().T.contiguous(), persistent=False)
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+
+    def log_mel(self, audio: torch.Tensor) -> torch.Tensor:
+        """audio (B, T) -> (B, num_mels, frames): logarithm of mel magnitudes, not below that of 1e-7."""
+        with torch.autocast(audio.device.type, enabled=False):
+            spectrum = torch.stft(audio.float(), self.n_fft, self.hop_length, window=self.window, return_complex=True)
+            return (self.filters @ spectrum.abs()).clamp(min=1e-7).log()
+
+    def forward(self, made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Distance of two batches of audio (B, T)."""
+        with torch.no_grad():
+            target = self.log_mel(real)
+        return F.l1_loss(self.log_mel(made), target)
+
+
+def discriminator_losses(
+    real: dict[str, list[Judgement]], made: dict[str, list[Judgement]]
+) -> dict[str, torch.Tensor]:
+    """What the critics minimise, by their names: hinge losses, averaged over sub-discriminators, and least squares for dac."""
+    losses = {}
+    for name in real:
+        pairs = [(r.scores.float(), m.scores.float()) for r, m in zip(real[name], made[name], strict=True)]
+        if name == "dac":
+            losses[name] = sum((1 - r).square().mean() + m.square().mean() for r, m in pairs)
+        else:
+            losses[name] = sum(F.relu(1 - r).mean() + F.relu(1 + m).mean() for r, m in pairs) / len(pairs)
+    return losses
+
+
+def adversarial_losses(real: dict[str, list[Judgement]], made: dict[str, list[Judgement]]) -> dict[str, torch.Tensor]:
+    """What the critics give the codec to minimise: to be taken for real, and to match the features of what is real."""
+    losses = {}
+    for name in made:
+        scores = [judgement.scores.float() for judgement in made[name]]
+        distances = [
+            F.l1_loss(m.float(), r.float().detach())
+            for real_judgement, made_judgement in zip(real[name], made[name], strict=True)
+            for r, m in zip(real_judgement.features, made_judgement.features, strict=True)
+        ]
+        if name == "dac":  # summed, not averaged
+            losses[name] = sum((1 - score).square().mean() for score in scores)
+            losses[f"{name}_features"] = sum(distances)
+        else:
+            losses[name] = sum(F.relu(1 - score).mean() for score in scores) / len(scores)
+            losses[f"{name}_features"] = sum(distances) / len(scores)
+    return losses
+
+
+def total(losses: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
+    """The weighted sum of all losses by name; a KeyError for one that no weight was given for."""
+    return sum(weights[name] * loss for name, loss in losses.items())
+
+
+def used_discriminators(weights: dict[str, float]) -> tuple[str, ...]:
+    """The critics that some weight other than 0 asks for."""
+    return tuple(name for name in NAMES if weights[name] or weights[f"{name}_features"])

@@ -1,0 +1,249 @@
+"""The settings of a training run: one dataclass, from which YAML recipes and command-line arguments follow."""
+
+import argparse
+import dataclasses
+import hashlib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .losses import WEIGHTS
+
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def _field(help: str, default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, free: bool = False):
+    """A field with its documentation. `free`: a resumed run may have another value, since the result does not depend on it."""
+    return field(default=default, default_factory=factory, metadata={"help": help, "free": free})
+
+
+@dataclass
+class Settings:
+    """What a training run does. The defaults are the published training at 40 tokens/s, but for the number of GPUs."""
+
+    output: str = _field("folder of the run: best/, last/ and log/ appear in it", "", free=True)
+    train_data: str = _field(
+        "sound to train on: a folder to search, a text file with one path a line (relative to the file), or a folder "
+        "saved by datasets' save_to_disk",
+        "",
+    )
+    validation_data: str = _field("sound to validate on, likewise; never trained on", "")
+    model: str | None = _field(
+        "start from this model: a converted folder or a name on the Hub; its discriminators.safetensors is used too. "
+        "Default: random weights",
+        None,
+    )
+    config: dict[str, Any] = _field("fields of a new model's config that differ from the defaults", factory=dict)
+
+    steps: int = _field("steps in all", 1_000_000)
+    mel_only_steps: int = _field("first steps without discriminators, on mel and commitment losses alone", 0)
+    continuous_steps: int = _field(
+        "first steps without the codebook, in which the decoder gets the encoder's output itself; k-means then chooses the "
+        "entries from an encoder that has learned something, which a short run needs",
+        0,
+    )
+    batch_size: int = _field("segments in a batch of each process", 40)
+    gradient_accumulation: int = _field("batches of each process in a step", 1)
+    segment_seconds: float = _field("length of a segment; shorter clips are repeated to it", 3.0)
+    num_workers: int = _field("processes of each process that load data; 0: none", 8, free=True)
+    seed: int = _field("of all that is random", 0)
+
+    learning_rate: float = _field("of the AdamW optimizers; decays to 0 by a cosine", 2e-4)
+    discriminator_learning_rate: float | None = _field("of the discriminators' optimizer, if it is another", None)
+    warmup_steps: int = _field("first steps of each optimizer, in which its learning rate rises from 0", 0)
+    max_gradient_norm: float | None = _field("gradients are scaled down to this norm; default: never", None)
+    precision: str = _field(
+        "float32, or bfloat16 for autocast of decoder and discriminators; encoder and codebook stay in float32",
+        "float32",
+    )
+    dropout: float = _field("of the residual blocks in the backbone's front", 0.1)
+    loss_weights: dict[str, float] = _field(
+        "weights of the generator's losses that differ from the published ones; 0 for both of a discriminator leaves it out",
+        factory=dict,
+    )
+    discriminator_scale: float = _field("inner channels of the discriminators, as a factor of the published ones", 1.0)
+
+    codebook_decay: float = _field("of the codebook's moving averages", 0.99)
+    restart_below: float = _field("entries used less than this share of an even count are replaced", 0.1)
+    normalize_encoder: bool = _field(
+        "begin a new model with an encoder whose layers all give mean 0 and deviation 1 on the first batch (weight norm's "
+        "data-dependent initialization); PyTorch's own gives latents that hardly vary, and a slow start",
+        False,
+    )
+    kmeans_iterations: int = _field("at most, at the start of a new model", 200)
+    kmeans_latents: int = _field("encoder outputs that k-means starts from, over all processes", 72_000)
+
+    log_every: int = _field("steps between entries in the log", 100, free=True)
+    validate_every: int = _field(
+        "steps between validations, each of which saves last/, and best/ if the score fell", 5000
+    )
+    num_validation_clips: int = _field("clips of a validation, at most", 200)
+    num_logged_clips: int = _field("clips of the validation that the log lets hear and see", 4, free=True)
+    resume: bool = _field("go on from last/ in the output folder, with the same settings", False, free=True)
+    push_to_hub: str | None = _field("repository on the Hub to which best/ is uploaded at the end", None, free=True)
+
+    def __post_init__(self):
+        self.loss_weights = {**WEIGHTS, **self.loss_weights}
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError for values that no run can have; whether the data exist is seen when they are opened."""
+        unknown = sorted(set(self.loss_weights) - set(WEIGHTS))
+        if unknown:
+            raise ValueError(f"Got loss_weights for {', '.join(unknown)}; the losses are {', '.join(WEIGHTS)}.")
+        at_least = {
+            "steps": 1, "mel_only_steps": 0, "continuous_steps": 0, "batch_size": 1, "gradient_accumulation": 1, "num_workers": 0,
+            "warmup_steps": 0, "kmeans_iterations": 1, "kmeans_latents": 1, "log_every": 1, "validate_every": 1,
+            "num_validation_clips": 1, "num_logged_clips": 0, "dropout": 0, "restart_below": 0, "codebook_decay": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"Got {name}={getattr(self, name)}, expected at least {least}.")
+        for name in (
+            "segment_seconds", "learning_rate", "discriminator_learning_rate", "discriminator_scale", "max_gradient_norm",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"Got {name}={value}, expected more than 0.")
+        for name in ("dropout", "restart_below", "codebook_decay"):
+            if not getattr(self, name) < 1:
+                raise ValueError(f"Got {name}={getattr(self, name)}, expected less than 1.")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"Got precision={self.precision!r}, expected 'float32' or 'bfloat16'.")
+        if self.model and self.config:
+            raise ValueError(
+                f"Got config={self.config} beside model={self.model!r}, whose shape is fixed. Leave one of them out."
+            )
+
+    @classmethod
+    def load(cls, recipe: str | None, changes: dict[str, Any] | None = None) -> "Settings":
+        """
+        Settings from a YAML recipe, with changes.
+
+        Args:
+            recipe: a YAML file of fields, or the name of one in `training/recipes`; None for the defaults.
+            changes: values by field that go before the recipe's; those of a dict field are merged into it.
+
+        Raises:
+            ValueError: no such recipe, not YAML, an unknown field, or a value of the wrong type.
+        """
+        values = {} if recipe is None else _read_yaml(_find(recipe))
+        types_ = typing.get_type_hints(cls)
+        for name, value in (changes or {}).items():
+            values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
+        unknown = sorted(set(values) - set(types_))
+        if unknown:
+            raise ValueError(
+                f"Got unknown settings: {', '.join(unknown)}. `wavtokenizer train --help` lists them all."
+            )
+        return cls(**{name: _typed(name, value, types_[name]) for name, value in values.items()})
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Settings on which the result of a run depends and that differ from those of another run, in words."""
+        return [
+            f"{f.name} was {other.get(f.name)!r} and is now {getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if not f.metadata["free"] and other.get(f.name) != getattr(self, f.name)
+        ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the recipe and one argument for each field; `read_arguments` takes them back."""
+    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    parser.add_argument("recipe", nargs="?", help=f"YAML file of settings, or the name of a bundled one: {recipes}")
+    types_ = typing.get_type_hints(Settings)
+    for f in dataclasses.fields(Settings):
+        help, options = f.metadata["help"], {}
+        if types_[f.name] is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(types_[f.name]) is dict:
+            options |= {"nargs": "+", "metavar": "NAME=VALUE", "type": _pair}
+        else:
+            options["metavar"] = "X"
+            if f.default not in ("", None):
+                help += f" (default {f.default:g})" if isinstance(f.default, float) else f" (default {f.default})"
+        # no default here: what is not given must not go before the recipe's value
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help.replace("%", "%%"), **options)
+
+
+def read_arguments(arguments: argparse.Namespace) -> Settings:
+    names = {f.name for f in dataclasses.fields(Settings)}
+    changes = {name: value for name, value in vars(arguments).items() if name in names}
+    changes = {name: dict(value) if isinstance(value, list) else value for name, value in changes.items()}
+    return Settings.load(arguments.recipe, changes)
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A seed that depends on all of its parts and on nothing else, such as Python's hash of strings."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _find(recipe: str) -> Path:
+    for path in (Path(recipe), RECIPES / recipe, RECIPES / f"{recipe}.yaml"):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    raise ValueError(f"There is no recipe {recipe}. Give a YAML file, or one of the bundled recipes: {names}.")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    yaml = _yaml()
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, expected settings, one `name: value` a line.")
+    return values
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=VALUE")
+    return name, _yaml().safe_load(value)
+
+
+def _number(value: Any) -> Any:
+    """1e-6, which YAML takes for text, as the number that it is; all else as it came."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _typed(name: str, value: Any, type_: Any) -> Any:
+    """The value in the field's type; text, as the command line gives it, and 2e-4, which YAML takes for text, are read."""
+    choices = typing.get_args(type_) if isinstance(type_, types.UnionType) else (type_,)
+    if value is None or value == "none":
+        if types.NoneType in choices:
+            return None
+    elif dict in (typing.get_origin(choice) for choice in choices):
+        if isinstance(value, dict):
+            return {key: _number(each) for key, each in value.items()}
+    else:
+        kind = choices[0]
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is str and isinstance(value, str):
+            return value
+        if kind in (int, float) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                number = None
+            if number is not None and (kind is float or number.is_integer()):
+                return kind(number)
+    raise ValueError(f"Got {name}={value!r}, expected {getattr(type_, '__name__', type_)}.")
+
+
+def _yaml():
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError("Recipes need PyYAML: pip install 'wavtokenizer_hf[training]'") from error
+    return yaml

@@ -1,0 +1,223 @@
+"""What a run consists of: making it, saving it, and going on from what was saved."""
+
+import logging
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup
+
+from ..configuration_wavtokenizer import WavTokenizerConfig
+from ..modeling_wavtokenizer import WavTokenizerModel
+from .checkpoints import load_discriminators, read_state, recover, save_checkpoint
+from .codebook import CodebookLearner
+from .discriminators import Discriminators
+from .losses import MelLoss, used_discriminators
+from .settings import Settings, derived_seed
+
+
+logger = logging.getLogger(__name__)
+
+
+class Codec(nn.Module):
+    """The model as training sees it: encoder, codebook and decoder in one differentiable pass."""
+
+    def __init__(self, model: WavTokenizerModel, precision: str = "float32"):
+        super().__init__()
+        self.model, self.precision = model, precision
+
+    def forward(
+        self, audio: torch.Tensor, bandwidth_id: int, quantize: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """audio (B, 1, T) -> made (B, 1, T), commitment loss (), latents (B, D, L) and their codes (B, 1, L).
+
+        Without `quantize` the decoder gets the latents themselves; losses and codes are still those of the codebook.
+        """
+        model = self.model
+        with torch.autocast(audio.device.type, enabled=False):  # codes are always decided in float32
+            latents = model.encoder_model.encoder(audio)
+            audio_codes = model.quantizer.encode(latents.detach())
+            quantized = model.quantizer.decode(audio_codes)
+            commitment = F.mse_loss(latents, quantized)
+            # gradients pass straight through the choice
+            quantized = latents + (quantized - latents).detach() if quantize else latents
+        with autocast(audio.device, self.precision):
+            made = model.head(model.backbone(quantized, bandwidth_id))
+        return made[..., : audio.shape[-1]], commitment, latents.detach(), audio_codes
+
+
+@dataclass
+class State:
+    """All that a run consists of. Prepared modules are wrapped for several GPUs; `model` and `critics` are what is inside."""
+
+    settings: Settings
+    accelerator: Any
+    model: WavTokenizerModel
+    codec: nn.Module
+    mel_loss: MelLoss
+    learner: CodebookLearner
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    critics: Discriminators | None = None
+    prepared_critics: nn.Module | None = None
+    critics_optimizer: torch.optim.Optimizer | None = None
+    critics_schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+    step: int = 0  # steps done
+    best_score: float = math.inf
+    # of this process, since it began
+    skipped: dict[str, str] = field(default_factory=dict)  # clips that could not be read, and why
+    num_taken: int = 0  # segments
+    num_repeated: int = 0  # of those, from clips shorter than a segment
+
+    @property
+    def quantizes(self) -> bool:
+        return self.step >= self.settings.continuous_steps
+
+    @property
+    def critics_train(self) -> bool:
+        return self.critics is not None and self.step >= self.settings.mel_only_steps
+
+
+def autocast(device: torch.device, precision: str):
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def build(settings: Settings) -> State:
+    """A run at its beginning: model, discriminators, optimizers. Raises ValueError for a model that cannot be had."""
+    try:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+    except ImportError as error:
+        raise ImportError("Training needs accelerate: pip install 'wavtokenizer_hf[training]'") from error
+    # the codebook, the only buffer, agrees over workers by its own sums; nothing has to be broadcast at every pass
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    # unless it is told that there is nothing but CPUs, accelerate takes each process that torchrun started for the only one
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=handlers)
+    torch.manual_seed(derived_seed(settings.seed, "weights"))
+    model = _load_model(settings.model) if settings.model else WavTokenizerModel(_new_config(settings.config))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = settings.dropout
+    model.to(accelerator.device)
+    optimizer = _adamw(model, settings.learning_rate)
+    state = State(
+        settings, accelerator, model, accelerator.prepare(Codec(model, settings.precision)),
+        MelLoss(model.config.sampling_rate).to(accelerator.device),
+        CodebookLearner(model.quantizer, settings.codebook_decay, settings.restart_below, settings.seed),
+        optimizer, get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps),
+    )  # fmt: skip
+    names, critics_steps = used_discriminators(settings.loss_weights), settings.steps - settings.mel_only_steps
+    if names and critics_steps > 0:
+        torch.manual_seed(derived_seed(settings.seed, "discriminators"))
+        state.critics = Discriminators(model.config.adanorm_num_embeddings, settings.discriminator_scale, names)
+        if settings.model and load_discriminators(settings.model, state.critics):
+            logger.info("The discriminators of %s go on.", settings.model)
+        state.critics.to(accelerator.device)
+        state.prepared_critics = accelerator.prepare(state.critics)
+        state.critics_optimizer = _adamw(state.critics, settings.discriminator_learning_rate or settings.learning_rate)
+        state.critics_schedule = get_cosine_schedule_with_warmup(
+            state.critics_optimizer, settings.warmup_steps, critics_steps
+        )
+    return state
+
+
+def save(state: State, output: Path, improved: bool) -> None:
+    """Writes last/, and best/ if the score fell."""
+    accelerator = state.accelerator
+    if accelerator.is_main_process:
+        critics = state.critics if state.critics_train else None
+        facts = {
+            "step": state.step,
+            "best_score": state.best_score,
+            "num_processes": accelerator.num_processes,
+            "settings": asdict(state.settings),
+            "num_restarts": state.learner.num_restarts,
+        }
+        tensors = {"usage": state.learner.usage, **{name: part.state_dict() for name, part in _steered(state).items()}}
+        save_checkpoint(output / "last", state.model, critics, facts, tensors)
+        if improved:
+            save_checkpoint(output / "best", state.model, critics)
+    accelerator.wait_for_everyone()
+
+
+def restore(state: State, output: Path) -> None:
+    """Goes back to last/. Raises ValueError if there is none, or if it was made with other settings."""
+    facts, tensors = read_state(output / "last")
+    differences = state.settings.differences(facts["settings"])
+    if facts["num_processes"] != state.accelerator.num_processes:
+        differences.append(f"processes were {facts['num_processes']} and are now {state.accelerator.num_processes}")
+    if differences:
+        raise ValueError(
+            f"The run in {output} had other settings: {'; '.join(differences)}. Resume it with its own, or start another "
+            f"from it with model={output / 'last'}."
+        )
+    state.model.load_state_dict(_load_model(str(output / "last")).state_dict())
+    needed = state.critics is not None and facts["step"] >= state.settings.mel_only_steps
+    if needed and not load_discriminators(str(output / "last"), state.critics):
+        raise ValueError(f"{output / 'last'} lacks its discriminators. Start another run from it.")
+    for name, part in _steered(state).items():
+        part.load_state_dict(tensors[name])
+    state.learner.usage.copy_(tensors["usage"])
+    state.learner.num_restarts = facts["num_restarts"]
+    state.step, state.best_score = facts["step"], facts["best_score"]
+
+
+def check_output(settings: Settings, output: Path) -> None:
+    """Raises ValueError if a run would overwrite another."""
+    recover(output / "last")
+    if (output / "last").exists() and not settings.resume:
+        raise ValueError(f"{output} holds a run already. Resume it (--resume), or choose another output.")
+
+
+def prepare_hub(state: State) -> None:
+    """Makes the repository before the first step, rather than fail after the last one."""
+    if state.settings.push_to_hub and state.accelerator.is_main_process:
+        _hub().create_repo(state.settings.push_to_hub, exist_ok=True)
+
+
+def upload(state: State, output: Path) -> None:
+    """Sends best/ to the Hub, if the settings say so."""
+    if state.settings.push_to_hub and state.accelerator.is_main_process:
+        _hub().upload_folder(
+            repo_id=state.settings.push_to_hub,
+            folder_path=output / "best",
+            commit_message=f"Best model of {state.step} steps: validation score {state.best_score:.4f}",
+        )
+    state.accelerator.wait_for_everyone()
+
+
+def _hub():
+    from huggingface_hub import HfApi
+
+    return HfApi()
+
+
+def _steered(state: State) -> dict[str, Any]:
+    """The parts with a state of their own beside the weights."""
+    parts = {"optimizer": state.optimizer, "schedule": state.schedule}
+    if state.critics is not None:
+        parts |= {"critics_optimizer": state.critics_optimizer, "critics_schedule": state.critics_schedule}
+    return parts
+
+
+def _load_model(name: str) -> WavTokenizerModel:
+    model, loading = WavTokenizerModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    if loading["missing_keys"]:
+        raise ValueError(f"The model {name!r} lacks tensors, such as {sorted(loading['missing_keys'])[0]}.")
+    return model
+
+
+def _new_config(values: dict[str, Any]) -> WavTokenizerConfig:
+    known = {f.name for f in fields(WavTokenizerConfig)}
+    unknown = sorted(set(values) - known)
+    if unknown:  # transformers would keep them without a word
+        raise ValueError(f"Got config fields that a WavTokenizer does not have: {', '.join(unknown)}.")
+    return WavTokenizerConfig(**values)
+
+
+def _adamw(module: nn.Module, learning_rate: float) -> torch.optim.AdamW:
+    fused = next(module.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(module.parameters(), learning_rate, fused=fused)

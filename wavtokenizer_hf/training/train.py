@@ -1,0 +1,341 @@
+"""Training as one page. `train` runs it; `train_step` is what happens to a batch; `State` is all that a run consists of.
+
+Two optimizers take turns: first the discriminators learn to tell the codec's audio from real audio, then the codec learns to
+be closer to real audio, also in their eyes; then the codebook moves. A step is a function of the state and of the
+settings' seed alone, so a resumed run goes the way of one that was never stopped.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrize import cached
+
+from ..modeling_wavtokenizer import WavTokenizerConv1d
+from .codebook import num_workers, sum_over_workers, usage_figures
+from .data import Batch, one_warning_of_a_kind, open_clips, training_batches, validation_clips
+from .log import Log
+from .losses import adversarial_losses, discriminator_losses, total
+from .settings import Settings, derived_seed
+from .state import State, autocast, build, check_output, prepare_hub, restore, save, upload
+
+
+logger = logging.getLogger(__name__)
+
+SHORT_CLIPS = (
+    "All clips so far are shorter than segment_seconds=%g and were repeated to that length. Choose shorter segments."
+)
+
+
+def train(settings: Settings, train_data=None, validation_data=None) -> State:
+    """
+    Trains a model; on several GPUs where accelerate or torchrun started several processes.
+
+    Args:
+        settings: of the run.
+        train_data, validation_data: datasets or sequences (see `data.open_clips`) in place of the settings' paths.
+
+    Returns:
+        What the run ended with. `settings.output` holds best/ and last/, which from_pretrained loads, and log/.
+
+    Raises:
+        ValueError: no data; settings that contradict each other, the model, or the run that is to be resumed; a loss that
+            is not finite (the message names the step, and the last checkpoint stays).
+        OSError: a checkpoint cannot be written (the last one stays).
+        ImportError: a package of the extra `training` is missing.
+    """
+    from tqdm import tqdm
+
+    with one_warning_of_a_kind():
+        clips = open_clips(_given(settings, "train_data") if train_data is None else train_data)
+        output = Path(_given(settings, "output"))
+        check_output(settings, output)
+        state = build(settings)
+        config, accelerator = state.model.config, state.accelerator
+        length = round(settings.segment_seconds * config.sampling_rate)
+        validation = validation_clips(
+            _given(settings, "validation_data") if validation_data is None else validation_data,
+            length, config.sampling_rate, settings.num_validation_clips,
+        )  # fmt: skip
+        _take(state, validation)
+        if settings.resume:
+            restore(state, output)
+        prepare_hub(state)
+
+        def batches(start: int) -> Iterator[Batch]:
+            """Of this process without end, from the given batch of the run on."""
+            return training_batches(
+                clips, length, config.sampling_rate, settings.batch_size, settings.seed, settings.num_workers,
+                accelerator.process_index, accelerator.num_processes, start,
+            )  # fmt: skip
+
+        if settings.normalize_encoder and state.step == 0 and not state.model.quantizer.codebook.inited:
+            normalize_encoder(state, batches(0))
+        log = Log(output / "log", config.sampling_rate, state.step + 1) if accelerator.is_main_process else None
+        bar = tqdm(initial=state.step, total=settings.steps, unit="step", disable=not accelerator.is_main_process)
+        try:
+            _run(state, batches, validation, output, log, bar)
+        finally:
+            bar.close()
+            if log:
+                log.close()
+        if state.skipped:
+            logger.warning("%d clips could not be read and were skipped.", len(state.skipped))
+        upload(state, output)
+        return state
+
+
+def _run(
+    state: State, batches: Callable[[int], Iterator[Batch]], validation: Batch, output: Path, log: Log | None, bar
+) -> None:
+    """The loop: steps, entries in the log, validations and checkpoints."""
+    settings, device = state.settings, state.accelerator.device
+    stream = batches(state.step * settings.gradient_accumulation)
+    taken_before, repeated_before = state.num_taken, state.num_repeated  # the validation's
+    warned = False
+    while state.step < settings.steps:
+        if state.quantizes and not state.model.quantizer.codebook.inited:
+            start_codebook(state, batches(state.step * settings.gradient_accumulation))
+        figures = train_step(state, [_take(state, next(stream)) for _ in range(settings.gradient_accumulation)])
+        bar.update()
+        last = state.step == settings.steps
+        if state.step % settings.log_every == 0 or last:
+            figures = _mean_over_workers(figures, device)
+            figures |= {f"codebook/{name}": value for name, value in state.learner.report().items()}
+            repeated = (state.num_repeated - repeated_before) / (state.num_taken - taken_before)
+            figures |= {"data/repeated": repeated, "data/skipped": len(state.skipped)}
+            bar.set_postfix(_shown(figures))
+            if log:
+                log.figures(figures, state.step)
+            if repeated == 1 and not warned:
+                logger.warning(SHORT_CLIPS, settings.segment_seconds)
+                warned = True
+        if state.step % settings.validate_every == 0 or last:
+            score = validate(state, validation, log)["validation/score"]
+            improved = score < state.best_score
+            state.best_score = min(state.best_score, score)
+            save(state, output, improved)
+
+
+def train_step(state: State, batches: list[torch.Tensor]) -> dict[str, float]:
+    """
+    One step of all optimizers and of the codebook, on batches of audio (B, 1, T) whose gradients are accumulated.
+
+    Returns:
+        The step's losses, gradient norms and learning rates, by the names under which they are logged.
+
+    Raises:
+        ValueError: a loss or gradient is not finite; nothing was changed by it.
+    """
+    settings, figures = state.settings, {}
+    num_embeddings = state.model.config.adanorm_num_embeddings
+    bandwidth_id = derived_seed(settings.seed, "bandwidth_id", state.step) % num_embeddings
+    state.model.train()
+    critics_train, made = state.critics_train, None
+    if critics_train:
+        made = _train_critics(state, batches, bandwidth_id, figures)
+    for index, audio in enumerate(batches):
+        with _synchronized(state, state.codec, last=index == len(batches) - 1):
+            # of several batches no graph was kept, since they would fill the memory
+            output = made if len(batches) == 1 and made else _run_codec(state, audio, index, bandwidth_id)
+            made_audio, commitment, latents, audio_codes = output
+            losses = {"mel": state.mel_loss(made_audio[:, 0], audio[:, 0])}
+            if state.quantizes:
+                losses["commitment"] = commitment
+            if critics_train:
+                losses |= _judge(state, audio, made_audio, bandwidth_id)
+            loss = total(losses, settings.loss_weights)
+            _note(figures, "loss", losses | {"total": loss}, len(batches))
+            state.accelerator.backward(loss / len(batches))
+        if state.quantizes:
+            state.learner.observe(latents, audio_codes)
+    _step(state, state.optimizer, state.schedule, figures, "codec", "loss")
+    if state.quantizes:
+        state.learner.update(state.step)
+    state.step += 1
+    return figures
+
+
+def _train_critics(state: State, batches: list[torch.Tensor], bandwidth_id: int, figures: dict[str, float]) -> tuple:
+    """The discriminators' half of a step; gives the codec's output for the last batch, with its graph if it is the only one."""
+    for index, audio in enumerate(batches):
+        with torch.set_grad_enabled(len(batches) == 1):
+            output = _run_codec(state, audio, index, bandwidth_id)
+        with _synchronized(state, state.prepared_critics, last=index == len(batches) - 1), cached():
+            with autocast(audio.device, state.settings.precision):
+                both = torch.cat([audio[:, 0], output[0][:, 0].detach()])
+                real, made = _halves(state.prepared_critics(both, bandwidth_id))
+            losses = discriminator_losses(real, made)
+            loss = sum(losses.values())
+            _note(figures, "discriminator", losses | {"total": loss}, len(batches))
+            state.accelerator.backward(loss / len(batches))
+    _step(state, state.critics_optimizer, state.critics_schedule, figures, "discriminators", "discriminator")
+    return output
+
+
+def validate(state: State, clips: Batch, log: Log | None) -> dict[str, float]:
+    """
+    Encodes and decodes the validation clips as a user would; nothing of the model changes.
+
+    The score by which checkpoints are picked is mel + 1000 * commitment: that of the original without UTMOS and PESQ, which
+    need packages and weights of their own. The 1000 is the run's own weight of the commitment loss, which sets its scale.
+    """
+    accelerator, model = state.accelerator, state.model.eval()
+    sums = torch.zeros(3, device=accelerator.device)  # mel, commitment, clips
+    usage = torch.zeros_like(state.learner.usage)
+    with torch.inference_mode():
+        for index in range(accelerator.process_index, len(clips.audio), accelerator.num_processes):
+            audio = clips.audio[index : index + 1].to(accelerator.device)
+            encoded = model.encode(audio, output_latents=True)
+            made = model.decode(encoded.audio_codes).audio_values[..., : audio.shape[-1]]
+            commitment = F.mse_loss(encoded.latents, model.quantizer.decode(encoded.audio_codes))
+            sums += torch.stack([state.mel_loss(made[:, 0], audio[:, 0]), commitment, torch.ones_like(commitment)])
+            usage += torch.bincount(encoded.audio_codes.flatten(), minlength=len(usage))
+            if log and index // accelerator.num_processes < state.settings.num_logged_clips:
+                log.clip(f"clip_{index}/real", audio[0, 0], state.mel_loss, state.step)
+                log.clip(f"clip_{index}/made", made[0, 0], state.mel_loss, state.step)
+    mel, commitment, count = sum_over_workers(sums).tolist()
+    figures = {"mel": mel / count, "commitment": commitment / count, **usage_figures(sum_over_workers(usage))}
+    figures["score"] = figures["mel"] + state.settings.loss_weights["commitment"] * figures["commitment"]
+    figures = {f"validation/{name}": value for name, value in figures.items()}
+    if log:
+        log.figures(figures, state.step)
+    if not math.isfinite(figures["validation/score"]):
+        raise ValueError(f"The validation score after step {state.step} is {figures['validation/score']}. Stopped.")
+    return figures
+
+
+def normalize_encoder(state: State, stream: Iterator[Batch]) -> None:
+    """Sets the gains and biases of a new encoder so that each layer gives mean 0 and deviation 1 over the first joint batch.
+
+    Salimans and Kingma (2016) begin weight-normed networks so. PyTorch's own initialization shrinks the signal at every layer.
+    """
+
+    def normalize(layer: WavTokenizerConv1d, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        count = sum_over_workers(output.new_tensor(output.shape[0] * output.shape[2]))
+        mean = sum_over_workers(output.sum((0, 2))) / count
+        deviation = (sum_over_workers((output - mean[:, None]).square().sum((0, 2))) / count).sqrt().clamp(min=1e-5)
+        layer.conv.parametrizations.weight.original0.div_(deviation[:, None, None])
+        layer.conv.bias.sub_(mean).div_(deviation)
+        return (output - mean[:, None]) / deviation[:, None]  # so that the next layer sees what it will see
+
+    encoder = state.model.encoder_model.encoder
+    layers = [module for module in encoder.modules() if isinstance(module, WavTokenizerConv1d)]
+    hooks = [layer.register_forward_hook(normalize) for layer in layers]
+    try:
+        with torch.no_grad():
+            encoder(next(stream).audio.to(state.accelerator.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def start_codebook(state: State, stream: Iterator[Batch]) -> None:
+    """Chooses the first codebook of a new model by k-means on what its encoder makes of the first batches."""
+    settings, accelerator = state.settings, state.accelerator
+    batches, wanted = [], max(1, settings.kmeans_latents // accelerator.num_processes)
+    while sum(map(len, batches)) < wanted:
+        audio = next(stream).audio.to(accelerator.device)
+        with torch.inference_mode():
+            latents = state.model.encoder_model.encoder(audio)
+        batches.append(latents.transpose(1, 2).flatten(0, 1))
+    joint = len(batches[0]) * accelerator.num_processes * settings.gradient_accumulation
+    state.learner.start(batches, settings.kmeans_iterations, joint)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces of a step
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _run_codec(state: State, audio: torch.Tensor, index: int, bandwidth_id: int) -> tuple:
+    # dropout depends on where the run is and on nothing before it, so a run can be resumed, and a pass repeated
+    torch.manual_seed(derived_seed(state.settings.seed, "dropout", state.step, index, state.accelerator.process_index))
+    return state.codec(audio, bandwidth_id, state.quantizes)
+
+
+def _judge(state: State, audio: torch.Tensor, made: torch.Tensor, bandwidth_id: int) -> dict[str, torch.Tensor]:
+    """The discriminators' losses for the codec. They learn nothing here, so nothing is computed for them."""
+    state.critics.requires_grad_(False)
+    try:
+        with cached(), autocast(audio.device, state.settings.precision):
+            with torch.no_grad():
+                real = state.critics(audio[:, 0], bandwidth_id)
+            return adversarial_losses(real, state.critics(made[:, 0], bandwidth_id))
+    finally:
+        state.critics.requires_grad_(True)
+
+
+def _halves(judgements: dict) -> tuple[dict, dict]:
+    """What was said of a batch of real audio followed by made audio -> of each of the two."""
+    split = {name: [judgement.halves() for judgement in each] for name, each in judgements.items()}
+    return tuple({name: [pair[half] for pair in pairs] for name, pairs in split.items()} for half in (0, 1))
+
+
+def _synchronized(state: State, module: nn.Module, last: bool):
+    """Gradients are exchanged between processes with the last of several batches."""
+    return nullcontext() if last else state.accelerator.no_sync(module)
+
+
+def _step(state: State, optimizer, schedule, figures: dict[str, float], name: str, losses: str) -> None:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if not norm.isfinite():  # the same on all processes, as their gradients are; so all of them stop here
+        optimizer.zero_grad()
+        values = ", ".join(f"{key} {value:.3g}" for key, value in figures.items() if key.startswith(f"{losses}/"))
+        raise ValueError(
+            f"Step {state.step + 1}: the gradients of the {name} are not finite ({values}). Stopped; the last "
+            "checkpoint is that of the last validation. Resume with a lower learning_rate or a max_gradient_norm."
+        )
+    if state.settings.max_gradient_norm is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grads_with_norm_(parameters, state.settings.max_gradient_norm, norm)
+    figures[f"gradient_norm/{name}"] = norm.item()
+    figures[f"learning_rate/{name}"] = schedule.get_last_lr()[0]
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+
+
+def _note(figures: dict[str, float], group: str, losses: dict[str, torch.Tensor], parts: int) -> None:
+    for name, loss in losses.items():
+        key = f"{group}/{name}"
+        figures[key] = figures.get(key, 0.0) + loss.item() / parts
+
+
+def _mean_over_workers(figures: dict[str, float], device: torch.device) -> dict[str, float]:
+    values = sum_over_workers(torch.tensor(list(figures.values()), device=device)) / num_workers()
+    return dict(zip(figures, values.tolist(), strict=True))
+
+
+def _shown(figures: dict[str, float]) -> dict[str, str]:
+    short = {
+        "loss/mel": "mel",
+        "loss/commitment": "commit",
+        "discriminator/total": "disc",
+        "codebook/utilization": "used",
+    }
+    return {short[name]: f"{value:.3g}" for name, value in figures.items() if name in short}
+
+
+def _take(state: State, batch: Batch) -> torch.Tensor:
+    """The segments of a batch on the device of this process; what was wrong with its clips is counted and reported."""
+    for clip, reason in batch.skipped.items():
+        if clip not in state.skipped:
+            state.skipped[clip] = reason
+            logger.warning("Skipped %s: %s", clip, reason)
+    state.num_taken += len(batch.audio)
+    state.num_repeated += batch.num_repeated
+    return batch.audio.to(state.accelerator.device)
+
+
+def _given(settings: Settings, name: str) -> str:
+    value = getattr(settings, name)
+    if not value:
+        raise ValueError(f"Got no {name}. Give --{name}, or set it in the recipe.")
+    return value
