@@ -86,7 +86,8 @@ def pesq_wb(reference: Clip, estimate: Clip) -> float:
     pieces = -(-len(reference.at_16k) // (PESQ_SECONDS * LOW_RATE))
     pairs = zip(np.array_split(reference.at_16k, pieces), np.array_split(estimate.at_16k, pieces), strict=True)
     try:
-        return float(np.mean([pesq.pesq(LOW_RATE, one, other, "wb") for one, other in pairs]))
+        with np.errstate(invalid="ignore"):  # a piece without a sound is divided by its level before it is refused
+            return float(np.mean([pesq.pesq(LOW_RATE, one, other, "wb") for one, other in pairs]))
     except pesq.PesqError as error:  # its messages are bytes
         reason = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
         raise CannotScoreError(reason + (f", in one of {pieces} pieces" if pieces > 1 else "")) from error
