@@ -145,8 +145,8 @@ def _add_evaluate(commands) -> None:
     evaluate.add_argument(
         "--utmos",
         metavar="FILE",
-        help="UTMOS as TorchScript that takes float32 audio (1, samples) at 16 kHz and gives one number; without it UTMOS "
-        "is reported as not run, nothing is downloaded",
+        help="adds UTMOS: a TorchScript that takes float32 audio (1, samples) at 16 kHz and gives one number; without it "
+        "UTMOS is reported as not run, nothing is downloaded",
     )
     evaluate.add_argument(
         "--num-workers",

@@ -128,7 +128,7 @@ def evaluate(
         systems: at least one; the others are compared with the first, file by file.
         metrics: names from `METRICS`, each of which must be able to run here. Default: all of them, and one that cannot
             run is reported so.
-        utmos_weights: TorchScript file of UTMOS that takes float32 (1, N) at 16 kHz, nominally in [-1, 1], and gives one
+        utmos_weights: asks for UTMOS: a TorchScript file of UTMOS that takes float32 (1, N) at 16 kHz, nominally in [-1, 1], and gives one
             number. Nothing is downloaded.
         num_workers: processes for the metrics; 0: none but this one. They are spawned, so a script that asks for some
             needs `if __name__ == "__main__":`.
@@ -140,17 +140,15 @@ def evaluate(
 
     Raises:
         ValueError: nothing to measure, a metric that is unknown or was asked for and cannot run, two files of one place,
-            no file that can be read at all.
+            a system without a single reconstruction.
         ImportError: scipy, soundfile or soxr is missing, which every evaluation needs.
-        RuntimeError: a worker process was killed.
+        ChildProcessError: a worker process was killed.
     """
     from tqdm import tqdm
 
     package("scipy")  # the report needs it at the very end, and its lack should stop the work before it begins
 
-    asked = [] if metrics is None else list(dict.fromkeys(metrics))
-    if utmos_weights is not None and (metrics is None or "utmos" in asked):
-        asked.append("utmos")
+    asked = list(dict.fromkeys([*(metrics or ()), *(["utmos"] if utmos_weights is not None else [])]))
     metrics = list(METRICS) if metrics is None else asked
     _check(references, systems, metrics)
     unavailable = {name: reason for name in metrics if (reason := why_not(name, utmos_weights)) is not None}
@@ -162,16 +160,21 @@ def evaluate(
 
     jobs = _reconstruct_all(references, systems)
     scored = _score_all(jobs, runnable, utmos_weights, num_workers)
+    measured = set()
     for place, seconds, reconstructions, scores in tqdm(
         scored, total=len(references), unit="file", disable=not progress
     ):
         for system, result, reconstruction, scored_pair in zip(systems, results, reconstructions, scores, strict=True):
+            if scored_pair is not None:
+                measured.add(system.name)
             result.files.append(_file_result(place, seconds, system, reconstruction, scored_pair, metrics, runnable))
-    if all(file.seconds is None for file in results[0].files):
-        first = results[0].files[0]
-        raise ValueError(
-            f"None of {len(references)} files can be read. {first.file}: {next(iter(first.reasons.values()))}"
-        )
+    for result in results:
+        if result.name not in measured:
+            first = result.files[0]
+            raise ValueError(
+                f"{result.name} gave nothing to measure for any of {len(result.files)} files. "
+                f"{first.file}: {next(iter(first.reasons.values()))}"
+            )
     return Report(results, _versions(runnable))
 
 
@@ -230,13 +233,8 @@ def _score_all(jobs, names: list[str], utmos_weights, num_workers: int):
         waiting: deque[tuple[str, float | None, list[_Reconstruction], Future]] = deque()
 
         def first_in_line():
-            place, seconds, reconstructions, future = waiting.popleft()
-            try:
-                return place, seconds, reconstructions, future.result()
-            except BrokenProcessPool as error:
-                raise RuntimeError(
-                    "A worker process was killed, perhaps for want of memory. Use fewer workers or shorter files."
-                ) from error
+            *job, future = waiting.popleft()
+            return *job, future.result()
 
         try:
             for place, waveform, reconstructions in jobs:
@@ -249,6 +247,10 @@ def _score_all(jobs, names: list[str], utmos_weights, num_workers: int):
                     yield first_in_line()
             while waiting:
                 yield first_in_line()
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "A worker process was killed, perhaps for want of memory. Use fewer workers or shorter files."
+            ) from error
         finally:
             executor.shutdown(cancel_futures=True)
 
