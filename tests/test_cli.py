@@ -219,7 +219,7 @@ def test_a_sound_is_not_overwritten_by_its_own_reconstruction(model_folder, soun
     assert sound.read_bytes() == before
 
 
-@pytest.mark.parametrize("command", [[], ["encode"], ["decode"], ["reconstruct"], ["convert"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["encode"], ["decode"], ["reconstruct"], ["evaluate"], ["convert"], ["info"]])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--help"])

@@ -1,4 +1,4 @@
-"""The command line: `wavtokenizer encode | decode | reconstruct | convert | train | info`.
+"""The command line: `wavtokenizer encode | decode | reconstruct | evaluate | convert | train | info`.
 
 Exit codes: 0, all went well; 1, some of several files failed (each is named with its reason, the others are done); 2, the
 command cannot be carried out as given.
@@ -6,6 +6,7 @@ command cannot be carried out as given.
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -67,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         "--plot", action="store_true", help="also write a .png with both spectrograms and the tokens"
     )
 
+    _add_evaluate(commands)
+
     convert = _add(commands, "convert", _convert, "an original checkpoint to a folder for transformers and the Hub")
     convert.add_argument("checkpoint", help="the original's .ckpt, or a state dict (.pt, .bin, .safetensors)")
     convert.add_argument("--config", help="the original's YAML file, to be checked against the checkpoint")
@@ -103,9 +106,9 @@ def _add_files(parser: argparse.ArgumentParser, help: str) -> None:
     )
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", required=True, help="name on the Hub, or folder")
-    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("-m", "--model", required=required, help="name on the Hub, or folder")
+    parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
     parser.add_argument(
         "--dtype",
@@ -118,6 +121,48 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_sound(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sound-format", choices=("wav", "flac", "ogg", "mp3"), default="wav", help="in a folder; default wav"
+    )
+
+
+def _add_evaluate(commands) -> None:
+    evaluate = _add(
+        commands, "evaluate", _evaluate, "how much of the sound survives a model, or any other codec, in numbers"
+    )
+    evaluate.description += (
+        " Encodes and decodes each file with MODEL and compares what comes back with what went in: means with 95 % "
+        "intervals, and with --compare or --decoded also the differences, file by file. A file that cannot be read and a "
+        "number that cannot be computed are listed with the reason, count as failures, and are left out of the means. "
+        "Needs the extra `evaluation`."
+    )
+    evaluate.add_argument("--audio", nargs="+", required=True, metavar="INPUT", help="sound files, or folders of them")
+    _add_model(evaluate, required=False)
+    evaluate.add_argument("--compare", metavar="MODEL", help="a second model, measured on the same files")
+    evaluate.add_argument(
+        "--decoded",
+        metavar="FOLDER",
+        help="what any other codec decoded: sound files with the names and sub-folders of those in INPUT, in any format",
+    )
+    evaluate.add_argument(
+        "-o", "--output", metavar="FOLDER", help="for report.json, files.csv, metrics.png and codebook.png"
+    )
+    evaluate.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        help="only these of pesq_wb, stoi, si_sdr, mel_distance, stft_distance, f0_error, voicing_f1, utmos; one that "
+        "cannot run here is then an error",
+    )
+    evaluate.add_argument(
+        "--utmos",
+        metavar="FILE",
+        help="adds UTMOS: a TorchScript that takes float32 audio (1, samples) at 16 kHz and gives one number; without it "
+        "UTMOS is reported as not run, nothing is downloaded",
+    )
+    evaluate.add_argument(
+        "--num-workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes for the metrics (default: one per processor; 0: none); results do not depend on it",
     )
 
 
@@ -203,6 +248,44 @@ def _reconstruct(arguments) -> int:
     return _each(jobs, work, arguments)
 
 
+def _evaluate(arguments) -> int:
+    from . import audio
+    from .evaluation import DecodedFolder, Model, evaluate
+
+    if arguments.num_workers < 0:
+        raise ValueError(f"Got --num-workers {arguments.num_workers}, expected 0 or more.")
+    references = _sources(arguments.audio, audio.SUFFIXES)
+    systems = [
+        Model(name, _load_model(argparse.Namespace(**{**vars(arguments), "model": name, "revision": revision})))
+        for name, revision in ((arguments.model, arguments.revision), (arguments.compare, None))
+        if name is not None
+    ]
+    if arguments.decoded is not None:
+        systems.append(DecodedFolder(arguments.decoded))
+    if not systems:
+        raise ValueError("Got nothing to measure. Give --model, --decoded, or both.")
+    if arguments.output is not None:  # a folder that cannot be made should stop the work before it begins
+        Path(arguments.output).mkdir(parents=True, exist_ok=True)
+    report = evaluate(
+        references,
+        systems,
+        metrics=arguments.metrics,
+        utmos_weights=arguments.utmos,
+        num_workers=min(arguments.num_workers, len(references)),
+        progress=sys.stderr.isatty(),
+    )
+    written = [] if arguments.output is None else report.save(arguments.output)
+    if arguments.json:
+        print(json.dumps(report.to_dict(), allow_nan=False))
+    else:
+        print(report.table())
+        print(*(f"wrote {path}" for path in written), sep="\n", end="\n" if written else "")
+    for failure in report.failures:
+        names = ", ".join(failure["metrics"])
+        print(f"{failure['file']}: {failure['system']}: {names}: {failure['reason']}", file=sys.stderr)
+    return 1 if report.failures else 0
+
+
 def _convert(arguments) -> int:
     from conversion.convert import convert
 
@@ -270,11 +353,9 @@ def _info(arguments) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _jobs(
-    inputs: list[str], output: str, suffixes: tuple[str, ...], new_suffix: str
-) -> list[tuple[Path, Path | None]]:
-    """Pairs of a file to read and the file to write for it; None to write is standard output."""
-    sources = []  # (file, its place in an output folder)
+def _sources(inputs: list[str], suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
+    """Files and, for each, its place: the path below the folder that was named, or the file's name."""
+    sources = []
     for name in map(Path, inputs):
         if name.is_dir():
             found = sorted(file for file in name.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
@@ -285,7 +366,14 @@ def _jobs(
             sources.append((name, Path(name.name)))
         else:
             raise FileNotFoundError(f"There is no file or folder {name}.")
+    return sources
 
+
+def _jobs(
+    inputs: list[str], output: str, suffixes: tuple[str, ...], new_suffix: str
+) -> list[tuple[Path, Path | None]]:
+    """Pairs of a file to read and the file to write for it; None to write is standard output."""
+    sources = _sources(inputs, suffixes)
     if output == "-":
         if len(sources) != 1:
             raise ValueError(f"Got {len(sources)} files for standard output, expected one. Name a folder instead.")

@@ -1,0 +1,63 @@
+"""How much of the codebook a set of codes uses. K is the size of the codebook."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class CodebookUsage:
+    """Counts of codes and what follows from them.
+
+    Args:
+        counts: how often each entry occurs, integers of shape (K,).
+        frame_rate: codes per second.
+    """
+
+    counts: np.ndarray
+    frame_rate: float
+
+    @classmethod
+    def of(cls, audio_codes: np.ndarray, codebook_size: int, frame_rate: float) -> "CodebookUsage":
+        """Counts codes of shape (L,), each in [0, K)."""
+        return cls(np.bincount(audio_codes, minlength=codebook_size), frame_rate)
+
+    def __add__(self, other: "CodebookUsage") -> "CodebookUsage":
+        return CodebookUsage(self.counts + other.counts, self.frame_rate)
+
+    @property
+    def num_codes(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def num_used(self) -> int:
+        """Entries that occur at least once."""
+        return int((self.counts > 0).sum())
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the entries that occur at least once."""
+        return self.num_used / len(self.counts)
+
+    @property
+    def bits_per_code(self) -> float:
+        """Entropy of the distribution of codes, at most log2 K: what a code carries if its neighbours say nothing of it."""
+        shares = self.counts[self.counts > 0] / self.num_codes
+        return float(-(shares * np.log2(shares)).sum()) + 0.0  # + 0.0: no negative zero
+
+    @property
+    def perplexity(self) -> float:
+        """Entries that would carry as much if all were used equally: 2 to the power of the entropy."""
+        return 2**self.bits_per_code
+
+    @property
+    def bits_per_second(self) -> float:
+        return self.bits_per_code * self.frame_rate
+
+    def figures(self) -> dict[str, float]:
+        """The three that are reported for each file."""
+        return {
+            "codebook_utilisation": self.utilisation,
+            "codebook_perplexity": self.perplexity,
+            "codebook_entropy": self.bits_per_second,
+        }

@@ -1,0 +1,277 @@
+"""What an evaluation found: per file, in the mean, as differences; as a table, JSON, CSV and pictures.
+
+A number that could not be computed is None everywhere (null, an empty cell), is counted, and has its reason listed.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .codebook import CodebookUsage
+from .metrics import METRICS
+
+
+CODEBOOK_FIGURES = {
+    "codebook_utilisation": ("codebook use", ""),
+    "codebook_perplexity": ("perplexity", ""),
+    "codebook_entropy": ("entropy", "bit/s"),
+}
+"""Per file, beside the metrics, for systems that are models: title and unit."""
+
+INTERVAL = "95 % interval of the mean over files, Student's t"
+
+
+@dataclass
+class FileResult:
+    """One file by one system.
+
+    Args:
+        file: its place in the folder of references.
+        seconds: of the reference; None if it could not be read.
+        values: name of a metric or codebook figure -> number, or None.
+        reasons: those that could run and have no number -> why.
+        samples_cut: samples by which a decoded file was longer (> 0) or shorter (< 0) than its reference.
+        codes: which codes occurred; None for a folder of decoded files, or after a failure.
+    """
+
+    file: str
+    seconds: float | None
+    values: dict[str, float | None]
+    reasons: dict[str, str]
+    samples_cut: int = 0
+    codes: CodebookUsage | None = None
+
+    def failures(self) -> list[tuple[list[str], str]]:
+        """What has no number, together where the reason is one: (names, reason)."""
+        by_reason = {}
+        for name, reason in self.reasons.items():
+            by_reason.setdefault(reason, []).append(name)
+        return [(names, reason) for reason, names in by_reason.items()]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A mean over files, or over differences; `count` files have a number, `failures` have none."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    count: int
+    failures: int
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> "Summary":
+        """Mean and 95 % interval by Student's t of the values that are numbers; no interval for fewer than two."""
+        from scipy.stats import t
+
+        numbers = np.array([value for value in values if value is not None], dtype=np.float64)
+        count, failures = len(numbers), len(values) - len(numbers)
+        if count == 0:
+            return cls(None, None, None, 0, failures)
+        mean = float(numbers.mean())
+        if count == 1:
+            return cls(mean, None, None, 1, failures)
+        margin = float(t.ppf(0.975, count - 1) * numbers.std(ddof=1) / math.sqrt(count))
+        return cls(mean, mean - margin, mean + margin, count, failures)
+
+
+@dataclass
+class SystemResult:
+    """All files by one system, in the order of the references.
+
+    Args:
+        name: as the user gave it.
+        description: facts for the JSON report.
+        files: one result for each reference.
+        unavailable: metric -> why it could run on no file.
+    """
+
+    name: str
+    description: dict
+    files: list[FileResult]
+    unavailable: dict[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.files[0].values)
+
+    def column(self, name: str) -> list[float | None]:
+        return [file.values[name] for file in self.files]
+
+    @property
+    def codes(self) -> CodebookUsage | None:
+        """Counted over all files."""
+        counted = [file.codes for file in self.files if file.codes is not None]
+        return sum(counted[1:], counted[0]) if counted else None
+
+    @property
+    def num_cut(self) -> int:
+        return sum(file.samples_cut != 0 for file in self.files)
+
+
+@dataclass
+class Report:
+    """What `evaluate` returns. Differences are each further system's values minus the first system's, file by file."""
+
+    systems: list[SystemResult]
+    versions: dict[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        """Metrics and codebook figures that at least one system has."""
+        return list(dict.fromkeys(name for system in self.systems for name in system.names))
+
+    @property
+    def failures(self) -> list[dict]:
+        """Each file that lacks a number: file, system, metrics and reason. What could run nowhere is not repeated."""
+        return [
+            {"file": file.file, "system": system.name, "metrics": names, "reason": reason}
+            for system in self.systems
+            for file in system.files
+            for names, reason in file.failures()
+        ]
+
+    def differences(self) -> list[tuple[str, str, dict[str, Summary]]]:
+        """(system, first system, metric -> summary of the differences of files that both have a number for)."""
+        first = self.systems[0]
+        found = []
+        for system in self.systems[1:]:
+            summaries = {}
+            for name in system.names:
+                if name not in first.names:
+                    continue
+                pairs = zip(system.column(name), first.column(name), strict=True)
+                summaries[name] = Summary.of([None if None in pair else pair[0] - pair[1] for pair in pairs])
+            found.append((system.name, first.name, summaries))
+        return found
+
+    def to_dict(self) -> dict:
+        """The report without the single files, ready for JSON."""
+        first, names = self.systems[0], self.names
+        return {
+            "num_files": len(first.files),
+            "seconds": sum(file.seconds or 0 for file in first.files),
+            "interval": INTERVAL,
+            "settings": {name: METRICS[name].settings for name in names if name in METRICS},
+            "units": {name: _unit(name) for name in names},
+            "versions": self.versions,
+            "systems": [
+                {
+                    "name": system.name,
+                    **system.description,
+                    "metrics": {
+                        name: {**asdict(Summary.of(system.column(name))), "not_run": system.unavailable.get(name)}
+                        for name in system.names
+                    },
+                    "all_codes": _pooled(system),
+                    "num_files_cut": system.num_cut,
+                }
+                for system in self.systems
+            ],
+            "differences": [
+                {
+                    "system": name,
+                    "minus": first_name,
+                    "metrics": {metric: asdict(summary) for metric, summary in summaries.items()},
+                }
+                for name, first_name, summaries in self.differences()
+            ],
+            "failures": self.failures,
+        }
+
+    def table(self) -> str:
+        """The report for a reader at a terminal."""
+        first = self.systems[0]
+        seconds = sum(file.seconds or 0 for file in first.files)
+        lines = [f"{len(first.files)} files, {seconds:.1f} s. Mean and {INTERVAL}."]
+        for system in self.systems:
+            lines += ["", system.name]
+            for name in system.names:
+                if name in system.unavailable:
+                    lines.append(f"  {_title(name):<24}not run: {system.unavailable[name]}")
+                else:
+                    lines.append(_row(name, Summary.of(system.column(name))))
+            if (usage := system.codes) is not None:
+                lines.append(
+                    f"  all {usage.num_codes} codes together: {usage.num_used} of {len(usage.counts)} entries in use "
+                    f"({usage.utilisation:.1%}), perplexity {usage.perplexity:.1f}, {usage.bits_per_second:.1f} of "
+                    f"{math.log2(len(usage.counts)) * usage.frame_rate:.1f} bit/s"
+                )
+            if system.num_cut:
+                lines.append(f"  {system.num_cut} decoded files differ in length, the longer of each pair was cut")
+        for name, first_name, summaries in self.differences():
+            lines += ["", f"{name} minus {first_name}, file by file"]
+            lines += [_row(metric, summary, sign="+") for metric, summary in summaries.items() if summary.count]
+        return "\n".join(lines)
+
+    def save(self, folder: str | os.PathLike) -> list[Path]:
+        """Writes report.json, files.csv, metrics.png and, if a model was measured, codebook.png; returns their paths."""
+        from .plots import plot_codebook, plot_metrics
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [
+            _write(folder / "report.json", json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"),
+            _write(folder / "files.csv", self._csv()),
+            plot_metrics(folder / "metrics.png", self),
+        ]
+        if any(system.codes is not None for system in self.systems):
+            written.append(plot_codebook(folder / "codebook.png", self))
+        return written
+
+    def _csv(self) -> str:
+        """One row for each file and system; the reasons in the last column."""
+        names = self.names
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(["file", "system", "seconds", "samples_cut", *names, "failures"])
+        for system in self.systems:
+            for file in system.files:
+                failures = "; ".join(f"{', '.join(lacking)}: {reason}" for lacking, reason in file.failures())
+                values = [file.values.get(name) for name in names]
+                writer.writerow([file.file, system.name, file.seconds, file.samples_cut, *values, failures])
+        return buffer.getvalue()
+
+
+def _pooled(system: SystemResult) -> dict | None:
+    usage = system.codes
+    if usage is None:
+        return None
+    return {"num_codes": usage.num_codes, "num_used": usage.num_used, **usage.figures()}
+
+
+def _title(name: str) -> str:
+    if name in CODEBOOK_FIGURES:
+        return CODEBOOK_FIGURES[name][0] + " per file"
+    return METRICS[name].title + (" ↑" if METRICS[name].higher_is_better else " ↓")
+
+
+def _unit(name: str) -> str:
+    return CODEBOOK_FIGURES[name][1] if name in CODEBOOK_FIGURES else METRICS[name].unit
+
+
+def _row(name: str, summary: Summary, sign: str = "") -> str:
+    if summary.mean is None:
+        return f"  {_title(name):<24}{'none':>10} {'':<32}{0:>6} files, {summary.failures} failed"
+    interval = "" if summary.low is None else f"[{summary.low:{sign}.3f}, {summary.high:{sign}.3f}]"
+    mean = f"{summary.mean:{sign}.3f}"
+    failed = f", {summary.failures} failed" if summary.failures else ""
+    unit = f" {_unit(name)}" if _unit(name) else ""
+    return f"  {_title(name):<24}{mean:>10} {interval + unit:<32}{summary.count:>6} files{failed}"
+
+
+def _write(path: Path, text: str) -> Path:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

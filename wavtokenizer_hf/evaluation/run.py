@@ -1,0 +1,325 @@
+"""The evaluation itself: every reference through every system, and every pair through every metric.
+
+Systems run in this process, one clip after another; metrics run beside them in `num_workers` processes. Results do not
+depend on the number of processes: each metric computes on one thread wherever it runs.
+"""
+
+import multiprocessing
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from .. import __version__, audio
+from .codebook import CodebookUsage
+from .metrics import METRICS, SAMPLING_RATE, Clip, package, score, why_not
+from .report import CODEBOOK_FIGURES, FileResult, Report, SystemResult
+
+
+MAX_SAMPLES_CUT = SAMPLING_RATE // 10
+"""How much a decoded file may differ in length: other codecs fill the last frame up, or drop it. 0.1 s is more than a
+frame of any codec in use, and less than a wrong file."""
+
+
+class System(Protocol):
+    """What is measured."""
+
+    name: str
+    gives_codes: bool
+
+    def describe(self) -> dict: ...
+
+    def reconstruct(self, place: Path, waveform: np.ndarray) -> tuple[np.ndarray, CodebookUsage | None]: ...
+
+
+class Model:
+    """A WavTokenizer as a system.
+
+    Args:
+        name: for the report.
+        model: a `WavTokenizerModel` at 24 kHz, on any device.
+    """
+
+    gives_codes = True
+
+    def __init__(self, name: str, model):
+        if model.config.sampling_rate != SAMPLING_RATE:
+            raise ValueError(f"Got a model for {model.config.sampling_rate} Hz, the metrics need {SAMPLING_RATE} Hz.")
+        self.name = name
+        self.model = model.eval()
+
+    def describe(self) -> dict:
+        config = self.model.config
+        return {
+            "kind": "model",
+            "codebook_fingerprint": self.model.codebook_fingerprint,
+            "codebook_size": config.codebook_size,
+            "tokens_per_second": config.frame_rate,
+            "bits_per_second": config.bit_rate,
+            "device": str(self.model.device),
+            "dtype": str(self.model.head.linear.weight.dtype).removeprefix("torch."),
+        }
+
+    @torch.inference_mode()
+    def reconstruct(self, place: Path, waveform: np.ndarray) -> tuple[np.ndarray, CodebookUsage]:
+        """(T,) -> (T,), decoded and cut to the length of the input, and the codes on the way."""
+        config = self.model.config
+        audio_codes = self.model.encode(torch.from_numpy(waveform)[None, None].to(self.model.device)).audio_codes
+        estimate = self.model.decode(audio_codes).audio_values[0, 0, : len(waveform)].float().cpu().numpy()
+        usage = CodebookUsage.of(audio_codes[0, 0].cpu().numpy(), config.codebook_size, config.frame_rate)
+        return estimate, usage
+
+
+class DecodedFolder:
+    """Sound files that some other codec decoded, as a system: each has its reference's place and name, any format.
+
+    Args:
+        folder: where they are.
+        name: for the report; default: the folder as given.
+    """
+
+    gives_codes = False
+
+    def __init__(self, folder, name: str | None = None):
+        self.folder = Path(folder)
+        self.name = name or str(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder}.")
+
+    def describe(self) -> dict:
+        return {"kind": "decoded files"}
+
+    def reconstruct(self, place: Path, waveform: np.ndarray) -> tuple[np.ndarray, None]:
+        return audio.load(self.find(place), sampling_rate=SAMPLING_RATE), None
+
+    def find(self, place: Path) -> Path:
+        """The decoded file of a reference; the ending may be another one. Raises ValueError if there is not just one."""
+        if (self.folder / place).is_file():
+            return self.folder / place
+        found = [path for suffix in audio.SUFFIXES if (path := self.folder / place.with_suffix(suffix)).is_file()]
+        if not found:
+            raise FileNotFoundError(f"no decoded file {self.folder / place}, nor one of another format")
+        if len(found) > 1:
+            raise ValueError(f"several decoded files for one: {', '.join(map(str, found))}")
+        return found[0]
+
+
+def evaluate(
+    references: Sequence[tuple[Path, Path]],
+    systems: Sequence[System],
+    metrics: Iterable[str] | None = None,
+    utmos_weights: str | Path | None = None,
+    num_workers: int = 0,
+    progress: bool = False,
+) -> Report:
+    """Measures each system on the same files.
+
+    Args:
+        references: for each file where it is, and its place (a relative path), which names it in the report and finds
+            its partner in a `DecodedFolder`.
+        systems: at least one; the others are compared with the first, file by file.
+        metrics: names from `METRICS`, each of which must be able to run here. Default: all of them, and one that cannot
+            run is reported so.
+        utmos_weights: asks for UTMOS: a TorchScript file of UTMOS that takes float32 (1, N) at 16 kHz, nominally in [-1, 1], and gives one
+            number. Nothing is downloaded.
+        num_workers: processes for the metrics; 0: none but this one. They are spawned, so a script that asks for some
+            needs `if __name__ == "__main__":`.
+        progress: shows a progress bar.
+
+    Returns:
+        A report on all files. What fails (a file that cannot be read or has no partner, a metric that gives no number)
+        is in it with its reason.
+
+    Raises:
+        ValueError: nothing to measure, a metric that is unknown or was asked for and cannot run, two files of one place,
+            a system without a single reconstruction.
+        ImportError: scipy, soundfile or soxr is missing, which every evaluation needs.
+        ChildProcessError: a worker process was killed.
+    """
+    from tqdm import tqdm
+
+    package("scipy")  # the report needs it at the very end, and its lack should stop the work before it begins
+
+    asked = list(dict.fromkeys([*(metrics or ()), *(["utmos"] if utmos_weights is not None else [])]))
+    metrics = list(METRICS) if metrics is None else asked
+    _check(references, systems, metrics)
+    unavailable = {name: reason for name in metrics if (reason := why_not(name, utmos_weights)) is not None}
+    for name in asked:
+        if name in unavailable:
+            raise ValueError(f"{name} cannot run: {unavailable[name]}")
+    runnable = [name for name in metrics if name not in unavailable]
+    results = [SystemResult(system.name, system.describe(), [], unavailable) for system in systems]
+
+    jobs = _reconstruct_all(references, systems)
+    scored = _score_all(jobs, runnable, utmos_weights, num_workers)
+    measured = set()
+    for place, seconds, reconstructions, scores in tqdm(
+        scored, total=len(references), unit="file", disable=not progress
+    ):
+        for system, result, reconstruction, scored_pair in zip(systems, results, reconstructions, scores, strict=True):
+            if scored_pair is not None:
+                measured.add(system.name)
+            result.files.append(_file_result(place, seconds, system, reconstruction, scored_pair, metrics, runnable))
+    for result in results:
+        if result.name not in measured:
+            first = result.files[0]
+            raise ValueError(
+                f"{result.name} gave nothing to measure for any of {len(result.files)} files. "
+                f"{first.file}: {next(iter(first.reasons.values()))}"
+            )
+    return Report(results, _versions(runnable))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One file after another
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Reconstruction:
+    """What a system made of one reference, or why it made nothing."""
+
+    estimate: np.ndarray | None = None
+    usage: CodebookUsage | None = None
+    samples_cut: int = 0
+    failure: str | None = None
+
+
+def _reconstruct_all(references, systems) -> Iterator[tuple[str, np.ndarray | None, list[_Reconstruction]]]:
+    """(place, waveform or None, one reconstruction for each system), for each reference."""
+    for source, place in references:
+        try:
+            waveform = audio.load(source, sampling_rate=SAMPLING_RATE)
+        except (ValueError, OSError) as error:
+            yield place.as_posix(), None, [_Reconstruction(failure=str(error)) for _ in systems]
+            continue
+        yield place.as_posix(), waveform, [_reconstruct(system, place, waveform) for system in systems]
+
+
+def _reconstruct(system: System, place: Path, waveform: np.ndarray) -> _Reconstruction:
+    try:
+        estimate, usage = system.reconstruct(place, waveform)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        return _Reconstruction(failure=str(error))
+    samples_cut = len(estimate) - len(waveform)
+    if abs(samples_cut) > MAX_SAMPLES_CUT:
+        return _Reconstruction(
+            failure=f"decoded to {len(estimate)} samples at {SAMPLING_RATE} Hz, the reference has {len(waveform)}; "
+            f"expected a difference of at most {MAX_SAMPLES_CUT}"
+        )
+    return _Reconstruction(estimate, usage, samples_cut)
+
+
+def _score_all(jobs, names: list[str], utmos_weights, num_workers: int):
+    """(place, seconds, reconstructions, scores) for each job, in their order; a score is None after a failure."""
+    if num_workers == 0:
+        for place, waveform, reconstructions in jobs:
+            with _one_thread():
+                scores = _score(waveform, [one.estimate for one in reconstructions], names, utmos_weights)
+            yield place, _seconds(waveform), reconstructions, scores
+        return
+
+    # not fork: a forked process inherits the locks of torch's threads, but not the threads
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, context, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+        waiting: deque[tuple[str, float | None, list[_Reconstruction], Future]] = deque()
+
+        def first_in_line():
+            *job, future = waiting.popleft()
+            return *job, future.result()
+
+        try:
+            for place, waveform, reconstructions in jobs:
+                estimates = [one.estimate for one in reconstructions]
+                future = executor.submit(_score, waveform, estimates, names, utmos_weights)
+                for one in reconstructions:
+                    one.estimate = None  # from here on only the worker's copy is needed
+                waiting.append((place, _seconds(waveform), reconstructions, future))
+                if len(waiting) > 2 * num_workers:  # so that audio does not pile up in memory
+                    yield first_in_line()
+            while waiting:
+                yield first_in_line()
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "A worker process was killed, perhaps for want of memory. Use fewer workers or shorter files."
+            ) from error
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+def _score(waveform, estimates: list[np.ndarray | None], names: list[str], utmos_weights) -> list[tuple | None]:
+    """Scores each estimate against one reference: (values, reasons), or None where there is no estimate."""
+    if waveform is None:
+        return [None] * len(estimates)
+    reference = Clip(waveform)
+    scores = []
+    for estimate in estimates:
+        if estimate is None:
+            scores.append(None)
+            continue
+        length = min(len(waveform), len(estimate))
+        same = reference if length == len(waveform) else Clip(waveform[:length])
+        scores.append(score(same, Clip(estimate[:length]), names, utmos_weights))
+    return scores
+
+
+def _file_result(place, seconds, system, reconstruction, scored, metrics, runnable) -> FileResult:
+    figures = list(CODEBOOK_FIGURES) if system.gives_codes else []
+    values = dict.fromkeys([*metrics, *figures])
+    if scored is None:
+        return FileResult(place, seconds, values, dict.fromkeys([*runnable, *figures], reconstruction.failure))
+    scores, reasons = scored
+    values |= scores
+    if reconstruction.usage is not None:
+        values |= reconstruction.usage.figures()
+    return FileResult(place, seconds, values, reasons, reconstruction.samples_cut, reconstruction.usage)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check(references, systems, metrics: list[str]) -> None:
+    if not references or not systems or not metrics:
+        raise ValueError(
+            f"Got {len(references)} files, {len(systems)} systems and {len(metrics)} metrics, expected at least one each."
+        )
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown:
+        raise ValueError(f"Got the metrics {', '.join(unknown)}, expected some of {', '.join(METRICS)}.")
+    if len({system.name for system in systems}) < len(systems):
+        raise ValueError(f"Got systems of one name: {', '.join(system.name for system in systems)}. Name them apart.")
+    seen = {}
+    for source, place in references:
+        if place in seen:
+            raise ValueError(f"{seen[place]} and {source} would both be {place} in the report. Evaluate them apart.")
+        seen[place] = source
+
+
+def _seconds(waveform: np.ndarray | None) -> float | None:
+    return None if waveform is None else len(waveform) / SAMPLING_RATE
+
+
+@contextmanager
+def _one_thread():
+    """As in a worker process: the order of float32 sums, and so their last bits, depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _versions(names: list[str]) -> dict[str, str]:
+    packages = ["torch", "transformers", "numpy", "soxr", *(METRICS[name].package for name in names)]
+    return {"wavtokenizer_hf": __version__, **{name: version(name) for name in dict.fromkeys(packages) if name}}
