@@ -1,8 +1,8 @@
-"""Live streams: audio in pieces of any size -> the codes of the whole."""
+"""Live streams: audio in pieces of any size -> the codes of the whole, and codes in pieces -> audio."""
 
 import torch
 
-from .modeling_wavtokenizer import EncoderState, WavTokenizerEncoderModel, WavTokenizerModel
+from .modeling_wavtokenizer import DecoderState, EncoderState, WavTokenizerEncoderModel, WavTokenizerModel
 
 
 class EncodeStream:
@@ -75,3 +75,89 @@ class EncodeStream:
     def _check_open(self) -> None:
         if self._flushed:
             raise ValueError("This stream has been flushed. Start a new EncodeStream for the next audio.")
+
+
+class DecodeStream:
+    """
+    Decodes codes as they come, from a language model that is still generating, a file or a socket.
+
+    What comes out, joined, is what `model.decode(..., window_seconds=..., overlap_seconds=...)` gives for all codes, however
+    they are cut: audio comes out as soon as a window is full, less the overlap, which waits to be faded into the next. A
+    shorter window gives sound earlier, a longer one comes closer to the exact audio, at the same cost per second. Memory does
+    not grow with the length of the stream.
+
+    ```python
+    stream = DecodeStream(model)
+    for codes in generated:  # any number at a time
+        play(stream.push(codes))
+    play(stream.flush())
+    ```
+
+    Args:
+        model (`WavTokenizerModel`): may serve many streams.
+        window_seconds (`float`): length of a window.
+        overlap_seconds (`float`): what a window has in common with the next; at most half of it.
+        bandwidth_id (`int`): as in `model.decode`.
+        state (`DecoderState`, *optional*): that of another stream with the same settings, as its `state`, to go on where it
+            stood. It is small, and can be pickled.
+
+    Raises:
+        ValueError: a window shorter than a frame or than twice the overlap, or a `bandwidth_id` that the model lacks.
+    """
+
+    def __init__(
+        self,
+        model: WavTokenizerModel,
+        window_seconds: float = 3.0,
+        overlap_seconds: float = 1.0,
+        bandwidth_id: int = 0,
+        state: DecoderState | None = None,
+    ):
+        self.model = model
+        self.state = DecoderState() if state is None else state
+        self._window = model._window(window_seconds, overlap_seconds)
+        model._check_bandwidth_id(bandwidth_id)
+        self._bandwidth_id = bandwidth_id
+        self._flushed = False
+
+    @property
+    def delay(self) -> int:
+        """Codes that have to come before the first audio comes out."""
+        return self._window[0]
+
+    def push(self, audio_codes) -> torch.FloatTensor:
+        """
+        Takes the next codes, and gives the audio that is complete with them.
+
+        Args:
+            audio_codes: integer array, list or tensor of shape (n,), n >= 0, in [0, K).
+
+        Returns:
+            `(m,)` float32 audio at the model's sampling rate, m >= 0, on the CPU.
+
+        Raises:
+            ValueError: codes of another shape or dtype or outside [0, K), or a stream that has been flushed.
+        """
+        audio_codes = torch.as_tensor(audio_codes)
+        if audio_codes.ndim != 1:
+            raise ValueError(f"Got audio_codes of shape {tuple(audio_codes.shape)}, expected (n,).")
+        if len(audio_codes) > 0:
+            audio_codes, _ = self.model._read_codes(audio_codes[None, None], None)
+        else:
+            audio_codes = torch.zeros(1, 1, 0, dtype=torch.long)
+        return self._continue(audio_codes, final=False)
+
+    def flush(self) -> torch.FloatTensor:
+        """Ends the stream: the audio of what is still inside, `(m,)`."""
+        audio_values = self._continue(torch.zeros(1, 1, 0, dtype=torch.long), final=True)
+        self._flushed = True
+        return audio_values
+
+    def _continue(self, audio_codes: torch.Tensor, final: bool) -> torch.FloatTensor:
+        if self._flushed:
+            raise ValueError("This stream has been flushed. Start a new DecodeStream for the next codes.")
+        with torch.no_grad():
+            audio_values, self.state = self.model.decode_piece(
+                audio_codes.to(self.model.device), self.state, final, self._window, self._bandwidth_id
+            )
+        return audio_values[0, 0].cpu()

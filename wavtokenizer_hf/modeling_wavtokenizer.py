@@ -830,6 +830,21 @@ class WavTokenizerISTFTHead(nn.Module):
         return mask.expand(-1, -1, self.hop_length).flatten(1)[:, None]
 
 
+@dataclass
+class DecoderState:
+    """What decoding in windows keeps of the codes that it has seen, for those still to come; small and picklable."""
+
+    audio_codes: torch.Tensor | None = None  # (B, 1, n): those of the last window, and those that wait for the next
+    joint: int = 0  # where in them the next window starts
+    overlap: torch.Tensor | None = None  # (B, 1, n): audio of the last window from there on
+
+
+def _cross_fade(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """From `old` to `new` (B, 1, n), over the middle half: the end of a window lacks what follows, the start what precedes."""
+    places = torch.arange(old.shape[-1], device=old.device) + 0.5
+    return old.lerp(new, (2 * places / old.shape[-1] - 0.5).clamp(0, 1))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1126,6 +1141,8 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         audio_codes: torch.Tensor,
         bandwidth_id: int = 0,
         audio_codes_mask: torch.Tensor | None = None,
+        window_seconds: float | None = None,
+        overlap_seconds: float = 1.0,
     ) -> WavTokenizerDecoderOutput:
         r"""
         Codes to audio. A row of a padded batch gets the audio that it gets alone.
@@ -1135,6 +1152,11 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
             bandwidth_id (`int`, defaults to 0): row of the adaptive norms' tables; the original always decodes with 0.
             audio_codes_mask (`torch.Tensor` of shape `(B, 1, L)`, *optional*): 1 for real codes, 0 for padding, which
                 may stand on either side and hold anything.
+            window_seconds (`float`, *optional*): decode windows of this length, one after another, so that memory does
+                not grow with L. The audio is then not exactly that of the whole, since the decoder looks at all frames
+                at once; benchmarks/README.md says how far it is off. By default the whole is decoded in one piece.
+            overlap_seconds (`float`): what a window has in common with the next, over which one is faded into the
+                other; at most half a window.
 
         Returns:
             [`WavTokenizerDecoderOutput`]: `audio_values` (B, 1, L * hop), float32, zero where the mask is zero. A row
@@ -1142,11 +1164,16 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
 
         Raises (but a compiled graph cannot look at values, and checks shapes and dtypes only):
             ValueError: codes of another shape or dtype or outside [0, K); a mask as refused by `encode`; a
-                `bandwidth_id` outside [0, config.adanorm_num_embeddings).
+                `bandwidth_id` outside [0, config.adanorm_num_embeddings); a window shorter than a frame, or than twice the
+                overlap.
         """
         codes, rows = self._read_codes(audio_codes, audio_codes_mask)
         self._check_bandwidth_id(bandwidth_id)
-        audio_values = self._decode_rows(codes, rows, bandwidth_id)
+        if window_seconds is None:
+            audio_values = self._decode_rows(codes, rows, bandwidth_id)
+        else:
+            window = self._window(window_seconds, overlap_seconds)
+            audio_values = self._decode_windows(codes, rows, bandwidth_id, window)
         if rows is not None:
             audio_values = rows.samples(self.config.hop_length).to_place(audio_values)
         return WavTokenizerDecoderOutput(audio_values=audio_values)
@@ -1211,6 +1238,75 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
                 f"Got bandwidth_id={bandwidth_id}, expected an int from 0 to {self.config.adanorm_num_embeddings - 1}; "
                 "the original always decodes with 0."
             )
+
+    def decode_piece(
+        self,
+        audio_codes: torch.Tensor,
+        state: DecoderState,
+        final: bool,
+        window: tuple[int, int],
+        bandwidth_id: int = 0,
+    ) -> tuple[torch.Tensor, DecoderState]:
+        """Audio of codes that come in pieces; `long_audio.DecodeStream` is the comfortable way to this.
+
+        Args:
+            audio_codes (`torch.LongTensor` of shape `(B, 1, any)`): the next codes.
+            state (`DecoderState`): `DecoderState()` for the first piece, then what the call before returned.
+            final (`bool`): whether the codes end with this piece.
+            window (`tuple[int, int]`): length of a window and of what two have in common, in frames.
+
+        Returns:
+            `audio_values` (B, 1, n * hop) of the n >= 0 frames that are complete now, and the new state.
+        """
+        size, overlap = window
+        hop = self.config.hop_length
+        codes, joint, old = audio_codes, state.joint, state.overlap
+        if state.audio_codes is not None:
+            codes = torch.cat([state.audio_codes, codes], dim=-1)
+        pieces = [torch.zeros(len(codes), 1, 0, device=codes.device)]
+        while codes.shape[-1] - joint >= size:
+            codes, joint = codes[..., joint:], size - overlap
+            pieces.append(self._join(old, self._decode_rows(codes[..., :size], None, bandwidth_id)))
+            pieces[-1], old = pieces[-1].tensor_split([joint * hop], dim=-1)
+        if not final:
+            return torch.cat(pieces, dim=-1), DecoderState(codes.clone(), joint, old)
+        if codes.shape[-1] - joint > (0 if old is None else overlap):
+            last = codes[..., -size:]  # as long as the others, so it may start before the joint
+            audio_values = self._decode_rows(last, None, bandwidth_id)
+            old = self._join(old, audio_values[..., (last.shape[-1] - codes.shape[-1] + joint) * hop :])
+        return torch.cat([*pieces, *([] if old is None else [old])], dim=-1), DecoderState()
+
+    @staticmethod
+    def _join(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+        if old is None:
+            return new
+        overlap = old.shape[-1]
+        return torch.cat([_cross_fade(old, new[..., :overlap]), new[..., overlap:]], dim=-1)
+
+    def _window(self, window_seconds: float, overlap_seconds: float) -> tuple[int, int]:
+        """Seconds -> frames of a window and of an overlap."""
+        size, overlap = (round(seconds * self.config.frame_rate) for seconds in (window_seconds, overlap_seconds))
+        if size < 1 or overlap < 0 or 2 * overlap > size:
+            raise ValueError(
+                f"Got window_seconds={window_seconds} and overlap_seconds={overlap_seconds}, expected a window of at least "
+                f"one frame ({1 / self.config.frame_rate:.4f} s) and twice the overlap. Lengthen the window, or shorten the "
+                "overlap."
+            )
+        return size, overlap
+
+    def _decode_windows(
+        self, audio_codes: torch.Tensor, rows: Rows | None, bandwidth_id: int, window: tuple[int, int]
+    ) -> torch.Tensor:
+        """`_decode_rows` in windows; each row of a padded batch by itself, since its last window ends where it ends."""
+        if rows is None:
+            return self.decode_piece(audio_codes, DecoderState(), True, window, bandwidth_id)[0]
+        audio_values = torch.zeros(
+            len(audio_codes), 1, audio_codes.shape[-1] * self.config.hop_length, device=audio_codes.device
+        )
+        for row, length in enumerate(rows.lengths.tolist()):
+            alone = self._decode_windows(audio_codes[row : row + 1, :, :length], None, bandwidth_id, window)
+            audio_values[row, :, : alone.shape[-1]] = alone[0]
+        return audio_values
 
     def _decode_rows(self, audio_codes: torch.Tensor, rows: Rows | None, bandwidth_id: int) -> torch.Tensor:
         """Codes (B, 1, L), rows at the front -> audio (B, 1, L * hop), rows at the front, zeros after them."""
