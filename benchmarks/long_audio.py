@@ -1,9 +1,9 @@
-"""What chunks do to the speed and the memory of encoding: whole, in automatic chunks, and as a stream.
+"""What chunks, windows and streams do to the speed and the memory of long audio.
 
-    python benchmarks/long_audio.py [--rate 75] [--seconds 30 60 300]
+    python benchmarks/long_audio.py [--job encode] [--rate 75] [--seconds 30 60 300]
 
-Each figure is from a process of its own for memory (anonymous memory above that of the loaded model, at its peak), and the
-ratio of speeds is that of interleaved rounds in one process.
+Encode: whole, in automatic chunks, and as a stream. Decode: exact, in windows, and as a stream. Memory is anonymous memory
+above that of the loaded model, at its peak, each in a process of its own; speeds are those of interleaved rounds in one process.
 """
 
 import argparse
@@ -20,49 +20,56 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerEncoderModel
-from wavtokenizer_hf.long_audio import EncodeStream
+from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerEncoderModel, WavTokenizerModel
+from wavtokenizer_hf.long_audio import DecodeStream, EncodeStream
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--job", choices=("encode", "decode"), default="encode")
     parser.add_argument("--rate", type=int, choices=(40, 75), default=75, help="tokens per second (default 75)")
     parser.add_argument("--seconds", type=float, nargs="+", default=[30, 60, 300], help="lengths of clips")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default 3)")
-    parser.add_argument("--memory-of", choices=("whole", "chunks", "stream"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     ratios = [8, 5, 4, 2] if arguments.rate == 75 else [6, 5, 5, 4]
-    model = WavTokenizerEncoderModel(WavTokenizerConfig(upsampling_ratios=ratios)).eval()
+    config = WavTokenizerConfig(upsampling_ratios=ratios)
+    model_class, ways_of = (
+        (WavTokenizerEncoderModel, _encode_ways) if arguments.job == "encode" else (WavTokenizerModel, _decode_ways)
+    )
+    model = model_class(config).eval()
     if arguments.memory_of:
-        print(_peak_memory(_ways(model, arguments.seconds[0])[arguments.memory_of]))
+        print(_peak_memory(ways_of(model, arguments.seconds[0])[arguments.memory_of]))
         return
     print(f"torch {torch.__version__}, CPU, {torch.get_num_threads()} threads, {arguments.rate} tokens/s, float32")
-    print("| clip | whole | chunks | stream of 1 s | memory: whole | chunks | stream | codes that differ |")
-    print("|---|---|---|---|---|---|---|---|")
-    for seconds in arguments.seconds:
-        ways = _ways(model, seconds)
-        times = {name: [] for name in ways}
-        codes = {}
+    for index, seconds in enumerate(arguments.seconds):
+        ways = ways_of(model, seconds)
+        first, *others = ways
+        if index == 0:
+            memory = " | ".join(["memory: " + first, *others])
+            last = "codes that differ" if arguments.job == "encode" else "stream equals windows"
+            print(f"| clip | {' | '.join(ways)} | {memory} | {last} |")
+            print("|---" * (2 * len(ways) + 2) + "|")
+        times, results = {name: [] for name in ways}, {}
         for _ in range(arguments.rounds):
             for name, way in ways.items():
                 started = time.perf_counter()
-                codes[name] = way()
+                results[name] = way()
                 times[name].append(time.perf_counter() - started)
-        whole = statistics.median(times["whole"])
-        memory = {name: _memory_in_a_process(arguments.rate, seconds, name) for name in ways}
-        differ = max(int((codes[name] != codes["whole"]).sum()) for name in ("chunks", "stream"))
-        print(
-            f"| {seconds:g} s | {seconds / whole:.1f} x real time | "
-            + " | ".join(f"{whole / statistics.median(times[name]):.2f}" for name in ("chunks", "stream"))
-            + " | "
-            + " | ".join(f"{megabytes:,.0f} MB" for megabytes in memory.values())
-            + f" | {differ} of {codes['whole'].numel()} |",
-            flush=True,
-        )
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        cells = [f"{seconds:g} s", f"{seconds / medians[first]:.1f} x real time"]
+        cells += [f"{medians[first] / medians[name]:.2f}" for name in others]
+        cells += [f"{_memory_in_a_process(arguments, seconds, name):,.0f} MB" for name in ways]
+        if arguments.job == "encode":
+            differ = max(int((results[name] != results[first]).sum()) for name in others)
+            cells.append(f"{differ} of {results[first].numel()}")
+        else:
+            cells.append(str(torch.equal(*(results[name] for name in others))))
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def _ways(model: WavTokenizerEncoderModel, seconds: float) -> dict:
+def _encode_ways(model: WavTokenizerEncoderModel, seconds: float) -> dict:
     audio = 0.1 * torch.randn(1, 1, round(24000 * seconds))
 
     def stream():
@@ -73,11 +80,29 @@ def _ways(model: WavTokenizerEncoderModel, seconds: float) -> dict:
         with torch.inference_mode():
             return model.encode(audio, chunk_seconds=chunk_seconds).audio_codes[0, 0]
 
-    return {"whole": lambda: encode(seconds + 1), "chunks": lambda: encode(5), "stream": stream}
+    return {"whole": lambda: encode(seconds + 1), "chunks": lambda: encode(None), "stream of 1 s": stream}
 
 
-def _memory_in_a_process(rate: int, seconds: float, name: str) -> float:
-    command = [sys.executable, __file__, "--rate", str(rate), "--seconds", str(seconds), "--memory-of", name]
+def _decode_ways(model: WavTokenizerModel, seconds: float) -> dict:
+    config = model.config
+    codes = torch.randint(config.codebook_size, (1, 1, round(config.frame_rate * seconds)))
+
+    def stream():
+        decode = DecodeStream(model)
+        return torch.cat(
+            [*(decode.push(piece) for piece in codes[0, 0].split(round(config.frame_rate))), decode.flush()]
+        )
+
+    def decode(window_seconds):
+        with torch.inference_mode():
+            return model.decode(codes, window_seconds=window_seconds).audio_values[0, 0]
+
+    return {"exact": lambda: decode(None), "windows of 3 s": lambda: decode(3.0), "stream of 1 s": stream}
+
+
+def _memory_in_a_process(arguments, seconds: float, name: str) -> float:
+    command = [sys.executable, __file__, "--job", arguments.job, "--rate", str(arguments.rate)]
+    command += ["--seconds", str(seconds), "--memory-of", name]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 

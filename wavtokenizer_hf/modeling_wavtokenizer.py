@@ -654,9 +654,9 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
             padding_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real samples, 0 for padding, which may
                 stand on either side and hold anything.
             output_latents (`bool`): also return the encoder's output before it is quantized.
-            chunk_seconds (`float`, *optional*): work on chunks of about this length (rounded up to whole frames), so that
-                memory does not grow with T; the codes are those of the whole. By default 5 s on a CPU for clips above
-                10 s, which is also faster there, and 60 s elsewhere.
+            chunk_seconds (`float`, *optional*): work on chunks of this length or up to twice as long, so that memory does
+                not grow with T; the codes are those of the whole. By default 3 s on a CPU for clips above 6 s, which is
+                also faster there, and 60 s elsewhere.
 
         Returns:
             [`WavTokenizerEncoderOutput`]: `audio_codes` and `audio_codes_mask` (B, 1, L) with L = ceil(T / hop). A row
@@ -703,7 +703,8 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
         batch_size, _, size = input_values.shape
         rows = Rows.from_mask(padding_mask, "padding_mask", (batch_size, size))
         audio = input_values.float() if rows is None else rows.to_front(input_values.float())
-        if not torch.compiler.is_compiling() and not audio.isfinite().all():
+        # a sum needs no memory, unlike a mask; it may overflow, so only the mask can tell in the end
+        if not torch.compiler.is_compiling() and not audio.sum().isfinite() and not audio.isfinite().all():
             row = int((~audio.isfinite()).flatten(1).any(1).int().argmax())
             raise ValueError(f"Row {row} of input_values holds NaN or infinite samples. Repair or drop the clip.")
         return audio, rows
@@ -729,7 +730,7 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
     def _chunk_size(self, chunk_seconds: float | None, audio: torch.Tensor) -> int:
         """Samples in a chunk: a whole number of hops, or all that there are."""
         if chunk_seconds is None:
-            automatic, above = (5, 10) if audio.device.type == "cpu" else (60, 60)
+            automatic, above = (3, 6) if audio.device.type == "cpu" else (60, 60)
             if torch.compiler.is_compiling() or audio.shape[-1] <= above * self.config.sampling_rate:
                 return audio.shape[-1]
             chunk_seconds = automatic
@@ -764,10 +765,11 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
         self, audio: torch.Tensor, rows: Rows | None, output_latents: bool, chunk_size: int
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """`_encode_rows` chunk after chunk, each of all rows."""
-        *pieces, rest = audio.split(chunk_size, dim=-1)
-        if pieces:  # the last chunk takes the rest: some libraries order the sums of a very short one in another way
-            rest = torch.cat([pieces.pop(), rest], dim=-1)
-        pieces.append(rest)
+        # of one length, to a frame: of a short rest, libraries may order the sums in another way
+        num_pieces = max(1, audio.shape[-1] // chunk_size)
+        num_frames = -(-audio.shape[-1] // self.config.hop_length)
+        cuts = [num_frames * cut // num_pieces * self.config.hop_length for cut in range(1, num_pieces)]
+        pieces = audio.tensor_split(cuts, dim=-1)
         state, latents, audio_codes = EncoderState(), [], []
         for index, piece in enumerate(pieces):
             new_latents, new_codes, state = self.encode_piece(
