@@ -75,11 +75,10 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, tone, monk
     path = audio.save(tmp_path / "tone.wav", tone)
     before = path.read_bytes()
 
-    def full_disk(partial, *arguments, **named):
-        partial.write_bytes(b"RIFF")
+    def full_disk(file, samples):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(soundfile, "write", full_disk)
+    monkeypatch.setattr(soundfile.SoundFile, "write", full_disk)
     with pytest.raises(OSError, match="No space"):
         audio.save(path, 0.1 * tone)
     assert path.read_bytes() == before
