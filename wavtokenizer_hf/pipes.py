@@ -163,13 +163,13 @@ def _read_wav_header(stream: BinaryIO) -> tuple[int, int, str, int | None]:
 
 def _sample_blocks(stream: BinaryIO, rate: int, channels: int, subtype: str, size: int | None) -> Iterator[np.ndarray]:
     """Samples as they come, (n, channels) float32, n > 0; `size` in bytes if it is known."""
-    frame_size, left, rest = _SAMPLE_SIZES[subtype] * channels, size, b""
+    frame_size, left, rest, num_bytes = _SAMPLE_SIZES[subtype] * channels, size, b"", 0
     while left is None or left > 0:
         new = stream.read1(2**16 if left is None else min(2**16, left))
         if not new:
             break
         left = None if left is None else left - len(new)
-        rest += new
+        rest, num_bytes = rest + new, num_bytes + len(new)
         whole = len(rest) - len(rest) % frame_size
         if whole > 0:
             samples, rest = BytesIO(rest[:whole]), rest[whole:]
@@ -177,7 +177,8 @@ def _sample_blocks(stream: BinaryIO, rate: int, channels: int, subtype: str, siz
                 samples, samplerate=rate, channels=channels, subtype=subtype, format="RAW", endian="LITTLE",
                 dtype="float32", always_2d=True,
             )[0]  # fmt: skip
-    if rest:
+    is_padding = size is None and rest == b"\0" and num_bytes % 2 == 0  # WAV chunks of odd length end in a zero
+    if rest and not is_padding:
         raise audio.CutOffError(f"The stream ends within a sample: {len(rest)} of its {frame_size} bytes came.")
     if left:
         raise audio.CutOffError(
