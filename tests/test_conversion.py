@@ -201,6 +201,7 @@ def test_folder_holds_weights_configuration_code_and_card_and_nothing_else(folde
         "feature_extraction_wavtokenizer.py",
         "model.safetensors",
         "modeling_wavtokenizer.py",
+        "modeling_wavtokenizer_encoder.py",
         "preprocessor_config.json",
     ]
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModel
 
 import wavtokenizer_hf.modeling_wavtokenizer as modeling
+import wavtokenizer_hf.modeling_wavtokenizer_encoder as encoder_module
 from wavtokenizer_hf import WavTokenizerEncoderModel, WavTokenizerFeatureExtractor, WavTokenizerModel
 
 
@@ -223,11 +224,11 @@ def test_reflection_follows_the_rule_of_the_architecture(kernel_size, stride):
         mirrored += [longer[-2 - i] for i in range(right + extra)]
         expected = mirrored[: len(mirrored) - zeros]
 
-        alone = modeling._reflect(torch.tensor([[signal]], dtype=torch.float), left, right + -length % stride)
+        alone = encoder_module._reflect(torch.tensor([[signal]], dtype=torch.float), left, right + -length % stride)
         assert alone[0, 0].tolist() == expected
         row = torch.full((1, 1, 45), 99.0)
         row[0, 0, :length] = torch.tensor(signal)
-        rows = modeling._reflect_rows(row, torch.tensor([length]), left, right, stride)
+        rows = encoder_module._reflect_rows(row, torch.tensor([length]), left, right, stride)
         assert rows[0, 0, : len(expected)].tolist() == expected
 
 
@@ -442,7 +443,7 @@ def test_weights_that_a_file_lacks_are_initialised(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path, state_dict=kept)
     loaded = WavTokenizerModel.from_pretrained(tmp_path)
     for layer in loaded.encoder_model.encoder.layers:
-        if isinstance(layer, modeling.WavTokenizerConv1d):
+        if isinstance(layer, encoder_module.WavTokenizerConv1d):
             gain, direction = (
                 layer.conv.parametrizations.weight.original0,
                 layer.conv.parametrizations.weight.original1,
