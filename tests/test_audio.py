@@ -75,11 +75,10 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, tone, monk
     path = audio.save(tmp_path / "tone.wav", tone)
     before = path.read_bytes()
 
-    def full_disk(partial, *arguments, **named):
-        partial.write_bytes(b"RIFF")
+    def full_disk(file, samples):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(soundfile, "write", full_disk)
+    monkeypatch.setattr(soundfile.SoundFile, "write", full_disk)
     with pytest.raises(OSError, match="No space"):
         audio.save(path, 0.1 * tone)
     assert path.read_bytes() == before
@@ -127,4 +126,61 @@ def test_a_file_without_samples_is_refused(tmp_path):
 def test_save_refuses_and_writes_nothing(tmp_path, values, name, message):
     with pytest.raises(ValueError, match=message):
         audio.save(tmp_path / name, values)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "subtype"), [("a.wav", "PCM_16"), ("a.wav", "FLOAT"), ("a.flac", None), ("a.mp3", None)]
+)
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rate", [8000, 22050, 24000, 44100])
+def test_blocks_are_the_samples_of_the_whole(tmp_path, name, subtype, channels, rate):
+    noise = 0.5 * np.random.default_rng(0).uniform(-1, 1, (30001, channels))
+    soundfile.write(tmp_path / name, noise, rate, subtype=subtype)
+    blocks = list(audio.read_blocks(tmp_path / name, 24000, block_seconds=0.1))
+    assert len(blocks) > 3
+    np.testing.assert_array_equal(np.concatenate(blocks), audio.load(tmp_path / name))
+
+
+@pytest.mark.parametrize(("cut", "error"), [(b"", "Cannot read"), (b"fLaC and then nothing", "Cannot read")])
+def test_blocks_refuse_what_is_no_sound(tmp_path, cut, error):
+    (tmp_path / "a.flac").write_bytes(cut)
+    with pytest.raises(ValueError, match=error):
+        list(audio.read_blocks(tmp_path / "a.flac"))
+
+
+def test_a_flac_file_that_is_cut_off_fails_where_it_ends(tmp_path):
+    soundfile.write(tmp_path / "a.flac", np.random.default_rng(0).uniform(-1, 1, 96000), 24000)
+    whole = (tmp_path / "a.flac").read_bytes()
+    (tmp_path / "a.flac").write_bytes(whole[: len(whole) // 2])
+    blocks = audio.read_blocks(tmp_path / "a.flac", block_seconds=0.5)
+    assert len(next(blocks)) == 12000
+    with pytest.raises(ValueError, match="may be damaged"):
+        list(blocks)
+
+
+def test_blocks_are_written_as_the_whole_is(tmp_path, tone):
+    audio.save(tmp_path / "whole.wav", 3 * tone)
+    with audio.writing(tmp_path / "blocks.wav") as write:
+        for block in np.array_split(3 * tone, 7):
+            write(block)
+        assert not (tmp_path / "blocks.wav").exists()
+    assert (tmp_path / "blocks.wav").read_bytes() == (tmp_path / "whole.wav").read_bytes()
+
+
+def test_an_error_between_blocks_leaves_nothing(tmp_path, tone):
+    def stop_after_a_block():
+        with audio.writing(tmp_path / "a.wav") as write:
+            write(tone)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        stop_after_a_block()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wav_file_longer_than_its_header_can_say_is_refused(tmp_path, tone, monkeypatch):
+    monkeypatch.setattr(audio, "MAX_WAV_SIZE", 20000)
+    with pytest.raises(ValueError, match="4 GiB"):
+        audio.save(tmp_path / "a.wav", tone)
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,8 @@
 """The command line, run as a user runs it, on a tiny model in a folder."""
 
+import io
 import json
+import struct
 import subprocess
 import sys
 
@@ -10,9 +12,10 @@ import soundfile
 import torch
 from safetensors import safe_open
 
-from wavtokenizer_hf import WavTokenizerModel, audio
+from wavtokenizer_hf import WavTokenizerModel, audio, pipes, transcode
 from wavtokenizer_hf.cli import main
 from wavtokenizer_hf.token_file import TokenFile
+from wavtokenizer_hf.transcode import codes_of
 
 
 @pytest.fixture
@@ -163,7 +166,6 @@ def test_info_describes_a_model_and_a_token_file(model_folder, sound, tmp_path, 
         (["encode", "SOUND", "-m", "MODEL", "-o", "x", "--device", "abacus"], "abacus"),
         (["encode", "SOUND", "COPY", "-m", "MODEL", "-o", "x"], "would both become"),
         (["encode", "SOUND", "COPY", "-m", "MODEL", "-o", "-"], "2 files for standard output"),
-        (["reconstruct", "SOUND", "-m", "MODEL", "-o", "-"], "cannot be written to standard output"),
         (["info", "SOUND"], "is not a token file"),
         (["info", "CAUSAL"], "use_causal_conv=True; WavTokenizer has use_causal_conv=False"),
         (["convert", "SOUND", "-o", "x"], "sound.wav"),
@@ -252,3 +254,233 @@ def test_a_damaged_token_file_is_refused_in_one_line(name, model_folder, tmp_pat
     printed = capsys.readouterr().err.splitlines()
     assert len([line for line in printed if line.startswith("wavtokenizer decode: ") and name in line]) == 1
     assert not (tmp_path / "x.wav").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Long files and pipes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(model_folder):
+    """Runs a command as a process of its own, with bytes on standard input."""
+
+    def run(command, *arguments, stdin=b""):
+        line = [sys.executable, "-m", "wavtokenizer_hf", command, *map(str, arguments), "-m", model_folder]
+        return subprocess.run(line, input=stdin, capture_output=True, timeout=60)
+
+    return run
+
+
+class Stdin(io.TextIOWrapper):
+    def __init__(self, content: bytes):
+        super().__init__(io.BufferedReader(io.BytesIO(content)))
+
+
+def wav(samples, subtype="PCM_16", sizes=None, format="WAV") -> bytes:
+    """A WAV file; `sizes` are written over those of the RIFF and data chunks."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, 24000, subtype=subtype, format=format)
+    content = bytearray(buffer.getvalue())
+    if sizes is not None:
+        content[4:8] = struct.pack("<I", sizes)
+        place = content.index(b"data") + 4
+        content[place : place + 4] = struct.pack("<I", sizes)
+    return bytes(content)
+
+
+NOISE = np.random.default_rng(1).uniform(-1, 1, 40003).astype(np.float32)
+
+
+@pytest.mark.parametrize("rate", [16000, 24000, 44100])
+@pytest.mark.parametrize("format", ["wav", "flac"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_codes_do_not_depend_on_whether_a_file_is_read_whole_or_in_blocks(
+    rate, format, channels, tiny_model, tmp_path
+):
+    path = tmp_path / f"a.{format}"
+    soundfile.write(path, 0.9 * NOISE.repeat(channels).reshape(-1, channels), rate)
+    whole = tiny_model.encode(torch.from_numpy(audio.load(path))[None, None]).audio_codes[0, 0].numpy()
+    pieces = list(codes_of(tiny_model, audio.read_blocks(path, 24000, block_seconds=0.2), whole_seconds=0))
+    assert len(pieces) > 3 and len(np.unique(whole)) > 5
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+
+
+@pytest.mark.parametrize("sizes", [None, 0, 0xFFFFFFFF, 0x7FFFF000])
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_32", "FLOAT"])
+def test_a_wav_stream_is_read_as_the_file_is(sizes, subtype, tmp_path):
+    (tmp_path / "a.wav").write_bytes(wav(NOISE, subtype, format="WAVEX"))
+    stream = io.BufferedReader(io.BytesIO(wav(NOISE, subtype, sizes, format="WAV" if sizes else "WAVEX")))
+    np.testing.assert_array_equal(np.concatenate(list(pipes.read_sound(stream))), audio.load(tmp_path / "a.wav"))
+
+
+@pytest.mark.parametrize(
+    ("content", "raw", "num_samples", "message"),
+    [
+        (wav(NOISE[:100], sizes=0xFFFFFFFF)[:-1], None, 99, "within a sample: 1 of its 2 bytes"),
+        (wav(NOISE[:100])[:-20], None, 90, "180 of the 200 bytes"),
+        (bytes(201), 24000, 100, "within a sample"),
+    ],
+)
+def test_a_stream_that_is_cut_off_gives_what_came_and_then_an_error(content, raw, num_samples, message):
+    blocks, stream = [], io.BufferedReader(io.BytesIO(content))
+    with pytest.raises(audio.CutOffError, match=message):
+        blocks.extend(pipes.read_sound(stream, 24000, raw))
+    assert sum(map(len, blocks)) == num_samples
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (b"fLaC" + bytes(100), "begins with b'fLaC', expected a WAV file"),
+        (b"RIFF\0\0\0\0WAVEfmt ", "ends before its samples begin"),
+        (b"RIFF\0\0\0\0WAVEdata\0\0\0\0", "does not say its sample format"),
+        (wav(NOISE[:100]).replace(b"\1\0\1\0", b"\x55\0\1\0"), "format 85"),
+        (wav(NOISE[:0]), "no samples"),
+    ],
+)
+def test_a_stream_that_is_no_sound_is_refused(content, message):
+    with pytest.raises(ValueError, match=message):
+        list(pipes.read_sound(io.BufferedReader(io.BytesIO(content))))
+
+
+def test_a_pipe_from_sound_to_tokens_to_sound_gives_what_the_files_give(run, model_folder, tiny_model, tmp_path):
+    (tmp_path / "a.wav").write_bytes(wav(NOISE))
+    encoded = run("encode", "-", "-o", "-", "--format", "txt", stdin=wav(NOISE, sizes=0xFFFFFFFF))
+    assert encoded.returncode == 0, encoded.stderr
+    codes = np.array(encoded.stdout.decode().splitlines(), int)
+    np.testing.assert_array_equal(codes, expected_codes(model_folder, tmp_path / "a.wav"))
+    decoded = run("decode", "-", "-o", "-", "--raw-output", "--window-seconds", "0.5", stdin=encoded.stdout)
+    assert decoded.returncode == 0, decoded.stderr
+    assert b"in windows of 0.5 s" in decoded.stderr
+    with torch.inference_mode():
+        audio_values = tiny_model.decode(
+            torch.from_numpy(codes)[None, None], window_seconds=0.5, overlap_seconds=0.5 / 3
+        ).audio_values
+    samples = np.frombuffer(decoded.stdout, "<i2") / 32768
+    expected = audio_values[0, 0].clamp(-1, 32767 / 32768).numpy()
+    np.testing.assert_allclose(samples, expected, atol=1.01 / 32768)  # a step of 16-bit integers
+
+
+@pytest.mark.parametrize("format", ["safetensors", "json", "npy", "txt"])
+def test_tokens_of_every_format_go_through_standard_input(format, model_folder, sound, tmp_path, monkeypatch, capsys):
+    tokens = tmp_path / f"tokens.{format}"
+    assert main(["encode", str(sound), "-m", model_folder, "-o", str(tokens)]) == 0
+    assert main(["decode", str(tokens), "-m", model_folder, "-o", str(tmp_path / "file.wav")]) == 0
+    monkeypatch.setattr(sys, "stdin", Stdin(tokens.read_bytes()))
+    assert main(["decode", "-", "-m", model_folder, "-o", str(tmp_path / "pipe.wav")]) == 0
+    assert (tmp_path / "pipe.wav").read_bytes() == (tmp_path / "file.wav").read_bytes()
+
+
+def test_codes_and_sound_come_out_while_the_input_still_comes_in(model_folder):
+    encode, decode = (
+        subprocess.Popen(
+            [sys.executable, "-m", "wavtokenizer_hf", *line, "-", "-m", model_folder, "-o", "-"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )
+        for line in (["encode", "--format", "txt", "--raw", "24000"], ["decode", "--raw-output", "--window-seconds", "0.1"])
+    )  # fmt: skip
+    encode.stdin.write((NOISE[:12000] * 32767).astype("<i2").tobytes())
+    encode.stdin.flush()
+    lines = [encode.stdout.readline() for _ in range(500)]  # of 750; blocks for ever if they do not flow
+    decode.stdin.write(b"".join(lines))
+    decode.stdin.flush()
+    assert len(decode.stdout.read(1000)) == 1000
+    for process in (encode, decode):
+        process.communicate()
+        assert process.returncode == 0
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(model_folder, tmp_path):
+    (tmp_path / "a.wav").write_bytes(wav(NOISE))
+    line = [sys.executable, "-m", "wavtokenizer_hf", "encode", tmp_path / "a.wav", "-m", model_folder, "-o", "-", "--format", "txt"]  # fmt: skip
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    messages = process.stderr.read()  # transformers shows a bar while it loads, and nothing else may be there
+    assert b"rror" not in messages and b"ipe" not in messages
+    assert process.wait() == 141
+
+
+def test_what_came_before_a_cut_is_done_and_the_cut_is_told(model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Stdin(bytes(2 * 1003 + 1)))
+    output = tmp_path / "tokens.json"
+    assert main(["encode", "-", "--raw", "24000", "-m", model_folder, "-o", str(output)]) == 1
+    assert json.loads(output.read_text())["num_samples"] == 1003
+    assert "cut off: The stream ends within a sample" in capsys.readouterr().err
+
+
+def test_a_long_clip_is_decoded_in_windows_and_the_figures_say_so(model_folder, tmp_path, capsys, monkeypatch):
+    path, decoded = tmp_path / "a.wav", tmp_path / "decoded.wav"
+    path.write_bytes(wav(NOISE))
+    line = ["reconstruct", str(path), "-m", model_folder, "-o", str(decoded), "--json"]
+    figures = []
+    for options in ([], ["--window-seconds", "0.6"], ["--window-seconds", "0"], ["--window-seconds", "2"]):
+        assert main([*line, *options]) == 0
+        printed = capsys.readouterr()
+        figures.append(json.loads(printed.out))
+        assert ("decoded in windows" in printed.err) == (figures[-1]["window_seconds"] is not None)
+        assert soundfile.info(decoded).frames == len(NOISE)
+    assert [figure["window_seconds"] for figure in figures] == [None, 0.6, None, None]
+    monkeypatch.setattr(transcode, "WHOLE_SECONDS", 0.5)
+    assert main([*line, "--window-seconds", "0.6", "--overlap-seconds", "0.1"]) == 0
+    assert json.loads(capsys.readouterr().out)["overlap_seconds"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode", "-", "a.wav", "-o", "x"], "standard input among 2 inputs"),
+        (["encode", "-", "-o", "."], "has no name"),
+        (["encode", "a.wav", "-o", "x", "--raw", "24000"], "--raw without -"),
+        (["encode", "-", "-o", "x"], "expected a WAV file"),
+        (["encode", "-", "-o", "x", "--raw", "0"], "rate of 0 Hz"),
+        (["decode", "-", "-o", "x.wav", "--format", "txt"], "does not hold codes"),
+        (["decode", "-", "-o", "x.wav"], "standard input: "),
+        (["decode", "-", "-o", "x.wav", "--raw-output"], "--raw-output without -"),
+        (["reconstruct", "a.wav", "-o", "x.wav", "--window-seconds", "1", "--overlap-seconds", "0.6"], "twice the overlap"),
+        (["reconstruct", "a.wav", "-o", "x.wav", "--window-seconds", "inf"], "finite"),
+        (["reconstruct", "a.wav", "-o", "x.wav", "--window-seconds", "-1"], "at least one frame"),
+        (["reconstruct", "a.wav", "-o", "x.wav", "--window-seconds", "0", "--overlap-seconds", "1"], "Leave one out"),
+        (["reconstruct", "a.wav", "-o", "-", "--plot"], "--plot for a pipe"),
+    ],
+)  # fmt: skip
+def test_pipes_and_windows_that_make_no_sense_are_one_line_and_exit_code_2(
+    arguments, message, model_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.wav").write_bytes(wav(NOISE[:1003]))
+    monkeypatch.setattr(sys, "stdin", Stdin(b"no sound and no codes"))
+    assert main([*arguments, "-m", model_folder]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if line.startswith("wavtokenizer ") and message in line]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "model"]
+
+
+def test_the_last_code_of_a_text_without_an_end_of_line_is_taken_and_told(caplog):
+    stream = io.BufferedReader(io.BytesIO(b"1 2\n3"))
+    np.testing.assert_array_equal(np.concatenate(list(pipes.read_codes(stream))), [1, 2, 3])
+    assert "no end of line after the last code, 3" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["encode", "reconstruct"])
+def test_memory_does_not_grow_with_the_length(command, model_folder, tmp_path):
+    peaks = []
+    for minutes in (6, 30):
+        with audio.writing(tmp_path / "long.wav") as write:
+            for minute in range(minutes):
+                write(0.1 * np.random.default_rng(minute).standard_normal(60 * 24000).clip(-9, 9).astype(np.float32))
+        code = (
+            "import resource, sys; from wavtokenizer_hf.cli import main; assert main(sys.argv[1:]) == 0; "
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        )
+        line = [command, tmp_path / "long.wav", "-m", model_folder, "-o", tmp_path / "out.wav"]
+        if command == "encode":
+            line[-1] = tmp_path / "out.npy"
+        else:
+            line += ["--window-seconds", "1"]  # 1500 codes of the tiny model
+        output = subprocess.run([sys.executable, "-c", code, *line], check=True, capture_output=True, text=True)
+        peaks.append(int(output.stdout.split()[-1]))
+    # 24 minutes of audio more are 138 MB of float32, and 2,160,000 codes of the tiny model 4 MB: codes alone are kept
+    assert peaks[1] - peaks[0] < 50, f"peaks of {peaks} MB"

@@ -1,7 +1,9 @@
-"""Sound files: the only place that reads or writes them. Needs the extra `audio` (soundfile, soxr)."""
+"""Sound files: the only place that reads or writes them; pipes.py does so for streams. Needs the extra `audio` (soundfile, soxr)."""
 
 import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,24 +35,14 @@ def load(path: str | os.PathLike, sampling_rate: int = 24000, backend: str = "so
         ValueError: the file is not sound, is damaged, or holds no samples.
         ImportError: the backend is not installed.
     """
-    soundfile = _soundfile()
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. Give the path of a sound file.")
     try:
-        info = soundfile.info(path)
-    except soundfile.LibsndfileError as error:
+        with _open(path) as file:
+            say_what_changes(path, file.channels, file.samplerate, sampling_rate)
+    except ValueError:
         if backend == "soundfile":
-            raise ValueError(
-                f"Cannot read {path} as sound: {error}. Expected a format that libsndfile knows (WAV, FLAC, MP3, OGG); "
-                "for others install torchcodec and pass backend='torchcodec'."
-            ) from error
+            raise
         logger.warning("%s: cannot tell the number of channels; if there are several, they are averaged", path)
-    else:
-        if info.channels > 1:
-            logger.warning("%s: %d channels, averaged to one", path, info.channels)
-        if info.samplerate != sampling_rate:
-            logger.info("%s: resampled from %d to %d Hz", path, info.samplerate, sampling_rate)
     try:
         if backend == "soundfile" and not hasattr(audio_utils, "_load_audio_soundfile"):  # transformers before 5.23
             audio = _load_by_soundfile(path, sampling_rate)
@@ -61,6 +53,52 @@ def load(path: str | os.PathLike, sampling_rate: int = 24000, backend: str = "so
     if audio.size == 0:
         raise ValueError(f"{path} holds no samples, expected at least one.")
     return np.asarray(audio, dtype=np.float32)
+
+
+def read_blocks(
+    path: str | os.PathLike, sampling_rate: int = 24000, block_seconds: float = 5.0
+) -> Iterator[np.ndarray]:
+    """Reads a sound file block by block: joined, the very samples of `load`, in memory that does not grow with the file.
+
+    Args:
+        path, sampling_rate: as in `load`.
+        block_seconds: length of a block, about; resampled ones vary a little.
+
+    Yields:
+        float32 arrays of shape (n,), n > 0.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load` does, when the blocks are asked for. A file that is damaged further on
+            fails only there.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        say_what_changes(path, file.channels, file.samplerate, sampling_rate)
+        # SoundFile.read (0.14) seeks to where it already is, after every block; an MP3 decoder then gives other samples
+        file.seekable = lambda: False
+        size = max(1, round(block_seconds * file.samplerate))
+        count = 0
+        try:
+            for block in mono_blocks(_file_blocks(file, size), file.samplerate, sampling_rate):
+                count += len(block)
+                yield block
+        except soundfile_module().LibsndfileError as error:
+            raise ValueError(f"Cannot read {path} as sound: {error}. The file may be damaged.") from error
+        expected = -(-file.frames * sampling_rate // file.samplerate)
+    if count == 0:
+        raise ValueError(f"{path} holds no samples, expected at least one.")
+    if count < expected:
+        logger.warning("%s: %d samples came, its header promises %d; it may be cut off", path, count, expected)
+
+
+def seconds(path: str | os.PathLike) -> float:
+    """Length of a sound file by its header. Raises as `load` does."""
+    with _open(Path(path)) as file:
+        return file.frames / file.samplerate
+
+
+class CutOffError(ValueError):
+    """A stream of sound that ends before its time. Everything that came in whole samples has been given before."""
 
 
 def save(
@@ -84,42 +122,144 @@ def save(
         ValueError: audio of another shape, empty or not finite, or an ending that names no format.
         OSError: the file cannot be written.
     """
-    soundfile = _soundfile()
-    path = Path(path)
     if hasattr(audio, "detach"):
         audio = audio.detach().cpu().float().numpy()
     audio = np.asarray(audio)
     if audio.size == 0 or audio.size != audio.shape[-1]:
         raise ValueError(f"Got audio of shape {audio.shape}, expected one mono clip: (T,), (1, T) or (1, 1, T).")
-    if not np.issubdtype(audio.dtype, np.floating) or not np.isfinite(audio).all():
-        raise ValueError(f"Got audio of dtype {audio.dtype} or with NaN or infinite samples, expected finite floats.")
+    _check_finite(audio)
+    with writing(path, sampling_rate, subtype, format) as write:
+        write(audio.reshape(-1))
+    return Path(path)
+
+
+@contextmanager
+def writing(
+    path: str | os.PathLike, sampling_rate: int = 24000, subtype: str | None = None, format: str | None = None
+) -> Iterator[Callable]:
+    """`save` for audio that comes block by block: gives a function that takes the next block (n,), float, n >= 0.
+
+    The file gets its name when the `with` block ends well; when it ends in an error, nothing is left. Raises as `save`.
+    """
+    soundfile = soundfile_module()
+    path = Path(path)
     format = format or path.suffix[1:].upper()
     if format not in soundfile.available_formats():
         raise ValueError(f"Cannot tell the sound format from the ending of {path}; use .wav, .flac, .ogg or .mp3.")
     subtype = subtype or soundfile.default_subtype(format)
-    outside = int((np.abs(audio) > 1).sum())
-    if outside and subtype not in ("FLOAT", "DOUBLE"):
-        logger.warning(
-            "%s: %d of %d samples lie outside [-1, 1] (peak %.3f) and are clipped; "
-            "subtype='FLOAT' in a WAV file keeps them",
-            path, outside, audio.size, np.abs(audio).max(),
-        )  # fmt: skip
+    levels = Levels()
     partial = path.with_name(path.name + ".partial")
+
+    def write(audio: np.ndarray) -> None:
+        levels.add(audio)
+        try:
+            file.write(audio)
+        except AssertionError as error:  # so SoundFile.write (0.14) says that not all was written
+            raise OSError(f"Cannot write {path}: not all samples were written. Is the disk full?") from error
+        if format == "WAV" and partial.stat().st_size > MAX_WAV_SIZE:
+            raise ValueError(f"{path} would be longer than a WAV file can be, 4 GiB. Name a .flac or .w64 file.")
+
     try:
-        soundfile.write(partial, audio.reshape(-1), sampling_rate, subtype=subtype, format=format)
+        with soundfile.SoundFile(partial, "w", sampling_rate, 1, subtype=subtype, format=format) as file:
+            yield write
         os.replace(partial, path)
     except soundfile.LibsndfileError as error:
         raise OSError(f"Cannot write {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
-    return path
+    if subtype not in ("FLOAT", "DOUBLE"):
+        levels.warn_of_clipping(str(path))
+
+
+MAX_WAV_SIZE = 2**32 - 2**16
+"""Bytes; the header of a WAV file counts them in 32 bits, and libsndfile would go on without a word."""
+
+
+class Levels:
+    """How much of the audio that was written lies outside [-1, 1]."""
+
+    def __init__(self):
+        self.size, self.outside, self.peak = 0, 0, 0.0
+
+    def add(self, audio: np.ndarray) -> None:
+        _check_finite(audio)
+        self.size += audio.size
+        self.outside += int((np.abs(audio) > 1).sum())
+        self.peak = max(self.peak, float(np.abs(audio).max(initial=0)))
+
+    def warn_of_clipping(self, name: str) -> None:
+        if self.outside:
+            logger.warning(
+                "%s: %d of %d samples lie outside [-1, 1] (peak %.3f) and are clipped; "
+                "audio.save(..., subtype='FLOAT') keeps them in a WAV file",
+                name, self.outside, self.size, self.peak,
+            )  # fmt: skip
+
+
+def _check_finite(audio: np.ndarray) -> None:
+    if not np.issubdtype(audio.dtype, np.floating) or not np.isfinite(audio).all():
+        raise ValueError(f"Got audio of dtype {audio.dtype} or with NaN or infinite samples, expected finite floats.")
+
+
+def say_what_changes(name, channels: int, rate: int, sampling_rate: int) -> None:
+    if channels > 1:
+        logger.warning("%s: %d channels, averaged to one", name, channels)
+    if rate != sampling_rate:
+        logger.info("%s: resampled from %d to %d Hz", name, rate, sampling_rate)
+
+
+def mono_blocks(blocks: Iterator[np.ndarray], rate: int, sampling_rate: int) -> Iterator[np.ndarray]:
+    """Blocks (n, channels) at `rate` -> blocks (m,), m > 0, at `sampling_rate`: the steps of `load`, with their result."""
+    import soxr
+
+    resampler = None if rate == sampling_rate else soxr.ResampleStream(rate, sampling_rate, 1, "float32", "HQ")
+    num_read = num_given = 0
+    cut_off = None
+    try:
+        for block in blocks:
+            num_read += len(block)
+            block = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
+            if resampler is not None:
+                block = resampler.resample_chunk(np.ascontiguousarray(block))
+            num_given += len(block)
+            if len(block) > 0:
+                yield block
+    except CutOffError as error:
+        cut_off = error
+    if resampler is not None and num_read > 0:
+        rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+        missing = -(-num_read * sampling_rate // rate) - num_given
+        rest = np.pad(rest, (0, max(0, missing - len(rest))))[:missing]
+        if len(rest) > 0:
+            yield rest
+    if cut_off is not None:
+        raise cut_off
+
+
+def _file_blocks(file, size: int) -> Iterator[np.ndarray]:
+    while len(block := file.read(size, dtype="float32", always_2d=True)) > 0:
+        yield block
+
+
+def _open(path: Path):
+    """Opens a sound file with soundfile. Raises FileNotFoundError, or ValueError if it is not one."""
+    soundfile = soundfile_module()
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. Give the path of a sound file.")
+    try:
+        return soundfile.SoundFile(path)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(
+            f"Cannot read {path} as sound: {error}. Expected a format that libsndfile knows (WAV, FLAC, MP3, OGG); "
+            "for others install torchcodec and use audio.load(..., backend='torchcodec')."
+        ) from error
 
 
 def _load_by_soundfile(path: Path, sampling_rate: int) -> np.ndarray:
     """What newer versions of transformers do for `backend="soundfile"`, in the same steps."""
     import soxr
 
-    channels, rate = _soundfile().read(path, dtype="float32", always_2d=True)
+    channels, rate = soundfile_module().read(path, dtype="float32", always_2d=True)
     audio = channels[:, 0] if channels.shape[1] == 1 else channels.mean(axis=1)
     if rate == sampling_rate:
         return audio
@@ -128,7 +268,7 @@ def _load_by_soundfile(path: Path, sampling_rate: int) -> np.ndarray:
     return np.pad(audio, (0, size - len(audio)))
 
 
-def _soundfile():
+def soundfile_module():
     try:
         import soundfile
         import soxr  # noqa: F401  (transformers resamples with it)

@@ -1,18 +1,20 @@
 """The command line: `wavtokenizer encode | decode | reconstruct | evaluate | convert | train | info`.
 
-Exit codes: 0, all went well; 1, some of several files failed (each is named with its reason, the others are done); 2, the
-command cannot be carried out as given.
+Exit codes: 0, all went well; 1, some of several files failed, or a pipe was cut off (each is named with its reason, the rest is
+done); 2, the command cannot be carried out as given; 130, interrupted; 141, nobody reads standard output any more.
 """
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 
 from .token_file import FORMATS
@@ -23,7 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command. `argv` are the arguments without the program's name; default: those of the process."""
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()  # here, where an error is still met
+        return code
+    except BrokenPipeError:
+        # nobody reads any more, as after `head`; Python would complain once more at its end, so it gets another place
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (
         ValueError,
         OSError,
@@ -41,31 +49,39 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="wavtokenizer",
         description="24 kHz audio to one stream of 40 or 75 tokens per second, and back.",
-        epilog="Exit codes: 0 all went well, 1 some of several files failed and the others are done, 2 cannot be done as given.",
+        epilog="Exit codes: 0 all went well, 1 some of several files failed, or a pipe was cut "
+        "off, and the rest is done, 2 cannot be done as given.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     encode = _add(commands, "encode", _encode, "sound files to token files")
-    _add_files(encode, "sound files, or folders to search for them")
+    _add_files(encode, f"sound files, or folders to search for them; {_SOUND_PIPE}")
     _add_model(encode)
     encode.add_argument(
         "--format",
         choices=FORMATS,
         help="of token files; default: the ending of OUTPUT, else safetensors. safetensors and json remember the "
-        "model and the exact length, npy and txt hold the numbers alone",
+        "model and the exact length, npy and txt hold the numbers alone. To standard output txt flows, one number a line",
     )
+    _add_raw_input(encode)
 
     decode = _add(commands, "decode", _decode, "token files to sound files")
-    _add_files(decode, "token files, or folders to search for them")
+    _add_files(decode, "token files, or folders to search for them; -: tokens from standard input")
     _add_model(decode)
+    decode.add_argument(
+        "--format", choices=FORMATS, help="of INPUT; default: its ending, or for standard input its first two bytes"
+    )
     _add_sound(decode)
 
     reconstruct = _add(commands, "reconstruct", _reconstruct, "sound files to tokens and back, to hear what is lost")
-    _add_files(reconstruct, "sound files, or folders to search for them")
+    _add_files(reconstruct, f"sound files, or folders to search for them; {_SOUND_PIPE}")
     _add_model(reconstruct)
+    _add_raw_input(reconstruct)
     _add_sound(reconstruct)
     reconstruct.add_argument(
-        "--plot", action="store_true", help="also write a .png with both spectrograms and the tokens"
+        "--plot",
+        action="store_true",
+        help="also write a .png with both spectrograms and the tokens (files up to five minutes)",
     )
 
     _add_evaluate(commands)
@@ -102,7 +118,7 @@ def _add_files(parser: argparse.ArgumentParser, help: str) -> None:
         "-o",
         "--output",
         required=True,
-        help="a file for one input file; else a folder, in which the inputs' folders are mirrored",
+        help="a file for one input file; -: standard output; else a folder, in which the inputs' folders are mirrored",
     )
 
 
@@ -118,9 +134,37 @@ def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
 
 
+_SOUND_PIPE = "-: a WAV stream on standard input, taken as it comes"
+_RAW = "raw samples (16-bit little-endian integers, mono)"
+
+
+def _add_raw_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--raw", type=int, metavar="RATE", help=f"standard input holds {_RAW} at RATE Hz")
+
+
 def _add_sound(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sound-format", choices=("wav", "flac", "ogg", "mp3"), default="wav", help="in a folder; default wav"
+    )
+    parser.add_argument(
+        "--raw-output",
+        action="store_true",
+        default=None,
+        help=f"write {_RAW} to standard output instead of a WAV stream",
+    )
+    parser.add_argument(
+        "--window-seconds",
+        type=float,
+        metavar="SECONDS",
+        help="decode what is longer than this in windows of this length, in memory that does not grow; the sound is then "
+        "close to the exact one, and standard error says so. 0: always exact. Default: files up to five minutes exact, "
+        "longer ones in windows of 10, pipes in windows of 3, which is also how long their sound is behind",
+    )
+    parser.add_argument(
+        "--overlap-seconds",
+        type=float,
+        metavar="SECONDS",
+        help="what a window has in common with the next; default 1, or a third of the window if that is less",
     )
 
 
@@ -172,80 +216,107 @@ def _add_evaluate(commands) -> None:
 
 
 def _encode(arguments) -> int:
-    from . import audio
+    from . import audio, pipes
     from .token_file import TokenFile
+    from .transcode import Tally, codes_of
 
-    to_stdout = arguments.output == "-"
     named_format = Path(arguments.output).suffix[1:]
     known = named_format in FORMATS
     format = arguments.format or (named_format if known and len(arguments.inputs) == 1 else "safetensors")
-    jobs = _jobs(arguments.inputs, arguments.output, audio.SUFFIXES, f".{format}")
+    jobs = _jobs(arguments, audio.SUFFIXES, f".{format}")
     model = _load_model(arguments, encoder_only=True)
     fingerprint = model.codebook_fingerprint
 
-    def work(source: Path, target: Path | None) -> dict:
-        waveform = audio.load(source, sampling_rate=model.config.sampling_rate)
-        started = time.perf_counter()
-        codes = _codes(model, waveform)
-        seconds = time.perf_counter() - started
+    def work(source: Path | None, target: Path | None) -> Tally:
+        tally, pieces = Tally(), []
+        with _sound_blocks(source, arguments, model, tally) as blocks:
+            for codes in tally.count_codes(codes_of(model, blocks, _whole_seconds(source)), tell=lambda _: None):
+                pieces.append(codes.astype(np.uint16))
+                if target is None and format == "txt":
+                    pipes.write_codes(sys.stdout.buffer, codes)
         tokens = TokenFile(
-            audio_codes=codes,
+            audio_codes=np.concatenate(pieces),
             model=arguments.model,
             codebook_fingerprint=fingerprint,
             sampling_rate=model.config.sampling_rate,
             hop_length=model.config.hop_length,
-            num_samples=len(waveform),
+            num_samples=tally.num_samples,
         )
-        if target is None:
+        if target is not None:
+            tokens.save(target, format)
+        elif format != "txt":
             sys.stdout.buffer.write(tokens.to_bytes(format))
             sys.stdout.buffer.flush()
-        else:
-            tokens.save(target, format)
-        return _figures(model, len(waveform), len(codes), seconds)
+        return tally
 
-    return _each(jobs, work, arguments, quiet=to_stdout)
+    return _each(jobs, work, arguments, model)
 
 
 def _decode(arguments) -> int:
-    from . import audio
+    from .transcode import Tally, audio_of, cut_to_length
 
     jobs = _sound_jobs(arguments, tuple(f".{format}" for format in FORMATS))
     model = _load_model(arguments)
+    _windows(arguments, model, live=False)  # refuses what makes no sense before any file is met
 
-    def work(source: Path, target: Path) -> dict:
-        codes, num_samples = _read_tokens(source, model)
-        started = time.perf_counter()
-        waveform = _audio(model, codes)[:num_samples]
-        seconds = time.perf_counter() - started
-        audio.save(target, waveform, model.config.sampling_rate)
-        return _figures(model, len(waveform), len(codes), seconds)
+    def work(source: Path | None, target: Path | None) -> Tally:
+        tally = Tally()
+        pieces, num_samples = _read_tokens(source, arguments.format, model)
+        windows = _windows(arguments, model, live=num_samples is None)
+        seconds = 0 if num_samples is None else num_samples / model.config.sampling_rate
+        with _progress(seconds) as bar:
+            pieces = tally.count_codes(pieces, tell=lambda count: bar.update(count / model.config.frame_rate))
+            blocks = audio_of(model, pieces, windows, tally)
+            if num_samples is not None:
+                blocks = cut_to_length(blocks, lambda: num_samples, model.config.hop_length)
+            with _writing_sound(target, arguments, model, num_samples) as write:
+                for block in blocks:
+                    write(block)
+                    tally.num_samples += len(block)
+        return tally
 
-    return _each(jobs, work, arguments)
+    return _each(jobs, work, arguments, model)
 
 
 def _reconstruct(arguments) -> int:
     from . import audio
+    from .transcode import WHOLE_SECONDS, Tally, audio_of, codes_of, cut_to_length
 
     jobs = _sound_jobs(arguments, audio.SUFFIXES)
+    if arguments.plot and any(None in job for job in jobs):
+        raise ValueError("Got --plot for a pipe, expected files: a picture is of a whole clip, and has a name.")
     model = _load_model(arguments)
+    windows = _windows(arguments, model, live=jobs[0][0] is None)
 
-    def work(source: Path, target: Path) -> dict:
-        if target.exists() and source.samefile(target):
+    def work(source: Path | None, target: Path | None) -> Tally:
+        if source is not None and target is not None and target.exists() and source.samefile(target):
             raise ValueError(f"{target} would be overwritten by its own reconstruction. Name another output.")
-        waveform = audio.load(source, sampling_rate=model.config.sampling_rate)
-        started = time.perf_counter()
-        codes = _codes(model, waveform)
-        reconstruction = _audio(model, codes)[: len(waveform)]
-        seconds = time.perf_counter() - started
-        audio.save(target, reconstruction, model.config.sampling_rate)
+        if arguments.plot and audio.seconds(source) > WHOLE_SECONDS:
+            raise ValueError(f"Got --plot for {audio.seconds(source):.0f} s, expected at most {WHOLE_SECONDS} s.")
+        tally, waveform, all_codes, reconstruction = Tally(), [], [], []
+
+        def keep(pieces, kept: list):
+            for piece in pieces:
+                if arguments.plot:
+                    kept.append(piece)
+                yield piece
+
+        with _sound_blocks(source, arguments, model, tally) as blocks:
+            codes = codes_of(model, keep(blocks, waveform), _whole_seconds(source))
+            codes = tally.count_codes(keep(codes, all_codes), tell=lambda _: None)
+            decoded = audio_of(model, codes, windows, tally)
+            decoded = cut_to_length(decoded, lambda: tally.num_samples, model.config.hop_length)
+            with _writing_sound(target, arguments, model) as write:
+                for block in keep(decoded, reconstruction):
+                    write(block)
         if arguments.plot:
             from .plots import plot_reconstruction
 
-            picture = target.with_suffix(".png")
-            plot_reconstruction(picture, waveform, reconstruction, codes, model.config.sampling_rate, source.name)
-        return _figures(model, len(waveform), len(codes), seconds)
+            clips = [np.concatenate(pieces) for pieces in (waveform, reconstruction, all_codes)]
+            plot_reconstruction(target.with_suffix(".png"), *clips, model.config.sampling_rate, source.name)
+        return tally
 
-    return _each(jobs, work, arguments)
+    return _each(jobs, work, arguments, model)
 
 
 def _evaluate(arguments) -> int:
@@ -369,17 +440,25 @@ def _sources(inputs: list[str], suffixes: tuple[str, ...]) -> list[tuple[Path, P
     return sources
 
 
-def _jobs(
-    inputs: list[str], output: str, suffixes: tuple[str, ...], new_suffix: str
-) -> list[tuple[Path, Path | None]]:
-    """Pairs of a file to read and the file to write for it; None to write is standard output."""
-    sources = _sources(inputs, suffixes)
+def _jobs(arguments, suffixes: tuple[str, ...], new_suffix: str) -> list[tuple[Path | None, Path | None]]:
+    """Pairs of a file to read and the file to write for it; None is standard input or output."""
+    inputs, output = arguments.inputs, arguments.output
+    from_pipe = "-" in inputs
+    if from_pipe and len(inputs) > 1:
+        raise ValueError(f"Got standard input among {len(inputs)} inputs, expected it alone.")
+    for option, used, pipe in (("raw", from_pipe, "input"), ("raw_output", output == "-", "output")):
+        if getattr(arguments, option, None) is not None and not used:
+            raise ValueError(f"Got --{option.replace('_', '-')} without -, standard {pipe}. Files say what they hold.")
+    sources = [(None, None)] if from_pipe else _sources(inputs, suffixes)
     if output == "-":
         if len(sources) != 1:
             raise ValueError(f"Got {len(sources)} files for standard output, expected one. Name a folder instead.")
         return [(sources[0][0], None)]
     folder = Path(output)
-    if len(inputs) == 1 and Path(inputs[0]).is_file() and not folder.is_dir() and not output.endswith(("/", "\\")):
+    is_folder = folder.is_dir() or output.endswith(("/", "\\"))
+    if from_pipe and is_folder:
+        raise ValueError(f"Got the folder {output} for standard input, which has no name. Name a file as OUTPUT.")
+    if len(inputs) == 1 and (from_pipe or Path(inputs[0]).is_file()) and not is_folder:
         return [(sources[0][0], folder)]
     jobs, seen = [], {}
     for source, place in sources:
@@ -393,42 +472,124 @@ def _jobs(
     return jobs
 
 
-def _sound_jobs(arguments, suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
-    if arguments.output == "-":
-        raise ValueError("Sound cannot be written to standard output yet. Name a file or a folder as OUTPUT.")
-    return _jobs(arguments.inputs, arguments.output, suffixes, f".{arguments.sound_format}")
+def _sound_jobs(arguments, suffixes: tuple[str, ...]) -> list[tuple[Path | None, Path | None]]:
+    return _jobs(arguments, suffixes, f".{arguments.sound_format}")
 
 
-def _each(jobs: list[tuple[Path, Path | None]], work: Callable, arguments, quiet: bool = False) -> int:
+def _each(jobs: list[tuple[Path | None, Path | None]], work: Callable, arguments, model) -> int:
     """Does every job, says what came of it, goes on after a failed one; returns the exit code."""
     import torch
     from tqdm import tqdm
 
     failures = 0
     for source, target in tqdm(jobs, unit="file", disable=len(jobs) == 1 or not sys.stderr.isatty()):
+        name = "standard input" if source is None else str(source)
+        started = time.perf_counter()
         try:
             if target is not None:
                 target.parent.mkdir(parents=True, exist_ok=True)
-            figures = work(source, target)
+            tally = work(source, target)
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
             if len(jobs) == 1:
-                raise ValueError(f"{source}: {error}") from error
+                raise ValueError(f"{name}: {error}") from error
             failures += 1
-            result = {"input": str(source), "error": str(error)}
-            message = f"{source}: failed: {error}"
-        else:
-            result = {"input": str(source), "output": str(target), **figures}
-            message = (
-                f"{source} -> {target}: {figures['seconds']:.2f} s, {figures['num_tokens']} tokens, "
-                f"{figures['times_real_time']:.1f} x real time"
+            _tell(arguments, {"input": name, "error": str(error)}, f"{name}: failed: {error}", target, failed=True)
+            continue
+        output = "standard output" if target is None else str(target)
+        result = {"input": name, "output": output, **_figures(model, tally, time.perf_counter() - started)}
+        message = (
+            f"{name} -> {output}: {result['seconds']:.2f} s, {tally.num_tokens} tokens, "
+            f"{result['times_real_time']:.1f} x real time"
+        )
+        if tally.window_seconds is not None:
+            tqdm.write(
+                f"{name}: decoded in windows of {tally.window_seconds:g} s that share {tally.overlap_seconds:.3g} s, close to "
+                "the exact sound; --window-seconds 0 gives that, in memory that grows with the length",
+                file=sys.stderr,
             )
-        if arguments.json and not quiet:
-            tqdm.write(json.dumps(result))
-        elif "error" in result or not quiet:
-            tqdm.write(message, file=sys.stderr if "error" in result else sys.stdout)
-    if failures:
+        if tally.cut_off is not None:
+            failures += 1
+            result["error"] = str(tally.cut_off)
+            message = f"{name}: cut off: {tally.cut_off} What came before was done: {result['seconds']:.2f} s"
+        _tell(arguments, result, message, target, failed=tally.cut_off is not None)
+    if failures and len(jobs) > 1:
         print(f"wavtokenizer {arguments.command}: {failures} of {len(jobs)} files failed", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _tell(arguments, result: dict, message: str, target: Path | None, failed: bool) -> None:
+    """Says what came of one job; on standard error where standard output holds the result itself."""
+    from tqdm import tqdm
+
+    if arguments.json:
+        tqdm.write(json.dumps(result), file=sys.stderr if target is None else sys.stdout)
+    elif failed or target is not None:
+        tqdm.write(message, file=sys.stderr if failed else sys.stdout)
+
+
+def _whole_seconds(source: Path | None) -> float:
+    """Up to what length audio is encoded in one piece: what comes through a pipe is wanted as soon as it comes."""
+    from .transcode import WHOLE_SECONDS
+
+    return 0 if source is None else WHOLE_SECONDS
+
+
+def _windows(arguments, model, live: bool):
+    """How to decode, by --window-seconds and --overlap-seconds; refuses what makes no sense."""
+    from .long_audio import DecodeStream
+    from .transcode import WHOLE_SECONDS, Windows
+
+    seconds, overlap = arguments.window_seconds, arguments.overlap_seconds
+    if seconds == 0:
+        if overlap is not None:
+            raise ValueError("Got --overlap-seconds with --window-seconds 0, which uses no windows. Leave one out.")
+        return Windows(seconds=0, overlap_seconds=0, above_seconds=math.inf)
+    above_seconds = 0 if live or seconds is not None else WHOLE_SECONDS
+    seconds = (3.0 if live else 10.0) if seconds is None else seconds
+    overlap = min(1.0, seconds / 3) if overlap is None else overlap
+    if not (math.isfinite(seconds) and math.isfinite(overlap)):
+        raise ValueError(f"Got a window of {seconds} s and an overlap of {overlap} s, expected finite numbers.")
+    DecodeStream(model, seconds, overlap)  # raises
+    return Windows(seconds, overlap, above_seconds)
+
+
+@contextmanager
+def _sound_blocks(source: Path | None, arguments, model, tally):
+    """The audio of a file, or of standard input, in blocks, counted by `tally` and shown by a bar."""
+    from . import audio, pipes
+
+    rate = model.config.sampling_rate
+    if source is None:
+        blocks, seconds = pipes.read_sound(sys.stdin.buffer, rate, arguments.raw), 0
+    else:
+        # as long as the chunks that the model itself encodes best in
+        blocks = audio.read_blocks(source, rate, block_seconds=5 if model.device.type == "cpu" else 60)
+        seconds = audio.seconds(source)
+    with _progress(seconds) as bar:
+        yield tally.count_audio(blocks, tell=lambda count: bar.update(count / rate))
+
+
+def _progress(seconds: float):
+    """A bar of seconds of audio, for what takes long and before someone's eyes."""
+    from tqdm import tqdm
+
+    from .transcode import WHOLE_SECONDS
+
+    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}]"
+    hidden = seconds <= WHOLE_SECONDS or not sys.stderr.isatty()
+    return tqdm(total=seconds, bar_format=form, disable=hidden, leave=False)
+
+
+def _writing_sound(target: Path | None, arguments, model, num_samples: int | None = None):
+    """A context that gives a function to write blocks of audio with, to a file or to standard output."""
+    from . import audio, pipes
+
+    rate = model.config.sampling_rate
+    if target is not None:
+        return audio.writing(target, rate)
+    return pipes.writing_sound(sys.stdout.buffer, rate, num_samples, bool(arguments.raw_output))
 
 
 def _load_model(arguments, encoder_only: bool = False):
@@ -464,46 +625,43 @@ def _from_pretrained(model_class, name: str, **arguments):
     return model
 
 
-def _codes(model, waveform):
-    """(T,) numpy -> (L,) numpy"""
-    import torch
+def _read_tokens(source: Path | None, format: str | None, model) -> tuple:
+    """Codes in pieces, and the number of samples that they stand for; refuses those of another codebook.
 
-    with torch.inference_mode():
-        input_values = torch.from_numpy(waveform)[None, None].to(model.device)
-        return model.encode(input_values).audio_codes[0, 0].cpu().numpy()
+    The number is None for txt on standard input, which is taken as it comes.
+    """
+    from . import pipes
+    from .token_file import TokenFile, bare_codes_from_bytes, format_of
 
-
-def _audio(model, codes):
-    """(L,) numpy -> (L * hop,) numpy"""
-    import torch
-
-    with torch.inference_mode():
-        audio_codes = torch.from_numpy(codes.astype("int64"))[None, None].to(model.device)
-        return model.decode(audio_codes).audio_values[0, 0].cpu().numpy()
-
-
-def _read_tokens(path: Path, model) -> tuple:
-    """Codes (L,) and the number of samples that they stand for; refuses those of another codebook."""
-    from .token_file import TokenFile, load_bare_codes
-
-    if path.suffix in (".npy", ".txt"):
+    stdin = sys.stdin.buffer
+    start = stdin.read(2) if source is None else b""
+    if source is None and not start:
+        raise ValueError("Got no tokens: standard input is empty.")
+    name = "standard input" if source is None else source
+    format = format or (format_of(start) if source is None else source.suffix[1:])
+    if format in ("npy", "txt"):
         print(
-            f"{path}: says nothing of the model that made it; decoded unchecked and to whole tokens", file=sys.stderr
+            f"{name}: says nothing of the model that made it; decoded unchecked and to whole tokens", file=sys.stderr
         )
-        codes = load_bare_codes(path)
-        return codes, len(codes) * model.config.hop_length
-    tokens = TokenFile.load(path)
-    model.check_codebook_fingerprint(tokens.codebook_fingerprint)
-    return tokens.audio_codes, tokens.num_samples
+        if format == "txt" and source is None:
+            return pipes.read_codes(stdin, start), None
+    content = start + stdin.read() if source is None else source.read_bytes()
+    if format in ("npy", "txt"):
+        codes = bare_codes_from_bytes(content, format)
+        num_samples = len(codes) * model.config.hop_length
+    else:
+        tokens = TokenFile.from_bytes(content, format)
+        model.check_codebook_fingerprint(tokens.codebook_fingerprint)
+        codes, num_samples = tokens.audio_codes, tokens.num_samples
+    return (codes[start : start + 1024] for start in range(0, len(codes), 1024)), num_samples
 
 
-def _figures(model, num_samples: int, num_tokens: int, seconds: float) -> dict:
-    duration = num_samples / model.config.sampling_rate
+def _figures(model, tally, seconds: float) -> dict:
+    duration = tally.num_samples / model.config.sampling_rate
     return {
         "seconds": duration,
-        "num_samples": num_samples,
-        "num_tokens": num_tokens,
         "times_real_time": duration / seconds,
+        **{name: value for name, value in vars(tally).items() if name != "cut_off"},
     }
 
 

@@ -2,12 +2,14 @@
 
 import json
 import os
+import struct
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load as deserialize
 from safetensors.numpy import save as serialize
 
 
@@ -56,7 +58,7 @@ class TokenFile:
         """Writes the file under a temporary name first; `format` is by default what the ending of `path` says.
 
         `safetensors` (`audio_codes` uint16 (L,), the rest as metadata) and `json` keep everything; `npy` and `txt`
-        (numbers on one line) keep the codes alone. Raises ValueError for another format.
+        (one number a line) keep the codes alone. Raises ValueError for another format.
         """
         path = Path(path)
         content = self.to_bytes(format or path.suffix[1:])
@@ -75,7 +77,7 @@ class TokenFile:
         if format == "json":
             return (json.dumps({**self._metadata(), "audio_codes": self.audio_codes.tolist()}) + "\n").encode()
         if format == "txt":
-            return (" ".join(map(str, self.audio_codes.tolist())) + "\n").encode()
+            return "".join(f"{code}\n" for code in self.audio_codes.tolist()).encode()
         if format == "npy":
             buffer = BytesIO()
             np.save(buffer, self.audio_codes)
@@ -87,12 +89,21 @@ class TokenFile:
         """Reads a `.safetensors` or `.json` token file. Raises ValueError for anything else."""
         path = Path(path)
         try:
-            if path.suffix == ".json":
-                fields = json.loads(path.read_text())
+            return cls.from_bytes(path.read_bytes(), "json" if path.suffix == ".json" else "safetensors")
+        except ValueError as error:
+            raise ValueError(f"{path} is not a token file of wavtokenizer_hf: {error}") from error
+
+    @classmethod
+    def from_bytes(cls, content: bytes, format: str) -> "TokenFile":
+        """The content of a token file, `safetensors` or `json`. Raises ValueError for anything else."""
+        try:
+            if format == "json":
+                fields = json.loads(content)
                 codes = np.asarray(fields["audio_codes"])
             else:
-                with safe_open(path, framework="numpy") as file:
-                    fields, codes = file.metadata() or {}, file.get_tensor("audio_codes")
+                codes = deserialize(content)["audio_codes"]
+                (header_size,) = struct.unpack("<Q", content[:8])  # safetensors reads metadata from a path only
+                fields = json.loads(content[8 : 8 + header_size]).get("__metadata__", {})
             return cls(
                 audio_codes=codes,
                 model=fields["model"],
@@ -101,8 +112,10 @@ class TokenFile:
                 hop_length=int(fields["hop_length"]),
                 num_samples=int(fields["num_samples"]),
             )
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a token file of wavtokenizer_hf: {error}") from error
+        except KeyError as error:
+            raise ValueError(f"it lacks {error}") from error
+        except (SafetensorError, TypeError, ValueError) as error:
+            raise ValueError(str(error)) from error
 
     def _metadata(self) -> dict:
         fields = asdict(self)
@@ -120,9 +133,26 @@ def load_bare_codes(path: str | os.PathLike) -> np.ndarray:
     """
     path = Path(path)
     try:
-        codes = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.array(path.read_text().split(), int)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} does not hold codes: {error}. Expected integers.") from error
+        return bare_codes_from_bytes(path.read_bytes(), path.suffix[1:])
+    except ValueError as error:
+        raise ValueError(f"{path} does not hold codes: {error}") from error
+
+
+def bare_codes_from_bytes(content: bytes, format: str) -> np.ndarray:
+    """The content of a `npy` or `txt` file -> integers (L,). Raises ValueError if it holds anything else."""
+    try:
+        codes = np.load(BytesIO(content), allow_pickle=False) if format == "npy" else np.array(content.split(), int)
+    except EOFError as error:
+        raise ValueError(f"{error}. Expected integers.") from error
     if codes.ndim != 1 or codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
-        raise ValueError(f"{path} holds an array of shape {codes.shape}, dtype {codes.dtype}; expected integers (L,).")
+        raise ValueError(f"it is an array of shape {codes.shape}, dtype {codes.dtype}; expected integers (L,).")
     return codes
+
+
+def format_of(start: bytes) -> str:
+    """Which of the formats begins with these two bytes. A safetensors file begins with the length of its header."""
+    if start[:1] == b"{":
+        return "json"
+    if start == b"\x93N":
+        return "npy"
+    return "txt" if all(byte in b"0123456789 \t\r\n" for byte in start) else "safetensors"
