@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrize import cached
 
-from ..modeling_wavtokenizer import WavTokenizerConv1d
 from .codebook import num_workers, sum_over_workers, usage_figures
 from .data import Batch, one_warning_of_a_kind, open_clips, training_batches, validation_clips
 from .log import Log
@@ -216,19 +215,20 @@ def normalize_encoder(state: State, stream: Iterator[Batch]) -> None:
     Salimans and Kingma (2016) begin weight-normed networks so. PyTorch's own initialization shrinks the signal at every layer.
     """
 
-    def normalize(layer: WavTokenizerConv1d, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def normalize(conv: nn.Conv1d, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         count = sum_over_workers(output.new_tensor(output.shape[0] * output.shape[2]))
         mean = sum_over_workers(output.sum((0, 2))) / count
         deviation = (sum_over_workers((output - mean[:, None]).square().sum((0, 2))) / count).sqrt().clamp(min=1e-5)
-        layer.conv.parametrizations.weight.original0.div_(deviation[:, None, None])
-        layer.conv.bias.sub_(mean).div_(deviation)
+        conv.parametrizations.weight.original0.div_(deviation[:, None, None])
+        conv.bias.sub_(mean).div_(deviation)
         return (output - mean[:, None]) / deviation[:, None]  # so that the next layer sees what it will see
 
     encoder = state.model.encoder_model.encoder
-    layers = [module for module in encoder.modules() if isinstance(module, WavTokenizerConv1d)]
+    layers = [module for module in encoder.modules() if isinstance(module, nn.Conv1d)]
     hooks = [layer.register_forward_hook(normalize) for layer in layers]
     try:
-        with torch.no_grad():
+        with torch.enable_grad():  # without gradients the encoder may compute its convolutions by other means
             encoder(next(stream).audio.to(state.accelerator.device))
     finally:
         for hook in hooks:
