@@ -144,6 +144,8 @@ def train_step(state: State, batches: list[torch.Tensor]) -> dict[str, float]:
             output = made if len(batches) == 1 and made else _run_codec(state, audio, index, bandwidth_id)
             made_audio, commitment, latents, audio_codes = output
             losses = {"mel": state.mel_loss(made_audio[:, 0], audio[:, 0])}
+            if state.mel_scales_loss is not None:
+                losses["mel_scales"] = state.mel_scales_loss(made_audio[:, 0], audio[:, 0])
             if state.quantizes:
                 losses["commitment"] = commitment
             if critics_train:
