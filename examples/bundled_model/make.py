@@ -1,6 +1,6 @@
 """The bundled model, in one command from nothing to its card.
 
-    python examples/bundled_model/make.py --output bundled_model            # the whole: about two hours on two cores
+    python examples/bundled_model/make.py --output bundled_model            # the whole: a good two hours on two cores
     python examples/bundled_model/make.py --output small_try --quick        # every step of it in about two minutes
 
 It makes the sound (sound.py), trains on it with recipe.yaml, measures the model on 50 utterances that were held out, draws
@@ -32,14 +32,16 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 import sound
+import texts
 
 from wavtokenizer_hf import WavTokenizerModel, __version__, audio
 from wavtokenizer_hf.evaluation import Model, Report, evaluate
 from wavtokenizer_hf.training import Settings
+from wavtokenizer_hf.training.losses import used_discriminators
 
 
 RECIPE = HERE / "recipe.yaml"
-QUICK = {"steps": 20, "mel_only_steps": 15, "continuous_steps": 5, "kmeans_iterations": 5, "validate_every": 10}
+QUICK = {"steps": 20, "continuous_steps": 5, "kmeans_iterations": 5, "validate_every": 10}
 MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 """Tells glibc to keep memory that it once got. Else every step of training gives it back and asks for it again, at one page
 fault for every 4 kB; see benchmarks/training.py."""
@@ -189,7 +191,7 @@ def card(
         value = f"not measured: {figure['not_run']}" if figure["mean"] is None else f"{figure['mean']:.3f}{unit}"
         low = f" ({figure['low']:.3f} to {figure['high']:.3f})" if figure["low"] is not None else ""
         rows.append(f"| {name.replace('_', ' ')} | {value}{low} |")
-    codes = result["all_codes"]
+    codes, critics = result["all_codes"], used_discriminators(settings.loss_weights)
     template = string.Template((HERE / "card.md").read_text(encoding="utf-8"))
     return template.substitute(
         rows="\n".join(rows),
@@ -205,9 +207,11 @@ def card(
         fingerprint=model.codebook_fingerprint,
         hours=f"{facts['hours']:g}",
         espeak=facts["espeak_ng"],
+        languages=len(texts.TRAINING_WORDS),
+        variants=len(texts.TRAINING_VARIANTS),
         seed=settings.seed,
         steps=settings.steps,
-        mel_only_steps=min(settings.mel_only_steps, settings.steps),
+        discriminators=f"{', '.join(critics)} from step {settings.mel_only_steps} on" if critics else "none",
         training_hours=f"{points[-1]['hours']:.2f}",
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores",
         torch=torch.__version__,
