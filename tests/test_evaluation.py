@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ from wavtokenizer_hf.evaluation.report import FileResult, Report, Summary, Syste
 
 SPEECH = Path(__file__).parent.parent / "examples" / "speech.flac"
 QUICK = ["stoi", "si_sdr", "mel_distance"]
+# the one package that may be absent where these tests run: it needs a C compiler
+ABSENT = set() if find_spec("pesq") else {"pesq_wb"}
+needs_pesq = pytest.mark.skipif(bool(ABSENT), reason="pesq is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,15 @@ def test_mel_distance_is_the_mel_loss_of_the_original():
     assert np.mean([value_of("mel_distance", *pair) for pair in pairs]) == pytest.approx(expected, rel=1e-3)
 
 
+def test_mel_distance_is_the_mel_loss_that_training_minimises(speech):
+    from wavtokenizer_hf.training.losses import MelLoss
+
+    estimate = noisy(speech, 0.01)
+    expected = MelLoss()(torch.from_numpy(estimate)[None], torch.from_numpy(speech)[None]).item()
+    # the same float32 operations; only the product with the filters is transposed, which may sum in another order
+    assert value_of("mel_distance", speech, estimate) == pytest.approx(expected, rel=1e-5)
+
+
 def test_mel_distance_is_that_of_a_calculation_by_hand(speech):
     def log_mel(clip):
         clip = np.pad(clip.astype(np.float64), 512, mode="reflect")
@@ -116,7 +129,11 @@ def test_stft_distance_is_convergence_and_log_distance_at_three_sizes(speech):
 @pytest.mark.parametrize(
     ("name", "best"),
     # P.862.2 maps the best raw score, 4.5, to 0.999 + 4 / (1 + exp(-1.3669 * 4.5 + 3.8224))
-    [("pesq_wb", 0.999 + 4 / (1 + np.exp(-1.3669 * 4.5 + 3.8224))), ("stoi", 1), ("voicing_f1", 1)],
+    [
+        pytest.param("pesq_wb", 0.999 + 4 / (1 + np.exp(-1.3669 * 4.5 + 3.8224)), marks=needs_pesq),
+        ("stoi", 1),
+        ("voicing_f1", 1),
+    ],
 )
 def test_identity_gets_the_best_score_and_noise_lowers_it(name, best, speech):
     scores = [value_of(name, speech, noisy(speech, level)) for level in (0.0, 0.01, 0.1)]
@@ -130,6 +147,7 @@ def test_identity_has_distance_zero_and_noise_raises_it(name, speech):
     assert distances[0] == 0 < distances[1] < distances[2]
 
 
+@needs_pesq
 def test_pesq_and_stoi_are_those_of_their_packages_at_16_and_24_khz(speech):
     from pesq import pesq
     from pystoi import stoi
@@ -144,6 +162,7 @@ def test_pesq_and_stoi_are_those_of_their_packages_at_16_and_24_khz(speech):
     assert value_of("pesq_wb", speech, estimate) == pytest.approx(pesq(16000, *other, "wb"), abs=0.05)
 
 
+@needs_pesq
 def test_pesq_of_a_long_clip_is_the_mean_of_its_pieces_and_survives_any_number_of_utterances():
     from pesq import pesq
 
@@ -183,17 +202,19 @@ def test_a_tone_too_soft_to_be_heard_counts_as_unvoiced():
 
 def test_silence_gets_reasons_and_no_scores(speech):
     silence = np.zeros(24000, np.float32)
-    values, reasons = score(Clip(silence), Clip(speech[:24000]), [name for name in METRICS if name != "utmos"])
-    assert set(reasons) == {"pesq_wb", "stoi", "si_sdr", "stft_distance", "f0_error"}
+    values, reasons = score(
+        Clip(silence), Clip(speech[:24000]), [name for name in METRICS if name not in {"utmos"} | ABSENT]
+    )
+    assert set(reasons) == {"pesq_wb", "stoi", "si_sdr", "stft_distance", "f0_error"} - ABSENT
     assert all(values[name] is None for name in reasons)
     assert values["mel_distance"] > 0 and values["voicing_f1"] == 0
-    assert "the reconstruction is silent" in reason_of("pesq_wb", speech, np.zeros_like(speech))
+    assert "the reconstruction is silent" in reason_of("si_sdr", speech, np.zeros_like(speech))
 
 
 @pytest.mark.parametrize(
     ("name", "samples", "message"),
     [
-        ("pesq_wb", 5000, "1/4 of a second"),
+        pytest.param("pesq_wb", 5000, "1/4 of a second", marks=needs_pesq),
         ("stoi", 5000, "0.4 s"),
         ("stoi", 100, "0.4 s"),
         ("f0_error", 1000, "64 ms"),
@@ -345,7 +366,7 @@ def test_a_damaged_and_a_silent_file_leave_right_means_and_are_listed(corpus, de
         (audio.load(corpus / "deep/b.wav"), audio.load(decoded / "deep/b.wav")),
     ]
     metrics = report["systems"][0]["metrics"]
-    for name in ("pesq_wb", "stoi", "si_sdr", "stft_distance", "f0_error"):
+    for name in {"pesq_wb", "stoi", "si_sdr", "stft_distance", "f0_error"} - ABSENT:
         assert metrics[name]["mean"] == pytest.approx(np.mean([value_of(name, *pair) for pair in pairs]))
         assert (metrics[name]["count"], metrics[name]["failures"]) == (2, 2)
         assert metrics[name]["low"] < metrics[name]["mean"] < metrics[name]["high"]
@@ -356,7 +377,7 @@ def test_a_damaged_and_a_silent_file_leave_right_means_and_are_listed(corpus, de
     assert (
         "Cannot read" in failures["broken.flac", "stoi"] and "Cannot read" in failures["broken.flac", "mel_distance"]
     )
-    assert failures["silence.wav", "pesq_wb"] == failures["silence.wav", "stoi"] == "the reference is silent"
+    assert failures["silence.wav", "si_sdr"] == failures["silence.wav", "stoi"] == "the reference is silent"
     assert {file for file, _ in failures} == {"broken.flac", "silence.wav"}
     assert report["systems"][0]["num_files_cut"] == 1
 

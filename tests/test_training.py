@@ -134,6 +134,16 @@ def test_total_loss_is_the_published_sum(tmp_path, sound):
     assert figures["loss/total"] == pytest.approx(expected, rel=1e-5)  # float32 sum
 
 
+def test_other_mel_scales_count_only_with_a_weight_of_their_own(tmp_path, sound):
+    weights = {"mel_scales": 30.0}
+    without, counted = (
+        train_step(started(tiny_settings(tmp_path, loss_weights=each)), [sound]) for each in ({}, weights)
+    )
+    assert "loss/mel_scales" not in without and counted["loss/mel_scales"] > 0
+    expected = without["loss/total"] + 30 * counted["loss/mel_scales"]
+    assert counted["loss/total"] == pytest.approx(expected, rel=1e-5)  # float32 sum
+
+
 def test_learning_rate_warms_up_and_falls_by_a_cosine(tmp_path, sound):
     state = started(tiny_settings(tmp_path, steps=8, mel_only_steps=8, warmup_steps=2))
     rates = [train_step(state, [sound])["learning_rate/codec"] for _ in range(8)]
@@ -207,8 +217,9 @@ def test_loss_falls_and_utilization_rises(tmp_path, sound):
     assert figures[-1]["utilization"] > 1 / 2
 
 
-def test_a_normalized_encoder_begins_with_mean_0_and_deviation_1(tmp_path, sound):
-    state = build(tiny_settings(tmp_path))
+@pytest.mark.parametrize("rows", [1, 2])  # without gradients, one row goes through the encoder by other means
+def test_a_normalized_encoder_begins_with_mean_0_and_deviation_1(rows, tmp_path, sound):
+    state, sound = build(tiny_settings(tmp_path)), sound[:rows]
     encoder = state.model.encoder_model.encoder
     with torch.no_grad():
         assert encoder(sound).std() < 0.1  # PyTorch's own initialization
@@ -278,7 +289,8 @@ def test_the_log_holds_every_loss_and_the_clips(finished):
     _, folder = finished
     log = EventAccumulator(str(folder / "run" / "log")).Reload()
     names = set(log.Tags()["scalars"])
-    assert {f"loss/{name}" for name in (*Settings().loss_weights, "total")} <= names
+    used = {name for name, weight in Settings().loss_weights.items() if weight}
+    assert {name.removeprefix("loss/") for name in names if name.startswith("loss/")} == {*used, "total"}
     assert {"gradient_norm/codec", "gradient_norm/discriminators", "learning_rate/codec"} <= names
     assert {"codebook/utilization", "codebook/perplexity", "codebook/restarts", "validation/score"} <= names
     assert [event.step for event in log.Scalars("loss/mel")] == [1, 2, 3, 4]

@@ -12,8 +12,10 @@ from conftest import REFERENCE
 
 from wavtokenizer_hf.training.discriminators import Discriminators
 from wavtokenizer_hf.training.losses import (
+    MEL_SCALES,
     WEIGHTS,
     MelLoss,
+    MelScalesLoss,
     adversarial_losses,
     discriminator_losses,
     total,
@@ -96,20 +98,35 @@ def test_mel_loss_equals_the_originals_with_its_fft():
     assert float(result.stdout) == pytest.approx(EXPECTED["mel_loss"], rel=TOLERANCE)
 
 
-def test_mel_magnitudes_are_those_of_a_float64_calculation_by_hand():
+@pytest.mark.parametrize(
+    ("n_fft", "hop_length", "num_mels"), [(1024, 256, 100), (256, 64, 20), (512, 128, 40), (2048, 512, 160)]
+)
+def test_mel_magnitudes_are_those_of_a_float64_calculation_by_hand(n_fft, hop_length, num_mels):
     real, _ = signals()
     signal = real[0].double().numpy()
-    padded = np.pad(signal, 512, mode="reflect")
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024)
-    frames = np.stack([padded[start : start + 1024] * window for start in range(0, len(signal) + 1, 256)])
-    magnitudes = np.abs(np.fft.rfft(frames))  # (frames, 513)
-    edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + 12000 / 700), 102) / 2595) - 1)  # HTK's mel scale
-    bins = np.arange(513) * 24000 / 1024
+    padded = np.pad(signal, n_fft // 2, mode="reflect")
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
+    frames = np.stack([padded[start : start + n_fft] * window for start in range(0, len(signal) + 1, hop_length)])
+    magnitudes = np.abs(np.fft.rfft(frames))  # (frames, n_fft / 2 + 1)
+    edges = 700 * (
+        10 ** (np.linspace(0, 2595 * np.log10(1 + 12000 / 700), num_mels + 2) / 2595) - 1
+    )  # HTK's mel scale
+    bins = np.arange(n_fft // 2 + 1) * 24000 / n_fft
     rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
     expected = np.log(np.maximum(np.maximum(0, np.minimum(rising, falling)) @ magnitudes.T, 1e-7))
-    got = MelLoss().log_mel(real[:1])[0].numpy()
+    got = MelLoss(24000, n_fft, hop_length, num_mels).log_mel(real[:1])[0].numpy()
     np.testing.assert_allclose(got, expected, atol=1e-3)  # logarithms of float32 sums
+
+
+def test_the_loss_of_other_scales_is_the_mean_of_their_mel_losses_and_none_has_an_empty_band():
+    real, made = signals()
+    loss = MelScalesLoss()
+    sizes = [(scale.n_fft, scale.hop_length, len(scale.filters)) for scale in loss.scales]
+    assert sizes == [(256, 64, 20), (512, 128, 40), (2048, 512, 160)] and 1024 not in MEL_SCALES
+    assert all((scale.filters > 0).any(dim=1).all() for scale in loss.scales)
+    each = [MelLoss(24000, *size)(made, real) for size in sizes]
+    assert loss(made, real).item() == pytest.approx(sum(each).item() / 3, rel=1e-6)
 
 
 def test_each_discriminator_hears_the_bandwidth_id_but_dac():

@@ -254,6 +254,7 @@ def _refuse_silence(reference: Clip, estimate: Clip | None = None) -> None:
 
 def _log_mel(audio: np.ndarray) -> torch.Tensor:
     """(T,) -> (frames, 100)"""
+    # training/losses.py has the same, since rooms do not import each other; a test holds the two together
     window = torch.hann_window(1024)
     magnitudes = torch.stft(torch.from_numpy(audio), 1024, 256, window=window, center=True, return_complex=True).abs()
     return (magnitudes.T @ _mel_filters()).clamp(min=1e-7).log()

@@ -13,6 +13,7 @@ from .discriminators import NAMES, Judgement
 
 WEIGHTS = {
     "mel": 45.0,
+    "mel_scales": 0.0,  # not in the published objective, see MelScalesLoss
     "commitment": 1000.0,
     "multi_period": 1.0,
     "multi_period_features": 1.0,
@@ -22,6 +23,8 @@ WEIGHTS = {
     "dac_features": 1.0,
 }
 """The published weights of the generator's losses. A critic whose two weights are 0 is not made at all."""
+
+MEL_SCALES = (256, 512, 2048)
 
 
 class MelLoss(nn.Module):
@@ -36,6 +39,7 @@ class MelLoss(nn.Module):
 
     def log_mel(self, audio: torch.Tensor) -> torch.Tensor:
         """audio (B, T) -> (B, num_mels, frames): logarithm of mel magnitudes, not below that of 1e-7."""
+        # evaluation/metrics.py has the same, since rooms do not import each other; a test holds the two together
         with torch.autocast(audio.device.type, enabled=False):
             spectrum = torch.stft(audio.float(), self.n_fft, self.hop_length, window=self.window, return_complex=True)
             return (self.filters @ spectrum.abs()).clamp(min=1e-7).log()
@@ -45,6 +49,24 @@ class MelLoss(nn.Module):
         with torch.no_grad():
             target = self.log_mel(real)
         return F.l1_loss(self.log_mel(made), target)
+
+
+class MelScalesLoss(nn.Module):
+    """Mean of mel losses at other window sizes than the published one, each with a quarter as hop and mels in proportion.
+
+    No part of the published objective. Without discriminators nothing else asks for what happens within a window of 43 ms.
+    """
+
+    def __init__(self, sampling_rate: int = 24000):
+        super().__init__()
+        # 80 mels at 1024: more, and the lowest triangles would fall between two bins of the spectrum
+        self.scales = nn.ModuleList(
+            MelLoss(sampling_rate, n_fft, n_fft // 4, n_fft * 80 // 1024) for n_fft in MEL_SCALES
+        )
+
+    def forward(self, made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Distance of two batches of audio (B, T)."""
+        return sum(scale(made, real) for scale in self.scales) / len(self.scales)
 
 
 def discriminator_losses(

@@ -16,7 +16,7 @@ from ..modeling_wavtokenizer import WavTokenizerModel
 from .checkpoints import load_discriminators, read_state, recover, save_checkpoint
 from .codebook import CodebookLearner
 from .discriminators import Discriminators
-from .losses import MelLoss, used_discriminators
+from .losses import MelLoss, MelScalesLoss, used_discriminators
 from .settings import Settings, derived_seed
 
 
@@ -59,6 +59,7 @@ class State:
     model: WavTokenizerModel
     codec: nn.Module
     mel_loss: MelLoss
+    mel_scales_loss: MelScalesLoss | None  # only if it has a weight
     learner: CodebookLearner
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -106,6 +107,7 @@ def build(settings: Settings) -> State:
     state = State(
         settings, accelerator, model, accelerator.prepare(Codec(model, settings.precision)),
         MelLoss(model.config.sampling_rate).to(accelerator.device),
+        MelScalesLoss(model.config.sampling_rate).to(accelerator.device) if settings.loss_weights["mel_scales"] else None,
         CodebookLearner(model.quantizer, settings.codebook_decay, settings.restart_below, settings.seed),
         optimizer, get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps),
     )  # fmt: skip

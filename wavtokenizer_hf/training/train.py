@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrize import cached
 
-from ..modeling_wavtokenizer_encoder import WavTokenizerConv1d
 from .codebook import num_workers, sum_over_workers, usage_figures
 from .data import Batch, one_warning_of_a_kind, open_clips, training_batches, validation_clips
 from .log import Log
@@ -145,6 +144,8 @@ def train_step(state: State, batches: list[torch.Tensor]) -> dict[str, float]:
             output = made if len(batches) == 1 and made else _run_codec(state, audio, index, bandwidth_id)
             made_audio, commitment, latents, audio_codes = output
             losses = {"mel": state.mel_loss(made_audio[:, 0], audio[:, 0])}
+            if state.mel_scales_loss is not None:
+                losses["mel_scales"] = state.mel_scales_loss(made_audio[:, 0], audio[:, 0])
             if state.quantizes:
                 losses["commitment"] = commitment
             if critics_train:
@@ -217,7 +218,7 @@ def normalize_encoder(state: State, stream: Iterator[Batch]) -> None:
     """
 
     @torch.no_grad()
-    def normalize(conv: torch.nn.Conv1d, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    def normalize(conv: nn.Conv1d, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         count = sum_over_workers(output.new_tensor(output.shape[0] * output.shape[2]))
         mean = sum_over_workers(output.sum((0, 2))) / count
         deviation = (sum_over_workers((output - mean[:, None]).square().sum((0, 2))) / count).sqrt().clamp(min=1e-5)
@@ -226,10 +227,10 @@ def normalize_encoder(state: State, stream: Iterator[Batch]) -> None:
         return (output - mean[:, None]) / deviation[:, None]  # so that the next layer sees what it will see
 
     encoder = state.model.encoder_model.encoder
-    layers = [module for module in encoder.modules() if isinstance(module, WavTokenizerConv1d)]
-    hooks = [layer.conv.register_forward_hook(normalize) for layer in layers]
+    layers = [module for module in encoder.modules() if isinstance(module, nn.Conv1d)]
+    hooks = [layer.register_forward_hook(normalize) for layer in layers]
     try:
-        with torch.enable_grad():  # without gradients, a CPU computes one clip as products and calls no convolution
+        with torch.enable_grad():  # without gradients the encoder may compute its convolutions by other means
             encoder(next(stream).audio.to(state.accelerator.device))
     finally:
         for hook in hooks:

@@ -1,0 +1,233 @@
+"""The bundled model, in one command from nothing to its card.
+
+    python examples/bundled_model/make.py --output bundled_model            # the whole: a good two hours on two cores
+    python examples/bundled_model/make.py --output small_try --quick        # every step of it in about two minutes
+
+It makes the sound (sound.py), trains on it with recipe.yaml, measures the model on 50 utterances that were held out, draws
+the curves, and writes the card from what was measured. In the output folder:
+
+    model/          the best checkpoint with its card as README.md: what becomes the bundled model
+    curves.csv, curves.png, report/        what training and evaluation found
+    sound/, run/    the sound, and the run with its TensorBoard log
+
+Interrupted, the same command goes on where it was. Needs espeak-ng and the extras `training` and `evaluation`.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import os
+import shutil
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+import sound
+import texts
+
+from wavtokenizer_hf import WavTokenizerModel, __version__, audio
+from wavtokenizer_hf.evaluation import Model, Report, evaluate
+from wavtokenizer_hf.training import Settings
+from wavtokenizer_hf.training.losses import used_discriminators
+
+
+RECIPE = HERE / "recipe.yaml"
+QUICK = {"steps": 20, "continuous_steps": 5, "kmeans_iterations": 5, "validate_every": 10}
+MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+"""Tells glibc to keep memory that it once got. Else every step of training gives it back and asks for it again, at one page
+fault for every 4 kB; see benchmarks/training.py."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for all that is made")
+    parser.add_argument("--hours", type=float, default=4.0, help="of sound to train on (default 4)")
+    parser.add_argument("--steps", type=int, help="of training; default: the recipe's")
+    parser.add_argument("--seed", type=int, default=0, help="of the sound and of training (default 0)")
+    parser.add_argument("--quick", action="store_true", help="a small try: 0.02 hours of sound, 20 steps")
+    arguments = parser.parse_args()
+    hours = 0.02 if arguments.quick else arguments.hours
+    changes = dict(QUICK) if arguments.quick else {}
+    if arguments.steps is not None:
+        changes["steps"] = arguments.steps
+    output = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+
+    facts = make_sound(output / "sound", hours, arguments.seed)
+    settings = train(output, {**changes, "seed": arguments.seed})
+    model = WavTokenizerModel.from_pretrained(output / "run" / "best").eval()
+    report, agreement = measure(output, model)
+    points = read_curves(output / "run" / "log")
+    write_curves(output, points)
+    write_model(output, card(settings, facts, model, report, agreement, points))
+    print(f"\n{output / 'model'} is ready.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The steps
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_sound(folder: Path, hours: float, seed: int) -> dict:
+    """Makes training, validation and held-out clips once; returns what they were made of, which sound.json remembers."""
+    facts = {"hours": hours, "seed": seed, "espeak_ng": sound.espeak_version()}
+    remembered = folder / "sound.json"
+    if remembered.exists():
+        made = json.loads(remembered.read_text())
+        if made != facts:
+            raise SystemExit(f"{folder} was made with {made}, and now {facts} is asked for. Choose another output.")
+        return facts
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+    workers = os.cpu_count() or 1
+    sound.make_held_out(folder / "held_out", seed)
+    sound.make_clips(folder / "validation", min(hours, 0.05), seed, "validation", workers)
+    sound.make_clips(folder / "training", hours, seed, "training", workers)
+    partial = remembered.with_suffix(".partial")
+    partial.write_text(json.dumps(facts))
+    os.replace(partial, remembered)
+    return facts
+
+
+def train(output: Path, changes: dict) -> Settings:
+    """`wavtokenizer train` in a process of its own, whose memory glibc keeps; goes on from a run that is there."""
+    run = output / "run"
+    changes |= {
+        "train_data": str(output / "sound" / "training"),
+        "validation_data": str(output / "sound" / "validation"),
+        "output": str(run),
+    }
+    command = [sys.executable, "-m", "wavtokenizer_hf", "train", str(RECIPE)]
+    command += [f"--{name}={value}" for name, value in changes.items()]
+    if (run / "last").exists() or (run / "last.old").exists():  # the latter after a kill between two renames
+        command.append("--resume")
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    subprocess.run(command, check=True, env={**os.environ, **MEMORY, "PYTHONPATH": paths})
+    return Settings.load(str(RECIPE), changes)
+
+
+def measure(output: Path, model: WavTokenizerModel) -> tuple[Report, float]:
+    """All metrics on the held-out utterances, saved in report/, and the share of codes that a second pass gives again."""
+    files = sorted((output / "sound" / "held_out").iterdir())
+    report = evaluate(
+        [(file, Path(file.name)) for file in files], [Model("bundled model", model)], num_workers=os.cpu_count() or 1
+    )
+    report.save(output / "report")
+    print(report.table())
+    same = count = 0
+    for file in files:
+        waveform = torch.from_numpy(audio.load(file, model.config.sampling_rate))[None, None]
+        with torch.inference_mode():
+            first = model.encode(waveform).audio_codes
+            second = model.encode(model.decode(first).audio_values[..., : waveform.shape[-1]]).audio_codes
+        same += int((first == second).sum())
+        count += first.numel()
+    print(f"encode, decode, encode: {same} of {count} codes are the same")
+    return report, same / count
+
+
+CURVES = {
+    "loss/mel": "mel loss, training",
+    "validation/mel": "mel loss, validation",
+    "validation/commitment": "commitment, validation",
+    "validation/utilization": "codebook use, validation",
+    "validation/perplexity": "perplexity, validation",
+}
+
+
+def read_curves(log: Path) -> list[dict[str, float]]:
+    """One point for each validation: step, hours of training so far without interruptions, and the figures of CURVES."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(log), size_guidance={"scalars": 0}).Reload()
+    times = sorted((event.step, event.wall_time) for event in events.Scalars("loss/mel"))
+    gaps = [later - earlier for (_, earlier), (_, later) in itertools.pairwise(times)]
+    usual = sorted(gaps)[len(gaps) // 2] if gaps else 0.0
+    hours, elapsed = {times[0][0]: 0.0}, 0.0
+    for (step, _), gap in zip(times[1:], gaps, strict=True):
+        elapsed += gap if gap < 10 * usual + 60 else usual  # a run that was resumed did not train in between
+        hours[step] = elapsed / 3600
+    found = {name: {event.step: event.value for event in events.Scalars(name)} for name in CURVES}
+    steps = [step for step in found["validation/mel"] if step in hours]
+    return [{"step": step, "hours": hours[step], **{name: found[name][step] for name in CURVES}} for step in steps]
+
+
+def write_curves(output: Path, points: list[dict[str, float]]) -> None:
+    from matplotlib.figure import Figure
+
+    partial = output / "curves.csv.partial"
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(points[0]))
+        writer.writeheader()
+        writer.writerows({name: f"{value:.6g}" for name, value in point.items()} for point in points)
+    os.replace(partial, output / "curves.csv")
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    panels = (["loss/mel", "validation/mel"], ["validation/utilization"], ["validation/commitment"])
+    for axes, names in zip(figure.subplots(1, 3), panels, strict=True):
+        for name in names:
+            axes.plot([point["hours"] for point in points], [point[name] for point in points], label=CURVES[name])
+        axes.set_xlabel("hours of training")
+        axes.legend()
+    figure.savefig(output / "curves.partial", format="png", dpi=100)
+    os.replace(output / "curves.partial", output / "curves.png")
+
+
+def card(
+    settings: Settings, facts: dict, model: WavTokenizerModel, report: Report, agreement: float, points: list[dict]
+) -> str:
+    """The card, every number of which was measured or set in this run."""
+    result = report.to_dict()["systems"][0]
+    rows = []
+    for name, figure in result["metrics"].items():
+        unit = f" {unit}" if (unit := report.to_dict()["units"][name]) else ""
+        value = f"not measured: {figure['not_run']}" if figure["mean"] is None else f"{figure['mean']:.3f}{unit}"
+        low = f" ({figure['low']:.3f} to {figure['high']:.3f})" if figure["low"] is not None else ""
+        rows.append(f"| {name.replace('_', ' ')} | {value}{low} |")
+    codes, critics = result["all_codes"], used_discriminators(settings.loss_weights)
+    template = string.Template((HERE / "card.md").read_text(encoding="utf-8"))
+    return template.substitute(
+        rows="\n".join(rows),
+        num_files=len(report.systems[0].files),
+        codebook_size=model.config.codebook_size,
+        num_codes=codes["num_codes"],
+        num_used=codes["num_used"],
+        use=f"{codes['codebook_utilisation']:.1%}",
+        agreement=f"{agreement:.1%}",
+        frame_rate=f"{model.config.frame_rate:g}",
+        bit_rate=f"{model.config.bit_rate:g}",
+        parameters=f"{model.num_parameters() / 1e6:.2f}",
+        fingerprint=model.codebook_fingerprint,
+        hours=f"{facts['hours']:g}",
+        espeak=facts["espeak_ng"],
+        languages=len(texts.TRAINING_WORDS),
+        variants=len(texts.TRAINING_VARIANTS),
+        seed=settings.seed,
+        steps=settings.steps,
+        discriminators=f"{', '.join(critics)} from step {settings.mel_only_steps} on" if critics else "none",
+        training_hours=f"{points[-1]['hours']:.2f}",
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores",
+        torch=torch.__version__,
+        version=__version__,
+    )
+
+
+def write_model(output: Path, text: str) -> None:
+    """The best checkpoint and its card, beside it first, then in its place."""
+    partial, model = output / "model.partial", output / "model"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(output / "run" / "best", partial, ignore=shutil.ignore_patterns("discriminators.safetensors"))
+    (partial / "README.md").write_text(text, encoding="utf-8")
+    shutil.rmtree(model, ignore_errors=True)
+    os.replace(partial, model)
+
+
+if __name__ == "__main__":
+    main()

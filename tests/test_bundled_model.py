@@ -1,0 +1,98 @@
+"""The recipe of the bundled model: what its sound is, what is held out, and that one command leads from data to card."""
+
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from transformers import AutoModel
+
+
+RECIPE = Path(__file__).parent.parent / "examples" / "bundled_model"
+sys.path.insert(0, str(RECIPE))
+
+import sound
+import texts
+
+from wavtokenizer_hf.training import Settings
+
+
+needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> dict[str, np.ndarray]:
+    """A minute or two of training clips by name."""
+    folder = tmp_path_factory.mktemp("sound") / "clips"
+    sound.make_clips(folder, 0.001, 0, "training", 1)
+    return {file.name: soundfile.read(file)[0] for file in sorted(folder.iterdir())}
+
+
+def test_voices_and_half_of_the_languages_are_held_out():
+    assert not set(texts.TRAINING_VARIANTS) & set(texts.HELD_OUT_VARIANTS)
+    sentences = {language: len(each) for language, each in texts.HELD_OUT_SENTENCES.items()}
+    assert sum(sentences.values()) == 50
+    assert sum(count for language, count in sentences.items() if language not in texts.TRAINING_WORDS) == 25
+
+
+@needs_espeak
+def test_every_language_and_variant_is_one_that_espeak_ng_has():
+    for language in (*texts.TRAINING_WORDS, *texts.HELD_OUT_SENTENCES):
+        assert len(sound.speak("1 2 3", language, rate=160, pitch=50)) > 0
+    listed = subprocess.run(["espeak-ng", "--voices=variant"], capture_output=True, text=True, check=True).stdout
+    files = {line.split("!v/")[1].split()[0] for line in listed.splitlines() if "!v/" in line}
+    assert {*texts.TRAINING_VARIANTS, *texts.HELD_OUT_VARIANTS} <= files
+
+
+@needs_espeak
+def test_clips_are_short_at_minus_3_dbfs_and_never_digital_silence(clips):
+    assert len(clips) > 10
+    for waveform in clips.values():
+        assert 1.0 <= len(waveform) / 24000 <= 2.5
+        assert np.abs(waveform).max() == pytest.approx(10 ** (-3 / 20), abs=1e-4)  # 16-bit steps
+        # the floor is at least -75 dBFS below a peak, of which 16-bit steps of -90 dBFS leave something
+        windows = np.lib.stride_tricks.sliding_window_view(waveform, 240)[::240]
+        assert (windows != 0).any(axis=1).all()
+
+
+@needs_espeak
+def test_a_seed_gives_the_same_sound_and_another_seed_or_name_other_sound(clips, tmp_path):
+    for name, seed, workers in (("training", 0, 2), ("training", 1, 1), ("validation", 0, 1)):
+        folder = tmp_path / f"{name}_{seed}"
+        sound.make_clips(folder, 0.001, seed, name, workers)
+        made = {file.name: soundfile.read(file)[0] for file in sorted(folder.iterdir())}
+        same = made.keys() == clips.keys() and all(np.array_equal(made[name], clips[name]) for name in made)
+        assert same == ((name, seed) == ("training", 0))
+
+
+def test_the_recipe_is_settings_of_a_model_at_75_tokens_per_second_within_12_megabytes():
+    import torch
+
+    from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
+
+    config = WavTokenizerConfig(**Settings.load(str(RECIPE / "recipe.yaml")).config)
+    assert config.frame_rate == 75
+    with torch.device("meta"):
+        model = WavTokenizerModel(config)
+    assert sum(tensor.nbytes for tensor in model.state_dict().values()) < 12e6
+
+
+@pytest.mark.slow
+@needs_espeak
+def test_one_command_leads_from_nothing_to_a_card_and_goes_on_where_it_was(tmp_path):
+    command = [sys.executable, str(RECIPE / "make.py"), "--output", str(tmp_path / "made"), "--quick"]
+    subprocess.run(command, check=True)
+    model = AutoModel.from_pretrained(tmp_path / "made" / "model")
+    text = (tmp_path / "made" / "model" / "README.md").read_text()
+    assert model.codebook_fingerprint in text and "| stoi | " in text and "$" not in text
+    points = list(csv.DictReader((tmp_path / "made" / "curves.csv").open()))
+    assert [point["step"] for point in points] == ["10", "20"]
+    weights = tmp_path / "made" / "run" / "last" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    (tmp_path / "made" / "model" / "README.md").unlink()
+    subprocess.run(command, check=True)
+    assert weights.stat().st_mtime_ns == before and (tmp_path / "made" / "model" / "README.md").exists()
