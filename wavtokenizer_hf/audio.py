@@ -2,6 +2,8 @@
 
 import logging
 import os
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,59 @@ def load(path: str | os.PathLike, sampling_rate: int = 24000, backend: str = "so
     return np.asarray(audio, dtype=np.float32)
 
 
+@dataclass
+class Sound:
+    """Mono audio (T,), float32, and what it was made of: the rate in Hz and the number of channels of its source."""
+
+    audio: np.ndarray
+    source_sampling_rate: int
+    source_channels: int
+
+
+def decode(source: str | os.PathLike | bytes, sampling_rate: int = 24000) -> Sound:
+    """Reads sound as `load` does with soundfile, to the same samples, and says in the result what `load` says in the log.
+
+    Args:
+        source: a local file, or the content of one.
+        sampling_rate: Hz of what is returned.
+
+    Raises:
+        ValueError: it is not sound, is damaged, or holds no samples.
+        OSError: the file cannot be read.
+        ImportError: soundfile or soxr is missing.
+    """
+    soundfile = _soundfile()
+    name = "The content" if isinstance(source, bytes) else str(source)
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise FileNotFoundError(f"There is no file {source}. Give the path of a sound file.")
+    try:
+        channels, rate = soundfile.read(
+            BytesIO(source) if isinstance(source, bytes) else source, dtype="float32", always_2d=True
+        )
+    except (RuntimeError, EOFError) as error:  # LibsndfileError among them
+        raise ValueError(
+            f"Cannot read {name} as sound: {error}. It may be damaged, or of a format that libsndfile does not know."
+        ) from error
+    if len(channels) == 0:
+        raise ValueError(f"{name} holds no samples, expected at least one.")
+    return Sound(mono(channels, rate, sampling_rate), rate, channels.shape[1])
+
+
+def mono(channels: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
+    """Channels (T', C) at `rate` Hz -> their mean at `sampling_rate` Hz, (T,), float32.
+
+    The same steps as transformers' `load_audio` for `backend="soundfile"`.
+    """
+    import soxr
+
+    audio = channels[:, 0] if channels.shape[1] == 1 else channels.mean(axis=1)
+    if rate != sampling_rate:
+        size = -(-len(audio) * sampling_rate // rate)
+        audio = soxr.resample(audio, rate, sampling_rate, quality="HQ")[:size]
+        audio = np.pad(audio, (0, size - len(audio)))
+    return np.ascontiguousarray(audio, dtype=np.float32)
+
+
 def save(
     path: str | os.PathLike, audio, sampling_rate: int = 24000, subtype: str | None = None, format: str | None = None
 ) -> Path:
@@ -117,15 +172,8 @@ def save(
 
 def _load_by_soundfile(path: Path, sampling_rate: int) -> np.ndarray:
     """What newer versions of transformers do for `backend="soundfile"`, in the same steps."""
-    import soxr
-
     channels, rate = _soundfile().read(path, dtype="float32", always_2d=True)
-    audio = channels[:, 0] if channels.shape[1] == 1 else channels.mean(axis=1)
-    if rate == sampling_rate:
-        return audio
-    size = -(-len(audio) * sampling_rate // rate)
-    audio = soxr.resample(audio, rate, sampling_rate, quality="HQ")[:size]
-    return np.pad(audio, (0, size - len(audio)))
+    return mono(channels, rate, sampling_rate)
 
 
 def _soundfile():

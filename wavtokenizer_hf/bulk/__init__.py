@@ -1,0 +1,8 @@
+"""Tokens of whole corpora: `tokenize` writes a folder of Parquet and can be killed and run again; `tokenize_dataset` and
+`AudioTokenizer` are for those who have a dataset of the datasets library. Needs the extra `bulk`.
+"""
+
+from .run import Result, tokenize
+
+
+__all__ = ["Result", "tokenize"]

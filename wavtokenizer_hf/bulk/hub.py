@@ -1,0 +1,35 @@
+"""The way of a folder to the Hub."""
+
+from pathlib import Path
+
+
+def prepare(name: str) -> None:
+    """Makes the dataset repository if there is none. Done before the work, so that a name or token that is refused is met early."""
+    from huggingface_hub import HfApi
+
+    _say_what(name, lambda: HfApi().create_repo(name, repo_type="dataset", exist_ok=True))
+
+
+def push(folder: Path, name: str) -> None:
+    """Uploads what is finished; files that are there already are not sent again."""
+    from huggingface_hub import HfApi
+
+    _say_what(
+        name,
+        lambda: HfApi().upload_folder(
+            repo_id=name,
+            repo_type="dataset",
+            folder_path=folder,
+            allow_patterns=["data/part-*.parquet", "manifest.json", "failures.jsonl", "README.md"],
+            commit_message="Tokens by wavtokenizer_hf",
+        ),
+    )
+
+
+def _say_what(name: str, call) -> None:
+    import httpx  # what huggingface_hub sends by
+
+    try:
+        call()
+    except (OSError, ValueError, httpx.HTTPError) as error:  # HfHubHTTPError and bad names among them
+        raise OSError(f"Cannot upload to the dataset {name!r} on the Hub: {error}") from error
