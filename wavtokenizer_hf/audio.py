@@ -86,14 +86,12 @@ def decode(source: str | os.PathLike | bytes, sampling_rate: int = 24000) -> Sou
         OSError: the file cannot be read.
         ImportError: soundfile or soxr is missing.
     """
-    soundfile = _soundfile()
+    _soundfile()
     name = "The content" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise FileNotFoundError(f"There is no file {source}. Give the path of a sound file.")
     try:
-        channels, rate = soundfile.read(
-            BytesIO(source) if isinstance(source, bytes) else source, dtype="float32", always_2d=True
-        )
+        channels, rate = _channels(BytesIO(source) if isinstance(source, bytes) else source)
     except (RuntimeError, EOFError) as error:  # LibsndfileError among them
         raise ValueError(
             f"Cannot read {name} as sound: {error}. It may be damaged, or of a format that libsndfile does not know."
@@ -172,8 +170,15 @@ def save(
 
 def _load_by_soundfile(path: Path, sampling_rate: int) -> np.ndarray:
     """What newer versions of transformers do for `backend="soundfile"`, in the same steps."""
-    channels, rate = _soundfile().read(path, dtype="float32", always_2d=True)
+    channels, rate = _channels(path)
     return mono(channels, rate, sampling_rate)
+
+
+def _channels(file) -> tuple[np.ndarray, int]:
+    """Channels (T', C), float32, and their rate in Hz; as transformers reads them. `soundfile.read` seeks first, which makes
+    libsndfile round the samples of an MP3 file in another way."""
+    with _soundfile().SoundFile(file) as opened:
+        return opened.read(dtype="float32", always_2d=True), opened.samplerate
 
 
 def _soundfile():

@@ -2,7 +2,8 @@
 `AudioTokenizer` are for those who have a dataset of the datasets library. Needs the extra `bulk`.
 """
 
+from .mapping import AudioDetokenizer, AudioTokenizer, detokenize_dataset, tokenize_dataset
 from .run import Result, tokenize
 
 
-__all__ = ["Result", "tokenize"]
+__all__ = ["AudioDetokenizer", "AudioTokenizer", "Result", "detokenize_dataset", "tokenize", "tokenize_dataset"]

@@ -1,6 +1,8 @@
 """The way of a folder to the Hub."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def prepare(name: str) -> None:
@@ -26,10 +28,11 @@ def push(folder: Path, name: str) -> None:
     )
 
 
-def _say_what(name: str, call) -> None:
-    import httpx  # what huggingface_hub sends by
+def _say_what(name: str, call: Callable[[], Any]) -> None:
+    from huggingface_hub.errors import HfHubHTTPError
 
+    http_error = HfHubHTTPError.__bases__[0]  # HTTPError of httpx, or of httpx2 from huggingface_hub 2.4 on
     try:
         call()
-    except (OSError, ValueError, httpx.HTTPError) as error:  # HfHubHTTPError and bad names among them
+    except (OSError, ValueError, http_error) as error:
         raise OSError(f"Cannot upload to the dataset {name!r} on the Hub: {error}") from error

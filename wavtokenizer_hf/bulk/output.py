@@ -37,6 +37,10 @@ class Settings:
     """What the rows depend on. A folder holds rows of one kind only."""
 
     source: str
+    column: str | None
+    dataset_config: str | None
+    dataset_revision: str | None
+    split: str
     model: str
     revision: str | None  # the commit, for a model from the Hub
     codebook_fingerprint: str
@@ -312,6 +316,8 @@ def _schema(settings: Settings, carried):
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

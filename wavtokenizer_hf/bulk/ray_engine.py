@@ -1,5 +1,6 @@
 """The engine for clusters: the same workers as actors of Ray Data, which hands them one part at a time."""
 
+import pickle
 from collections.abc import Callable, Sequence
 
 from .extra import library
@@ -43,7 +44,9 @@ def run(
         context.print_on_execution_start = False
         on_gpu = job.device is None and ray.cluster_resources().get("GPU", 0) > 0
         # a part of the work is one block, so that a part is what an actor is given, and what is done again if it dies
-        dataset = ray.data.from_items([{"items": list(items)} for items in parts], override_num_blocks=len(parts))
+        dataset = ray.data.from_items(
+            [{"items": pickle.dumps(list(items))} for items in parts], override_num_blocks=len(parts)
+        )
         made = dataset.map(
             _Actor,
             fn_constructor_args=(job,),
@@ -80,7 +83,7 @@ class _Actor:
 
         try:
             self._worker = self._worker or Worker(self._job)  # Ray shows each actor its own GPU as the first
-            self._worker.make_part(row["items"], add)
+            self._worker.make_part(pickle.loads(row["items"]), add)
         except (ValueError, OSError, ImportError) as error:
             kind = next(kind for kind in (OSError, ImportError, ValueError) if isinstance(error, kind))
             return {"error": str(error), "kind": kind.__name__, "summary": vars(total)}

@@ -6,6 +6,7 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,11 +101,20 @@ def tokenize(
     started = time.monotonic()
     _check(engine, num_processes, num_readers, batch_seconds, part_size, shard, on_error)
     library("soundfile"), library("soxr"), library("pyarrow")  # or every clip would fail
+    is_path = isinstance(source, (str, os.PathLike))
+    if is_path and Path(output).resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(
+            f"The output {output} lies in the source {source}, whose Parquet it would become. Name another."
+        )
     encoder, feature_extractor = encoding.load_encoder(model, revision, "cpu")
     commit = getattr(encoder.config, "_commit_hash", None)
     clips = open_source(source, column, dataset_config, split, dataset_revision)
     settings = Settings(
-        source=os.fspath(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__,
+        source=os.fspath(source) if is_path else f"datasets.Dataset {source._fingerprint}",
+        column=column,
+        dataset_config=dataset_config,
+        dataset_revision=dataset_revision,
+        split=split,
         model=str(model),
         revision=commit,
         codebook_fingerprint=encoder.codebook_fingerprint,

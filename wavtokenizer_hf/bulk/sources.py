@@ -88,6 +88,10 @@ def open_source(
         )
     ids = set()
     for item in opened.items:
+        try:
+            item.id.encode()
+        except UnicodeEncodeError as error:  # a file's name may be any bytes, and text in Parquet may not
+            raise ValueError(f"The name {item.id!r} is not UTF-8. Rename the file.") from error
         if item.id in ids:
             raise ValueError(f"The id {item.id!r} names two clips of {source}. Each clip needs an id of its own.")
         ids.add(item.id)
@@ -306,7 +310,7 @@ class Parquet(Source):
                 with parquet.ParquetFile(file) as opened:
                     own = opened.schema_arrow.remove_metadata()
                     sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
-                    _column(own.names, column, file)
+                    check_column(own.names, column, file)
                     ids = opened.read(columns=["id"])["id"].to_pylist() if "id" in own.names else None
             except pyarrow.ArrowException as error:
                 raise ValueError(f"Cannot read {file} as Parquet: {error}") from error
@@ -347,7 +351,7 @@ class Dataset(Source):
 
     def __init__(self, dataset, column: str):
         library("datasets")
-        _column(dataset.column_names, column, "the dataset")
+        check_column(dataset.column_names, column, "the dataset")
         ids = [_id(id, "the dataset") for id in dataset["id"]] if "id" in dataset.column_names else None
         self.items = [Item(f"{row:09d}" if ids is None else ids[row], row) for row in range(len(dataset))]
         self.column, self.dataset = column, dataset.with_format("arrow")
@@ -363,7 +367,7 @@ class Dataset(Source):
         return self.dataset.select_columns(self.schema.names)[place].to_pylist()[0]
 
 
-def _column(names: list[str], column: str, where: str) -> None:
+def check_column(names: list[str], column: str, where: str) -> None:
     if column not in names:
         raise ValueError(
             f"There is no column {column!r} in {where}, which has {', '.join(names)}. Name the one of sound."

@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -64,30 +66,28 @@ class Worker:
             OSError: the part cannot be written.
         """
         job, results = self.job, []
+        carried: list[dict[str, Any]] = [{} for _ in items]
+
+        def read(number: int) -> Any:
+            carried[number] = job.source.carried(items[number].place)
+            return job.source.sound(items[number].place)
+
+        reads = [partial(read, number) for number in range(len(items))]
         windows = encoding.tokenize_clips(
-            self.encoder,
-            self.feature_extractor,
-            [partial(job.source.sound, item.place) for item in items],
-            job.batch_seconds,
-            job.num_readers,
+            self.encoder, self.feature_extractor, reads, job.batch_seconds, job.num_readers
         )
-        for window in windows:
-            summary = Summary()
-            for item, result in zip(items[len(results) :], window, strict=False):
-                if isinstance(result, Failure):
-                    if job.stop_at_failure:
-                        raise ValueError(f"{item.id}: {result.reason}")
-                    summary.num_failures += 1
-                else:
-                    summary += Summary(1, 0, result.num_samples, len(result.audio_codes))
-            results += window
-            report(summary)
-        carried = [{}] * len(items)
-        if job.source.schema.names:
-            carried = [
-                {} if isinstance(result, Failure) else job.source.carried(item.place)
-                for item, result in zip(items, results, strict=True)
-            ]
+        with closing(windows):  # ends its threads, whatever ends this
+            for window in windows:
+                summary = Summary()
+                for item, result in zip(items[len(results) :], window, strict=False):
+                    if isinstance(result, Failure):
+                        if job.stop_at_failure:
+                            raise ValueError(f"{item.id}: {result.reason}")
+                        summary.num_failures += 1
+                    else:
+                        summary += Summary(1, 0, result.num_samples, len(result.audio_codes))
+                results += window
+                report(summary)
         job.output.write_part([item.id for item in items], results, carried)
 
 
