@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from wavtokenizer_hf import WavTokenizerModel, audio
-from wavtokenizer_hf.bulk import encoding, hub, output, processes, tokenize
+from wavtokenizer_hf.bulk import encoding, hub, output, processes, sources, tokenize
 from wavtokenizer_hf.bulk.progress import Progress
 from wavtokenizer_hf.cli import main
 
@@ -525,19 +525,24 @@ def test_a_full_disk_is_said_and_what_is_finished_stays_valid(run, alone, tmp_pa
     assert codes_of(tmp_path / "out") == alone
 
 
-class _Suicide:
-    """A clip whose reading kills the process, as a kernel short of memory does."""
+def test_a_worker_that_is_killed_is_said_and_what_is_finished_stays_valid(run, alone, tmp_path, monkeypatch):
+    read = sources.Files.sound
 
-    def __call__(self):
-        os.kill(os.getpid(), signal.SIGKILL)
+    def short_of_memory(self, place):
+        if place[0].endswith("0031.flac"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, place)
 
-
-def test_a_worker_that_is_killed_is_said(monkeypatch):
-    process = multiprocessing.get_context("fork").Process(target=_Suicide())
-    process.start()
-    error = processes._killed(process)
-    assert isinstance(error, OSError)
-    assert "killed by signal 9" in str(error) and "run again" in str(error)
+    with monkeypatch.context() as patch:
+        fork = multiprocessing.get_context("fork")  # so that the workers know of the patch
+        patch.setattr(processes.multiprocessing, "get_context", lambda kind: fork)
+        patch.setattr(sources.Files, "sound", short_of_memory)
+        with pytest.raises(ChildProcessError, match=r"killed by signal 9.*run again to go on"):
+            run(part_size=1, num_processes=2)
+    assert 0 < len(rows_of(tmp_path / "out")) < NUM_CLIPS
+    assert multiprocessing.active_children() == []
+    run(part_size=1)
+    assert codes_of(tmp_path / "out") == alone
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -641,7 +646,9 @@ def test_the_command_with_two_processes_is_killed_and_run_again(place, tmp_path,
     ]  # fmt: skip
     moments, finished = random.Random(1), []
     for _ in range(12):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        )
         # the imports take seconds and the work less than one: wait for the first new part before the dice are rolled
         deadline = time.monotonic() + 60
         before = len(list((tmp_path / "out").glob("data/*.parquet")))
@@ -652,12 +659,23 @@ def test_the_command_with_two_processes_is_killed_and_run_again(place, tmp_path,
         time.sleep(moments.uniform(0, 0.03))
         process.kill()
         process.wait()
+        assert _group_ends(process.pid)  # its workers too
         finished.append(len(list((tmp_path / "out").glob("data/*.parquet"))))
     assert len(set(finished)) >= 4  # it was stopped at different places
     assert (
         subprocess.run(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode == 1
     )  # damaged files
     assert codes_of(tmp_path / "out") == alone
+
+
+def _group_ends(group):
+    for _ in range(1000):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 @pytest.mark.slow

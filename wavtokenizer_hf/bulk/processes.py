@@ -42,18 +42,18 @@ def run_in_processes(
             for connection in wait(list(workers)):
                 try:
                     kind, content = connection.recv()
-                except (EOFError, ConnectionResetError):
+                    if kind == "ready":  # for a part
+                        content = next(queue, None)
+                        connection.send(content)
+                except (EOFError, ConnectionError):
                     raise _killed(workers[connection]) from None
                 if kind == "error":
                     raise content
                 if kind == "report":
                     report(content)
-                else:  # "ready" for a part
-                    items = next(queue, None)
-                    connection.send(items)
-                    if items is None:
-                        workers.pop(connection).join()
-                        connection.close()
+                elif content is None:
+                    workers.pop(connection).join()
+                    connection.close()
     finally:
         for connection, process in workers.items():
             process.kill()
@@ -71,7 +71,7 @@ def _serve(connection: Connection, job: Job, rank: int) -> None:
             if items is None:
                 return
             worker.make_part(items, lambda summary: connection.send(("report", summary)))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except (EOFError, ConnectionError):
         return  # the process that drives is gone
     except (ValueError, OSError, ImportError) as error:
         # as the plain kind of error: one with arguments of its own may not survive the way
