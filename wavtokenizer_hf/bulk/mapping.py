@@ -236,8 +236,13 @@ def detokenize_dataset(
     """
     datasets = library("datasets")
     function = AudioDetokenizer(model, revision, column, device)
-    added = {"audio": datasets.Audio(sampling_rate=function.sampling_rate)}
-    return _map(dataset, function, column, added, batch_size, num_proc, {})
+    audio_feature = datasets.Audio(sampling_rate=function.sampling_rate)
+    # as bytes first: what goes into an Audio column as a Python object is encoded anew by torchcodec
+    added = {"audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}}
+    sounds = _map(dataset, function, column, added, batch_size, num_proc, {})
+    if isinstance(sounds, dict):
+        return type(sounds)({name: part.cast_column("audio", audio_feature) for name, part in sounds.items()})
+    return sounds.cast_column("audio", audio_feature)
 
 
 def _map(dataset, function: _Mapped, column: str, added: dict, batch_size: int, num_proc: int | None, casts: dict):

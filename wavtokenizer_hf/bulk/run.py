@@ -58,7 +58,7 @@ def tokenize(
     num_processes: int | None = None,
     num_readers: int | None = None,
     batch_seconds: float = 120,
-    part_size: int = 2000,
+    part_size: int | None = None,
     shard: tuple[int, int] = (0, 1),
     on_error: str = "record",
     retry_failed: bool = False,
@@ -85,7 +85,8 @@ def tokenize(
         num_readers: threads in each process that read, decode and resample ahead of the model; default: its share of the
             processors.
         batch_seconds: of sound, padding included, that are encoded at once. Memory grows with it.
-        part_size: clips in a part; what a crash costs is at most one part for each process.
+        part_size: clips in a part; what a crash costs is at most one part for each process. Default: 2000, or fewer if there
+            would be less than four parts for each process.
         shard: `(i, n)`: do only the i-th of n shards of the clips, i from 0; all of them may write to one folder at once.
         on_error: `"record"` lists a clip that fails and goes on, `"fail"` stops at the first.
         retry_failed: try clips again that failed in an earlier run.
@@ -133,8 +134,9 @@ def tokenize(
             done |= failures.keys()
         items = [item for item in clips.items if in_shard(item.id, shard)]
         to_do = [item for item in items if item.id not in done]
-        parts = [to_do[start : start + part_size] for start in range(0, len(to_do), part_size)]
         num_processes = num_processes or (2 if engine == "ray" else _default_processes(device))
+        part_size = part_size or min(2000, max(50, math.ceil(len(to_do) / (4 * num_processes))))
+        parts = [to_do[start : start + part_size] for start in range(0, len(to_do), part_size)]
         num_processes = max(1, min(num_processes, len(parts)))
         cores = max(1, num_cores() // num_processes)
         job = Job(
