@@ -164,8 +164,7 @@ def _add_tokenize(commands) -> None:
     tokenize.add_argument(
         "--part-size",
         type=int,
-        default=2000,
-        help="clips in a Parquet file, which is what a crash costs (default 2000)",
+        help="clips in a Parquet file, which is what a crash costs for each process; default: up to 2000",
     )
     tokenize.add_argument(
         "--shard", default="0/1", metavar="I/N", help="only shard I of N, from 0; all may write to one OUTPUT at once"

@@ -1,5 +1,6 @@
 """The engine for clusters: the same workers as actors of Ray Data, which hands them one part at a time."""
 
+import logging
 import pickle
 from collections.abc import Callable, Sequence
 
@@ -29,6 +30,7 @@ def run(
     if not parts:
         return
     ray = library("ray.data", extra="ray") and library("ray", extra="ray")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports each step of a plan that has one
     own = not ray.is_initialized()
     if own:
         started_here = (
