@@ -648,7 +648,7 @@ def test_the_command_with_two_processes_is_killed_and_run_again(place, tmp_path,
         "--num-processes", "2", "--part-size", "1",
     ]  # fmt: skip
     moments, finished = random.Random(1), []
-    for _ in range(12):
+    for _ in range(10):
         process = subprocess.Popen(
             command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
         )

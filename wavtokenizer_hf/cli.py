@@ -151,7 +151,7 @@ def _add_tokenize(commands) -> None:
     tokenize.add_argument(
         "--num-processes",
         type=int,
-        help="with a model each; default: one for each GPU, or for each processor, and 2 with Ray",
+        help="with a model each; default: one for each GPU, or for two processors, and 2 with Ray",
     )
     tokenize.add_argument(
         "--num-readers",

@@ -80,7 +80,7 @@ def tokenize(
         engine: `"processes"` on this machine, or `"ray"`.
         ray_address: of a Ray cluster, all of whose machines see source and output under the same names; default: Ray is
             started on this machine.
-        num_processes: with a model each. Default: one for each GPU, or one for each processor; with Ray: two. They are
+        num_processes: with a model each. Default: one for each GPU, or one for two processors; with Ray: two. They are
             spawned, so a script that asks for several needs `if __name__ == "__main__":`.
         num_readers: threads in each process that read, decode and resample ahead of the model; default: its share of the
             processors.
@@ -198,7 +198,8 @@ def _try_to_summarize(folder: Output) -> None:
 def _default_processes(device: str | None) -> int:
     if device is None and torch.cuda.is_available():
         return torch.cuda.device_count()
-    return num_cores() if device in (None, "cpu") else 1
+    # two threads in one process are as fast as two processes (benchmarks/README.md), and one model is less memory than two
+    return max(1, num_cores() // 2) if device in (None, "cpu") else 1
 
 
 def _check(engine, num_processes, num_readers, batch_seconds, part_size, shard, on_error) -> None:
