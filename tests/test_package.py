@@ -17,10 +17,11 @@ CORE = (
 )
 CORE_DEPENDENCIES = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy"}
 ALLOWED_TOGETHER = {  # "" is the package: the core
-    "cli": {"audio", "pipes", "token_file", "transcode", "long_audio", "plots", "training", "evaluation", ""},
+    "cli": {"audio", "pipes", "token_file", "transcode", "long_audio", "plots", "training", "evaluation", "bulk", ""},
     "pipes": {"audio"},  # the same samples from a stream as from a file
     "transcode": {"audio", "long_audio"},  # streams, and the error of audio that is cut off
     "__main__": {"cli"},
+    "bulk": {"audio", ""},
     "training": {"audio", ""},  # audio is the only door to sound files
     "evaluation": {"audio", ""},
 }
@@ -86,7 +87,7 @@ def test_everything_imports_without_the_extras_and_says_which_is_missing(tmp_pat
     code = """
 import sys
 for name in ("soundfile", "soxr", "matplotlib", "datasets", "torchaudio", "torchcodec", "accelerate", "tensorboard",
-             "scipy", "librosa", "pesq", "pystoi", "auraloss"):
+             "scipy", "librosa", "pesq", "pystoi", "auraloss", "pyarrow", "ray"):
     sys.modules[name] = None
 import pkgutil, importlib, wavtokenizer_hf, conversion.convert
 for module in pkgutil.walk_packages(wavtokenizer_hf.__path__, "wavtokenizer_hf."):
@@ -108,6 +109,15 @@ for function in (lambda: build(Settings()), lambda: Log("x", 24000, 0)):
         function()
     except ImportError as error:
         assert "pip install 'wavtokenizer_hf[training]'" in str(error), error
+    else:
+        raise AssertionError("no error")
+from wavtokenizer_hf.bulk import tokenize
+from wavtokenizer_hf.bulk.extra import library
+for function, extra in ((lambda: tokenize("x", "m", "o"), "bulk"), (lambda: library("ray.data", "ray"), "ray")):
+    try:
+        function()
+    except ImportError as error:
+        assert f"pip install 'wavtokenizer_hf[{extra}]'" in str(error), error
     else:
         raise AssertionError("no error")
 """

@@ -4,6 +4,8 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +101,57 @@ def seconds(path: str | os.PathLike) -> float:
 
 class CutOffError(ValueError):
     """A stream of sound that ends before its time. Everything that came in whole samples has been given before."""
+
+
+@dataclass
+class Sound:
+    """Mono audio (T,), float32, and what it was made of: the rate in Hz and the number of channels of its source."""
+
+    audio: np.ndarray
+    source_sampling_rate: int
+    source_channels: int
+
+
+def decode(source: str | os.PathLike | bytes, sampling_rate: int = 24000) -> Sound:
+    """Reads sound as `load` does with soundfile, to the same samples, and says in the result what `load` says in the log.
+
+    Args:
+        source: a local file, or the content of one.
+        sampling_rate: Hz of what is returned.
+
+    Raises:
+        ValueError: it is not sound, is damaged, or holds no samples.
+        OSError: the file cannot be read.
+        ImportError: soundfile or soxr is missing.
+    """
+    soundfile_module()
+    name = "The content" if isinstance(source, bytes) else str(source)
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise FileNotFoundError(f"There is no file {source}. Give the path of a sound file.")
+    try:
+        channels, rate = _channels(BytesIO(source) if isinstance(source, bytes) else source)
+    except (RuntimeError, EOFError) as error:  # LibsndfileError among them
+        raise ValueError(
+            f"Cannot read {name} as sound: {error}. It may be damaged, or of a format that libsndfile does not know."
+        ) from error
+    if len(channels) == 0:
+        raise ValueError(f"{name} holds no samples, expected at least one.")
+    return Sound(mono(channels, rate, sampling_rate), rate, channels.shape[1])
+
+
+def mono(channels: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
+    """Channels (T', C) at `rate` Hz -> their mean at `sampling_rate` Hz, (T,), float32.
+
+    The same steps as transformers' `load_audio` for `backend="soundfile"`.
+    """
+    import soxr
+
+    audio = channels[:, 0] if channels.shape[1] == 1 else channels.mean(axis=1)
+    if rate != sampling_rate:
+        size = -(-len(audio) * sampling_rate // rate)
+        audio = soxr.resample(audio, rate, sampling_rate, quality="HQ")[:size]
+        audio = np.pad(audio, (0, size - len(audio)))
+    return np.ascontiguousarray(audio, dtype=np.float32)
 
 
 def save(
@@ -257,15 +310,15 @@ def _open(path: Path):
 
 def _load_by_soundfile(path: Path, sampling_rate: int) -> np.ndarray:
     """What newer versions of transformers do for `backend="soundfile"`, in the same steps."""
-    import soxr
+    channels, rate = _channels(path)
+    return mono(channels, rate, sampling_rate)
 
-    channels, rate = soundfile_module().read(path, dtype="float32", always_2d=True)
-    audio = channels[:, 0] if channels.shape[1] == 1 else channels.mean(axis=1)
-    if rate == sampling_rate:
-        return audio
-    size = -(-len(audio) * sampling_rate // rate)
-    audio = soxr.resample(audio, rate, sampling_rate, quality="HQ")[:size]
-    return np.pad(audio, (0, size - len(audio)))
+
+def _channels(file) -> tuple[np.ndarray, int]:
+    """Channels (T', C), float32, and their rate in Hz; as transformers reads them. `soundfile.read` seeks first, which makes
+    libsndfile round the samples of an MP3 file in another way."""
+    with soundfile_module().SoundFile(file) as opened:
+        return opened.read(dtype="float32", always_2d=True), opened.samplerate
 
 
 def soundfile_module():

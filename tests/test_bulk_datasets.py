@@ -1,0 +1,217 @@
+"""Bulk tokenization of datasets of the datasets library, and the way back."""
+
+import io
+
+import datasets
+import numpy as np
+import pyarrow
+import pytest
+import soundfile
+import torch
+from bulk_corpus import save_model
+from conftest import tiny_config
+from datasets.fingerprint import Hasher
+
+from wavtokenizer_hf import WavTokenizerModel, audio
+from wavtokenizer_hf.bulk import (
+    AudioDetokenizer,
+    AudioTokenizer,
+    detokenize_dataset,
+    mapping,
+    tokenize_dataset,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny layers gain nothing from threads, and processes that are forked here must not wait for any."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in ((0, "model"), (1, "other")):
+        torch.manual_seed(seed)
+        model = WavTokenizerModel(tiny_config()).eval()
+        with torch.no_grad():
+            latents = model.encode(torch.randn(1, 1, 64 * 16), output_latents=True).latents[0].T
+            model.quantizer.codebook.embed.copy_(latents)
+        save_model(model, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return WavTokenizerModel.from_pretrained(folder / "model").eval()
+
+
+@pytest.fixture(scope="module")
+def sounds():
+    """Ten clips as WAV content, of which the fourth is damaged."""
+    contents = []
+    for number in range(10):
+        buffer = io.BytesIO()
+        values = np.random.default_rng(number).uniform(-0.9, 0.9, 500 + 333 * number).astype(np.float32)
+        soundfile.write(buffer, values, (16000, 24000)[number % 2], subtype="FLOAT", format="WAV")
+        contents.append(buffer.getvalue())
+    contents[3] = b"RIFF and then nothing"
+    return contents
+
+
+@pytest.fixture(scope="module")
+def alone(model, sounds, tmp_path_factory):
+    """The truth: codes of each clip by `audio.load` and `model.encode`; None for the damaged one."""
+    path, codes = tmp_path_factory.mktemp("sounds") / "clip.wav", []
+    for number, content in enumerate(sounds):
+        path.write_bytes(content)
+        with torch.no_grad():
+            waveform = None if number == 3 else torch.from_numpy(audio.load(path))[None, None]
+            codes.append(None if number == 3 else model.encode(waveform).audio_codes[0, 0].tolist())
+    assert len({code for row in codes if row for code in row}) > 20
+    return codes
+
+
+@pytest.fixture
+def dataset(sounds):
+    stored = pyarrow.array(
+        [{"bytes": content, "path": None} for content in sounds],
+        pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]),
+    )
+    # from Arrow: given Python objects, the library would want torchcodec to encode them
+    table = pyarrow.table({"audio": stored, "text": list("abcdefghij")})
+    return datasets.Dataset(table).cast_column("audio", datasets.Audio())
+
+
+def undecoded(dataset):
+    return dataset.cast_column("audio", datasets.Audio(decode=False))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_a_tokenized_dataset_has_the_codes_of_each_clip_alone_and_its_other_columns(
+    folder, dataset, alone, batch_size
+):
+    tokens = tokenize_dataset(dataset, str(folder / "model"), batch_size=batch_size)
+    assert tokens["audio_codes"][:] == alone
+    assert tokens["text"][:] == list("abcdefghij") and "audio" not in tokens.column_names
+    assert tokens.features["audio_codes"].feature.dtype == "uint16"
+    assert tokens[1]["num_samples"] == 833 and tokens[1]["source_sampling_rate"] == 24000
+
+
+def test_a_damaged_sound_becomes_a_row_with_the_reason(folder, dataset):
+    failures = tokenize_dataset(dataset, str(folder / "model"))["failure"][:]
+    assert "Cannot read" in failures[3] and failures[:3] + failures[4:] == [None] * 9
+
+
+def test_the_first_damaged_sound_stops_the_work_when_asked_to(folder, dataset):
+    with pytest.raises(ValueError, match="Cannot read"):
+        tokenize_dataset(dataset, str(folder / "model"), on_error="fail")
+
+
+def test_streams_stay_streams(folder, dataset, alone, model):
+    tokens = tokenize_dataset(dataset.to_iterable_dataset(), str(folder / "model"), batch_size=4)
+    assert isinstance(tokens, datasets.IterableDataset)
+    codes = [row["audio_codes"] for row in tokens]  # arrays: nothing has put them into a table
+    assert [None if row is None else row.tolist() for row in codes] == alone
+    sounds = list(detokenize_dataset(tokens, str(folder / "model")).cast_column("audio", datasets.Audio(decode=False)))
+    assert [row["audio"] is None for row in sounds] == [codes is None for codes in alone]
+
+
+def test_dictionaries_of_splits_are_tokenized_split_by_split(folder, dataset, alone):
+    splits = datasets.DatasetDict(train=dataset, test=dataset.select([5]))
+    tokens = tokenize_dataset(splits, str(folder / "model"))
+    assert tokens["train"]["audio_codes"][:] == alone and tokens["test"]["audio_codes"][:] == [alone[5]]
+
+
+def test_map_takes_the_tokenizer_itself_in_several_processes(folder, dataset, alone):
+    tokenizer = AudioTokenizer(str(folder / "model"))
+    tokens = undecoded(dataset).map(tokenizer, batched=True, with_rank=True, num_proc=2, remove_columns=["audio"])
+    assert tokens["audio_codes"][:] == alone and tokens["text"][:] == list("abcdefghij")
+
+
+def test_arrays_and_paths_are_taken_too(folder, model, alone, sounds, tmp_path):
+    (tmp_path / "clip.wav").write_bytes(sounds[1])
+    array = {"array": audio.load(tmp_path / "clip.wav"), "sampling_rate": 24000}
+    tokenizer = AudioTokenizer(str(folder / "model"), column="sound")
+    assert [
+        codes.tolist() for codes in tokenizer({"sound": [str(tmp_path / "clip.wav"), array, sounds[1]]})["audio_codes"]
+    ] == [alone[1]] * 3
+    unfinished = {"array": np.array([0.1, np.nan], np.float32), "sampling_rate": 24000}
+    assert tokenizer({"sound": [unfinished]})["failure"] == [
+        "The clip holds NaN or infinite samples. Repair or drop it."
+    ]
+
+
+def test_the_fingerprint_stays_after_use_and_tells_models_and_options_apart(folder, dataset):
+    tokenizer = AudioTokenizer(str(folder / "model"))
+    before = Hasher.hash(tokenizer)
+    tokenizer(undecoded(dataset)[:2])
+    assert tokenizer._loaded is not None and Hasher.hash(tokenizer) == before
+    assert Hasher.hash(AudioTokenizer(str(folder / "model"))) == before
+    others = [AudioTokenizer(str(folder / "other")), AudioTokenizer(str(folder / "model"), column="sound")]
+    assert before not in {Hasher.hash(other) for other in others}
+
+
+def test_the_cache_of_datasets_is_hit(folder, dataset, tmp_path, monkeypatch):
+    dataset.save_to_disk(tmp_path / "dataset")
+    first = tokenize_dataset(datasets.load_from_disk(tmp_path / "dataset"), str(folder / "model"))
+
+    def no_more(*arguments):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(mapping.encoding, "encode", no_more)
+    again = tokenize_dataset(datasets.load_from_disk(tmp_path / "dataset"), str(folder / "model"))
+    assert again["audio_codes"][:] == first["audio_codes"][:]
+
+
+def test_a_detokenized_dataset_sounds_as_the_model_decodes_and_has_the_length_of_the_original(
+    folder, dataset, alone, model
+):
+    tokens = tokenize_dataset(dataset, str(folder / "model"))
+    back = detokenize_dataset(tokens, str(folder / "model"))
+    assert isinstance(back.features["audio"], datasets.Audio) and "audio_codes" not in back.column_names
+    for row, codes in zip(undecoded(back), alone, strict=True):
+        if codes is None:
+            assert row["audio"] is None
+            continue
+        values, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
+        with torch.no_grad():
+            expected = model.decode(torch.tensor(codes)[None, None]).audio_values[0, 0].numpy()
+        assert rate == 24000 and len(values) == row["num_samples"]
+        # 16-bit integers; what lies outside [-1, 1] is clipped
+        np.testing.assert_allclose(values, expected[: len(values)].clip(-1, 1), atol=2 / 32768)
+
+
+def test_codes_of_another_codebook_are_refused(folder, dataset):
+    tokens = tokenize_dataset(dataset, str(folder / "model"))
+    with pytest.raises(ValueError, match="made with the codebook"):
+        detokenize_dataset(tokens, str(folder / "other"))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda dataset: dataset, {"column": "sound"}, "no column 'sound' in the dataset, which has audio, text"),
+        (lambda dataset: dataset.rename_column("text", "duration"), {}, "has a column 'duration' already"),
+        (lambda dataset: dataset.to_iterable_dataset(), {"num_proc": 2}, "num_proc=2 for an IterableDataset"),
+        (lambda dataset: dataset, {"on_error": "ignore"}, "on_error='ignore'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(folder, dataset, change, options, message):
+    with pytest.raises(ValueError, match=message):
+        tokenize_dataset(change(dataset), str(folder / "model"), **options)
+
+
+def test_a_device_is_chosen_by_rank(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [mapping.encoding.default_device(rank) for rank in (0, 3, 4)] == ["cuda:0", "cuda:3", "cuda:0"]
+
+
+def test_the_way_back_needs_nothing_but_codes(folder, model):
+    codes = np.arange(10, dtype=np.uint16)
+    (sound,) = AudioDetokenizer(str(folder / "model"))({"audio_codes": [codes]})["audio"]
+    assert soundfile.info(io.BytesIO(sound["bytes"])).frames == 160

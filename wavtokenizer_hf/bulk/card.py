@@ -1,0 +1,62 @@
+"""The dataset card that lies beside the parts."""
+
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .output import Settings, Summary
+
+MARK = "<!-- written anew by `wavtokenizer tokenize` for as long as this line is here -->"
+
+MEANINGS = {
+    "id": "names the clip in its source",
+    "audio_codes": "one code for each started {hop_length} samples, each in [0, {codebook_size})",
+    "num_samples": "of the clip at {sampling_rate} Hz; cut decoded audio to it",
+    "duration": "seconds",
+    "source_sampling_rate": "Hz of the sound before it was resampled",
+    "source_channels": "of the sound before they were averaged to one",
+    "codebook_fingerprint": "of the codebook that the codes belong to",
+}
+
+
+def card(settings: "Settings", schema, total: "Summary", complete: bool) -> str:
+    """The text of README.md."""
+    facts = vars(settings)
+    rows = [
+        f"| `{field.name}` | {field.type} | {MEANINGS.get(field.name, 'carried along from the source').format(**facts)} |"
+        for field in schema
+    ]
+    hours = total.num_samples / settings.sampling_rate / 3600
+    peak = "" if settings.peak_dbfs is None else f", each clip scaled to a peak of {settings.peak_dbfs:g} dBFS"
+    revision = "" if settings.revision is None else f" at revision `{settings.revision}`"
+    return f"""---
+configs:
+- config_name: default
+  data_files: data/*.parquet
+tags:
+- audio
+- audio-tokens
+- wavtokenizer
+---
+{MARK}
+
+# WavTokenizer tokens
+
+{"" if complete else "**Not complete yet.** "}{total.num_clips:,} clips, {hours:,.2f} hours, {total.num_codes:,} codes of [WavTokenizer](https://arxiv.org/abs/2408.16532);
+{total.num_failures:,} clips failed and are listed with their reasons in `failures.jsonl`.
+
+Made of `{settings.source}` with the model `{settings.model}`{revision}{peak}: {settings.sampling_rate / settings.hop_length:g} codes per second, codebook
+fingerprint `{settings.codebook_fingerprint}`. Codes of one model are noise to any other; the fingerprint tells them apart.
+
+| column | type | |
+|---|---|---|
+{chr(10).join(rows)}
+
+```python
+from datasets import load_dataset
+from wavtokenizer_hf.bulk import detokenize_dataset
+
+tokens = load_dataset("path/or/name", split="train")
+sounds = detokenize_dataset(tokens, "{settings.model}")  # refuses a model with another codebook
+```
+"""

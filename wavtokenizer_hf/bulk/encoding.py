@@ -1,0 +1,270 @@
+"""The work itself, the same whatever drives it: sound is read in threads ahead of the model, and encoded in micro-batches."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from .. import audio
+from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
+from ..modeling_wavtokenizer import WavTokenizerEncoderModel
+
+
+WINDOW = 4
+"""Micro-batches among which clips are sorted by length; as much sound again is read ahead of them. More waste less padding
+and hold more memory."""
+
+
+@dataclass
+class Tokens:
+    """The codes of one clip, and what they were made of."""
+
+    audio_codes: np.ndarray  # (L,) uint16
+    num_samples: int  # of the clip at the model's sampling rate; the last code may cover more
+    source_sampling_rate: int  # Hz
+    source_channels: int
+
+
+@dataclass
+class Failure:
+    """Why a clip has no codes."""
+
+    reason: str
+
+
+def load_encoder(
+    model: str, revision: str | None = None, device: str | torch.device | None = None
+) -> tuple[WavTokenizerEncoderModel, WavTokenizerFeatureExtractor]:
+    """Loads the encoder of a model, and the feature extractor beside it, which may scale clips to a peak.
+
+    Args:
+        model: name on the Hub, or folder.
+        revision: branch, tag or commit on the Hub.
+        device: default: a GPU if there is one.
+
+    Raises:
+        ValueError: it cannot be loaded, lacks tensors, has codes that 16 bits cannot hold; or there is no such device.
+    """
+    try:
+        encoder, info = WavTokenizerEncoderModel.from_pretrained(
+            model, revision=revision or "main", output_loading_info=True
+        )
+        feature_extractor = WavTokenizerFeatureExtractor.from_pretrained(model, revision=revision or "main")
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"Cannot load the model {model!r}: {error}") from error
+    if info["missing_keys"]:  # transformers would fill them with random numbers
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(f"The model {model!r} lacks {len(info['missing_keys'])} tensors, such as {missing}.")
+    config = encoder.config
+    if config.codebook_size > np.iinfo(np.uint16).max + 1:
+        raise ValueError(
+            f"Got a codebook of {config.codebook_size} entries, expected at most 65,536: codes are uint16."
+        )
+    if feature_extractor.sampling_rate != config.sampling_rate:
+        raise ValueError(
+            f"The model {model!r} is for {config.sampling_rate} Hz, and its preprocessor_config.json says "
+            f"{feature_extractor.sampling_rate} Hz. Correct the wrong one."
+        )
+    try:
+        return encoder.eval().to(device or default_device()), feature_extractor
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without that device
+        raise ValueError(f"Cannot use the device {device!r}: {error}") from error
+
+
+def default_device(rank: int = 0) -> str:
+    """The GPU of that number, counted around if there are fewer, or the CPU."""
+    return f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+
+
+def read_sound(value: Any, sampling_rate: int) -> audio.Sound:
+    """
+    Mono sound of whatever a source gives: a path, the content of a sound file, or a row of an Audio column.
+
+    Raises:
+        ValueError: it is not sound, holds no samples, or holds NaN or infinite ones.
+        OSError: its file cannot be read.
+    """
+    encoded = getattr(value, "_hf_encoded", None)  # what the decoder objects of the datasets library are made of
+    value = value if encoded is None else encoded
+    if isinstance(value, dict) and value.get("array") is not None:
+        samples = np.asarray(value["array"], dtype=np.float32)
+        if samples.ndim != 1 or samples.size == 0:
+            raise ValueError(f"Got an array of shape {samples.shape}, expected mono audio (T,) with a sample or more.")
+        rate = value["sampling_rate"]
+        sound = audio.Sound(audio.mono(samples[:, None], rate, sampling_rate), rate, 1)
+    else:
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if not isinstance(value, (str, os.PathLike, bytes)):
+            raise ValueError(
+                f"Got {type(value).__name__} as sound, expected a path, bytes, or a row of an Audio column."
+            )
+        sound = audio.decode(value, sampling_rate)
+    if not np.isfinite(sound.audio).all():
+        raise ValueError("The clip holds NaN or infinite samples. Repair or drop it.")
+    return sound
+
+
+def encode(
+    encoder: WavTokenizerEncoderModel,
+    feature_extractor: WavTokenizerFeatureExtractor,
+    waveforms: Sequence[np.ndarray],
+    batch_seconds: float,
+) -> list[np.ndarray | Failure]:
+    """
+    Codes (L,), uint16, of each clip (T,), encoded in micro-batches of clips of like lengths.
+
+    A batch for which a GPU has too little memory is halved; a clip for which it has too little fails.
+    """
+    results: list[np.ndarray | Failure] = [Failure("not encoded")] * len(waveforms)
+    budget = batch_seconds * encoder.config.sampling_rate
+    batches = micro_batches([len(waveform) for waveform in waveforms], budget)
+    while batches:
+        batch = batches.pop()
+        try:
+            codes = _encode_batch(encoder, feature_extractor, [waveforms[place] for place in batch])
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            if len(batch) == 1:
+                results[batch[0]] = Failure(f"The device has too little memory for the clip: {error}")
+            else:
+                batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+            continue
+        for place, clip_codes in zip(batch, codes, strict=True):
+            results[place] = clip_codes
+    return results
+
+
+def micro_batches(lengths: Sequence[int], budget: float) -> list[list[int]]:
+    """
+    Places of clips, sorted by length and cut so that a batch, padded to its longest clip, stays within the budget.
+
+    A clip that is longer than the budget is a batch by itself.
+    """
+    batches: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:  # the first is the longest
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches
+
+
+@torch.inference_mode()
+def _encode_batch(encoder, feature_extractor, waveforms: list[np.ndarray]) -> list[np.ndarray]:
+    inputs = feature_extractor(waveforms, sampling_rate=encoder.config.sampling_rate, return_tensors="pt")
+    encoded = encoder.encode(**inputs.to(encoder.device))
+    codes, mask = encoded.audio_codes[:, 0].cpu().numpy(), encoded.audio_codes_mask[:, 0].cpu().numpy()
+    return [row[real].astype(np.uint16) for row, real in zip(codes, mask, strict=True)]
+
+
+def tokenize_clips(
+    encoder: WavTokenizerEncoderModel,
+    feature_extractor: WavTokenizerFeatureExtractor,
+    read: Sequence[Callable[[], Any]],
+    batch_seconds: float,
+    num_readers: int,
+) -> Iterator[list[Tokens | Failure]]:
+    """
+    Codes of clips, in the order of `read`, a window of them at a time.
+
+    Args:
+        read: gives the sound of each clip, as `read_sound` takes it. What it raises as ValueError or OSError is the reason
+            of that clip's failure.
+        batch_seconds: of sound in a micro-batch.
+        num_readers: threads that read, decode and resample ahead of the model.
+    """
+    sampling_rate = encoder.config.sampling_rate
+    limit = WINDOW * batch_seconds * sampling_rate
+
+    def read_one(get: Callable[[], Any]) -> audio.Sound | Failure:
+        try:
+            return read_sound(get(), sampling_rate)
+        except (ValueError, OSError) as error:
+            return Failure(" ".join(str(error).split()))
+
+    window, size = [], 0
+    with _Ahead(read_one, read, limit, num_readers) as sounds:
+        for sound in sounds:
+            window.append(sound)
+            size += _size(sound)
+            if size >= limit:
+                yield _encode_window(encoder, feature_extractor, window, batch_seconds)
+                window, size = [], 0
+    if window:
+        yield _encode_window(encoder, feature_extractor, window, batch_seconds)
+
+
+def _encode_window(encoder, feature_extractor, window, batch_seconds: float) -> list[Tokens | Failure]:
+    good = [sound for sound in window if isinstance(sound, audio.Sound)]
+    codes = iter(encode(encoder, feature_extractor, [sound.audio for sound in good], batch_seconds))
+    results = []
+    for sound in window:
+        result = next(codes) if isinstance(sound, audio.Sound) else sound
+        if not isinstance(result, Failure):
+            result = Tokens(result, len(sound.audio), sound.source_sampling_rate, sound.source_channels)
+        results.append(result)
+    return results
+
+
+def _size(sound: audio.Sound | Failure) -> int:
+    return 0 if isinstance(sound, Failure) else len(sound.audio)
+
+
+class _Ahead:
+    """Iterates over `work(job)` of each job, in order; threads compute it ahead, until `limit` samples wait to be taken.
+
+    Decoding and resampling leave Python's lock to others, so threads do.
+    """
+
+    def __init__(self, work: Callable, jobs: Sequence, limit: float, num_threads: int):
+        self._work, self._jobs, self._limit = work, jobs, limit
+        self._changed = threading.Condition()
+        self._next, self._waiting, self._closed = 0, 0, False
+        self._results: dict[int, Any] = {}
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(num_threads)]
+
+    def __enter__(self) -> "_Ahead":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                # places are taken in order, so what the reader waits for is never behind what waits for the reader
+                self._changed.wait_for(lambda: self._waiting < self._limit or self._closed)
+                if self._closed or self._next == len(self._jobs):
+                    return
+                place, self._next = self._next, self._next + 1
+            try:
+                result = self._work(self._jobs[place])
+            except BaseException as error:  # goes to whoever takes the result
+                result = error
+            with self._changed:
+                self._results[place] = result
+                self._waiting += 0 if isinstance(result, BaseException) else _size(result)
+                self._changed.notify_all()
+
+    def __iter__(self) -> Iterator:
+        for place in range(len(self._jobs)):
+            with self._changed:
+                self._changed.wait_for(lambda place=place: place in self._results)
+                result = self._results.pop(place)
+                self._waiting -= 0 if isinstance(result, BaseException) else _size(result)
+                self._changed.notify_all()
+            if isinstance(result, BaseException):
+                raise result
+            yield result

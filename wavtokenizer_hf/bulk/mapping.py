@@ -1,0 +1,275 @@
+"""For those who have a dataset of the datasets library: tokens of its sounds, and sounds of its tokens."""
+
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import audio
+from ..configuration_wavtokenizer import WavTokenizerConfig
+from ..modeling_wavtokenizer import WavTokenizerModel
+from . import encoding
+from .encoding import Failure
+from .extra import library
+from .sources import check_column
+from .work import num_cores
+
+
+class _Mapped:
+    """What `datasets.Dataset.map` calls: small when pickled, with a model of its own in each process.
+
+    The fingerprint that `map` caches by is made of the pickled object, so it names the weights: by the commit of a model from
+    the Hub, by its codebook in a folder.
+    """
+
+    def __init__(self, model: str, revision: str | None, device: str | None):
+        config = WavTokenizerConfig.from_pretrained(model, revision=revision or "main")
+        self.model = str(model)
+        self.revision = getattr(config, "_commit_hash", None) or revision
+        self.codebook_fingerprint = config.codebook_fingerprint
+        self.sampling_rate = config.sampling_rate
+        self.device = device
+        self._loaded = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}
+
+    def _ready(self, rank: int | None):
+        """The model of this process, loaded when it is first needed."""
+        if self._loaded is None:
+            if _in_child() and not torch.cuda.is_available():
+                # `map` does not say how many processes there are; as many threads in each make them up to 30 times as slow
+                torch.set_num_threads(1)
+            self._loaded = self._load(self.device or encoding.default_device(rank or 0))
+        return self._loaded
+
+    def _load(self, device: str):
+        raise NotImplementedError
+
+
+def _in_child() -> bool:
+    """Whether this is a process of `map(num_proc=...)`, which uses multiprocess, or of multiprocessing."""
+    return parent_process() is not None or library("multiprocess").parent_process() is not None
+
+
+class AudioTokenizer(_Mapped):
+    """
+    Tokens of sounds: `dataset.map(AudioTokenizer("org/wavtokenizer-75"), batched=True, with_rank=True, num_proc=2)`.
+
+    Gives for each row `audio_codes` (list of uint16), `num_samples`, `duration` (seconds), `source_sampling_rate`,
+    `source_channels`, `codebook_fingerprint` and `failure`: the reason why a sound could not be read, and then no codes.
+    `tokenize_dataset` is the comfortable way to this.
+
+    Args:
+        model: name on the Hub, or folder.
+        revision: branch, tag or commit on the Hub; it is resolved here, once.
+        column: of the sounds: an Audio column, decoded or not, or paths.
+        device: default: the GPU of the process's number, or the CPU.
+        batch_seconds: of sound that are encoded at once.
+        on_error: `"record"`, or `"fail"` to raise ValueError at the first sound that cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        revision: str | None = None,
+        column: str = "audio",
+        device: str | None = None,
+        batch_seconds: float = 120,
+        on_error: str = "record",
+    ):
+        if on_error not in ("record", "fail"):
+            raise ValueError(f"Got on_error={on_error!r}, expected 'record' or 'fail'.")
+        super().__init__(model, revision, device)
+        self.column, self.batch_seconds, self.on_error = column, batch_seconds, on_error
+
+    def _load(self, device: str):
+        return encoding.load_encoder(self.model, self.revision, device)
+
+    def __call__(self, batch: dict[str, Sequence], rank: int | None = None) -> dict[str, list]:
+        encoder, feature_extractor = self._ready(rank)
+        sounds = batch[self.column]
+        read = [partial(sounds.__getitem__, place) for place in range(len(sounds))]
+        num_readers = 1 if _in_child() else num_cores()
+        windows = encoding.tokenize_clips(encoder, feature_extractor, read, self.batch_seconds, num_readers)
+        rows = [self._row(result, encoder.codebook_fingerprint) for window in windows for result in window]
+        return {name: [row[name] for row in rows] for name in _features()}
+
+    def _row(self, result, codebook_fingerprint: str) -> dict[str, Any]:
+        if isinstance(result, Failure):
+            if self.on_error == "fail":
+                raise ValueError(result.reason)
+            return {**dict.fromkeys(_features()), "failure": result.reason}
+        return {
+            "audio_codes": result.audio_codes,
+            "num_samples": result.num_samples,
+            "duration": result.num_samples / self.sampling_rate,
+            "source_sampling_rate": result.source_sampling_rate,
+            "source_channels": result.source_channels,
+            "codebook_fingerprint": codebook_fingerprint,
+            "failure": None,
+        }
+
+
+def _features() -> dict[str, Any]:
+    """Columns that AudioTokenizer gives, with the types of the datasets library."""
+    datasets = library("datasets")
+    types = {
+        "num_samples": "int64",
+        "duration": "float64",
+        "source_sampling_rate": "int32",
+        "source_channels": "int16",
+        "codebook_fingerprint": "string",
+        "failure": "string",
+    }
+    codes = datasets.Features.from_arrow_schema(
+        library("pyarrow").schema([("audio_codes", library("pyarrow").list_(library("pyarrow").uint16()))])
+    )
+    return {**codes, **{name: datasets.Value(dtype) for name, dtype in types.items()}}
+
+
+def tokenize_dataset(
+    dataset,
+    model: str,
+    *,
+    revision: str | None = None,
+    column: str = "audio",
+    device: str | None = None,
+    batch_seconds: float = 120,
+    batch_size: int = 100,
+    num_proc: int | None = None,
+    on_error: str = "record",
+):
+    """
+    The dataset with tokens in the place of its sounds.
+
+    Sounds are decoded here and not by the dataset, so that one that is damaged becomes a row with the reason in `failure`
+    and no codes. Other columns are carried along. An `IterableDataset` stays one: it is tokenized as it is read.
+
+    Args:
+        dataset: `datasets.Dataset`, `IterableDataset`, or a dictionary of either.
+        model, revision, column, device, batch_seconds, on_error: as for `AudioTokenizer`.
+        batch_size: rows that are taken at once.
+        num_proc: processes, each with a model of its own; not for an `IterableDataset`. With GPUs they have to be spawned:
+            `multiprocess.set_start_method("spawn")`.
+
+    Raises:
+        ValueError: there is no such column, or the dataset has columns of the names that the tokens get; the model cannot be
+            loaded; a sound cannot be read, with `on_error="fail"`.
+    """
+    datasets = library("datasets")
+    function = AudioTokenizer(model, revision, column, device, batch_seconds, on_error)
+    return _map(dataset, function, column, _features(), batch_size, num_proc, {column: datasets.Audio(decode=False)})
+
+
+class AudioDetokenizer(_Mapped):
+    """
+    Sounds of tokens, the way back of `AudioTokenizer`: gives a column `audio`, each a FLAC file of 16 bits.
+
+    Codes of another codebook are refused, if the rows say of which they are. Where a row has `num_samples`, its sound is
+    cut to it. A row without codes gets no sound.
+
+    Args:
+        model, revision, device: as for `AudioTokenizer`.
+        column: of the codes.
+    """
+
+    def __init__(
+        self, model: str, revision: str | None = None, column: str = "audio_codes", device: str | None = None
+    ):
+        super().__init__(model, revision, device)
+        self.column = column
+
+    def _load(self, device: str):
+        model, info = WavTokenizerModel.from_pretrained(
+            self.model, revision=self.revision or "main", output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"The model {self.model!r} lacks tensors, such as {sorted(info['missing_keys'])[0]}.")
+        return model.eval().to(device)
+
+    def __call__(self, batch: dict[str, Sequence], rank: int | None = None) -> dict[str, list]:
+        model = self._ready(rank)
+        for fingerprint in set(batch.get("codebook_fingerprint", ())) - {None}:
+            model.check_codebook_fingerprint(fingerprint)
+        rows = list(batch[self.column])
+        lengths = batch["num_samples"] if "num_samples" in batch else [None] * len(rows)
+        return {"audio": [self._sound(model, codes, length) for codes, length in zip(rows, lengths, strict=True)]}
+
+    @torch.inference_mode()
+    def _sound(self, model: WavTokenizerModel, codes, num_samples: int | None) -> dict[str, Any] | None:
+        if codes is None:
+            return None
+        audio_codes = torch.from_numpy(np.asarray(codes).astype(np.int64))[None, None].to(model.device)
+        values = model.decode(audio_codes).audio_values[0, 0, :num_samples]
+        with tempfile.TemporaryDirectory() as folder:
+            path = audio.save(Path(folder, "clip.flac"), values, model.config.sampling_rate)
+            return {"bytes": path.read_bytes(), "path": None}
+
+
+def detokenize_dataset(
+    dataset,
+    model: str,
+    *,
+    revision: str | None = None,
+    column: str = "audio_codes",
+    device: str | None = None,
+    batch_size: int = 100,
+    num_proc: int | None = None,
+):
+    """
+    The dataset with sounds, in an Audio column `audio` at the model's sampling rate, in the place of its tokens.
+
+    Args:
+        dataset: what `tokenize_dataset` gave, or the output folder of `tokenize` as `datasets.load_dataset` reads it.
+        model, revision, column, device: as for `AudioDetokenizer`.
+        batch_size, num_proc: as for `tokenize_dataset`.
+
+    Raises:
+        ValueError: there is no such column, or an `audio` already; the codes are of another codebook; the model cannot be
+            loaded.
+    """
+    datasets = library("datasets")
+    function = AudioDetokenizer(model, revision, column, device)
+    audio_feature = datasets.Audio(sampling_rate=function.sampling_rate)
+    # as bytes first: what goes into an Audio column as a Python object is encoded anew by torchcodec
+    added = {"audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}}
+    sounds = _map(dataset, function, column, added, batch_size, num_proc, {})
+    if isinstance(sounds, dict):
+        return type(sounds)({name: part.cast_column("audio", audio_feature) for name, part in sounds.items()})
+    return sounds.cast_column("audio", audio_feature)
+
+
+def _map(dataset, function: _Mapped, column: str, added: dict, batch_size: int, num_proc: int | None, casts: dict):
+    """`dataset.map` in batches; `column` goes and `added` come, whatever kind of dataset it is."""
+    if isinstance(dataset, dict):
+        one = partial(_map, function=function, column=column, added=added, batch_size=batch_size)
+        return type(dataset)({name: one(part, num_proc=num_proc, casts=casts) for name, part in dataset.items()})
+    streaming = isinstance(dataset, library("datasets").IterableDataset)
+    if streaming and num_proc is not None:
+        raise ValueError(
+            f"Got num_proc={num_proc} for an IterableDataset, which is read in one process. Leave it out."
+        )
+    features = dataset.features or dataset._resolve_features().features  # a stream may not know its own yet
+    check_column(list(features), column, "the dataset")
+    taken = sorted((set(features) - {column}) & set(added))
+    if taken:
+        raise ValueError(f"The dataset has a column {taken[0]!r} already. Rename or remove it.")
+    for name, feature in casts.items():
+        if isinstance(features[name], type(feature)):
+            dataset = dataset.cast_column(name, feature)
+    kept = {name: feature for name, feature in features.items() if name != column}
+    options = {} if streaming else {"with_rank": True, "num_proc": num_proc}
+    return dataset.map(
+        function,
+        batched=True,
+        batch_size=batch_size,
+        remove_columns=[column],
+        features=type(features)({**kept, **added}),
+        **options,
+    )

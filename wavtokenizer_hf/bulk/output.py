@@ -1,0 +1,325 @@
+"""The output folder. What is finished is told by the finished parts themselves, so there is no state that could disagree.
+
+    manifest.json      what the parts were made with, and totals
+    data/part-….parquet  rows of clips; in the schema's metadata the settings, and the clips of this part that failed
+    failures.jsonl     the failed clips of all parts, each with its reason
+    README.md          the dataset card
+
+A part holds the clips, or the failures, of one group of items, and appears in one step. It is named after their ids.
+"""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from .encoding import Failure, Tokens
+from .extra import library
+
+
+FORMAT = 1  # of the folder; another number is refused
+METADATA = b"wavtokenizer"  # key in the schema's metadata
+OWN_COLUMNS = (
+    "id", "audio_codes", "num_samples", "duration", "source_sampling_rate", "source_channels", "codebook_fingerprint",
+)  # fmt: skip
+
+
+@dataclass
+class Settings:
+    """What the rows depend on. A folder holds rows of one kind only."""
+
+    source: str
+    column: str | None
+    dataset_config: str | None
+    dataset_revision: str | None
+    split: str
+    model: str
+    revision: str | None  # the commit, for a model from the Hub
+    codebook_fingerprint: str
+    codebook_size: int
+    hop_length: int
+    sampling_rate: int
+    peak_dbfs: float | None
+    columns: dict[str, str]  # carried along: name -> type
+    format: int = FORMAT
+
+
+@dataclass
+class Summary:
+    """What became of the clips of a part, or of several."""
+
+    num_clips: int = 0
+    num_failures: int = 0
+    num_samples: int = 0
+    num_codes: int = 0
+
+    def __add__(self, other: "Summary") -> "Summary":
+        return Summary(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+def part_name(ids: Sequence[str]) -> str:
+    """The same for the same clips, so that a part that is made again replaces itself."""
+    return f"part-{hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:20]}.parquet"
+
+
+class Output:
+    """
+    An output folder of this kind of rows.
+
+    Args:
+        folder: new, empty, or begun with the same settings.
+        settings: what the rows are made with.
+        schema: of the carried columns.
+        shard: index and number of shards, of which this process makes one.
+    """
+
+    def __init__(self, folder: str | os.PathLike, settings: Settings, schema, shard: tuple[int, int] = (0, 1)):
+        self.folder, self.settings, self.shard = Path(folder), settings, shard
+        self.schema = _schema(settings, schema)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Opening
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def open(self) -> Iterator["Output"]:
+        """
+        Checks or begins the folder, and keeps other runs of the same shard out until it is left.
+
+        Raises:
+            ValueError: the folder is of another run, or something else.
+            OSError: another process works on it, or it cannot be written.
+        """
+        filelock = library("filelock")
+
+        manifest = self.folder / "manifest.json"
+        if not manifest.exists() and self.folder.is_dir():
+            strange = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+            if strange and strange != ["data"]:
+                raise ValueError(
+                    f"The folder {self.folder} holds {strange[0]} and no manifest.json, so it is not of a run of this "
+                    "command. Name a new or an empty folder."
+                )
+        (self.folder / "data").mkdir(parents=True, exist_ok=True)
+        index, number = self.shard
+        lock = filelock.FileLock(self.folder / f".shard-{index}-of-{number}.lock")
+        try:
+            with lock.acquire(timeout=0):
+                self._refuse_other_shards()
+                for leftover in (self.folder / "data").glob(f".{self._tag}-*.partial"):  # of a run that was killed
+                    leftover.unlink(missing_ok=True)
+                with self._alone():
+                    if manifest.exists():
+                        self._compare(manifest)
+                    else:
+                        self._write_manifest(Summary(), complete=False)
+                yield self
+        except filelock.Timeout as error:
+            raise OSError(
+                f"Another process is at work on shard {index} of {number} in {self.folder}. Wait for it, or end it."
+            ) from error
+
+    @property
+    def _tag(self) -> str:
+        return f"shard-{self.shard[0]}-of-{self.shard[1]}"
+
+    def _alone(self):
+        """Among the shards that work on this folder."""
+        return library("filelock").FileLock(self.folder / ".folder.lock", timeout=600)
+
+    def _refuse_other_shards(self) -> None:
+        """Shards of n and of m overlap, and would make clips twice."""
+        filelock = library("filelock")
+
+        for path in self.folder.glob(".shard-*.lock"):
+            number = path.stem.rsplit("-", 1)[1]
+            if number == str(self.shard[1]):
+                continue
+            try:
+                with filelock.FileLock(path, timeout=0):
+                    pass
+            except filelock.Timeout as error:
+                raise OSError(
+                    f"A process is at work in {self.folder} on one of {number} shards, and this one would be one of "
+                    f"{self.shard[1]}: they would overlap. Wait for it, or take the same number."
+                ) from error
+
+    def _compare(self, manifest: Path) -> None:
+        try:
+            before = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{manifest} is damaged: {error}. Name another folder.") from error
+        for name, value in asdict(self.settings).items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"The folder {self.folder} was made with {name} {before.get(name)!r}, and this run has {value!r}. Run it "
+                    "as before, or name another folder."
+                )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Parts
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def finished(self) -> tuple[set[str], dict[str, str], Summary]:
+        """
+        Ids of the clips that have rows, reasons of those that failed, and totals, over the parts of all shards.
+
+        Raises:
+            ValueError: a part is damaged, of other settings, or there are two rows of one clip.
+        """
+        pyarrow, parquet = library("pyarrow"), library("pyarrow.parquet")
+
+        done, failures, total = set(), {}, Summary()
+        for path in sorted((self.folder / "data").glob("*.parquet")):
+            try:
+                with parquet.ParquetFile(path) as file:
+                    part = json.loads(file.schema_arrow.metadata[METADATA])
+                    ids = file.read(columns=["id"])["id"].to_pylist()
+            except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is damaged ({error}). Delete it, and run again to make it anew.") from error
+            if part["settings"] != asdict(self.settings):
+                raise ValueError(
+                    f"{path} was made with other settings than {self.folder / 'manifest.json'}. Move it away."
+                )
+            if not done.isdisjoint(ids):
+                twice = sorted(done.intersection(ids))[0]
+                raise ValueError(f"{path} holds {twice!r}, which another part holds too. Delete one of them.")
+            done.update(ids)
+            failures.update(part["failures"])
+            total += Summary(**part["summary"])
+        failures = {id: reason for id, reason in sorted(failures.items()) if id not in done}  # else it went well later
+        total.num_failures = len(failures)
+        return done, failures, total
+
+    def write_part(self, ids: Sequence[str], tokens: Sequence[Tokens | Failure], carried: Sequence[dict]) -> Summary:
+        """
+        Writes the part of these clips, in their order.
+
+        Args:
+            ids: of all clips of the part.
+            tokens: what became of each.
+            carried: the carried columns of each.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk. What is finished stays as it is.
+        """
+        pyarrow, parquet = library("pyarrow"), library("pyarrow.parquet")
+
+        good = [place for place, result in enumerate(tokens) if isinstance(result, Tokens)]
+        failures = {ids[place]: result.reason for place, result in enumerate(tokens) if isinstance(result, Failure)}
+        rows = [tokens[place] for place in good]
+        num_samples = [row.num_samples for row in rows]
+        summary = Summary(len(rows), len(failures), sum(num_samples), sum(len(row.audio_codes) for row in rows))
+        codes = np.concatenate([row.audio_codes for row in rows]) if rows else np.zeros(0, np.uint16)
+        offsets = np.cumsum([0, *(len(row.audio_codes) for row in rows)])
+        columns: dict[str, Any] = {
+            "id": [ids[place] for place in good],
+            "audio_codes": pyarrow.ListArray.from_arrays(
+                pyarrow.array(offsets, pyarrow.int32()), pyarrow.array(codes)
+            ),
+            "num_samples": num_samples,
+            "duration": [count / self.settings.sampling_rate for count in num_samples],
+            "source_sampling_rate": [row.source_sampling_rate for row in rows],
+            "source_channels": [row.source_channels for row in rows],
+            "codebook_fingerprint": [self.settings.codebook_fingerprint] * len(rows),
+            **{name: [carried[place].get(name) for place in good] for name in self.settings.columns},
+        }
+        part = {"settings": asdict(self.settings), "failures": failures, "summary": asdict(summary)}
+        schema = self.schema.with_metadata({**(self.schema.metadata or {}), METADATA: json.dumps(part)})
+        try:
+            table = pyarrow.table(columns, schema=schema)
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"The carried columns do not have the types {self.settings.columns}: {error}") from error
+        with self._replaced(self.folder / "data" / part_name(ids)) as partial:
+            parquet.write_table(table, partial, compression="zstd", row_group_size=10_000)
+        return summary
+
+    @contextmanager
+    def _replaced(self, path: Path) -> Iterator[Path]:
+        """A name to write to; then the file is on disk, and only then it takes the place of `path`."""
+        partial = path.with_name(f".{self._tag}-{socket.gethostname()}-{os.getpid()}-{path.name}.partial")
+        try:
+            yield partial
+            _sync(partial)
+            os.replace(partial, path)
+            _sync(path.parent)
+        except OSError as error:
+            raise OSError(
+                f"Cannot write {path}: {error}. What is finished stays valid; run again to go on."
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What is read by people and by load_dataset
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def summarize(self, all_ids: Iterable[str] | None = None) -> tuple[Summary, dict[str, str]]:
+        """Writes manifest.json, failures.jsonl and README.md anew; gives the totals, and the failures with their reasons.
+
+        `all_ids` are those of the whole source; if all of them have rows or failed, the manifest says "complete".
+        """
+        from .card import MARK, card
+
+        with self._alone():
+            done, failures, total = self.finished()
+            complete = all_ids is not None and all(id in done or id in failures for id in all_ids)
+            lines = [json.dumps({"id": id, "reason": reason}, ensure_ascii=False) for id, reason in failures.items()]
+            self._write_text("failures.jsonl", "".join(line + "\n" for line in lines))
+            readme = self.folder / "README.md"
+            if not readme.exists() or MARK in readme.read_text(encoding="utf-8"):
+                self._write_text("README.md", card(self.settings, self.schema, total, complete))
+            self._write_manifest(total, complete)
+        return total, failures
+
+    def _write_manifest(self, total: Summary, complete: bool) -> None:
+        manifest = {
+            "settings": asdict(self.settings),
+            "complete": complete,
+            **asdict(total),
+            "hours": total.num_samples / self.settings.sampling_rate / 3600,
+            "written_by": f"wavtokenizer_hf {__version__}",
+        }
+        self._write_text("manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+
+    def _write_text(self, name: str, text: str) -> None:
+        with self._replaced(self.folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+
+def _schema(settings: Settings, carried):
+    """Own columns, then the carried ones."""
+    pyarrow = library("pyarrow")
+    own = [
+        ("id", pyarrow.string()),
+        ("audio_codes", pyarrow.list_(pyarrow.uint16())),
+        ("num_samples", pyarrow.int64()),
+        ("duration", pyarrow.float64()),
+        ("source_sampling_rate", pyarrow.int32()),
+        ("source_channels", pyarrow.int16()),
+        ("codebook_fingerprint", pyarrow.string()),
+    ]
+    assert tuple(name for name, _ in own) == OWN_COLUMNS
+    schema = pyarrow.schema([*own, *((field.name, field.type) for field in carried)])
+    if b"huggingface" not in (carried.metadata or {}):
+        return schema
+    features = library("datasets").Features  # of a dataset: what the numbers of a ClassLabel mean, for example
+    return features({**features.from_arrow_schema(schema), **features.from_arrow_schema(carried)}).arrow_schema
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

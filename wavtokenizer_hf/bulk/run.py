@@ -1,0 +1,217 @@
+"""A corpus in, Parquet of tokens out, resumable."""
+
+import hashlib
+import math
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import encoding, hub, processes, ray_engine
+from .extra import library
+from .output import Output, Settings, Summary
+from .progress import Progress
+from .sources import open_source
+from .work import Job, num_cores
+
+
+SUMMARY_SECONDS = 600  # between two versions of manifest.json and failures.jsonl while a run goes on
+ENGINES = ("processes", "ray")
+
+
+@dataclass
+class Result:
+    """What lies in the folder after a run.
+
+    Args:
+        total: of all clips in the folder, of all shards and runs.
+        failures: clip -> reason, likewise.
+        done_now: what this run did.
+        seconds: that this run took.
+        sampling_rate: Hz of the samples that are counted.
+    """
+
+    total: Summary
+    failures: dict[str, str]
+    done_now: Summary
+    seconds: float
+    sampling_rate: int
+
+
+def tokenize(
+    source: str | os.PathLike | Any,
+    model: str,
+    output: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    column: str | None = None,
+    dataset_config: str | None = None,
+    split: str = "train",
+    dataset_revision: str | None = None,
+    device: str | None = None,
+    engine: str = "processes",
+    ray_address: str | None = None,
+    num_processes: int | None = None,
+    num_readers: int | None = None,
+    batch_seconds: float = 120,
+    part_size: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+    on_error: str = "record",
+    retry_failed: bool = False,
+    push_to_hub: str | None = None,
+    progress: bool = False,
+) -> Result:
+    """
+    Encodes every clip of a source into a folder of Parquet parts, going on where an earlier run ended.
+
+    The rows do not depend on the number of processes, batches, the engine, or how often the work was interrupted. What is
+    finished is never lost or made twice; clips that were added to the source since are picked up.
+
+    Args:
+        source, column, dataset_config, split, dataset_revision: the clips, see `sources.open_source`.
+        model: name on the Hub, or folder. Its preprocessor_config.json may ask for a peak level, as Apertus 1.5 does.
+        output: a folder, new or of an earlier run with the same source and model.
+        revision: of the model on the Hub.
+        device: default: each process has the GPU of its number, or the CPU.
+        engine: `"processes"` on this machine, or `"ray"`.
+        ray_address: of a Ray cluster, all of whose machines see source and output under the same names; default: Ray is
+            started on this machine.
+        num_processes: with a model each. Default: one for each GPU, or one for two processors; with Ray: two. They are
+            spawned, so a script that asks for several needs `if __name__ == "__main__":`.
+        num_readers: threads in each process that read, decode and resample ahead of the model; default: its share of the
+            processors.
+        batch_seconds: of sound, padding included, that are encoded at once. Memory grows with it.
+        part_size: clips in a part; what a crash costs is at most one part for each process. Default: 2000, or fewer if there
+            would be less than four parts for each process.
+        shard: `(i, n)`: do only the i-th of n shards of the clips, i from 0; all of them may write to one folder at once.
+        on_error: `"record"` lists a clip that fails and goes on, `"fail"` stops at the first.
+        retry_failed: try clips again that failed in an earlier run.
+        push_to_hub: name of a dataset on the Hub to which the folder is uploaded in the end.
+        progress: shows how far it is, on standard error.
+
+    Raises:
+        ValueError: bad arguments, no clips, a model that cannot be loaded, a folder of other settings, a clip that failed
+            with `on_error="fail"`.
+        OSError: something cannot be read or written; ChildProcessError, which is one, if a worker was killed.
+        ImportError: a package of the extra `bulk` (or `ray`) is missing.
+    """
+    started = time.monotonic()
+    _check(engine, num_processes, num_readers, batch_seconds, part_size, shard, on_error)
+    library("soundfile"), library("soxr"), library("pyarrow")  # or every clip would fail
+    is_path = isinstance(source, (str, os.PathLike))
+    if is_path and Path(output).resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(
+            f"The output {output} lies in the source {source}, whose Parquet it would become. Name another."
+        )
+    encoder, feature_extractor = encoding.load_encoder(model, revision, "cpu")
+    commit = getattr(encoder.config, "_commit_hash", None)
+    clips = open_source(source, column, dataset_config, split, dataset_revision)
+    settings = Settings(
+        source=os.fspath(source) if is_path else f"datasets.Dataset {source._fingerprint}",
+        column=column,
+        dataset_config=dataset_config,
+        dataset_revision=dataset_revision,
+        split=split,
+        model=str(model),
+        revision=commit,
+        codebook_fingerprint=encoder.codebook_fingerprint,
+        codebook_size=encoder.config.codebook_size,
+        hop_length=encoder.config.hop_length,
+        sampling_rate=encoder.config.sampling_rate,
+        peak_dbfs=feature_extractor.peak_dbfs,
+        columns={field.name: str(field.type) for field in clips.schema},
+    )
+    del encoder
+    if push_to_hub is not None:
+        hub.prepare(push_to_hub)
+    with Output(output, settings, clips.schema, shard).open() as folder:
+        done, failures, _ = folder.finished()
+        if not retry_failed:
+            done |= failures.keys()
+        items = [item for item in clips.items if in_shard(item.id, shard)]
+        to_do = [item for item in items if item.id not in done]
+        num_processes = num_processes or (2 if engine == "ray" else _default_processes(device))
+        part_size = part_size or min(2000, max(50, math.ceil(len(to_do) / (4 * num_processes))))
+        parts = [to_do[start : start + part_size] for start in range(0, len(to_do), part_size)]
+        num_processes = max(1, min(num_processes, len(parts)))
+        cores = max(1, num_cores() // num_processes)
+        job = Job(
+            source=clips.without_items(),
+            output=folder,
+            model=str(model),
+            revision=commit or revision,
+            device=device,
+            batch_seconds=batch_seconds,
+            num_readers=num_readers or cores,
+            num_threads=cores if num_processes > 1 or engine == "ray" else None,
+            stop_at_failure=on_error == "fail",
+        )
+        watch = Progress(len(to_do), settings.sampling_rate, progress)
+        report = _Summaries(folder, watch)
+        try:
+            if engine == "ray":
+                ray_engine.run(job, parts, report, num_processes, ray_address)
+            elif num_processes == 1:
+                processes.run_here(job, parts, report)
+            else:
+                processes.run_in_processes(job, parts, report, num_processes)
+        except BaseException:
+            watch.close()
+            _try_to_summarize(folder)
+            raise
+        watch.close()
+        total, failures = folder.summarize(item.id for item in clips.items)
+        if push_to_hub is not None:
+            hub.push(folder.folder, push_to_hub)
+    return Result(total, failures, watch.total, time.monotonic() - started, settings.sampling_rate)
+
+
+def in_shard(id: str, shard: tuple[int, int]) -> bool:
+    """Whether a clip belongs to the shard: by its id, so that clips that are added move no other one."""
+    index, number = shard
+    return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "big") % number == index
+
+
+class _Summaries:
+    """Passes reports on, and renews manifest.json and failures.jsonl now and then."""
+
+    def __init__(self, folder: Output, watch: Progress):
+        self.folder, self.watch, self.last = folder, watch, time.monotonic()
+
+    def __call__(self, summary: Summary) -> None:
+        self.watch(summary)
+        if time.monotonic() - self.last >= SUMMARY_SECONDS:
+            self.folder.summarize()
+            self.last = time.monotonic()
+
+
+def _try_to_summarize(folder: Output) -> None:
+    """After an error, which is what the user should hear of, and not of what it led to."""
+    with suppress(OSError, ValueError):
+        folder.summarize()
+
+
+def _default_processes(device: str | None) -> int:
+    if device is None and torch.cuda.is_available():
+        return torch.cuda.device_count()
+    # two threads in one process are as fast as two processes (benchmarks/README.md), and one model is less memory than two
+    return max(1, num_cores() // 2) if device in (None, "cpu") else 1
+
+
+def _check(engine, num_processes, num_readers, batch_seconds, part_size, shard, on_error) -> None:
+    if engine not in ENGINES:
+        raise ValueError(f"Got the engine {engine!r}, expected one of {', '.join(ENGINES)}.")
+    if on_error not in ("record", "fail"):
+        raise ValueError(f"Got on_error={on_error!r}, expected 'record' or 'fail'.")
+    for name, value in (("num_processes", num_processes), ("num_readers", num_readers), ("part_size", part_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"Got {name}={value}, expected at least 1.")
+    if not 0 < batch_seconds < math.inf:
+        raise ValueError(f"Got batch_seconds={batch_seconds}, expected more than 0.")
+    index, number = shard
+    if not 0 <= index < number:
+        raise ValueError(f"Got the shard {index}/{number}, expected i/n with i from 0 to n - 1.")

@@ -1,0 +1,414 @@
+"""Where clips come from: folders, globs, list files, Parquet, tar shards, datasets of the datasets library.
+
+A source lists its clips first, each with an id and the place where it lies; workers then read each by its place.
+"""
+
+import csv
+import glob
+import json
+import os
+import tarfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import audio
+from .extra import library
+from .output import OWN_COLUMNS
+
+
+LISTS = (".txt", ".csv", ".jsonl")
+PATH_COLUMNS = ("audio", "path", "file_name")  # of a list file, where none is named
+
+
+@dataclass(frozen=True)
+class Item:
+    """One clip: its id, the same in every run over the same source, and where the source finds it."""
+
+    id: str
+    place: Any
+
+
+class Source:
+    """Clips. `schema` (of pyarrow) is of the columns that are carried along; `items` are the clips in a fixed order."""
+
+    schema: Any
+    items: Sequence[Item]
+
+    def sound(self, place: Any) -> Any:
+        """What `read_sound` takes. Raises ValueError or OSError if it cannot be read."""
+        raise NotImplementedError
+
+    def carried(self, place: Any) -> dict[str, Any]:
+        """The carried columns of a clip."""
+        raise NotImplementedError
+
+    def without_items(self) -> "Source":
+        """For workers, which are told the places of their clips."""
+        worker = object.__new__(type(self))
+        worker.__dict__.update(self.__dict__, items=())
+        return worker
+
+
+def open_source(
+    source: str | os.PathLike | Any,
+    column: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+) -> Source:
+    """
+    Args:
+        source: a folder of sound files, of tar shards or of Parquet; a glob of such files; a list file (.txt with a path a
+            line; .csv or .jsonl with a column of paths, others are carried along; paths are relative to the list); a
+            folder of `Dataset.save_to_disk`; the name of a dataset on the Hub; a `datasets.Dataset`.
+        column: of the sound, or of the paths in a list; default: `audio`, and in lists also `path` or `file_name`.
+        config, split, revision: of a dataset on the Hub or on disk.
+
+    Raises:
+        ValueError: there is no such source, no clip in it, no such column; columns with names of the output's own; or an
+            id twice.
+        OSError: a folder or file cannot be read.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        opened = Dataset(source, column or "audio")
+    else:
+        opened = _open_path(str(source), column, config, split, revision)
+    if not opened.items:
+        raise ValueError(
+            f"Found no sound in {source}, expected files that end in {', '.join(audio.SUFFIXES)}, tar shards, Parquet, or a "
+            "list or dataset of them."
+        )
+    taken = sorted(set(opened.schema.names) & set(OWN_COLUMNS))
+    if taken:
+        raise ValueError(
+            f"The source has a column {taken[0]!r}, which is a name of the output's own. Rename it in the source."
+        )
+    ids = set()
+    for item in opened.items:
+        try:
+            item.id.encode()
+        except UnicodeEncodeError as error:  # a file's name may be any bytes, and text in Parquet may not
+            raise ValueError(f"The name {item.id!r} is not UTF-8. Rename the file.") from error
+        if item.id in ids:
+            raise ValueError(f"The id {item.id!r} names two clips of {source}. Each clip needs an id of its own.")
+        ids.add(item.id)
+    return opened
+
+
+def _open_path(source: str, column: str | None, config: str | None, split: str, revision: str | None) -> Source:
+    path = Path(source)
+    if path.is_dir():
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return Dataset(_from_disk(path, split), column or "audio")
+        files, base = _walk(path), path
+    elif path.is_file() and path.suffix.lower() in LISTS:
+        return _list_file(path, column)
+    elif path.is_file():
+        files, base = [source], path.parent
+    elif glob.has_magic(source):
+        files = sorted(file for file in glob.glob(source, recursive=True) if os.path.isfile(file))
+        base = Path(_before_magic(source))
+    elif path.is_absolute() or source.startswith(".") or source.count("/") > 1 or path.suffix.lower() in _KNOWN:
+        raise FileNotFoundError(f"There is no file or folder {source}.")
+    else:
+        return Dataset(_from_hub(source, config, split, revision), column or "audio")
+    return _of_files(files, base, source, column or "audio")
+
+
+def _of_files(files: list[str], base: Path, source: str, column: str) -> Source:
+    """By the endings of the files, of which only one kind may be there."""
+    kinds = {
+        "sound files": [file for file in files if file.lower().endswith(audio.SUFFIXES)],
+        "tar shards": [file for file in files if file.lower().endswith(".tar")],
+        "Parquet": [file for file in files if file.lower().endswith(".parquet")],
+    }
+    found = [kind for kind, of_kind in kinds.items() if of_kind]
+    if len(found) > 1:
+        raise ValueError(f"{source} holds {' and '.join(found)}. Say which by a glob, for example '{base}/**/*.tar'.")
+    if kinds["tar shards"]:
+        return TarShards(kinds["tar shards"], base)
+    if kinds["Parquet"]:
+        return Parquet(kinds["Parquet"], base, column)
+    names = [_relative(file, base) for file in kinds["sound files"]]
+    return Files([Item(name, (file, {})) for name, file in zip(names, kinds["sound files"], strict=True)])
+
+
+_KNOWN = (*audio.SUFFIXES, *LISTS, ".tar", ".parquet")
+
+
+def _walk(folder: Path) -> list[str]:
+    def refuse(error: OSError):
+        raise error
+
+    files = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders.sort()
+        files += [os.path.join(parent, name) for name in sorted(names)]
+    return files
+
+
+def _relative(file: str, base: Path) -> str:
+    return Path(os.path.relpath(file, base)).as_posix()
+
+
+def _before_magic(pattern: str) -> str:
+    """The folders of a glob before its first wildcard."""
+    parts = Path(pattern).parts
+    fixed = [part for part, so_far in zip(parts, _beginnings(parts), strict=True) if not glob.has_magic(so_far)]
+    return os.path.join(*fixed) if fixed else "."
+
+
+def _beginnings(parts: tuple[str, ...]) -> list[str]:
+    return [os.path.join(*parts[: index + 1]) for index in range(len(parts))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files, and lists of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Files(Source):
+    """Sound files; a place is a path and the carried columns."""
+
+    def __init__(self, items: list[Item], schema=None):
+        self.items = items
+        self.schema = library("pyarrow").schema([]) if schema is None else schema
+
+    def sound(self, place: tuple[str, dict]) -> str:
+        return place[0]
+
+    def carried(self, place: tuple[str, dict]) -> dict[str, Any]:
+        return place[1]
+
+
+def _list_file(path: Path, column: str | None) -> Files:
+    pyarrow = library("pyarrow")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            if path.suffix.lower() == ".txt":
+                rows, column = [{"audio": line.strip()} for line in file if line.strip()], "audio"
+            elif path.suffix.lower() == ".csv":
+                rows = list(csv.DictReader(file))
+            else:
+                rows = [json.loads(line) for line in file if line.strip()]
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are
+        raise ValueError(f"Cannot read the list {path}: {error}") from error
+    names = list(dict.fromkeys(name for row in rows for name in row)) if all(isinstance(r, dict) for r in rows) else []
+    if rows and column is None:
+        column = next((name for name in PATH_COLUMNS if name in names), None)
+    if rows and (column not in names or None in names):
+        raise ValueError(
+            f"The list {path} has the columns {names}, expected one of paths: {', '.join(PATH_COLUMNS)}, or another that you "
+            "name as the column."
+        )
+    id_column = "id" if "id" in names else column
+    items = []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.get(column), str) or row.get(id_column) is None:
+            raise ValueError(f"Row {number} of {path} has no text in {column!r} or nothing in {id_column!r}.")
+        carried = {name: row.get(name) for name in names if name not in (column, "id")}
+        items.append(Item(str(row[id_column]), (str(path.parent / row[column]), carried)))
+    carried_names = [name for name in names if name not in (column, "id")]
+    try:
+        table = pyarrow.Table.from_pylist([item.place[1] for item in items], schema=None) if carried_names else None
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"The columns of {path} are not of one type each: {error}") from error
+    fields = [] if table is None else [_typed(table.schema.field(name)) for name in carried_names]
+    return Files(items, pyarrow.schema(fields))
+
+
+def _typed(field):
+    """A column of nothing but nulls becomes one of text."""
+    pyarrow = library("pyarrow")
+    return field.with_type(pyarrow.string()) if pyarrow.types.is_null(field.type) else field
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tar shards
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TarShards(Source):
+    """Tar files of WebDataset's form: members of one name before the first dot belong together.
+
+    A place is the shard, the sound's (offset, size) and those of the other members by their ending, which are carried along
+    as text. Members are found by reading the headers once; nothing is unpacked.
+    """
+
+    def __init__(self, shards: list[str], base: Path):
+        pyarrow = library("pyarrow")
+        self.items, endings = [], set()
+        for shard in shards:
+            for key, members in self._samples(shard).items():
+                sounds = [ending for ending in members if f".{ending.lower()}".endswith(audio.SUFFIXES)]
+                if len(sounds) > 1:
+                    raise ValueError(
+                        f"{shard} holds several sounds for {key!r}: {sounds}. Expected one for each name."
+                    )
+                if not sounds:
+                    continue
+                sound = members.pop(sounds[0])
+                endings.update(members)
+                self.items.append(Item(f"{_relative(shard, base)}/{key}", (shard, sound, members)))
+        self.schema = pyarrow.schema([(ending, pyarrow.string()) for ending in sorted(endings)])
+
+    @staticmethod
+    def _samples(shard: str) -> dict[str, dict[str, tuple[int, int]]]:
+        samples: dict[str, dict[str, tuple[int, int]]] = {}
+        try:
+            with tarfile.open(shard, "r:") as file:
+                for member in file:
+                    folder, name = os.path.split(member.name)
+                    key, _, ending = name.partition(".")
+                    if member.isfile() and key:
+                        sample = samples.setdefault(os.path.join(folder, key), {})
+                        if ending in sample:
+                            raise ValueError(f"{shard} holds {member.name!r} twice.")
+                        sample[ending] = (member.offset_data, member.size)
+        except tarfile.TarError as error:
+            raise ValueError(
+                f"Cannot read the shard {shard}: {error}. Expected a plain tar, not compressed."
+            ) from error
+        return samples
+
+    @staticmethod
+    def _content(shard: str, place: tuple[int, int]) -> bytes:
+        with open(shard, "rb") as file:
+            file.seek(place[0])
+            content = file.read(place[1])
+        if len(content) < place[1]:
+            raise ValueError(f"{shard} ends within this clip. The shard may be damaged.")
+        return content
+
+    def sound(self, place) -> bytes:
+        return self._content(place[0], place[1])
+
+    def carried(self, place) -> dict[str, Any]:
+        return {name: self._content(place[0], where).decode(errors="replace") for name, where in place[2].items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Parquet(Source):
+    """Parquet files with a column of sound: an Audio column (`bytes` or `path`), bytes, or paths relative to the file.
+
+    A place is (file, row group, row in it). A reader holds one row group at a time.
+    """
+
+    def __init__(self, files: list[str], base: Path, column: str):
+        parquet, pyarrow = library("pyarrow.parquet"), library("pyarrow")
+        self.column, self.items, schema = column, [], None
+        self._lock, self._held = threading.Lock(), (None, None)
+        for file in files:
+            try:
+                with parquet.ParquetFile(file) as opened:
+                    own = opened.schema_arrow.remove_metadata()
+                    sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+                    check_column(own.names, column, file)
+                    ids = opened.read(columns=["id"])["id"].to_pylist() if "id" in own.names else None
+            except pyarrow.ArrowException as error:
+                raise ValueError(f"Cannot read {file} as Parquet: {error}") from error
+            if schema is not None and own != schema:
+                raise ValueError(f"{file} has other columns than {files[0]}: {own.names}, expected {schema.names}.")
+            schema, number = own, 0
+            for group, size in enumerate(sizes):
+                for row in range(size):
+                    id = f"{_relative(file, base)}/{number}" if ids is None else _id(ids[number], file)
+                    self.items.append(Item(id, (file, group, row)))
+                    number += 1
+        self.schema = pyarrow.schema([_typed(field) for field in schema if field.name not in (column, "id")])
+
+    def __getstate__(self):
+        return {**self.__dict__, "_lock": None, "_held": (None, None)}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def _row(self, place: tuple[str, int, int], names: list[str]) -> dict[str, Any]:
+        file, group, row = place
+        with self._lock:
+            if self._held[0] != (file, group):
+                with library("pyarrow.parquet").ParquetFile(file) as opened:
+                    self._held = ((file, group), opened.read_row_group(group))
+            table = self._held[1]
+        return table.select(names).slice(row, 1).to_pylist()[0]
+
+    def sound(self, place: tuple[str, int, int]) -> Any:
+        return _from_folder(self._row(place, [self.column])[self.column], os.path.dirname(place[0]))
+
+    def carried(self, place: tuple[str, int, int]) -> dict[str, Any]:
+        return self._row(place, self.schema.names)
+
+
+class Dataset(Source):
+    """A `datasets.Dataset`, read as it is stored: nothing is decoded by it. A place is a row's number."""
+
+    def __init__(self, dataset, column: str):
+        library("datasets")
+        check_column(dataset.column_names, column, "the dataset")
+        ids = [_id(id, "the dataset") for id in dataset["id"]] if "id" in dataset.column_names else None
+        self.items = [Item(f"{row:09d}" if ids is None else ids[row], row) for row in range(len(dataset))]
+        self.column, self.dataset = column, dataset.with_format("arrow")
+        kept = {name: feature for name, feature in dataset.features.items() if name not in (column, "id")}
+        self.schema = type(dataset.features)(kept).arrow_schema
+
+    def sound(self, place: int) -> Any:
+        return self.dataset.select_columns([self.column])[place].to_pylist()[0][self.column]
+
+    def carried(self, place: int) -> dict[str, Any]:
+        if not self.schema.names:
+            return {}
+        return self.dataset.select_columns(self.schema.names)[place].to_pylist()[0]
+
+
+def check_column(names: list[str], column: str, where: str) -> None:
+    if column not in names:
+        raise ValueError(
+            f"There is no column {column!r} in {where}, which has {', '.join(names)}. Name the one of sound."
+        )
+
+
+def _id(value: Any, where: str) -> str:
+    if value is None:
+        raise ValueError(f"A row of {where} has nothing in the column 'id'. Fill it, or rename the column.")
+    return str(value)
+
+
+def _from_folder(value: Any, folder: str) -> Any:
+    """Paths that are relative to a folder, from there."""
+    if isinstance(value, str):
+        return os.path.join(folder, value)
+    if isinstance(value, dict) and value.get("bytes") is None and isinstance(value.get("path"), str):
+        return os.path.join(folder, value["path"])
+    return value
+
+
+def _from_disk(path: Path, split: str):
+    datasets = library("datasets")
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"Cannot read {path} as a dataset on disk: {error}") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise ValueError(
+                f"The dataset {path} has the splits {', '.join(dataset)}, and no {split!r}. Name one of them."
+            )
+        return dataset[split]
+    return dataset
+
+
+def _from_hub(name: str, config: str | None, split: str, revision: str | None):
+    datasets = library("datasets")
+    try:
+        return datasets.load_dataset(name, config, split=split, revision=revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"There is no file or folder {name}, and it cannot be loaded as a dataset of the Hub either: {error}"
+        ) from error

@@ -1,0 +1,96 @@
+"""One part after another: what each worker process does, whichever engine drives it."""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from . import encoding
+from .encoding import Failure
+from .output import Output, Summary
+from .sources import Item, Source
+
+
+@dataclass
+class Job:
+    """What a worker has to know; it travels to other processes and machines.
+
+    Args:
+        source: the clips, without their list.
+        output: the folder, which every worker must see under this name.
+        model, revision: what is loaded.
+        device: default: a GPU by the worker's rank, or the CPU.
+        batch_seconds: of sound in a micro-batch.
+        num_readers: threads of a worker that read and decode.
+        num_threads: of torch in a worker; None leaves them alone.
+        stop_at_failure: the first clip that fails ends the work.
+    """
+
+    source: Source
+    output: Output
+    model: str
+    revision: str | None
+    device: str | None
+    batch_seconds: float
+    num_readers: int
+    num_threads: int | None
+    stop_at_failure: bool
+
+
+class Worker:
+    """Holds the model of one process, and makes parts."""
+
+    def __init__(self, job: Job, rank: int = 0):
+        if job.num_threads is not None:
+            # as many as there are cores in each of several processes make them up to 30 times as slow
+            torch.set_num_threads(job.num_threads)
+        self.job = job
+        device = job.device or encoding.default_device(rank)
+        self.encoder, self.feature_extractor = encoding.load_encoder(job.model, job.revision, device)
+        if self.encoder.codebook_fingerprint != job.output.settings.codebook_fingerprint:
+            raise ValueError(
+                f"The model {job.model!r} has the codebook {self.encoder.codebook_fingerprint} here, and "
+                f"{job.output.settings.codebook_fingerprint} where the work began. It changed meanwhile; begin anew."
+            )
+
+    def make_part(self, items: Sequence[Item], report: Callable[[Summary], None] = lambda summary: None) -> None:
+        """
+        Encodes these clips and writes their part; tells `report` of each window of them when it is encoded.
+
+        Raises:
+            ValueError: a clip failed, if that is to end the work.
+            OSError: the part cannot be written.
+        """
+        job, results = self.job, []
+        carried: list[dict[str, Any]] = [{} for _ in items]
+
+        def read(number: int) -> Any:
+            carried[number] = job.source.carried(items[number].place)
+            return job.source.sound(items[number].place)
+
+        reads = [partial(read, number) for number in range(len(items))]
+        windows = encoding.tokenize_clips(
+            self.encoder, self.feature_extractor, reads, job.batch_seconds, job.num_readers
+        )
+        with closing(windows):  # ends its threads, whatever ends this
+            for window in windows:
+                summary = Summary()
+                for item, result in zip(items[len(results) :], window, strict=False):
+                    if isinstance(result, Failure):
+                        if job.stop_at_failure:
+                            raise ValueError(f"{item.id}: {result.reason}")
+                        summary.num_failures += 1
+                    else:
+                        summary += Summary(1, 0, result.num_samples, len(result.audio_codes))
+                results += window
+                report(summary)
+        job.output.write_part([item.id for item in items], results, carried)
+
+
+def num_cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
