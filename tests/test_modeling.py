@@ -600,3 +600,12 @@ def test_an_encoder_says_that_it_cannot_decode():
 def test_a_shape_that_is_no_wavtokenizer_is_refused(changes, message):
     with pytest.raises(Exception, match=message):  # huggingface_hub wraps the ValueError in its own class
         tiny_config(**changes)
+
+
+def test_codes_are_the_same_with_and_without_gradients(models, rate):
+    torch.manual_seed(0)
+    audio = 0.1 * torch.randn(1, 1, 24000)
+    with torch.enable_grad():
+        codes = models(rate).encode(audio).audio_codes
+    with torch.inference_mode():
+        assert torch.equal(codes, models(rate).encode(audio).audio_codes)

@@ -614,6 +614,11 @@ class WavTokenizerPreTrainedModel(PreTrainedAudioTokenizerBase):
             init.copy_(module.embed_avg, module.embed)
 
 
+def _gradients_for(latents: bool) -> torch.set_grad_enabled:
+    """Codes have no gradient, so they are computed without, and the same, whether the caller is training or not."""
+    return torch.set_grad_enabled(latents and torch.is_grad_enabled())
+
+
 def _one_by_one(audio: torch.Tensor) -> bool:
     # From about half a second on, a CPU is faster with one row after the other than with all together, which its caches
     # do not hold (benchmarks/README.md); and each row gets, to the last bit, what it gets alone. Shorter rows go together,
@@ -668,7 +673,8 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
         """
         audio, rows = self._read_audio(input_values, padding_mask)
         chunk_size = self._chunk_size(chunk_seconds, audio)
-        latents, audio_codes = self._encode_rows(audio, rows, output_latents, chunk_size)
+        with _gradients_for(output_latents):
+            latents, audio_codes = self._encode_rows(audio, rows, output_latents, chunk_size)
         return self._output(WavTokenizerEncoderOutput, latents, audio_codes, rows)
 
     def forward(
@@ -887,7 +893,8 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         audio, rows = self.encoder_model._read_audio(input_values, padding_mask)
         self._check_bandwidth_id(bandwidth_id)
         chunk_size = self.encoder_model._chunk_size(None, audio)
-        latents, audio_codes = self.encoder_model._encode_rows(audio, rows, output_latents, chunk_size)
+        with _gradients_for(output_latents):
+            latents, audio_codes = self.encoder_model._encode_rows(audio, rows, output_latents, chunk_size)
         frames = None if rows is None else rows.frames(self.config.hop_length)
         audio_values = self._decode_rows(audio_codes, frames, bandwidth_id)[..., : input_values.shape[-1]]
         if rows is not None:
