@@ -983,7 +983,8 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
 
     def _window(self, window_seconds: float, overlap_seconds: float) -> tuple[int, int]:
         """Seconds -> frames of a window and of an overlap."""
-        size, overlap = (round(seconds * self.config.frame_rate) for seconds in (window_seconds, overlap_seconds))
+        both = (window_seconds, overlap_seconds)
+        size, overlap = (round(seconds * self.config.frame_rate) if math.isfinite(seconds) else -1 for seconds in both)
         if size < 1 or overlap < 0 or 2 * overlap > size:
             raise ValueError(
                 f"Got window_seconds={window_seconds} and overlap_seconds={overlap_seconds}, expected a window of at least "
