@@ -301,6 +301,15 @@ def test_a_stream_of_codes_refuses_and_can_go_on(tiny_model, codes, message):
         stream.flush()
 
 
+def test_an_overlap_of_half_a_window_may_fall_between_two_codes(tiny_model):
+    codes = some_codes(60)
+    halves, fewer = (
+        tiny_model.decode(codes, window_seconds=15 / RATE, overlap_seconds=overlap / RATE).audio_values
+        for overlap in (7.5, 7)
+    )
+    assert torch.equal(halves, fewer)
+
+
 def test_a_stream_of_codes_refuses_a_bandwidth_id_that_the_model_lacks(tiny_model):
     with pytest.raises(ValueError, match="bandwidth_id=4"):
         DecodeStream(tiny_model, bandwidth_id=4)
