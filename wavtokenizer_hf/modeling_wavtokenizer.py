@@ -839,7 +839,7 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         bandwidth_id: int = 0,
         audio_codes_mask: torch.Tensor | None = None,
         window_seconds: float | None = None,
-        overlap_seconds: float = 1.0,
+        overlap_seconds: float = 0.25,
     ) -> WavTokenizerDecoderOutput:
         r"""
         Codes to audio. A row of a padded batch gets the audio that it gets alone.

@@ -77,7 +77,7 @@ def _add_sound(parser: argparse.ArgumentParser) -> None:
         "--overlap-seconds",
         type=float,
         metavar="SECONDS",
-        help="what a window has in common with the next; default 1, or a third of the window if that is less",
+        help="what a window has in common with the next; default 0.25, or a third of the window if that is less",
     )
 
 
@@ -208,7 +208,7 @@ def _windows(arguments, model, live: bool):
         return Windows(seconds=0, overlap_seconds=0, above_seconds=math.inf)
     above_seconds = 0 if live or seconds is not None else WHOLE_SECONDS
     seconds = (3.0 if live else 10.0) if seconds is None else seconds
-    overlap = min(1.0, seconds / 3) if overlap is None else overlap
+    overlap = min(0.25, seconds / 3) if overlap is None else overlap
     if not (math.isfinite(seconds) and math.isfinite(overlap)):
         raise ValueError(f"Got a window of {seconds} s and an overlap of {overlap} s, expected finite numbers.")
     DecodeStream(model, seconds, overlap)  # raises
