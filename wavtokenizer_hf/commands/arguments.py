@@ -5,6 +5,9 @@ import json
 from collections.abc import Callable
 
 
+MODEL_HELP = "name on the Hub, or folder; bundled: the small model that comes with this package, for a first try"
+
+
 def add_command(commands, name: str, run: Callable, help: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
     parser.add_argument("--json", action="store_true", help="print results as JSON, one object a line")
@@ -13,7 +16,7 @@ def add_command(commands, name: str, run: Callable, help: str) -> argparse.Argum
 
 
 def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument("-m", "--model", required=required, help="name on the Hub, or folder")
+    parser.add_argument("-m", "--model", required=required, help=MODEL_HELP)
     parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
     parser.add_argument(
@@ -48,13 +51,20 @@ def from_pretrained(model_class, name: str, **arguments):
     from safetensors import SafetensorError
 
     try:
-        model, info = model_class.from_pretrained(name, output_loading_info=True, **arguments)
+        model, info = model_class.from_pretrained(find_model(name), output_loading_info=True, **arguments)
     except (OSError, SafetensorError, RuntimeError) as error:  # damaged files, and not every message names the model
         raise ValueError(f"Cannot load the model {name!r}: {error}") from error
     if info["missing_keys"]:  # transformers would fill them with random numbers
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(f"The model {name!r} lacks {len(info['missing_keys'])} tensors, such as {missing}.")
     return model
+
+
+def find_model(name: str) -> str:
+    """`bundled` -> where that is; any other name as it came."""
+    from .. import bundled_model
+
+    return str(bundled_model()) if name == "bundled" else name
 
 
 def print_facts(facts: dict, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from .arguments import add_command, from_pretrained, print_facts
 
 def add(commands) -> None:
     info = add_command(commands, "info", _info, "what a model, or a token file, is")
-    info.add_argument("source", help="name or folder of a model, or a token file (.safetensors, .json)")
+    info.add_argument("source", help="name or folder of a model, bundled, or a token file (.safetensors, .json)")
 
 
 def _info(arguments) -> int:

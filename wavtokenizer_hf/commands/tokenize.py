@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from .arguments import add_command, print_facts
+from .arguments import MODEL_HELP, add_command, find_model, print_facts
 
 
 def add(commands) -> None:
@@ -19,7 +19,7 @@ def add(commands) -> None:
         help="a folder of sound files, tar shards or Parquet, or a glob of them in quotes; a list of paths (.txt, or .csv or "
         ".jsonl with further columns); a dataset on disk, or its name on the Hub",
     )
-    tokenize.add_argument("-m", "--model", required=True, help="name on the Hub, or folder")
+    tokenize.add_argument("-m", "--model", required=True, help=MODEL_HELP)
     tokenize.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
     tokenize.add_argument("-o", "--output", required=True, help="folder, new or of an earlier run")
     tokenize.add_argument(
@@ -72,7 +72,7 @@ def _tokenize(arguments) -> int:
     }
     result = tokenize(
         arguments.source,
-        arguments.model,
+        find_model(arguments.model),
         arguments.output,
         shard=(int(index), int(number)),
         progress=True,
