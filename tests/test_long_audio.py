@@ -1,6 +1,7 @@
 """Long and live audio: chunks and streams give the codes of the whole; windows of codes fade into each other."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import wavtokenizer_hf.modeling_wavtokenizer as modeling
+from wavtokenizer_hf.audio import load
 from wavtokenizer_hf.long_audio import DecodeStream, EncodeStream
 
 
@@ -72,6 +74,45 @@ def test_chunks_give_the_codes_of_the_whole_at_full_size(models, rate):
         torch.testing.assert_close(chunked.latents, expected, atol=1e-5, rtol=0)
         assert torch.equal(chunked.audio_codes, models(rate).quantizer.encode(expected))
         assert len(chunked.audio_codes.unique()) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["speech", "noise", "tones"])
+def test_five_minutes_have_the_same_codes_in_chunks_and_streams_of_any_size(models, rate, kind):
+    rng = np.random.default_rng(0)
+    audio = torch.from_numpy(five_minutes(kind, rng))
+    model = models(rate)
+    latents = whole(model, audio[None, None])[0].T
+    expected = model.quantizer.encode(latents.T[None])[0, 0]
+    found = {
+        f"chunks of {seconds:g} s": model.encode(audio[None, None], chunk_seconds=seconds).audio_codes[0, 0]
+        for seconds in (0.5, 3, 10, 60)
+    }
+    stream, cuts = EncodeStream(model), np.sort(rng.integers(0, len(audio), 200))
+    pieces = [stream.push(torch.from_numpy(piece)) for piece in np.split(audio.numpy(), cuts)]
+    found["stream"] = torch.cat([*pieces, stream.flush()])
+    for name, codes in found.items():
+        differ = codes != expected
+        nearest = torch.cdist(latents[differ].double(), model.quantizer.codebook.embed.double()).topk(2, largest=False)
+        margins = 1 - nearest.values[:, 0] / nearest.values[:, 1]
+        print(f"{rate} tokens/s, {kind}, {name}: {int(differ.sum())} of {len(expected)} codes differ")
+        assert (margins < 1e-6).all(), name  # float32 cannot tell which of the two entries is nearer
+    assert len(expected.unique()) > 100
+
+
+def five_minutes(kind: str, rng: np.random.Generator) -> np.ndarray:
+    """Five minutes at 24 kHz, (T,) float32."""
+    length = 300 * 24000
+    if kind == "noise":
+        return (0.1 * rng.standard_normal(length)).astype(np.float32)
+    if kind == "tones":  # a new chord of three every half a second
+        frequencies = np.repeat(rng.uniform(80, 8000, (600, 3)), 12000, axis=0)
+        return (0.1 * np.sin(2 * np.pi * np.cumsum(frequencies, axis=0) / 24000).sum(1)).astype(np.float32)
+    speech = load(Path(__file__).parent.parent / "examples" / "speech.flac")
+    takes = []  # the same sentences, each time at another level over another noise
+    while sum(map(len, takes)) < length:
+        takes.append(speech * rng.uniform(0.1, 1) + 0.003 * rng.standard_normal(len(speech)))
+    return np.concatenate(takes)[:length].astype(np.float32)
 
 
 @pytest.mark.parametrize("seconds", [0.02, 1.0])
