@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import TINY, tiny_settings, train_by_plain_descent, write_clips
 from transformers import AutoFeatureExtractor, AutoModel
@@ -186,6 +187,18 @@ def test_accumulated_batches_give_the_gradients_and_codebook_of_one(tmp_path):
         state.critics_optimizer = torch.optim.SGD(state.critics.parameters(), 1e-3)
         train_step(state, parts)
         results.append({**state.model.state_dict(), **state.critics.state_dict()})
+@pytest.mark.parametrize("name", ["ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"])
+def test_a_step_is_what_the_settings_say_whatever_accelerate_was_configured_to(name, tmp_path, sound, monkeypatch):
+    steps = []
+    for value in (None, {"ACCELERATE_MIXED_PRECISION": "bf16"}.get(name, "4")):
+        if value:
+            monkeypatch.setenv(name, value)  # as `accelerate config` and the options of `accelerate launch` do
+        AcceleratorState._reset_state(reset_partial_state=True)
+        steps.append(train_step(started(tiny_settings(tmp_path, mel_only_steps=0)), [sound]))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert steps[0] == steps[1]
+
+
     for name, tensor in results[0].items():
         torch.testing.assert_close(tensor, results[1][name], rtol=1e-4, atol=1e-5)  # sums in another order
 

@@ -96,7 +96,8 @@ def build(settings: Settings) -> State:
     # the codebook, the only buffer, agrees over workers by its own sums; nothing has to be broadcast at every pass
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     # unless it is told that there is nothing but CPUs, accelerate takes each process that torchrun started for the only one
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=handlers)
+    # the settings say what is computed in bfloat16, and not what accelerate was once configured to
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=handlers)
     torch.manual_seed(derived_seed(settings.seed, "weights"))
     model = _load_model(settings.model) if settings.model else WavTokenizerModel(_new_config(settings.config))
     for module in model.modules():

@@ -152,7 +152,8 @@ def train_step(state: State, batches: list[torch.Tensor]) -> dict[str, float]:
                 losses |= _judge(state, audio, made_audio, bandwidth_id)
             loss = total(losses, settings.loss_weights)
             _note(figures, "loss", losses | {"total": loss}, len(batches))
-            state.accelerator.backward(loss / len(batches))
+            # not by accelerator.backward, which follows the environment in how it scales a loss
+            (loss / len(batches)).backward()
         if state.quantizes:
             state.learner.observe(latents, audio_codes)
     _step(state, state.optimizer, state.schedule, figures, "codec", "loss")
@@ -174,7 +175,7 @@ def _train_critics(state: State, batches: list[torch.Tensor], bandwidth_id: int,
             losses = discriminator_losses(real, made)
             loss = sum(losses.values())
             _note(figures, "discriminator", losses | {"total": loss}, len(batches))
-            state.accelerator.backward(loss / len(batches))
+            (loss / len(batches)).backward()
     _step(state, state.critics_optimizer, state.critics_schedule, figures, "discriminators", "discriminator")
     return output
 
