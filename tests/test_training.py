@@ -199,10 +199,6 @@ def test_a_step_is_what_the_settings_say_whatever_accelerate_was_configured_to(n
     assert steps[0] == steps[1]
 
 
-    for name, tensor in results[0].items():
-        torch.testing.assert_close(tensor, results[1][name], rtol=1e-4, atol=1e-5)  # sums in another order
-
-
 def test_bfloat16_keeps_latents_and_codes_in_float32(tmp_path):
     # not shorter: on a CPU, torch 2.13 computes bfloat16 convolutions of stride (2, 2) over maps of width 1 or 2 wrongly
     sound = 0.3 * torch.randn(1, 1, 12000, generator=torch.Generator().manual_seed(0))
