@@ -365,11 +365,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
         return train_step(state, [audio * (float("nan") if state.step == 2 else 1) for audio in batches])
 
     monkeypatch.setattr(loop, "train_step", poisoned)
-    with pytest.raises(ValueError, match=r"Step 3: .*not finite.*mel nan"):
+    with pytest.raises(ValueError, match=r"Step 3: .*not finite.*mel nan.*--model \S*last"):
         train(tiny_settings(tmp_path, mel_only_steps=4))
     model = WavTokenizerModel.from_pretrained(tmp_path / "run" / "last")
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     assert read_state(tmp_path / "run" / "last")[0]["step"] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_even_where_its_gradients_are(tmp_path, sound):
+    state = started(tiny_settings(tmp_path, mel_only_steps=4))
+    state.mel_loss = lambda made, real: 0 * made.sum() + float("nan")  # the gradient of |x| is 0 where x is NaN
+    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"Step 1: .*not finite.*mel nan"):
+        train_step(state, [sound])
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.model.state_dict().items())
 
 
 def test_a_disk_that_fills_leaves_the_last_checkpoint_intact(tmp_path):

@@ -129,7 +129,7 @@ def train_step(state: State, batches: list[torch.Tensor]) -> dict[str, float]:
         The step's losses, gradient norms and learning rates, by the names under which they are logged.
 
     Raises:
-        ValueError: a loss or gradient is not finite; nothing was changed by it.
+        ValueError: a loss or gradient is not finite; its optimizer and the codebook have not moved.
     """
     settings, figures = state.settings, {}
     num_embeddings = state.model.config.adanorm_num_embeddings
@@ -288,12 +288,14 @@ def _synchronized(state: State, module: nn.Module, last: bool):
 def _step(state: State, optimizer, schedule, figures: dict[str, float], name: str, losses: str) -> None:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if not norm.isfinite():  # the same on all processes, as their gradients are; so all of them stop here
+    # the norm is the same on all processes, as their gradients are; a loss may be one's own, and its launcher stops the others
+    if not norm.isfinite() or not math.isfinite(figures[f"{losses}/total"]):
         optimizer.zero_grad()
         values = ", ".join(f"{key} {value:.3g}" for key, value in figures.items() if key.startswith(f"{losses}/"))
         raise ValueError(
-            f"Step {state.step + 1}: the gradients of the {name} are not finite ({values}). Stopped; the last "
-            "checkpoint is that of the last validation. Resume with a lower learning_rate or a max_gradient_norm."
+            f"Step {state.step + 1}: loss or gradients of the {name} are not finite ({values}). Stopped; the last "
+            "checkpoint is that of the last validation. Start another run from it, with a lower learning_rate or a "
+            f"max_gradient_norm and --model {Path(state.settings.output, 'last')}."
         )
     if state.settings.max_gradient_norm is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
