@@ -238,6 +238,22 @@ def test_a_normalized_encoder_begins_with_mean_0_and_deviation_1(rows, tmp_path,
     torch.testing.assert_close(latents.std(dim=(0, 2), correction=0), torch.ones(16), rtol=0, atol=1e-4)
 
 
+def test_only_a_new_model_is_normalized(tmp_path):
+    settings = {"steps": 2, "mel_only_steps": 2, "validate_every": 1, "normalize_encoder": True}
+    train(tiny_settings(tmp_path, **settings, continuous_steps=1))
+    (tmp_path / "run" / "last").rename(tmp_path / "earlier")
+    weights = load_file(tmp_path / "earlier" / "model.safetensors")
+    # as of a run that was cut off in its continuous steps
+    weights["encoder_model.quantizer.codebook.inited"] = torch.zeros(1)
+    save_file(weights, tmp_path / "earlier" / "model.safetensors", {"format": "pt"})
+    # a rate at which nothing moves
+    again = {"output": str(tmp_path / "again"), "model": str(tmp_path / "earlier"), "learning_rate": 1e-30}
+    trained = train(tiny_settings(tmp_path, **{**settings, **again})).model.state_dict()
+    for name, tensor in trained.items():
+        if ".encoder." in name:
+            assert torch.equal(tensor, weights[name])
+
+
 def test_continuous_steps_leave_the_codebook_alone_and_k_means_follows(tmp_path, sound):
     state = build(tiny_settings(tmp_path, mel_only_steps=4, continuous_steps=1))
     before = state.model.quantizer.codebook.embed.clone()

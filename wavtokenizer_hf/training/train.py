@@ -73,7 +73,7 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
                 accelerator.process_index, accelerator.num_processes, start,
             )  # fmt: skip
 
-        if settings.normalize_encoder and state.step == 0 and not state.model.quantizer.codebook.inited:
+        if settings.normalize_encoder and settings.model is None and state.step == 0:
             normalize_encoder(state, batches(0))
         log = Log(output / "log", config.sampling_rate, state.step + 1) if accelerator.is_main_process else None
         bar = tqdm(initial=state.step, total=settings.steps, unit="step", disable=not accelerator.is_main_process)
