@@ -56,9 +56,9 @@ def started(settings: Settings):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of four steps, two of them with discriminators, and the folder that it left behind."""
+    """A run of four steps, three of them with discriminators, and the folder that it left behind."""
     folder = tmp_path_factory.mktemp("finished")
-    return train(tiny_settings(folder)), folder
+    return train(tiny_settings(folder, mel_only_steps=1)), folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,6 +274,7 @@ def test_validation_changes_nothing_of_the_model(tmp_path, sound):
     state = started(tiny_settings(tmp_path))
     state.model.train()  # an encoder left in training mode rewrites the original's codebook while it encodes
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    state.model.encode(sound)
     first, second = (validate(state, Batch(sound), None) for _ in range(2))
     assert first == second
     assert first["validation/score"] == pytest.approx(first["validation/mel"] + 1000 * first["validation/commitment"])
@@ -330,6 +331,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_pat
         "train_data": str(folder / "clips"),
         "validation_data": str(folder / "clips"),
         "output": str(tmp_path / "run"),
+        "mel_only_steps": 1,  # the checkpoint, after two, holds discriminators that have learned, and their optimizer's state
     }
 
     def crash_in_the_fourth_step(state, batches):
@@ -353,6 +355,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_pat
     (facts, tensors), (other_facts, other_tensors) = read_state(whole), read_state(again)
     assert facts["best_score"] == other_facts["best_score"]
     for optimizer in ("optimizer", "critics_optimizer"):
+        assert tensors[optimizer]["state"]
         for index, values in tensors[optimizer]["state"].items():
             assert all(
                 torch.equal(value, other_tensors[optimizer]["state"][index][name]) for name, value in values.items()
@@ -362,7 +365,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_pat
 def test_resuming_with_other_settings_says_which(finished):
     _, folder = finished
     with pytest.raises(ValueError, match=r"batch_size was 2 and is now 3; learning_rate was 0\.001 and is now 0\.01"):
-        train(tiny_settings(folder, batch_size=3, learning_rate=0.01, log_every=7, resume=True))
+        train(tiny_settings(folder, mel_only_steps=1, batch_size=3, learning_rate=0.01, log_every=7, resume=True))
+
+
+def test_resuming_with_a_folder_that_has_grown_is_refused(tmp_path):
+    # another number of clips is another order of clips
+    train(tiny_settings(tmp_path, steps=1, mel_only_steps=1))
+    write_clips(tmp_path / "clips", count=7)
+    with pytest.raises(ValueError, match="clips were 6 and are now 7"):
+        train(tiny_settings(tmp_path, steps=1, mel_only_steps=1, resume=True))
+
+
+def test_settings_given_as_tuples_can_be_resumed(tmp_path):
+    config = {**TINY, "upsampling_ratios": tuple(TINY["upsampling_ratios"])}
+    train(tiny_settings(tmp_path, steps=1, mel_only_steps=1, config=config))
+    assert train(tiny_settings(tmp_path, steps=1, mel_only_steps=1, config=config, resume=True)).step == 1
 
 
 def test_a_run_does_not_overwrite_another(finished):
@@ -424,6 +441,11 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     restore(state, tmp_path / "run")
     save(state, tmp_path / "run", improved=True)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best", "last"]
+
+
+def test_a_segment_too_short_for_the_losses_spectrograms_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"segment_seconds=0\.04.*more than 1024 samples"):
+        train(tiny_settings(tmp_path, segment_seconds=0.04))
 
 
 def test_clips_that_are_all_shorter_than_a_segment_are_warned_of(tmp_path, caplog):

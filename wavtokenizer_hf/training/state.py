@@ -69,7 +69,8 @@ class State:
     critics_schedule: torch.optim.lr_scheduler.LRScheduler | None = None
     step: int = 0  # steps done
     best_score: float = math.inf
-    # of this process, since it began
+    num_clips: int = 0  # to train on
+    # since the process began, of all processes at the last entry in the log
     skipped: dict[str, str] = field(default_factory=dict)  # clips that could not be read, and why
     num_taken: int = 0  # segments
     num_repeated: int = 0  # of those, from clips shorter than a segment
@@ -136,6 +137,7 @@ def save(state: State, output: Path, improved: bool) -> None:
             "step": state.step,
             "best_score": state.best_score,
             "num_processes": accelerator.num_processes,
+            "num_clips": state.num_clips,
             "settings": asdict(state.settings),
             "num_restarts": state.learner.num_restarts,
         }
@@ -152,6 +154,8 @@ def restore(state: State, output: Path) -> None:
     differences = state.settings.differences(facts["settings"])
     if facts["num_processes"] != state.accelerator.num_processes:
         differences.append(f"processes were {facts['num_processes']} and are now {state.accelerator.num_processes}")
+    if (num_clips := facts.get("num_clips", state.num_clips)) != state.num_clips:
+        differences.append(f"clips were {num_clips} and are now {state.num_clips}")
     if differences:
         raise ValueError(
             f"The run in {output} had other settings: {'; '.join(differences)}. Resume it with its own, or start another "

@@ -26,6 +26,7 @@ from .state import State, autocast, build, check_output, prepare_hub, restore, s
 
 logger = logging.getLogger(__name__)
 
+LONGEST_WINDOW = 2048  # samples, of the losses' spectrograms, which continue the audio by half of it at either end
 SHORT_CLIPS = (
     "All clips so far are shorter than segment_seconds=%g and were repeated to that length. Choose shorter segments."
 )
@@ -57,6 +58,12 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
         state = build(settings)
         config, accelerator = state.model.config, state.accelerator
         length = round(settings.segment_seconds * config.sampling_rate)
+        if length <= LONGEST_WINDOW // 2:
+            raise ValueError(
+                f"Got segment_seconds={settings.segment_seconds}, {length} samples at {config.sampling_rate} Hz. The losses' "
+                f"spectrograms need more than {LONGEST_WINDOW // 2} samples."
+            )
+        state.num_clips = len(clips)
         validation = validation_clips(
             _given(settings, "validation_data") if validation_data is None else validation_data,
             length, config.sampling_rate, settings.num_validation_clips,
