@@ -5,8 +5,10 @@ import itertools
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,13 +31,7 @@ from wavtokenizer_hf.training.train import train_step, validate
 loop = importlib.import_module("wavtokenizer_hf.training.train")  # the package has a function of that name
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny layers gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -580,41 +576,76 @@ def test_missing_data_is_one_line_and_exit_code_2(tmp_path, capsys):
 # Several processes
 # ---------------------------------------------------------------------------------------------------------------------
 
-WORKER = """
+
+@contextmanager
+def two_processes(code: str, *arguments):
+    """Meanwhile runs code in two processes that find each other by the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    common = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env={**common, "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        yield
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+ACCUMULATED = {"gradient_accumulation": 2, "steps": 3, "mel_only_steps": 1, "validate_every": 3}
+WORKER = f"""
 import sys
 from pathlib import Path
 import torch
 from tiny_training import train_by_plain_descent
 
 torch.set_num_threads(1)
-train_by_plain_descent(Path(sys.argv[1]), Path(sys.argv[2]), batch_size=2)
+folder = Path(sys.argv[1])
+train_by_plain_descent(folder, folder / "two", batch_size=2)
+train_by_plain_descent(folder, folder / "two_accumulated", batch_size=1, **{ACCUMULATED})
 """
 
 
 def test_two_processes_give_the_weights_and_codebook_of_one(tmp_path):
-    # through the whole loop: k-means, two mel-only steps and two with discriminators, and restarts
-    write_clips(tmp_path / "clips")
-    (tmp_path / "worker.py").write_text(WORKER)
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = [*launch, str(tmp_path / "worker.py"), str(tmp_path), str(tmp_path / "two")]
-    result = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    train_by_plain_descent(tmp_path, tmp_path / "one", batch_size=4)
-    runs = ("one", "two")
-    for file in ("model.safetensors", "discriminators.safetensors"):
-        one, two = (load_file(tmp_path / name / "last" / file) for name in runs)
-        for tensor_name, tensor in one.items():
-            # float32 sums in another order: weights move by about 1e-5, entries by 0.1, and averages are tens of entries
-            tolerance = 1e-3 if ".codebook." in tensor_name else 2e-6
-            torch.testing.assert_close(two[tensor_name], tensor, rtol=1e-4, atol=tolerance)
-    facts = [read_state(tmp_path / name / "last")[0] for name in runs]
-    assert facts[0]["best_score"] == pytest.approx(facts[1]["best_score"], rel=1e-4)
-    assert facts[1]["num_processes"] == 2
-    # and what one process logs is of all of them
-    logs = [EventAccumulator(str(tmp_path / name / "log")).Reload() for name in runs]
-    for tag in ("loss/mel", "discriminator/total", "codebook/utilization", "codebook/restarts"):
-        one, two = ([event.value for event in log.Scalars(tag)] for log in logs)
-        assert one == pytest.approx(two, rel=1e-4)
-    assert sum(event.value for event in logs[0].Scalars("codebook/restarts")) > 0
+    # through the whole loop: k-means, mel-only steps and steps with discriminators, restarts, a clip that is skipped
+    clips = write_clips(tmp_path / "clips")
+    (clips / "clip_2_broken.wav").write_bytes(b"RIFF and nothing more")
+    with two_processes(WORKER, tmp_path):
+        train_by_plain_descent(tmp_path, tmp_path / "one", batch_size=4)
+        train_by_plain_descent(tmp_path, tmp_path / "one_accumulated", batch_size=2, **ACCUMULATED)
+    for one, two in (("one", "two"), ("one_accumulated", "two_accumulated")):
+        for file in ("model.safetensors", "discriminators.safetensors"):
+            expected, got = (load_file(tmp_path / name / "last" / file) for name in (one, two))
+            for name, tensor in expected.items():
+                # float32 sums in another order: weights move by about 1e-5, entries by 0.1, and averages are tens of entries
+                tolerance = 1e-3 if ".codebook." in name else 2e-6
+                torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=tolerance)
+        facts = [read_state(tmp_path / name / "last")[0] for name in (one, two)]
+        assert facts[0]["best_score"] == pytest.approx(facts[1]["best_score"], rel=1e-4)
+        assert [each["num_processes"] for each in facts] == [1, 2]
+        # and what one process logs is of all of them
+        logs = [EventAccumulator(str(tmp_path / name / "log")).Reload() for name in (one, two)]
+        for tag in ("loss/mel", "discriminator/total", "codebook/utilization", "codebook/restarts", "data/skipped"):
+            expected, got = ([event.value for event in log.Scalars(tag)] for log in logs)
+            assert got == pytest.approx(expected, rel=1e-4)
+        assert sum(event.value for event in logs[0].Scalars("codebook/restarts")) > 0
+        assert logs[0].Scalars("data/skipped")[-1].value == 1

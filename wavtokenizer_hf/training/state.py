@@ -72,6 +72,7 @@ class State:
     num_clips: int = 0  # to train on
     # since the process began, of all processes at the last entry in the log
     skipped: dict[str, str] = field(default_factory=dict)  # clips that could not be read, and why
+    # of this process, since it began
     num_taken: int = 0  # segments
     num_repeated: int = 0  # of those, from clips shorter than a segment
 

@@ -90,7 +90,7 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
             bar.close()
             if log:
                 log.close()
-        if state.skipped:
+        if state.skipped and accelerator.is_main_process:
             logger.warning("%d clips could not be read and were skipped.", len(state.skipped))
         upload(state, output)
         return state
@@ -111,14 +111,15 @@ def _run(
         bar.update()
         last = state.step == settings.steps
         if state.step % settings.log_every == 0 or last:
+            figures["data/repeated"] = (state.num_repeated - repeated_before) / (state.num_taken - taken_before)
             figures = _mean_over_workers(figures, device)
             figures |= {f"codebook/{name}": value for name, value in state.learner.report().items()}
-            repeated = (state.num_repeated - repeated_before) / (state.num_taken - taken_before)
-            figures |= {"data/repeated": repeated, "data/skipped": len(state.skipped)}
+            _share_skipped(state)
+            figures["data/skipped"] = len(state.skipped)
             bar.set_postfix(_shown(figures))
             if log:
                 log.figures(figures, state.step)
-            if repeated == 1 and not warned:
+            if log and figures["data/repeated"] == 1 and not warned:
                 logger.warning(SHORT_CLIPS, settings.segment_seconds)
                 warned = True
         if state.step % settings.validate_every == 0 or last:
@@ -344,6 +345,13 @@ def _take(state: State, batch: Batch) -> torch.Tensor:
     state.num_taken += len(batch.audio)
     state.num_repeated += batch.num_repeated
     return batch.audio.to(state.accelerator.device)
+
+
+def _share_skipped(state: State) -> None:
+    """Lets every process know which clips the others could not read."""
+    from accelerate.utils import gather_object
+
+    state.skipped = dict(gather_object(list(state.skipped.items())))
 
 
 def _given(settings: Settings, name: str) -> str:
