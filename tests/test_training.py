@@ -480,6 +480,24 @@ def test_fine_tuning_starts_from_the_models_weights_and_discriminators(finished,
     assert len(critics) > 400
 
 
+def test_a_recipe_for_new_models_serves_a_model_of_its_shape_and_no_other(finished, tmp_path):
+    _, folder = finished
+    model = str(folder / "run" / "best")
+    build(tiny_settings(tmp_path, model=model, config={"upsampling_ratios": (4, 2, 2), "codebook_size": 64}))
+    with pytest.raises(ValueError, match=r"num_filters=4 and the settings' config num_filters=8"):
+        build(tiny_settings(tmp_path, model=model, config={"num_filters": 8}))
+
+
+def test_a_model_without_discriminators_is_said_to_have_none(tmp_path, caplog):
+    build(tiny_settings(tmp_path)).model.save_pretrained(tmp_path / "model")
+    assert not caplog.records
+    build(tiny_settings(tmp_path, model=str(tmp_path / "model"), config={}))
+    assert "has no discriminators.safetensors" in caplog.text
+    caplog.clear()
+    build(tiny_settings(tmp_path, model=str(tmp_path / "model"), config={}, mel_only_steps=4))  # which needs none
+    assert not caplog.records
+
+
 def test_discriminators_of_another_size_are_refused(finished, tmp_path):
     _, folder = finished
     with pytest.raises(ValueError, match="discriminator_scale"):

@@ -118,8 +118,10 @@ def build(settings: Settings) -> State:
     if names and critics_steps > 0:
         torch.manual_seed(derived_seed(settings.seed, "discriminators"))
         state.critics = Discriminators(model.config.adanorm_num_embeddings, settings.discriminator_scale, names)
-        if settings.model and load_discriminators(settings.model, state.critics):
-            logger.info("The discriminators of %s go on.", settings.model)
+        if settings.model and not load_discriminators(settings.model, state.critics):
+            logger.warning(
+                "%s has no discriminators.safetensors: the discriminators begin with random weights.", settings.model
+            )
         state.critics.to(accelerator.device)
         state.prepared_critics = accelerator.prepare(state.critics)
         state.critics_optimizer = _adamw(state.critics, settings.discriminator_learning_rate or settings.learning_rate)
