@@ -517,6 +517,22 @@ def test_recipes_are_settings_of_a_model_that_can_be_built(name):
     assert model.config.frame_rate == (40 if name == "published_40" else 75)
 
 
+@pytest.mark.parametrize(("name", "frames"), [("published_75", 225), ("published_40", 120)])  # in 3 s
+def test_published_recipes_are_the_published_training(name, frames):
+    settings = Settings.load(name)
+    assert (settings.batch_size, settings.segment_seconds, settings.steps) == (40, 3, 1_000_000)
+    assert (settings.learning_rate, settings.discriminator_learning_rate, settings.warmup_steps) == (2e-4, None, 0)
+    assert (settings.mel_only_steps, settings.continuous_steps, settings.max_gradient_norm) == (0, 0, None)
+    assert (settings.codebook_decay, settings.kmeans_iterations, settings.dropout) == (0.99, 200, 0.1)
+    assert (settings.gradient_accumulation, settings.discriminator_scale, settings.model) == (1, 1, None)
+    weights = {loss: weight for loss, weight in settings.loss_weights.items() if weight}
+    assert (weights.pop("mel"), weights.pop("commitment")) == (45, 1000)
+    assert len(weights) == 6 and set(weights.values()) == {1}
+    # on 8 GPUs: k-means on the first batch; entries below a count of 2 are replaced, as a share of an even count
+    assert settings.kmeans_latents == 8 * 40 * frames
+    assert settings.restart_below * 8 * 40 * frames / 4096 == pytest.approx(2, rel=5e-3)  # three digits
+
+
 def test_the_small_models_file_stays_within_12_megabytes():
     with torch.device("meta"):
         model = WavTokenizerModel(state_module._new_config(Settings.load("small_cpu").config))
@@ -550,7 +566,9 @@ def test_the_command_line_goes_before_the_recipe(tmp_path, capsys):
         ({"learning_rate": "fast"}, "learning_rate='fast'"),
         ({"precision": "float16"}, "precision='float16'"),
         ({"loss_weights": {"stft": 1}}, "loss_weights for stft"),
-        ({"model": "somewhere", "config": {"num_filters": 8}}, "whose shape is fixed"),
+        ({"loss_weights": {"mel": "much"}}, "loss_weights mel='much'"),
+        ({"loss_weights": {"mel": -1}}, "loss_weights mel=-1"),
+        ({"steps": 5, "continuous_steps": 5}, "continuous_steps=5 of steps=5"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):

@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import hashlib
+import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -36,7 +38,11 @@ class Settings:
         "Default: random weights",
         None,
     )
-    config: dict[str, Any] = _field("fields of a new model's config that differ from the defaults", factory=dict)
+    config: dict[str, Any] = _field(
+        "fields of a new model's config that differ from the defaults, such as 'upsampling_ratios=[8, 5, 4, 2]' for 75 "
+        "tokens/s; one that is given as `model` must have them already",
+        factory=dict,
+    )
 
     steps: int = _field("steps in all", 1_000_000)
     mel_only_steps: int = _field("first steps without discriminators, on mel and commitment losses alone", 0)
@@ -87,6 +93,7 @@ class Settings:
 
     def __post_init__(self):
         self.loss_weights = {**WEIGHTS, **self.loss_weights}
+        self.config = json.loads(json.dumps(self.config))  # lists for tuples, as it will be read from files
         self.check()
 
     def check(self) -> None:
@@ -94,6 +101,9 @@ class Settings:
         unknown = sorted(set(self.loss_weights) - set(WEIGHTS))
         if unknown:
             raise ValueError(f"Got loss_weights for {', '.join(unknown)}; the losses are {', '.join(WEIGHTS)}.")
+        for name, weight in self.loss_weights.items():
+            if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+                raise ValueError(f"Got loss_weights {name}={weight!r}, expected a number of at least 0.")
         at_least = {
             "steps": 1, "mel_only_steps": 0, "continuous_steps": 0, "batch_size": 1, "gradient_accumulation": 1, "num_workers": 0,
             "warmup_steps": 0, "kmeans_iterations": 1, "kmeans_latents": 1, "log_every": 1, "validate_every": 1,
@@ -111,11 +121,9 @@ class Settings:
         for name in ("dropout", "restart_below", "codebook_decay"):
             if not getattr(self, name) < 1:
                 raise ValueError(f"Got {name}={getattr(self, name)}, expected less than 1.")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"Got precision={self.precision!r}, expected 'float32' or 'bfloat16'.")
-        if self.model and self.config:
+        if self.continuous_steps >= self.steps:
             raise ValueError(
-                f"Got config={self.config} beside model={self.model!r}, whose shape is fixed. Leave one of them out."
+                f"Got continuous_steps={self.continuous_steps} of steps={self.steps}: the codebook would never be chosen."
             )
 
     @classmethod
@@ -133,7 +141,7 @@ class Settings:
         values = {} if recipe is None else _read_yaml(_find(recipe))
         types_ = typing.get_type_hints(cls)
         for name, value in (changes or {}).items():
-            values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
+            values[name] = {**(values.get(name) or {}), **value} if isinstance(value, dict) else value
         unknown = sorted(set(values) - set(types_))
         if unknown:
             raise ValueError(

@@ -101,7 +101,14 @@ def build(settings: Settings) -> State:
     # the settings say what is computed in bfloat16, and not what accelerate was once configured to
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=handlers)
     torch.manual_seed(derived_seed(settings.seed, "weights"))
-    model = _load_model(settings.model) if settings.model else WavTokenizerModel(_new_config(settings.config))
+    config = _new_config(settings.config)
+    model = _load_model(settings.model) if settings.model else WavTokenizerModel(config)
+    for name in settings.config:  # a recipe may be used for a model of its shape
+        if getattr(model.config, name) != getattr(config, name):
+            raise ValueError(
+                f"The model {settings.model!r} has {name}={getattr(model.config, name)} and the settings' config "
+                f"{name}={getattr(config, name)}. A model keeps its shape: choose another recipe, or leave config out."
+            )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = settings.dropout
