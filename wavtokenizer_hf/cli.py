@@ -99,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     train = _add(commands, "train", _train, "a new model, or more training for a converted one")
+    train.description += (
+        " Every setting can stand in a recipe, here, or in both, where what stands here counts; output, train_data and "
+        "validation_data are always needed. On several GPUs: accelerate launch -m wavtokenizer_hf train ... "
+        "Needs the extra `training`."
+    )
     settings.add_arguments(train)
 
     info = _add(commands, "info", _info, "what a model, or a token file, is")
