@@ -14,7 +14,7 @@ from wavtokenizer_hf.training import Settings, train
 TINY = {
     name: value
     for name, value in tiny_config().to_diff_dict().items()
-    if name in tiny_config().__class__.__dataclass_fields__ and name != "model_type"
+    if name in tiny_config().__class__.__dataclass_fields__ and name not in ("model_type", "codebook_fingerprint")
 }
 
 
