@@ -21,6 +21,15 @@ import build_checkpoint
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny layers gain nothing from threads, and lose much to them where the processors have other work too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session", params=[75, 40], ids=["75_per_s", "40_per_s"])
 def rate(request) -> int:
     """Tokens per second of a published shape."""

@@ -22,6 +22,8 @@ from wavtokenizer_hf.evaluation.metrics import METRICS, Clip, score, why_not
 from wavtokenizer_hf.evaluation.report import FileResult, Report, Summary, SystemResult
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPEECH = Path(__file__).parent.parent / "examples" / "speech.flac"
 QUICK = ["stoi", "si_sdr", "mel_distance"]
 # the one package that may be absent where these tests run: it needs a C compiler

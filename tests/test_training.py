@@ -5,13 +5,16 @@ import itertools
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import TINY, tiny_settings, train_by_plain_descent, write_clips
 from transformers import AutoFeatureExtractor, AutoModel
@@ -29,13 +32,7 @@ from wavtokenizer_hf.training.train import train_step, validate
 loop = importlib.import_module("wavtokenizer_hf.training.train")  # the package has a function of that name
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny layers gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -56,9 +53,9 @@ def started(settings: Settings):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of four steps, two of them with discriminators, and the folder that it left behind."""
+    """A run of four steps, three of them with discriminators, and the folder that it left behind."""
     folder = tmp_path_factory.mktemp("finished")
-    return train(tiny_settings(folder)), folder
+    return train(tiny_settings(folder, mel_only_steps=1)), folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,6 +214,18 @@ def test_accumulated_batches_give_the_gradients_and_codebook_of_one(tmp_path):
         torch.testing.assert_close(tensor, results[1][name], rtol=1e-4, atol=1e-5)  # sums in another order
 
 
+@pytest.mark.parametrize("name", ["ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"])
+def test_a_step_is_what_the_settings_say_whatever_accelerate_was_configured_to(name, tmp_path, sound, monkeypatch):
+    steps = []
+    for value in (None, {"ACCELERATE_MIXED_PRECISION": "bf16"}.get(name, "4")):
+        if value:
+            monkeypatch.setenv(name, value)  # as `accelerate config` and the options of `accelerate launch` do
+        AcceleratorState._reset_state(reset_partial_state=True)
+        steps.append(train_step(started(tiny_settings(tmp_path, mel_only_steps=0)), [sound]))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert steps[0] == steps[1]
+
+
 def test_bfloat16_keeps_latents_and_codes_in_float32(tmp_path):
     # not shorter: on a CPU, torch 2.13 computes bfloat16 convolutions of stride (2, 2) over maps of width 1 or 2 wrongly
     sound = 0.3 * torch.randn(1, 1, 12000, generator=torch.Generator().manual_seed(0))
@@ -256,6 +265,22 @@ def test_a_normalized_encoder_begins_with_mean_0_and_deviation_1(rows, tmp_path,
     torch.testing.assert_close(latents.std(dim=(0, 2), correction=0), torch.ones(16), rtol=0, atol=1e-4)
 
 
+def test_only_a_new_model_is_normalized(tmp_path):
+    settings = {"steps": 2, "mel_only_steps": 2, "validate_every": 1, "normalize_encoder": True}
+    train(tiny_settings(tmp_path, **settings, continuous_steps=1))
+    (tmp_path / "run" / "last").rename(tmp_path / "earlier")
+    weights = load_file(tmp_path / "earlier" / "model.safetensors")
+    # as of a run that was cut off in its continuous steps
+    weights["encoder_model.quantizer.codebook.inited"] = torch.zeros(1)
+    save_file(weights, tmp_path / "earlier" / "model.safetensors", {"format": "pt"})
+    # a rate at which nothing moves
+    again = {"output": str(tmp_path / "again"), "model": str(tmp_path / "earlier"), "learning_rate": 1e-30}
+    trained = train(tiny_settings(tmp_path, **{**settings, **again})).model.state_dict()
+    for name, tensor in trained.items():
+        if ".encoder." in name:
+            assert torch.equal(tensor, weights[name])
+
+
 def test_continuous_steps_leave_the_codebook_alone_and_k_means_follows(tmp_path, sound):
     state = build(tiny_settings(tmp_path, mel_only_steps=4, continuous_steps=1))
     before = state.model.quantizer.codebook.embed.clone()
@@ -276,6 +301,7 @@ def test_validation_changes_nothing_of_the_model(tmp_path, sound):
     state = started(tiny_settings(tmp_path))
     state.model.train()  # an encoder left in training mode rewrites the original's codebook while it encodes
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    state.model.encode(sound)
     first, second = (validate(state, Batch(sound), None) for _ in range(2))
     assert first == second
     assert first["validation/score"] == pytest.approx(first["validation/mel"] + 1000 * first["validation/commitment"])
@@ -332,6 +358,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_pat
         "train_data": str(folder / "clips"),
         "validation_data": str(folder / "clips"),
         "output": str(tmp_path / "run"),
+        "mel_only_steps": 1,  # the checkpoint, after two, holds discriminators that have learned, and their optimizer's state
     }
 
     def crash_in_the_fourth_step(state, batches):
@@ -355,6 +382,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_pat
     (facts, tensors), (other_facts, other_tensors) = read_state(whole), read_state(again)
     assert facts["best_score"] == other_facts["best_score"]
     for optimizer in ("optimizer", "critics_optimizer"):
+        assert tensors[optimizer]["state"]
         for index, values in tensors[optimizer]["state"].items():
             assert all(
                 torch.equal(value, other_tensors[optimizer]["state"][index][name]) for name, value in values.items()
@@ -364,7 +392,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_pat
 def test_resuming_with_other_settings_says_which(finished):
     _, folder = finished
     with pytest.raises(ValueError, match=r"batch_size was 2 and is now 3; learning_rate was 0\.001 and is now 0\.01"):
-        train(tiny_settings(folder, batch_size=3, learning_rate=0.01, log_every=7, resume=True))
+        train(tiny_settings(folder, mel_only_steps=1, batch_size=3, learning_rate=0.01, log_every=7, resume=True))
+
+
+def test_resuming_with_a_folder_that_has_grown_is_refused(tmp_path):
+    # another number of clips is another order of clips
+    train(tiny_settings(tmp_path, steps=1, mel_only_steps=1))
+    write_clips(tmp_path / "clips", count=7)
+    with pytest.raises(ValueError, match="clips were 6 and are now 7"):
+        train(tiny_settings(tmp_path, steps=1, mel_only_steps=1, resume=True))
+
+
+def test_settings_given_as_tuples_can_be_resumed(tmp_path):
+    config = {**TINY, "upsampling_ratios": tuple(TINY["upsampling_ratios"])}
+    train(tiny_settings(tmp_path, steps=1, mel_only_steps=1, config=config))
+    assert train(tiny_settings(tmp_path, steps=1, mel_only_steps=1, config=config, resume=True)).step == 1
 
 
 def test_a_run_does_not_overwrite_another(finished):
@@ -383,11 +425,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
         return train_step(state, [audio * (float("nan") if state.step == 2 else 1) for audio in batches])
 
     monkeypatch.setattr(loop, "train_step", poisoned)
-    with pytest.raises(ValueError, match=r"Step 3: .*not finite.*mel nan"):
+    with pytest.raises(ValueError, match=r"Step 3: .*not finite.*mel nan.*--model \S*last"):
         train(tiny_settings(tmp_path, mel_only_steps=4))
     model = WavTokenizerModel.from_pretrained(tmp_path / "run" / "last")
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     assert read_state(tmp_path / "run" / "last")[0]["step"] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_even_where_its_gradients_are(tmp_path, sound):
+    state = started(tiny_settings(tmp_path, mel_only_steps=4))
+    state.mel_loss = lambda made, real: 0 * made.sum() + float("nan")  # the gradient of |x| is 0 where x is NaN
+    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"Step 1: .*not finite.*mel nan"):
+        train_step(state, [sound])
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.model.state_dict().items())
 
 
 def test_a_disk_that_fills_leaves_the_last_checkpoint_intact(tmp_path):
@@ -417,6 +468,11 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     restore(state, tmp_path / "run")
     save(state, tmp_path / "run", improved=True)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best", "last"]
+
+
+def test_a_segment_too_short_for_the_losses_spectrograms_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"segment_seconds=0\.04.*more than 1024 samples"):
+        train(tiny_settings(tmp_path, segment_seconds=0.04))
 
 
 def test_clips_that_are_all_shorter_than_a_segment_are_warned_of(tmp_path, caplog):
@@ -455,6 +511,24 @@ def test_fine_tuning_starts_from_the_models_weights_and_discriminators(finished,
     assert len(critics) > 400
 
 
+def test_a_recipe_for_new_models_serves_a_model_of_its_shape_and_no_other(finished, tmp_path):
+    _, folder = finished
+    model = str(folder / "run" / "best")
+    build(tiny_settings(tmp_path, model=model, config={"upsampling_ratios": (4, 2, 2), "codebook_size": 64}))
+    with pytest.raises(ValueError, match=r"num_filters=4 and the settings' config num_filters=8"):
+        build(tiny_settings(tmp_path, model=model, config={"num_filters": 8}))
+
+
+def test_a_model_without_discriminators_is_said_to_have_none(tmp_path, caplog):
+    build(tiny_settings(tmp_path)).model.save_pretrained(tmp_path / "model")
+    assert not caplog.records
+    build(tiny_settings(tmp_path, model=str(tmp_path / "model"), config={}))
+    assert "has no discriminators.safetensors" in caplog.text
+    caplog.clear()
+    build(tiny_settings(tmp_path, model=str(tmp_path / "model"), config={}, mel_only_steps=4))  # which needs none
+    assert not caplog.records
+
+
 def test_discriminators_of_another_size_are_refused(finished, tmp_path):
     _, folder = finished
     with pytest.raises(ValueError, match="discriminator_scale"):
@@ -472,6 +546,22 @@ def test_recipes_are_settings_of_a_model_that_can_be_built(name):
     with torch.device("meta"):
         model = WavTokenizerModel(state_module._new_config(settings.config))
     assert model.config.frame_rate == (40 if name == "published_40" else 75)
+
+
+@pytest.mark.parametrize(("name", "frames"), [("published_75", 225), ("published_40", 120)])  # in 3 s
+def test_published_recipes_are_the_published_training(name, frames):
+    settings = Settings.load(name)
+    assert (settings.batch_size, settings.segment_seconds, settings.steps) == (40, 3, 1_000_000)
+    assert (settings.learning_rate, settings.discriminator_learning_rate, settings.warmup_steps) == (2e-4, None, 0)
+    assert (settings.mel_only_steps, settings.continuous_steps, settings.max_gradient_norm) == (0, 0, None)
+    assert (settings.codebook_decay, settings.kmeans_iterations, settings.dropout) == (0.99, 200, 0.1)
+    assert (settings.gradient_accumulation, settings.discriminator_scale, settings.model) == (1, 1, None)
+    weights = {loss: weight for loss, weight in settings.loss_weights.items() if weight}
+    assert (weights.pop("mel"), weights.pop("commitment")) == (45, 1000)
+    assert len(weights) == 6 and set(weights.values()) == {1}
+    # on 8 GPUs: k-means on the first batch; entries below a count of 2 are replaced, as a share of an even count
+    assert settings.kmeans_latents == 8 * 40 * frames
+    assert settings.restart_below * 8 * 40 * frames / 4096 == pytest.approx(2, rel=5e-3)  # three digits
 
 
 def test_the_small_models_file_stays_within_12_megabytes():
@@ -507,7 +597,9 @@ def test_the_command_line_goes_before_the_recipe(tmp_path, capsys):
         ({"learning_rate": "fast"}, "learning_rate='fast'"),
         ({"precision": "float16"}, "precision='float16'"),
         ({"loss_weights": {"stft": 1}}, "loss_weights for stft"),
-        ({"model": "somewhere", "config": {"num_filters": 8}}, "whose shape is fixed"),
+        ({"loss_weights": {"mel": "much"}}, "loss_weights mel='much'"),
+        ({"loss_weights": {"mel": -1}}, "loss_weights mel=-1"),
+        ({"steps": 5, "continuous_steps": 5}, "continuous_steps=5 of steps=5"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):
@@ -551,41 +643,76 @@ def test_missing_data_is_one_line_and_exit_code_2(tmp_path, capsys):
 # Several processes
 # ---------------------------------------------------------------------------------------------------------------------
 
-WORKER = """
+
+@contextmanager
+def two_processes(code: str, *arguments):
+    """Meanwhile runs code in two processes that find each other by the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    common = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env={**common, "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        yield
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+ACCUMULATED = {"gradient_accumulation": 2, "steps": 3, "mel_only_steps": 1, "validate_every": 3}
+WORKER = f"""
 import sys
 from pathlib import Path
 import torch
 from tiny_training import train_by_plain_descent
 
 torch.set_num_threads(1)
-train_by_plain_descent(Path(sys.argv[1]), Path(sys.argv[2]), batch_size=2)
+folder = Path(sys.argv[1])
+train_by_plain_descent(folder, folder / "two", batch_size=2)
+train_by_plain_descent(folder, folder / "two_accumulated", batch_size=1, **{ACCUMULATED})
 """
 
 
 def test_two_processes_give_the_weights_and_codebook_of_one(tmp_path):
-    # through the whole loop: k-means, two mel-only steps and two with discriminators, and restarts
-    write_clips(tmp_path / "clips")
-    (tmp_path / "worker.py").write_text(WORKER)
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = [*launch, str(tmp_path / "worker.py"), str(tmp_path), str(tmp_path / "two")]
-    result = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    train_by_plain_descent(tmp_path, tmp_path / "one", batch_size=4)
-    runs = ("one", "two")
-    for file in ("model.safetensors", "discriminators.safetensors"):
-        one, two = (load_file(tmp_path / name / "last" / file) for name in runs)
-        for tensor_name, tensor in one.items():
-            # float32 sums in another order: weights move by about 1e-5, entries by 0.1, and averages are tens of entries
-            tolerance = 1e-3 if ".codebook." in tensor_name else 2e-6
-            torch.testing.assert_close(two[tensor_name], tensor, rtol=1e-4, atol=tolerance)
-    facts = [read_state(tmp_path / name / "last")[0] for name in runs]
-    assert facts[0]["best_score"] == pytest.approx(facts[1]["best_score"], rel=1e-4)
-    assert facts[1]["num_processes"] == 2
-    # and what one process logs is of all of them
-    logs = [EventAccumulator(str(tmp_path / name / "log")).Reload() for name in runs]
-    for tag in ("loss/mel", "discriminator/total", "codebook/utilization", "codebook/restarts"):
-        one, two = ([event.value for event in log.Scalars(tag)] for log in logs)
-        assert one == pytest.approx(two, rel=1e-4)
-    assert sum(event.value for event in logs[0].Scalars("codebook/restarts")) > 0
+    # through the whole loop: k-means, mel-only steps and steps with discriminators, restarts, a clip that is skipped
+    clips = write_clips(tmp_path / "clips")
+    (clips / "clip_2_broken.wav").write_bytes(b"RIFF and nothing more")
+    with two_processes(WORKER, tmp_path):
+        train_by_plain_descent(tmp_path, tmp_path / "one", batch_size=4)
+        train_by_plain_descent(tmp_path, tmp_path / "one_accumulated", batch_size=2, **ACCUMULATED)
+    for one, two in (("one", "two"), ("one_accumulated", "two_accumulated")):
+        for file in ("model.safetensors", "discriminators.safetensors"):
+            expected, got = (load_file(tmp_path / name / "last" / file) for name in (one, two))
+            for name, tensor in expected.items():
+                # float32 sums in another order: weights move by about 1e-5, entries by 0.1, and averages are tens of entries
+                tolerance = 1e-3 if ".codebook." in name else 2e-6
+                torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=tolerance)
+        facts = [read_state(tmp_path / name / "last")[0] for name in (one, two)]
+        assert facts[0]["best_score"] == pytest.approx(facts[1]["best_score"], rel=1e-4)
+        assert [each["num_processes"] for each in facts] == [1, 2]
+        # and what one process logs is of all of them
+        logs = [EventAccumulator(str(tmp_path / name / "log")).Reload() for name in (one, two)]
+        for tag in ("loss/mel", "discriminator/total", "codebook/utilization", "codebook/restarts", "data/skipped"):
+            expected, got = ([event.value for event in log.Scalars(tag)] for log in logs)
+            assert got == pytest.approx(expected, rel=1e-4)
+        assert sum(event.value for event in logs[0].Scalars("codebook/restarts")) > 0
+        assert logs[0].Scalars("data/skipped")[-1].value == 1

@@ -11,6 +11,8 @@ from wavtokenizer_hf.modeling_wavtokenizer import WavTokenizerQuantizer
 from wavtokenizer_hf.training.codebook import CodebookLearner, usage_figures
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXPECTED = json.loads((REFERENCE / "training_losses.json").read_text())
 
 

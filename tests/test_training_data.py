@@ -57,6 +57,22 @@ def test_arrays_of_another_rate_are_refused():
         read_clip([{"audio": {"array": np.zeros(10), "sampling_rate": 16000}}], 0, RATE)
 
 
+def test_datasets_that_are_no_row_of_clips_are_refused(tmp_path):
+    dataset = datasets.Dataset.from_dict({"audio": ["a.wav"]})
+    splits = datasets.DatasetDict({"train": dataset, "test": dataset})
+    splits.save_to_disk(tmp_path / "saved")
+    for source, message in (
+        (dataset.to_iterable_dataset(), "IterableDataset.*length"),
+        (splits, "splits train, test"),
+        (tmp_path / "saved", "splits train, test"),
+        (dataset.rename_column("audio", "sound"), "column 'audio', but sound"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_clips(source)
+    with pytest.raises(ValueError, match="audio"):
+        read_clip([{"sound": "a.wav"}], 0, RATE)
+
+
 @pytest.mark.parametrize("source", ["nowhere", "empty", "empty.txt"])
 def test_empty_data_is_an_error_that_names_it(source, tmp_path):
     (tmp_path / "empty").mkdir()

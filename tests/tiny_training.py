@@ -14,7 +14,7 @@ from wavtokenizer_hf.training import Settings, train
 TINY = {
     name: value
     for name, value in tiny_config().to_diff_dict().items()
-    if name in tiny_config().__class__.__dataclass_fields__ and name != "model_type"
+    if name in tiny_config().__class__.__dataclass_fields__ and name not in ("model_type", "codebook_fingerprint")
 }
 
 
@@ -56,7 +56,7 @@ def tiny_settings(folder: Path, **changes) -> Settings:
     return Settings(**{**fields, **changes})
 
 
-def train_by_plain_descent(folder: Path, output: Path, batch_size: int) -> None:
+def train_by_plain_descent(folder: Path, output: Path, **changes) -> None:
     """A run whose result does not depend on rounding much, to compare one process with several."""
     # AdamW divides by the size of gradients, and so blows rounding up where they are tiny
     descent = mock.patch(
@@ -64,6 +64,6 @@ def train_by_plain_descent(folder: Path, output: Path, batch_size: int) -> None:
         lambda module, learning_rate: torch.optim.SGD(module.parameters(), 1e-3),
     )
     # without dropout, whose masks differ; latents that vary, so that rounding flips no code; and some entries are replaced
-    changes = {"dropout": 0.0, "normalize_encoder": True, "restart_below": 0.5, "max_gradient_norm": 1.0}
+    steady = {"dropout": 0.0, "normalize_encoder": True, "restart_below": 0.5, "max_gradient_norm": 1.0}
     with descent:
-        train(tiny_settings(folder, output=str(output), batch_size=batch_size, **changes))
+        train(tiny_settings(folder, output=str(output), **{**steady, **changes}))

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,10 @@ def recover(folder: Path) -> None:
     old = _beside(folder, "old")
     if old.is_dir():
         if folder.exists():
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
-            os.replace(old, folder)
+            with suppress(FileNotFoundError):  # another process of the run was faster
+                os.replace(old, folder)
 
 
 def _write_model(folder: Path, model: WavTokenizerModel) -> None:

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 TRAINING_PEAKS = (-6.0, -1.0)  # dBFS that a training clip is scaled to, drawn evenly
 VALIDATION_PEAK = -3.0
+SAVED_DATASETS = (("state.json", "dataset_info.json"), ("dataset_dict.json",))  # by these files a folder is one
+COLUMN = "audio"  # of the sound in a dataset
 MOST_SKIPPED = 100  # clips in a row that cannot be read, after which it is not the clips
 
 
@@ -40,23 +42,22 @@ class Batch:
         return self
 
 
-def open_clips(source: str | os.PathLike | Sequence, column: str = "audio") -> Sequence:
+def open_clips(source: str | os.PathLike | Sequence) -> Sequence:
     """
     The clips of a data source, of which `read_clip` gives the sound.
 
     Args:
         source: a folder, which is searched for sound files; a text file with one path a line, relative to that file; a
             folder saved by `datasets.Dataset.save_to_disk`; or a dataset itself, of the datasets library or any sequence
-            of paths or of rows with a `column`.
-        column: of the sound in a dataset.
+            of paths or of rows; the column of the sound is `audio`.
 
     Raises:
-        ValueError: there is no such source, or no clip in it.
+        ValueError: there is no such source, or no clip in it; a dataset of several splits, without a length or that column.
     """
     if not isinstance(source, (str, os.PathLike)):
-        clips = _undecoded(source, column)
-    elif Path(source, "state.json").is_file() and Path(source, "dataset_info.json").is_file():
-        clips = _undecoded(_load_dataset(source), column)
+        clips = _undecoded(source)
+    elif any(all(Path(source, name).is_file() for name in names) for names in SAVED_DATASETS):
+        clips = _undecoded(_load_dataset(source))
     elif Path(source).is_dir():
         files = sorted(file for file in Path(source).rglob("*") if file.suffix.lower() in audio.SUFFIXES)
         clips = [str(file) for file in files if file.is_file()]
@@ -78,11 +79,11 @@ def open_clips(source: str | os.PathLike | Sequence, column: str = "audio") -> S
     return clips
 
 
-def read_clip(clips: Sequence, index: int, sampling_rate: int, column: str = "audio") -> np.ndarray:
+def read_clip(clips: Sequence, index: int, sampling_rate: int) -> np.ndarray:
     """Sound (T,) of one clip, mono, float32. Raises ValueError or OSError if it cannot be read."""
     row = clips[index]
     if isinstance(row, dict):
-        row = row[column]
+        row = row.get(COLUMN)
     if isinstance(row, (str, os.PathLike)):
         waveform = audio.load(row, sampling_rate)
     elif isinstance(row, dict) and row.get("array") is not None:
@@ -100,7 +101,7 @@ def read_clip(clips: Sequence, index: int, sampling_rate: int, column: str = "au
         waveform = audio.load(row["path"], sampling_rate)
     else:
         raise ValueError(
-            f"Got a clip of type {type(row).__name__}, expected a path, or a row of a dataset with sound."
+            f"Got a clip of type {type(row).__name__}, expected a path, or a row of a dataset with sound as {COLUMN!r}."
         )
     if not np.isfinite(waveform).all():
         raise ValueError("The clip holds NaN or infinite samples.")
@@ -129,9 +130,9 @@ def cut_segment(waveform: np.ndarray, length: int, random: np.random.Generator |
 class Segments(Dataset):
     """Training segments, asked for by (epoch, clip)."""
 
-    def __init__(self, clips: Sequence, length: int, sampling_rate: int, seed: int, column: str = "audio"):
+    def __init__(self, clips: Sequence, length: int, sampling_rate: int, seed: int):
         self.clips, self.length, self.sampling_rate = clips, length, sampling_rate
-        self.seed, self.column = seed, column
+        self.seed = seed
 
     def __getitem__(self, place: tuple[int, int]) -> Batch:
         epoch, index = place
@@ -139,9 +140,9 @@ class Segments(Dataset):
         skipped = {}
         for _ in range(MOST_SKIPPED):
             try:
-                waveform = read_clip(self.clips, index, self.sampling_rate, self.column)
+                waveform = read_clip(self.clips, index, self.sampling_rate)
             except (ValueError, OSError) as error:
-                skipped[name_of(self.clips, index, self.column)] = str(error)
+                skipped[name_of(self.clips, index)] = str(error)
                 index = int(random.integers(len(self.clips)))  # another clip in its place, the same in every run
                 continue
             segment = torch.from_numpy(cut_segment(waveform, self.length, random))
@@ -216,25 +217,34 @@ def validation_clips(source, length: int, sampling_rate: int, most: int) -> Batc
     return Batch(torch.stack(segments)[:, None], num_repeated, skipped)
 
 
-def name_of(clips: Sequence, index: int, column: str = "audio") -> str:
+def name_of(clips: Sequence, index: int) -> str:
     """What a clip is called in a report: its path, or its place in the dataset."""
     row = clips[index]
-    row = row.get(column) if isinstance(row, dict) else row
+    row = row.get(COLUMN) if isinstance(row, dict) else row
     path = row.get("path") if isinstance(row, dict) else row
     return str(path) if isinstance(path, (str, os.PathLike)) else f"clip {index}"
 
 
-def _undecoded(dataset: Sequence, column: str) -> Sequence:
+def _undecoded(dataset: Sequence) -> Sequence:
     """A dataset whose sound is decoded here, by wavtokenizer_hf.audio, and not by torchcodec."""
+    if isinstance(dataset, dict):
+        raise ValueError(f"Got a dataset of the splits {', '.join(dataset)}. Give one of them.")
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"Got {type(dataset).__name__}, which has no length, expected a dataset whose clips can be taken in any order. "
+            "Load it without streaming."
+        )
     if not hasattr(dataset, "cast_column"):
         return dataset
-    if column not in dataset.column_names:
-        raise ValueError(f"The dataset has no column {column!r}, but {', '.join(dataset.column_names)}.")
-    if type(dataset.features[column]).__name__ != "Audio":  # paths, or rows with arrays
-        return dataset.select_columns(column)
+    if COLUMN not in dataset.column_names:
+        raise ValueError(
+            f"The dataset has no column {COLUMN!r}, but {', '.join(dataset.column_names)}. Rename that of the sound."
+        )
+    if type(dataset.features[COLUMN]).__name__ != "Audio":  # paths, or rows with arrays
+        return dataset.select_columns(COLUMN)
     import datasets
 
-    return dataset.select_columns(column).cast_column(column, datasets.Audio(decode=False))
+    return dataset.select_columns(COLUMN).cast_column(COLUMN, datasets.Audio(decode=False))
 
 
 def _load_dataset(folder: str | os.PathLike):

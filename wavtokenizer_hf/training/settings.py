@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import hashlib
+import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -36,7 +38,11 @@ class Settings:
         "Default: random weights",
         None,
     )
-    config: dict[str, Any] = _field("fields of a new model's config that differ from the defaults", factory=dict)
+    config: dict[str, Any] = _field(
+        "fields of a new model's config that differ from the defaults, such as 'upsampling_ratios=[8, 5, 4, 2]' for 75 "
+        "tokens/s; one that is given as `model` must have them already",
+        factory=dict,
+    )
 
     steps: int = _field("steps in all", 1_000_000)
     mel_only_steps: int = _field("first steps without discriminators, on mel and commitment losses alone", 0)
@@ -48,20 +54,24 @@ class Settings:
     batch_size: int = _field("segments in a batch of each process", 40)
     gradient_accumulation: int = _field("batches of each process in a step", 1)
     segment_seconds: float = _field("length of a segment; shorter clips are repeated to it", 3.0)
-    num_workers: int = _field("processes of each process that load data; 0: none", 8, free=True)
-    seed: int = _field("of all that is random", 0)
+    num_workers: int = _field("processes that load sound, for each process that trains; 0: none", 8, free=True)
+    seed: int = _field("of all that is random: equal settings give equal runs on a CPU", 0)
 
     learning_rate: float = _field("of the AdamW optimizers; decays to 0 by a cosine", 2e-4)
     discriminator_learning_rate: float | None = _field("of the discriminators' optimizer, if it is another", None)
     warmup_steps: int = _field("first steps of each optimizer, in which its learning rate rises from 0", 0)
-    max_gradient_norm: float | None = _field("gradients are scaled down to this norm; default: never", None)
+    max_gradient_norm: float | None = _field(
+        "gradients of a larger norm are scaled down to this one; default: never; `none` undoes a recipe's", None
+    )
     precision: str = _field(
         "float32, or bfloat16 for autocast of decoder and discriminators; encoder and codebook stay in float32",
         "float32",
     )
     dropout: float = _field("of the residual blocks in the backbone's front", 0.1)
     loss_weights: dict[str, float] = _field(
-        "weights of the generator's losses that differ from the published ones; 0 for both of a discriminator leaves it out",
+        "weights of the losses that differ from the published "
+        + ", ".join(f"{name}={weight:g}" for name, weight in WEIGHTS.items())
+        + "; 0 for both of a discriminator (multi_period, multi_resolution, dac) leaves it out",
         factory=dict,
     )
     discriminator_scale: float = _field("inner channels of the discriminators, as a factor of the published ones", 1.0)
@@ -73,20 +83,24 @@ class Settings:
         "data-dependent initialization); PyTorch's own gives latents that hardly vary, and a slow start",
         False,
     )
-    kmeans_iterations: int = _field("at most, at the start of a new model", 200)
-    kmeans_latents: int = _field("encoder outputs that k-means starts from, over all processes", 72_000)
+    kmeans_iterations: int = _field("of k-means, at most, which chooses the first codebook of a new model", 200)
+    kmeans_latents: int = _field("encoder outputs that k-means works on, over all processes", 72_000)
 
     log_every: int = _field("steps between entries in the log", 100, free=True)
     validate_every: int = _field(
-        "steps between validations, each of which saves last/, and best/ if the score fell", 5000
+        "steps between validations, each of which saves last/, and best/ if the score (mel + commitment by its weight) fell",
+        5000,
     )
-    num_validation_clips: int = _field("clips of a validation, at most", 200)
+    num_validation_clips: int = _field("clips of a validation, at most; of each the first segment_seconds", 200)
     num_logged_clips: int = _field("clips of the validation that the log lets hear and see", 4, free=True)
-    resume: bool = _field("go on from last/ in the output folder, with the same settings", False, free=True)
+    resume: bool = _field(
+        "go on from last/ in the output folder, after an interruption, with the same settings", False, free=True
+    )
     push_to_hub: str | None = _field("repository on the Hub to which best/ is uploaded at the end", None, free=True)
 
     def __post_init__(self):
         self.loss_weights = {**WEIGHTS, **self.loss_weights}
+        self.config = json.loads(json.dumps(self.config))  # lists for tuples, as it will be read from files
         self.check()
 
     def check(self) -> None:
@@ -94,6 +108,9 @@ class Settings:
         unknown = sorted(set(self.loss_weights) - set(WEIGHTS))
         if unknown:
             raise ValueError(f"Got loss_weights for {', '.join(unknown)}; the losses are {', '.join(WEIGHTS)}.")
+        for name, weight in self.loss_weights.items():
+            if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+                raise ValueError(f"Got loss_weights {name}={weight!r}, expected a number of at least 0.")
         at_least = {
             "steps": 1, "mel_only_steps": 0, "continuous_steps": 0, "batch_size": 1, "gradient_accumulation": 1, "num_workers": 0,
             "warmup_steps": 0, "kmeans_iterations": 1, "kmeans_latents": 1, "log_every": 1, "validate_every": 1,
@@ -111,12 +128,12 @@ class Settings:
         for name in ("dropout", "restart_below", "codebook_decay"):
             if not getattr(self, name) < 1:
                 raise ValueError(f"Got {name}={getattr(self, name)}, expected less than 1.")
+        if self.continuous_steps >= self.steps:
+            raise ValueError(
+                f"Got continuous_steps={self.continuous_steps} of steps={self.steps}: the codebook would never be chosen."
+            )
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"Got precision={self.precision!r}, expected 'float32' or 'bfloat16'.")
-        if self.model and self.config:
-            raise ValueError(
-                f"Got config={self.config} beside model={self.model!r}, whose shape is fixed. Leave one of them out."
-            )
 
     @classmethod
     def load(cls, recipe: str | None, changes: dict[str, Any] | None = None) -> "Settings":
@@ -133,7 +150,7 @@ class Settings:
         values = {} if recipe is None else _read_yaml(_find(recipe))
         types_ = typing.get_type_hints(cls)
         for name, value in (changes or {}).items():
-            values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
+            values[name] = {**(values.get(name) or {}), **value} if isinstance(value, dict) else value
         unknown = sorted(set(values) - set(types_))
         if unknown:
             raise ValueError(

@@ -74,8 +74,10 @@ class State:
     critics_schedule: torch.optim.lr_scheduler.LRScheduler | None = None
     step: int = 0  # steps done
     best_score: float = math.inf
-    # of this process, since it began
+    num_clips: int = 0  # to train on
+    # since the process began, of all processes at the last entry in the log
     skipped: dict[str, str] = field(default_factory=dict)  # clips that could not be read, and why
+    # of this process, since it began
     num_taken: int = 0  # segments
     num_repeated: int = 0  # of those, from clips shorter than a segment
 
@@ -101,9 +103,17 @@ def build(settings: Settings) -> State:
     # the codebook, the only buffer, agrees over workers by its own sums; nothing has to be broadcast at every pass
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     # unless it is told that there is nothing but CPUs, accelerate takes each process that torchrun started for the only one
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=handlers)
+    # the settings say what is computed in bfloat16, and not what accelerate was once configured to
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=handlers)
     torch.manual_seed(derived_seed(settings.seed, "weights"))
-    model = _load_model(settings.model) if settings.model else WavTokenizerModel(_new_config(settings.config))
+    config = _new_config(settings.config)
+    model = _load_model(settings.model) if settings.model else WavTokenizerModel(config)
+    for name in settings.config:  # a recipe may be used for a model of its shape
+        if getattr(model.config, name) != getattr(config, name):
+            raise ValueError(
+                f"The model {settings.model!r} has {name}={getattr(model.config, name)} and the settings' config "
+                f"{name}={getattr(config, name)}. A model keeps its shape: choose another recipe, or leave config out."
+            )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = settings.dropout
@@ -121,8 +131,10 @@ def build(settings: Settings) -> State:
     if names and critics_steps > 0:
         torch.manual_seed(derived_seed(settings.seed, "discriminators"))
         state.critics = Discriminators(model.config.adanorm_num_embeddings, settings.discriminator_scale, names)
-        if settings.model and load_discriminators(settings.model, state.critics):
-            logger.info("The discriminators of %s go on.", settings.model)
+        if settings.model and not load_discriminators(settings.model, state.critics):
+            logger.warning(
+                "%s has no discriminators.safetensors: the discriminators begin with random weights.", settings.model
+            )
         state.critics.to(accelerator.device)
         state.prepared_critics = accelerator.prepare(state.critics)
         state.critics_optimizer = _adamw(state.critics, settings.discriminator_learning_rate or settings.learning_rate)
@@ -141,6 +153,7 @@ def save(state: State, output: Path, improved: bool) -> None:
             "step": state.step,
             "best_score": state.best_score,
             "num_processes": accelerator.num_processes,
+            "num_clips": state.num_clips,
             "settings": asdict(state.settings),
             "num_restarts": state.learner.num_restarts,
         }
@@ -157,6 +170,8 @@ def restore(state: State, output: Path) -> None:
     differences = state.settings.differences(facts["settings"])
     if facts["num_processes"] != state.accelerator.num_processes:
         differences.append(f"processes were {facts['num_processes']} and are now {state.accelerator.num_processes}")
+    if (num_clips := facts.get("num_clips", state.num_clips)) != state.num_clips:
+        differences.append(f"clips were {num_clips} and are now {state.num_clips}")
     if differences:
         raise ValueError(
             f"The run in {output} had other settings: {'; '.join(differences)}. Resume it with its own, or start another "

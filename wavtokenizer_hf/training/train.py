@@ -26,6 +26,7 @@ from .state import State, autocast, build, check_output, prepare_hub, restore, s
 
 logger = logging.getLogger(__name__)
 
+LONGEST_WINDOW = 2048  # samples, of the losses' spectrograms, which continue the audio by half of it at either end
 SHORT_CLIPS = (
     "All clips so far are shorter than segment_seconds=%g and were repeated to that length. Choose shorter segments."
 )
@@ -57,6 +58,12 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
         state = build(settings)
         config, accelerator = state.model.config, state.accelerator
         length = round(settings.segment_seconds * config.sampling_rate)
+        if length <= LONGEST_WINDOW // 2:
+            raise ValueError(
+                f"Got segment_seconds={settings.segment_seconds}, {length} samples at {config.sampling_rate} Hz. The losses' "
+                f"spectrograms need more than {LONGEST_WINDOW // 2} samples."
+            )
+        state.num_clips = len(clips)
         validation = validation_clips(
             _given(settings, "validation_data") if validation_data is None else validation_data,
             length, config.sampling_rate, settings.num_validation_clips,
@@ -73,7 +80,7 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
                 accelerator.process_index, accelerator.num_processes, start,
             )  # fmt: skip
 
-        if settings.normalize_encoder and state.step == 0 and not state.model.quantizer.codebook.inited:
+        if settings.normalize_encoder and settings.model is None and state.step == 0:
             normalize_encoder(state, batches(0))
         log = Log(output / "log", config.sampling_rate, state.step + 1) if accelerator.is_main_process else None
         bar = tqdm(initial=state.step, total=settings.steps, unit="step", disable=not accelerator.is_main_process)
@@ -83,7 +90,7 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
             bar.close()
             if log:
                 log.close()
-        if state.skipped:
+        if state.skipped and accelerator.is_main_process:
             logger.warning("%d clips could not be read and were skipped.", len(state.skipped))
         upload(state, output)
         return state
@@ -104,14 +111,15 @@ def _run(
         bar.update()
         last = state.step == settings.steps
         if state.step % settings.log_every == 0 or last:
+            figures["data/repeated"] = (state.num_repeated - repeated_before) / (state.num_taken - taken_before)
             figures = _mean_over_workers(figures, device)
             figures |= {f"codebook/{name}": value for name, value in state.learner.report().items()}
-            repeated = (state.num_repeated - repeated_before) / (state.num_taken - taken_before)
-            figures |= {"data/repeated": repeated, "data/skipped": len(state.skipped)}
+            _share_skipped(state)
+            figures["data/skipped"] = len(state.skipped)
             bar.set_postfix(_shown(figures))
             if log:
                 log.figures(figures, state.step)
-            if repeated == 1 and not warned:
+            if log and figures["data/repeated"] == 1 and not warned:
                 logger.warning(SHORT_CLIPS, settings.segment_seconds)
                 warned = True
         if state.step % settings.validate_every == 0 or last:
@@ -129,7 +137,7 @@ def train_step(state: State, batches: list[torch.Tensor]) -> dict[str, float]:
         The step's losses, gradient norms and learning rates, by the names under which they are logged.
 
     Raises:
-        ValueError: a loss or gradient is not finite; nothing was changed by it.
+        ValueError: a loss or gradient is not finite; its optimizer and the codebook have not moved.
     """
     settings, figures = state.settings, {}
     num_embeddings = state.model.config.adanorm_num_embeddings
@@ -150,7 +158,8 @@ def train_step(state: State, batches: list[torch.Tensor]) -> dict[str, float]:
                 losses |= _judge(state, audio, made_audio, bandwidth_id)
             loss = total(losses, settings.loss_weights)
             _note(figures, "loss", losses | {"total": loss}, len(batches))
-            state.accelerator.backward(loss / len(batches))
+            # not by accelerator.backward, which follows the environment in how it scales a loss
+            (loss / len(batches)).backward()
         if state.quantizes:
             state.learner.observe(latents, audio_codes)
     _step(state, state.optimizer, state.schedule, figures, "codec", "loss")
@@ -172,7 +181,7 @@ def _train_critics(state: State, batches: list[torch.Tensor], bandwidth_id: int,
             losses = discriminator_losses(real, made)
             loss = sum(losses.values())
             _note(figures, "discriminator", losses | {"total": loss}, len(batches))
-            state.accelerator.backward(loss / len(batches))
+            (loss / len(batches)).backward()
     _step(state, state.critics_optimizer, state.critics_schedule, figures, "discriminators", "discriminator")
     return output
 
@@ -285,12 +294,14 @@ def _synchronized(state: State, module: nn.Module, last: bool):
 def _step(state: State, optimizer, schedule, figures: dict[str, float], name: str, losses: str) -> None:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if not norm.isfinite():  # the same on all processes, as their gradients are; so all of them stop here
+    # the norm is the same on all processes, as their gradients are; a loss may be one's own, and its launcher stops the others
+    if not norm.isfinite() or not math.isfinite(figures[f"{losses}/total"]):
         optimizer.zero_grad()
         values = ", ".join(f"{key} {value:.3g}" for key, value in figures.items() if key.startswith(f"{losses}/"))
         raise ValueError(
-            f"Step {state.step + 1}: the gradients of the {name} are not finite ({values}). Stopped; the last "
-            "checkpoint is that of the last validation. Resume with a lower learning_rate or a max_gradient_norm."
+            f"Step {state.step + 1}: loss or gradients of the {name} are not finite ({values}). Stopped; the last "
+            "checkpoint is that of the last validation. Start another run from it, with a lower learning_rate or a "
+            f"max_gradient_norm and --model {Path(state.settings.output, 'last')}."
         )
     if state.settings.max_gradient_norm is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -332,6 +343,13 @@ def _take(state: State, batch: Batch) -> torch.Tensor:
     state.num_taken += len(batch.audio)
     state.num_repeated += batch.num_repeated
     return batch.audio.to(state.accelerator.device)
+
+
+def _share_skipped(state: State) -> None:
+    """Lets every process know which clips the others could not read."""
+    from accelerate.utils import gather_object
+
+    state.skipped = dict(gather_object(list(state.skipped.items())))
 
 
 def _given(settings: Settings, name: str) -> str:
