@@ -431,11 +431,14 @@ def test_datasets_are_read_undecoded_and_keep_the_meaning_of_their_columns(run, 
     assert loaded.features["audio_codes"].feature.dtype == "uint16"
 
 
-def test_the_output_is_read_by_load_dataset_as_it_is(run, alone, tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_output_is_read_by_load_dataset_as_it_is(run, alone, tmp_path, streaming):
     import datasets
 
-    run(part_size=9)
-    loaded = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    run(part_size=2)  # one part holds but failures
+    loaded = datasets.load_dataset(
+        str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"), streaming=streaming
+    )
     assert {row["id"]: row["audio_codes"] for row in loaded} == alone
 
 

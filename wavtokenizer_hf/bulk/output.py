@@ -239,7 +239,10 @@ class Output:
         except pyarrow.ArrowException as error:
             raise ValueError(f"The carried columns do not have the types {self.settings.columns}: {error}") from error
         with self._replaced(self.folder / "data" / part_name(ids)) as partial:
-            parquet.write_table(table, partial, compression="zstd", row_group_size=10_000)
+            if rows:
+                parquet.write_table(table, partial, compression="zstd", row_group_size=10_000)
+            else:  # write_table would write a group of no rows, at which load_dataset (datasets 5.2) stops
+                parquet.ParquetWriter(partial, schema).close()
         return summary
 
     @contextmanager
