@@ -115,6 +115,18 @@ def test_damaged_files_are_listed_with_a_reason_and_the_others_are_done(run, tmp
     assert result.total.num_clips == NUM_CLIPS and result.total.num_failures == len(DAMAGED)
 
 
+def test_a_clip_for_which_there_is_too_little_memory_is_listed_too(run, alone, tmp_path, monkeypatch):
+    read = sources.Files.sound
+
+    def header_of_an_exabyte(self, place):
+        return np.zeros(2**57) if place[0].endswith("0007.wav") else read(self, place)
+
+    monkeypatch.setattr(sources.Files, "sound", header_of_an_exabyte)
+    result = run()
+    assert result.failures.keys() == {*DAMAGED, "b/0007.wav"} and "Unable to allocate" in result.failures["b/0007.wav"]
+    assert codes_of(tmp_path / "out") == {id: codes for id, codes in alone.items() if id != "b/0007.wav"}
+
+
 def test_a_row_says_what_the_clip_was(run, place, tmp_path):
     run()
     rows = rows_of(tmp_path / "out")
@@ -165,7 +177,12 @@ def test_micro_batches_hold_each_clip_once_and_stay_within_the_budget(lengths, b
         assert len(batch) == 1 or len(batch) * max(lengths[place] for place in batch) <= budget
 
 
-def test_a_batch_too_large_for_the_device_is_halved_and_a_clip_too_large_fails(monkeypatch, place):
+def _out_of_memory_on_a_gpu():
+    raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize("fail", [_out_of_memory_on_a_gpu, lambda: torch.empty(2**46)], ids=["gpu", "cpu"])
+def test_a_batch_too_large_for_the_device_is_halved_and_a_clip_too_large_fails(monkeypatch, place, fail):
     encoder, feature_extractor = encoding.load_encoder(str(place / "model"), device="cpu")
     whole = encoding._encode_batch
     waveforms = [np.random.default_rng(n).uniform(-1, 1, 100 + n).astype(np.float32) for n in range(9)]
@@ -173,7 +190,7 @@ def test_a_batch_too_large_for_the_device_is_halved_and_a_clip_too_large_fails(m
 
     def small_device(encoder, feature_extractor, batch):
         if sum(map(len, batch)) > 350:
-            raise torch.OutOfMemoryError("out of memory")
+            fail()
         return whole(encoder, feature_extractor, batch)
 
     monkeypatch.setattr(encoding, "_encode_batch", small_device)

@@ -128,7 +128,9 @@ def encode(
         batch = batches.pop()
         try:
             codes = _encode_batch(encoder, feature_extractor, [waveforms[place] for place in batch])
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # of a CPU
+                raise
             torch.cuda.empty_cache()
             if len(batch) == 1:
                 results[batch[0]] = Failure(f"The device has too little memory for the clip: {error}")
@@ -187,6 +189,8 @@ def tokenize_clips(
             return read_sound(get(), sampling_rate)
         except (ValueError, OSError) as error:
             return Failure(" ".join(str(error).split()))
+        except MemoryError as error:  # a damaged header may promise terabytes
+            return Failure(f"Too little memory for the clip, or its header is damaged: {error}")
 
     window, size = [], 0
     with _Ahead(read_one, read, limit, num_readers) as sounds:
