@@ -341,6 +341,29 @@ def test_a_folder_with_other_things_in_it_is_refused(run, tmp_path):
     assert os.listdir(tmp_path / "out") == ["thesis.tex"]
 
 
+def test_a_folder_is_the_same_with_a_slash_at_its_end(place, run, tmp_path):
+    corpus = tmp_path / "corpus"
+    write_corpus(corpus, 1, (0.01, 0.1))
+    run(f"{corpus}/", model=f"{place / 'model'}/")
+    assert run(corpus).done_now.num_clips == 0
+
+
+def test_half_written_files_of_a_killed_run_are_removed(run, tmp_path):
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    for name in ("manifest.json", "data/part-0.parquet"):
+        path = tmp_path / "out" / name
+        path.with_name(f".shard-0-of-1-host-1-{path.name}.partial").write_text("half")
+    run()
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+def test_strange_parquet_beside_the_parts_is_named_and_not_called_damaged(run, tmp_path):
+    run()
+    parquet.write_table(pyarrow.table({"id": ["x"]}), tmp_path / "out" / "data" / "mine.parquet")
+    with pytest.raises(ValueError, match=r"mine\.parquet is not of this command\. Move it away"):
+        run()
+
+
 def test_a_damaged_part_is_named(run, tmp_path):
     run()
     part = next((tmp_path / "out" / "data").iterdir())
