@@ -421,16 +421,50 @@ def test_a_glob_takes_what_it_names(run, alone, place, tmp_path):
     assert codes_of(tmp_path / "out") == expected != {}
 
 
+def test_links_to_folders_are_followed_but_not_in_a_circle(run, alone, place, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    os.symlink(place / "corpus" / "a", tmp_path / "corpus" / "link")
+    os.symlink(tmp_path / "corpus", tmp_path / "corpus" / "circle")
+    run(tmp_path / "corpus")
+    expected = {f"link/{name[2:]}": codes for name, codes in alone.items() if name.startswith("a/")}
+    assert codes_of(tmp_path / "out") == expected != {}
+
+
+def test_sounds_of_an_unknown_format_are_listed_and_not_left_out(run, tmp_path):
+    corpus = tmp_path / "corpus"
+    write_corpus(corpus, 1, (0.01, 0.1))
+    (corpus / "phone.m4a").write_bytes(b"\0\0\0\x1cftypM4A ")
+    assert "format that libsndfile does not know" in run(corpus).failures["phone.m4a"]
+
+
 def test_tar_shards_are_read_with_what_lies_beside_the_sounds(run, clips, alone, tmp_path):
-    ids = {}
+    ids, pixels = {}, bytes(range(256))
+    (tmp_path / "pixels").write_bytes(pixels)
     (tmp_path / "shards").mkdir()
     for number, (name, (path, text)) in enumerate(clips.items()):
         with tarfile.open(tmp_path / "shards" / f"{number % 2}.tar", "a") as shard:
             (tmp_path / "text").write_text(text)
             shard.add(path, f"clip{number}{path.suffix}")
             shard.add(tmp_path / "text", f"clip{number}.txt")
+            shard.add(tmp_path / "pixels", f"clip{number}.jpg")
         ids[name] = f"{number % 2}.tar/clip{number}"
     check_clips(run(tmp_path / "shards"), tmp_path / "out", clips, alone, ids, column="txt")
+    assert all(row["jpg"] == pixels for row in rows_of(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize("fault", ["joined", "damaged"])
+def test_a_shard_of_which_a_part_would_be_passed_over_is_refused(run, clips, tmp_path, fault):
+    shard = tmp_path / "x.tar"
+    with tarfile.open(shard, "w") as file:
+        for path, _ in clips.values():
+            file.add(path, path.name)
+        start = file.offset
+        file.add(path, "last.wav")
+    content = bytearray(shard.read_bytes())
+    content[start] ^= 255  # in the header of the last member
+    shard.write_bytes(content if fault == "damaged" else shard.read_bytes() * 2)
+    with pytest.raises(ValueError, match=r"x\.tar goes on after the end of the archive"):
+        run(shard)
 
 
 def _table(clips):

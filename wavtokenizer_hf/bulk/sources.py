@@ -21,6 +21,10 @@ from .output import OWN_COLUMNS
 
 LISTS = (".txt", ".csv", ".jsonl")
 PATH_COLUMNS = ("audio", "path", "file_name")  # of a list file, where none is named
+SOUNDS = (*audio.SUFFIXES, ".aac", ".aifc", ".amr", ".ape", ".m4a", ".m4b", ".mka", ".mp2", ".oga", ".wma", ".wv")
+"""Endings of sound files. Some libsndfile cannot read: those are listed as failed, and not left out without a word."""
+TEXTS = ("cls", "csv", "json", "lab", "srt", "text", "tsv", "txt", "vtt")
+"""Endings of what is carried along as text from tar shards."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,7 @@ class TarShards(Source):
     """Tar files of WebDataset's form: members of one name before the first dot belong together.
 
     A place is the shard, the sound's (offset, size) and those of the other members by their ending, which are carried along
-    as text. Members are found by reading the headers once; nothing is unpacked.
+    as text or bytes. Members are found by reading the headers once; nothing is unpacked.
     """
 
     def __init__(self, shards: list[str], base: Path):
@@ -253,7 +257,9 @@ class TarShards(Source):
                 sound = members.pop(sounds[0])
                 endings.update(members)
                 self.items.append(Item(f"{_relative(shard, base)}/{key}", (shard, sound, members)))
-        self.schema = pyarrow.schema([(ending, pyarrow.string()) for ending in sorted(endings)])
+        self.schema = pyarrow.schema(
+            [(ending, pyarrow.string() if _is_text(ending) else pyarrow.binary()) for ending in sorted(endings)]
+        )
 
     @staticmethod
     def _samples(shard: str) -> dict[str, dict[str, tuple[int, int]]]:
@@ -268,6 +274,15 @@ class TarShards(Source):
                         if ending in sample:
                             raise ValueError(f"{shard} holds {member.name!r} twice.")
                         sample[ending] = (member.offset_data, member.size)
+                end = file.offset
+            with open(shard, "rb") as file:
+                file.seek(end)
+                while block := file.read(2**20):
+                    if block.count(0) < len(block):  # tarfile would be content with what comes before
+                        raise ValueError(
+                            f"{shard} goes on after the end of the archive, at byte {end}. It is damaged, or several in one "
+                            "file: write each to a file of its own."
+                        )
         except tarfile.TarError as error:
             raise ValueError(
                 f"Cannot read the shard {shard}: {error}. Expected a plain tar, not compressed."
@@ -287,7 +302,15 @@ class TarShards(Source):
         return self._content(place[0], place[1])
 
     def carried(self, place) -> dict[str, Any]:
-        return {name: self._content(place[0], where).decode(errors="replace") for name, where in place[2].items()}
+        contents = {name: self._content(place[0], where) for name, where in place[2].items()}
+        try:
+            return {name: content.decode() if _is_text(name) else content for name, content in contents.items()}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"The text beside it in {place[0]} is not UTF-8: {error}") from error
+
+
+def _is_text(ending: str) -> bool:
+    return ending.lower().rpartition(".")[2] in TEXTS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
