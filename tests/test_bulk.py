@@ -407,7 +407,8 @@ def test_a_list_file_is_read_with_its_further_columns(run, clips, alone, tmp_pat
         "csv": ["path,text,number", *(f"{path},{text},{number}" for path, text, number in rows)],
         "jsonl": [json.dumps({"path": path, "text": text, "number": number}) for path, text, number in rows],
     }[ending]
-    (tmp_path / f"list.{ending}").write_text("\n".join(lines) + "\n")
+    # spreadsheets write a mark of UTF-8 before the first column's name
+    (tmp_path / f"list.{ending}").write_text("\n".join(lines) + "\n", "utf-8-sig" if ending == "csv" else "utf-8")
     result = run(tmp_path / f"list.{ending}")
     ids = {name: f"sounds/{name}" for name in clips}
     check_clips(result, tmp_path / "out", clips, alone, ids, None if ending == "txt" else "text")

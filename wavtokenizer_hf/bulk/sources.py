@@ -125,7 +125,7 @@ def _open_path(source: str, column: str | None, config: str | None, split: str, 
 def _of_files(files: list[str], base: Path, source: str, column: str) -> Source:
     """By the endings of the files, of which only one kind may be there."""
     kinds = {
-        "sound files": [file for file in files if file.lower().endswith(audio.SUFFIXES)],
+        "sound files": [file for file in files if file.lower().endswith(SOUNDS)],
         "tar shards": [file for file in files if file.lower().endswith(".tar")],
         "Parquet": [file for file in files if file.lower().endswith(".parquet")],
     }
@@ -140,7 +140,7 @@ def _of_files(files: list[str], base: Path, source: str, column: str) -> Source:
     return Files([Item(name, (file, {})) for name, file in zip(names, kinds["sound files"], strict=True)])
 
 
-_KNOWN = (*audio.SUFFIXES, *LISTS, ".tar", ".parquet")
+_KNOWN = (*SOUNDS, *LISTS, ".tar", ".parquet")
 
 
 def _walk(folder: Path) -> list[str]:
@@ -148,10 +148,15 @@ def _walk(folder: Path) -> list[str]:
         raise error
 
     files = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders.sort()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        # a link to a folder above has no end, and what it holds is found without it
+        folders[:] = sorted(name for name in folders if not _holds(os.path.join(parent, name), parent))
         files += [os.path.join(parent, name) for name in sorted(names)]
     return files
+
+
+def _holds(folder: str, place: str) -> bool:
+    return Path(place).resolve().is_relative_to(Path(folder).resolve())
 
 
 def _relative(file: str, base: Path) -> str:
@@ -191,7 +196,7 @@ class Files(Source):
 def _list_file(path: Path, column: str | None) -> Files:
     pyarrow = library("pyarrow")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin it with a mark of UTF-8
             if path.suffix.lower() == ".txt":
                 rows, column = [{"audio": line.strip()} for line in file if line.strip()], "audio"
             elif path.suffix.lower() == ".csv":
@@ -247,7 +252,7 @@ class TarShards(Source):
         self.items, endings = [], set()
         for shard in shards:
             for key, members in self._samples(shard).items():
-                sounds = [ending for ending in members if f".{ending.lower()}".endswith(audio.SUFFIXES)]
+                sounds = [ending for ending in members if f".{ending.lower()}".endswith(SOUNDS)]
                 if len(sounds) > 1:
                     raise ValueError(
                         f"{shard} holds several sounds for {key!r}: {sounds}. Expected one for each name."
