@@ -25,6 +25,7 @@ from pyarrow import parquet
 
 from wavtokenizer_hf import WavTokenizerModel, audio
 from wavtokenizer_hf.bulk import encoding, hub, output, processes, sources, tokenize
+from wavtokenizer_hf.bulk import run as bulk_run
 from wavtokenizer_hf.bulk.progress import Progress
 from wavtokenizer_hf.cli import main
 
@@ -568,6 +569,7 @@ def _written(path, text):
         ({"num_processes": 0}, "num_processes=0"),
         ({"shard": (2, 2)}, "shard 2/2"),
         ({"engine": "magic"}, "expected one of processes, ray"),
+        ({"ray_address": "auto"}, "Ray address 'auto' for the engine 'processes'"),
         ({"on_error": "ignore"}, "on_error='ignore'"),
         ({"model": "no/such-model"}, "Cannot load the model"),
         ({"device": "cuda:77"}, "Cannot use the device"),
@@ -757,6 +759,18 @@ def _group_ends(group):
             return True
         time.sleep(0.01)
     return False
+
+
+@pytest.mark.slow
+def test_ray_gives_up_a_clip_that_kills_its_actors(place, tmp_path, monkeypatch):
+    class Deadly(sources.Files):
+        def sound(self, place):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    deadly = Deadly([sources.Item("a.wav", ("a.wav", {}))])
+    monkeypatch.setattr(bulk_run, "open_source", lambda *arguments: deadly)
+    with pytest.raises(OSError, match=r"Ray has stopped the work.*run again to go on"):
+        tokenize("a.wav", str(place / "model"), tmp_path / "out", engine="ray")
 
 
 @pytest.mark.slow
