@@ -545,6 +545,7 @@ def test_the_schema_says_what_the_codes_are(run, place, model, tmp_path):
         (lambda folder: _written(folder / "x.tar", "no tar" * 200), "Cannot read the shard"),
         (lambda folder: _written(folder / "a.wav", "") and _written(folder / "x.tar", "") and folder, "Say which by"),
         (lambda folder: "someone/no-such-dataset", "cannot be loaded as a dataset of the Hub"),
+        (lambda folder: _splits(), "Got a DatasetDict as the source"),
     ],
 )
 def test_a_source_without_clips_is_refused_with_the_reason(run, tmp_path, make, message):
@@ -553,6 +554,12 @@ def test_a_source_without_clips_is_refused_with_the_reason(run, tmp_path, make, 
     with pytest.raises((ValueError, OSError), match=message):
         run(make(folder))
     assert not (tmp_path / "out").exists()
+
+
+def _splits():
+    import datasets
+
+    return datasets.DatasetDict(train=datasets.Dataset.from_dict({"audio": ["a.wav"]}))
 
 
 def _written(path, text):

@@ -111,12 +111,12 @@ def tokenize(
     commit = getattr(encoder.config, "_commit_hash", None)
     clips = open_source(source, column, dataset_config, split, dataset_revision)
     settings = Settings(
-        source=os.fspath(source) if is_path else f"datasets.Dataset {source._fingerprint}",
+        source=_plain(source) if is_path else f"datasets.Dataset {source._fingerprint}",
         column=column,
         dataset_config=dataset_config,
         dataset_revision=dataset_revision,
         split=split,
-        model=str(model),
+        model=_plain(model),
         revision=commit,
         codebook_fingerprint=encoder.codebook_fingerprint,
         codebook_size=encoder.config.codebook_size,
@@ -168,6 +168,11 @@ def tokenize(
         if push_to_hub is not None:
             hub.push(folder.folder, push_to_hub)
     return Result(total, failures, watch.total, time.monotonic() - started, settings.sampling_rate)
+
+
+def _plain(path: str | os.PathLike) -> str:
+    """A folder is the same with and without a slash at the end."""
+    return os.fspath(path).rstrip("/" + os.sep) or "/"
 
 
 def in_shard(id: str, shard: tuple[int, int]) -> bool:

@@ -378,7 +378,11 @@ class Dataset(Source):
     """A `datasets.Dataset`, read as it is stored: nothing is decoded by it. A place is a row's number."""
 
     def __init__(self, dataset, column: str):
-        library("datasets")
+        if not isinstance(dataset, library("datasets").Dataset):
+            raise ValueError(
+                f"Got a {type(dataset).__name__} as the source, expected a path or a datasets.Dataset. Of a dictionary take a "
+                "split; a stream is for tokenize_dataset."
+            )
         check_column(dataset.column_names, column, "the dataset")
         ids = [_id(id, "the dataset") for id in dataset["id"]] if "id" in dataset.column_names else None
         self.items = [Item(f"{row:09d}" if ids is None else ids[row], row) for row in range(len(dataset))]
