@@ -1,6 +1,8 @@
 """The work itself, the same whatever drives it: sound is read in threads ahead of the model, and encoded in micro-batches."""
 
+import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,7 +121,7 @@ def encode(
     """
     Codes (L,), uint16, of each clip (T,), encoded in micro-batches of clips of like lengths.
 
-    A batch for which a GPU has too little memory is halved; a clip for which it has too little fails.
+    A batch for which a device has too little memory is halved; a clip for which it has too little fails.
     """
     results: list[np.ndarray | Failure] = [Failure("not encoded")] * len(waveforms)
     budget = batch_seconds * encoder.config.sampling_rate
@@ -137,9 +139,18 @@ def encode(
             else:
                 batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
             continue
+        finally:
+            if encoder.device.type == "cpu":
+                _give_back_memory()
         for place, clip_codes in zip(batch, codes, strict=True):
             results[place] = clip_codes
     return results
+
+
+def _give_back_memory() -> None:
+    """Glibc keeps what is freed, and clips of ever new lengths leave ever more holes in it: gigabytes after some hundred."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def micro_batches(lengths: Sequence[int], budget: float) -> list[list[int]]:
