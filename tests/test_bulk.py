@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -86,6 +87,18 @@ def run(place, tmp_path):
     return run
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers that need no imports, 4 s of a processor each, and know of patches. The slow tests have spawned ones."""
+    serve, fork = processes._serve, multiprocessing.get_context("fork")
+
+    def serve_as_spawned(connection, job, rank):
+        serve(connection, pickle.loads(pickle.dumps(job)), rank)  # a fork alone would share it
+
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: fork)
+    monkeypatch.setattr(processes, "_serve", serve_as_spawned)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The same rows
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,7 +110,7 @@ def test_rows_hold_the_codes_that_each_clip_gets_alone_whatever_the_batches(run,
     assert codes_of(tmp_path / "out") == alone
 
 
-def test_two_processes_write_the_same_files_as_one(run, alone, tmp_path):
+def test_two_processes_write_the_same_files_as_one(run, alone, tmp_path, forked):
     run(part_size=7)
     run(part_size=7, num_processes=2, num_readers=2, output=tmp_path / "two")
     assert codes_of(tmp_path / "two") == alone
@@ -474,6 +487,20 @@ def _table(clips):
     return {"id": list(clips), "audio": sounds, "text": [text for _, text in clips.values()]}
 
 
+@pytest.mark.parametrize("kind", ["parquet", "dataset"])
+def test_workers_are_told_of_tables_by_pickling(clips, tmp_path, kind):
+    import datasets
+
+    table = pyarrow.table(_table(clips))
+    parquet.write_table(table, tmp_path / "x.parquet")
+    source = sources.open_source(tmp_path / "x.parquet" if kind == "parquet" else datasets.Dataset(table))
+    places = [item.place for item in source.items]
+    source.sound(places[0])  # so that it holds something that it could send along
+    told = pickle.loads(pickle.dumps(source.without_items()))
+    assert [told.sound(place)["bytes"] for place in places] == [path.read_bytes() for path, _ in clips.values()]
+    assert [told.carried(place)["text"] for place in places] == [text for _, text in clips.values()]
+
+
 @pytest.mark.parametrize("with_ids", [True, False])
 def test_parquet_is_read_row_group_by_row_group(run, clips, alone, tmp_path, with_ids):
     (tmp_path / "tables").mkdir()
@@ -615,7 +642,7 @@ def test_a_full_disk_is_said_and_what_is_finished_stays_valid(run, alone, tmp_pa
     assert codes_of(tmp_path / "out") == alone
 
 
-def test_a_worker_that_is_killed_is_said_and_what_is_finished_stays_valid(run, alone, tmp_path, monkeypatch):
+def test_a_worker_that_is_killed_is_said_and_what_is_finished_stays_valid(run, alone, tmp_path, monkeypatch, forked):
     read = sources.Files.sound
 
     def short_of_memory(self, place):
@@ -624,8 +651,6 @@ def test_a_worker_that_is_killed_is_said_and_what_is_finished_stays_valid(run, a
         return read(self, place)
 
     with monkeypatch.context() as patch:
-        fork = multiprocessing.get_context("fork")  # so that the workers know of the patch
-        patch.setattr(processes.multiprocessing, "get_context", lambda kind: fork)
         patch.setattr(sources.Files, "sound", short_of_memory)
         with pytest.raises(ChildProcessError, match=r"killed by signal 9.*run again to go on"):
             run(part_size=1, num_processes=2)
