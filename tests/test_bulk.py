@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -25,6 +26,7 @@ from pyarrow import parquet
 
 from wavtokenizer_hf import WavTokenizerModel, audio
 from wavtokenizer_hf.bulk import encoding, hub, output, processes, sources, tokenize
+from wavtokenizer_hf.bulk import run as bulk_run
 from wavtokenizer_hf.bulk.progress import Progress
 from wavtokenizer_hf.cli import main
 
@@ -85,6 +87,18 @@ def run(place, tmp_path):
     return run
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers that need no imports, 4 s of a processor each, and know of patches. The slow tests have spawned ones."""
+    serve, fork = processes._serve, multiprocessing.get_context("fork")
+
+    def serve_as_spawned(connection, job, rank):
+        serve(connection, pickle.loads(pickle.dumps(job)), rank)  # a fork alone would share it
+
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: fork)
+    monkeypatch.setattr(processes, "_serve", serve_as_spawned)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The same rows
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,7 +110,7 @@ def test_rows_hold_the_codes_that_each_clip_gets_alone_whatever_the_batches(run,
     assert codes_of(tmp_path / "out") == alone
 
 
-def test_two_processes_write_the_same_files_as_one(run, alone, tmp_path):
+def test_two_processes_write_the_same_files_as_one(run, alone, tmp_path, forked):
     run(part_size=7)
     run(part_size=7, num_processes=2, num_readers=2, output=tmp_path / "two")
     assert codes_of(tmp_path / "two") == alone
@@ -113,6 +127,18 @@ def test_damaged_files_are_listed_with_a_reason_and_the_others_are_done(run, tmp
     assert failures.keys() == DAMAGED.keys() and failures == result.failures
     assert "Cannot read" in failures["not_sound.flac"]
     assert result.total.num_clips == NUM_CLIPS and result.total.num_failures == len(DAMAGED)
+
+
+def test_a_clip_for_which_there_is_too_little_memory_is_listed_too(run, alone, tmp_path, monkeypatch):
+    read = sources.Files.sound
+
+    def header_of_an_exabyte(self, place):
+        return np.zeros(2**57) if place[0].endswith("0007.wav") else read(self, place)
+
+    monkeypatch.setattr(sources.Files, "sound", header_of_an_exabyte)
+    result = run()
+    assert result.failures.keys() == {*DAMAGED, "b/0007.wav"} and "Unable to allocate" in result.failures["b/0007.wav"]
+    assert codes_of(tmp_path / "out") == {id: codes for id, codes in alone.items() if id != "b/0007.wav"}
 
 
 def test_a_row_says_what_the_clip_was(run, place, tmp_path):
@@ -165,7 +191,12 @@ def test_micro_batches_hold_each_clip_once_and_stay_within_the_budget(lengths, b
         assert len(batch) == 1 or len(batch) * max(lengths[place] for place in batch) <= budget
 
 
-def test_a_batch_too_large_for_the_device_is_halved_and_a_clip_too_large_fails(monkeypatch, place):
+def _out_of_memory_on_a_gpu():
+    raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize("fail", [_out_of_memory_on_a_gpu, lambda: torch.empty(2**46)], ids=["gpu", "cpu"])
+def test_a_batch_too_large_for_the_device_is_halved_and_a_clip_too_large_fails(monkeypatch, place, fail):
     encoder, feature_extractor = encoding.load_encoder(str(place / "model"), device="cpu")
     whole = encoding._encode_batch
     waveforms = [np.random.default_rng(n).uniform(-1, 1, 100 + n).astype(np.float32) for n in range(9)]
@@ -173,7 +204,7 @@ def test_a_batch_too_large_for_the_device_is_halved_and_a_clip_too_large_fails(m
 
     def small_device(encoder, feature_extractor, batch):
         if sum(map(len, batch)) > 350:
-            raise torch.OutOfMemoryError("out of memory")
+            fail()
         return whole(encoder, feature_extractor, batch)
 
     monkeypatch.setattr(encoding, "_encode_batch", small_device)
@@ -324,6 +355,29 @@ def test_a_folder_with_other_things_in_it_is_refused(run, tmp_path):
     assert os.listdir(tmp_path / "out") == ["thesis.tex"]
 
 
+def test_a_folder_is_the_same_with_a_slash_at_its_end(place, run, tmp_path):
+    corpus = tmp_path / "corpus"
+    write_corpus(corpus, 1, (0.01, 0.1))
+    run(f"{corpus}/", model=f"{place / 'model'}/")
+    assert run(corpus).done_now.num_clips == 0
+
+
+def test_half_written_files_of_a_killed_run_are_removed(run, tmp_path):
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    for name in ("manifest.json", "data/part-0.parquet"):
+        path = tmp_path / "out" / name
+        path.with_name(f".shard-0-of-1-host-1-{path.name}.partial").write_text("half")
+    run()
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+def test_strange_parquet_beside_the_parts_is_named_and_not_called_damaged(run, tmp_path):
+    run()
+    parquet.write_table(pyarrow.table({"id": ["x"]}), tmp_path / "out" / "data" / "mine.parquet")
+    with pytest.raises(ValueError, match=r"mine\.parquet is not of this command\. Move it away"):
+        run()
+
+
 def test_a_damaged_part_is_named(run, tmp_path):
     run()
     part = next((tmp_path / "out" / "data").iterdir())
@@ -367,7 +421,8 @@ def test_a_list_file_is_read_with_its_further_columns(run, clips, alone, tmp_pat
         "csv": ["path,text,number", *(f"{path},{text},{number}" for path, text, number in rows)],
         "jsonl": [json.dumps({"path": path, "text": text, "number": number}) for path, text, number in rows],
     }[ending]
-    (tmp_path / f"list.{ending}").write_text("\n".join(lines) + "\n")
+    # spreadsheets write a mark of UTF-8 before the first column's name
+    (tmp_path / f"list.{ending}").write_text("\n".join(lines) + "\n", "utf-8-sig" if ending == "csv" else "utf-8")
     result = run(tmp_path / f"list.{ending}")
     ids = {name: f"sounds/{name}" for name in clips}
     check_clips(result, tmp_path / "out", clips, alone, ids, None if ending == "txt" else "text")
@@ -381,21 +436,69 @@ def test_a_glob_takes_what_it_names(run, alone, place, tmp_path):
     assert codes_of(tmp_path / "out") == expected != {}
 
 
+def test_links_to_folders_are_followed_but_not_in_a_circle(run, alone, place, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    os.symlink(place / "corpus" / "a", tmp_path / "corpus" / "link")
+    os.symlink(tmp_path / "corpus", tmp_path / "corpus" / "circle")
+    run(tmp_path / "corpus")
+    expected = {f"link/{name[2:]}": codes for name, codes in alone.items() if name.startswith("a/")}
+    assert codes_of(tmp_path / "out") == expected != {}
+
+
+def test_sounds_of_an_unknown_format_are_listed_and_not_left_out(run, tmp_path):
+    corpus = tmp_path / "corpus"
+    write_corpus(corpus, 1, (0.01, 0.1))
+    (corpus / "phone.m4a").write_bytes(b"\0\0\0\x1cftypM4A ")
+    assert "format that libsndfile does not know" in run(corpus).failures["phone.m4a"]
+
+
 def test_tar_shards_are_read_with_what_lies_beside_the_sounds(run, clips, alone, tmp_path):
-    ids = {}
+    ids, pixels = {}, bytes(range(256))
+    (tmp_path / "pixels").write_bytes(pixels)
     (tmp_path / "shards").mkdir()
     for number, (name, (path, text)) in enumerate(clips.items()):
         with tarfile.open(tmp_path / "shards" / f"{number % 2}.tar", "a") as shard:
             (tmp_path / "text").write_text(text)
             shard.add(path, f"clip{number}{path.suffix}")
             shard.add(tmp_path / "text", f"clip{number}.txt")
+            shard.add(tmp_path / "pixels", f"clip{number}.jpg")
         ids[name] = f"{number % 2}.tar/clip{number}"
     check_clips(run(tmp_path / "shards"), tmp_path / "out", clips, alone, ids, column="txt")
+    assert all(row["jpg"] == pixels for row in rows_of(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize("fault", ["joined", "damaged"])
+def test_a_shard_of_which_a_part_would_be_passed_over_is_refused(run, clips, tmp_path, fault):
+    shard = tmp_path / "x.tar"
+    with tarfile.open(shard, "w") as file:
+        for path, _ in clips.values():
+            file.add(path, path.name)
+        start = file.offset
+        file.add(path, "last.wav")
+    content = bytearray(shard.read_bytes())
+    content[start] ^= 255  # in the header of the last member
+    shard.write_bytes(content if fault == "damaged" else shard.read_bytes() * 2)
+    with pytest.raises(ValueError, match=r"x\.tar goes on after the end of the archive"):
+        run(shard)
 
 
 def _table(clips):
     sounds = [{"bytes": path.read_bytes(), "path": path.name} for path, _ in clips.values()]
     return {"id": list(clips), "audio": sounds, "text": [text for _, text in clips.values()]}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dataset"])
+def test_workers_are_told_of_tables_by_pickling(clips, tmp_path, kind):
+    import datasets
+
+    table = pyarrow.table(_table(clips))
+    parquet.write_table(table, tmp_path / "x.parquet")
+    source = sources.open_source(tmp_path / "x.parquet" if kind == "parquet" else datasets.Dataset(table))
+    places = [item.place for item in source.items]
+    source.sound(places[0])  # so that it holds something that it could send along
+    told = pickle.loads(pickle.dumps(source.without_items()))
+    assert [told.sound(place)["bytes"] for place in places] == [path.read_bytes() for path, _ in clips.values()]
+    assert [told.carried(place)["text"] for place in places] == [text for _, text in clips.values()]
 
 
 @pytest.mark.parametrize("with_ids", [True, False])
@@ -431,11 +534,14 @@ def test_datasets_are_read_undecoded_and_keep_the_meaning_of_their_columns(run, 
     assert loaded.features["audio_codes"].feature.dtype == "uint16"
 
 
-def test_the_output_is_read_by_load_dataset_as_it_is(run, alone, tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_output_is_read_by_load_dataset_as_it_is(run, alone, tmp_path, streaming):
     import datasets
 
-    run(part_size=9)
-    loaded = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    run(part_size=2)  # one part holds but failures
+    loaded = datasets.load_dataset(
+        str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"), streaming=streaming
+    )
     assert {row["id"]: row["audio_codes"] for row in loaded} == alone
 
 
@@ -466,6 +572,7 @@ def test_the_schema_says_what_the_codes_are(run, place, model, tmp_path):
         (lambda folder: _written(folder / "x.tar", "no tar" * 200), "Cannot read the shard"),
         (lambda folder: _written(folder / "a.wav", "") and _written(folder / "x.tar", "") and folder, "Say which by"),
         (lambda folder: "someone/no-such-dataset", "cannot be loaded as a dataset of the Hub"),
+        (lambda folder: _splits(), "Got a DatasetDict as the source"),
     ],
 )
 def test_a_source_without_clips_is_refused_with_the_reason(run, tmp_path, make, message):
@@ -474,6 +581,12 @@ def test_a_source_without_clips_is_refused_with_the_reason(run, tmp_path, make, 
     with pytest.raises((ValueError, OSError), match=message):
         run(make(folder))
     assert not (tmp_path / "out").exists()
+
+
+def _splits():
+    import datasets
+
+    return datasets.DatasetDict(train=datasets.Dataset.from_dict({"audio": ["a.wav"]}))
 
 
 def _written(path, text):
@@ -490,6 +603,7 @@ def _written(path, text):
         ({"num_processes": 0}, "num_processes=0"),
         ({"shard": (2, 2)}, "shard 2/2"),
         ({"engine": "magic"}, "expected one of processes, ray"),
+        ({"ray_address": "auto"}, "Ray address 'auto' for the engine 'processes'"),
         ({"on_error": "ignore"}, "on_error='ignore'"),
         ({"model": "no/such-model"}, "Cannot load the model"),
         ({"device": "cuda:77"}, "Cannot use the device"),
@@ -528,7 +642,7 @@ def test_a_full_disk_is_said_and_what_is_finished_stays_valid(run, alone, tmp_pa
     assert codes_of(tmp_path / "out") == alone
 
 
-def test_a_worker_that_is_killed_is_said_and_what_is_finished_stays_valid(run, alone, tmp_path, monkeypatch):
+def test_a_worker_that_is_killed_is_said_and_what_is_finished_stays_valid(run, alone, tmp_path, monkeypatch, forked):
     read = sources.Files.sound
 
     def short_of_memory(self, place):
@@ -537,8 +651,6 @@ def test_a_worker_that_is_killed_is_said_and_what_is_finished_stays_valid(run, a
         return read(self, place)
 
     with monkeypatch.context() as patch:
-        fork = multiprocessing.get_context("fork")  # so that the workers know of the patch
-        patch.setattr(processes.multiprocessing, "get_context", lambda kind: fork)
         patch.setattr(sources.Files, "sound", short_of_memory)
         with pytest.raises(ChildProcessError, match=r"killed by signal 9.*run again to go on"):
             run(part_size=1, num_processes=2)
@@ -679,6 +791,18 @@ def _group_ends(group):
             return True
         time.sleep(0.01)
     return False
+
+
+@pytest.mark.slow
+def test_ray_gives_up_a_clip_that_kills_its_actors(place, tmp_path, monkeypatch):
+    class Deadly(sources.Files):
+        def sound(self, place):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    deadly = Deadly([sources.Item("a.wav", ("a.wav", {}))])
+    monkeypatch.setattr(bulk_run, "open_source", lambda *arguments: deadly)
+    with pytest.raises(OSError, match=r"Ray has stopped the work.*run again to go on"):
+        tokenize("a.wav", str(place / "model"), tmp_path / "out", engine="ray")
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Bulk tokenization of datasets of the datasets library, and the way back."""
 
 import io
+import json
+import shutil
 
 import datasets
 import numpy as np
@@ -153,6 +155,23 @@ def test_the_fingerprint_stays_after_use_and_tells_models_and_options_apart(fold
     assert Hasher.hash(AudioTokenizer(str(folder / "model"))) == before
     others = [AudioTokenizer(str(folder / "other")), AudioTokenizer(str(folder / "model"), column="sound")]
     assert before not in {Hasher.hash(other) for other in others}
+
+
+def test_folders_that_do_not_name_their_codebook_are_told_apart_too(folder, tmp_path):
+    hashes = set()
+    for name in ("model", "other"):  # one after another in the same place
+        shutil.copytree(folder / name, tmp_path / "model")
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        assert config.pop("codebook_fingerprint")
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        hashes.add(Hasher.hash(AudioTokenizer(str(tmp_path / "model"))))
+        shutil.rmtree(tmp_path / "model")
+    assert len(hashes) == 2
+
+
+def test_a_model_that_cannot_be_loaded_is_said_at_once():
+    with pytest.raises(ValueError, match="Cannot load the model 'no/such-model'"):
+        AudioTokenizer("no/such-model")
 
 
 def test_the_cache_of_datasets_is_hit(folder, dataset, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """The work itself, the same whatever drives it: sound is read in threads ahead of the model, and encoded in micro-batches."""
 
+import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,7 +121,7 @@ def encode(
     """
     Codes (L,), uint16, of each clip (T,), encoded in micro-batches of clips of like lengths.
 
-    A batch for which a GPU has too little memory is halved; a clip for which it has too little fails.
+    A batch for which a device has too little memory is halved; a clip for which it has too little fails.
     """
     results: list[np.ndarray | Failure] = [Failure("not encoded")] * len(waveforms)
     budget = batch_seconds * encoder.config.sampling_rate
@@ -128,16 +130,27 @@ def encode(
         batch = batches.pop()
         try:
             codes = _encode_batch(encoder, feature_extractor, [waveforms[place] for place in batch])
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # of a CPU
+                raise
             torch.cuda.empty_cache()
             if len(batch) == 1:
                 results[batch[0]] = Failure(f"The device has too little memory for the clip: {error}")
             else:
                 batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
             continue
+        finally:
+            if encoder.device.type == "cpu":
+                _give_back_memory()
         for place, clip_codes in zip(batch, codes, strict=True):
             results[place] = clip_codes
     return results
+
+
+def _give_back_memory() -> None:
+    """Glibc keeps what is freed, and clips of ever new lengths leave ever more holes in it: gigabytes after some hundred."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def micro_batches(lengths: Sequence[int], budget: float) -> list[list[int]]:
@@ -187,6 +200,8 @@ def tokenize_clips(
             return read_sound(get(), sampling_rate)
         except (ValueError, OSError) as error:
             return Failure(" ".join(str(error).split()))
+        except MemoryError as error:  # a damaged header may promise terabytes
+            return Failure(f"Too little memory for the clip, or its header is damaged: {error}")
 
     window, size = [], 0
     with _Ahead(read_one, read, limit, num_readers) as sounds:

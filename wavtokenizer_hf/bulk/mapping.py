@@ -28,10 +28,16 @@ class _Mapped:
     """
 
     def __init__(self, model: str, revision: str | None, device: str | None):
-        config = WavTokenizerConfig.from_pretrained(model, revision=revision or "main")
+        try:
+            config = WavTokenizerConfig.from_pretrained(model, revision=revision or "main")
+        except OSError as error:
+            raise ValueError(f"Cannot load the model {model!r}: {error}") from error
         self.model = str(model)
-        self.revision = getattr(config, "_commit_hash", None) or revision
+        commit = getattr(config, "_commit_hash", None)
+        self.revision = commit or revision
         self.codebook_fingerprint = config.codebook_fingerprint
+        if commit is None and self.codebook_fingerprint is None:  # a folder that another package wrote
+            self.codebook_fingerprint = encoding.load_encoder(model, device="cpu")[0].codebook_fingerprint
         self.sampling_rate = config.sampling_rate
         self.device = device
         self._loaded = None

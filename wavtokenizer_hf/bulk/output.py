@@ -103,29 +103,33 @@ class Output:
         manifest = self.folder / "manifest.json"
         if not manifest.exists() and self.folder.is_dir():
             strange = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
-            if strange and strange != ["data"]:
+            strange = [name for name in strange if name != "data"]
+            if strange:
                 raise ValueError(
                     f"The folder {self.folder} holds {strange[0]} and no manifest.json, so it is not of a run of this "
                     "command. Name a new or an empty folder."
                 )
         (self.folder / "data").mkdir(parents=True, exist_ok=True)
         index, number = self.shard
-        lock = filelock.FileLock(self.folder / f".shard-{index}-of-{number}.lock")
+        lock = filelock.FileLock(self.folder / f".shard-{index}-of-{number}.lock", timeout=0)
         try:
-            with lock.acquire(timeout=0):
-                self._refuse_other_shards()
-                for leftover in (self.folder / "data").glob(f".{self._tag}-*.partial"):  # of a run that was killed
-                    leftover.unlink(missing_ok=True)
-                with self._alone():
-                    if manifest.exists():
-                        self._compare(manifest)
-                    else:
-                        self._write_manifest(Summary(), complete=False)
-                yield self
+            lock.acquire()
         except filelock.Timeout as error:
             raise OSError(
                 f"Another process is at work on shard {index} of {number} in {self.folder}. Wait for it, or end it."
             ) from error
+        try:
+            self._refuse_other_shards()
+            for leftover in self.folder.rglob(f".{self._tag}-*.partial"):  # of a run that was killed
+                leftover.unlink(missing_ok=True)
+            with self._alone():
+                if manifest.exists():
+                    self._compare(manifest)
+                else:
+                    self._write_manifest(Summary(), complete=False)
+            yield self
+        finally:
+            lock.release()
 
     @property
     def _tag(self) -> str:
@@ -181,10 +185,13 @@ class Output:
         for path in sorted((self.folder / "data").glob("*.parquet")):
             try:
                 with parquet.ParquetFile(path) as file:
-                    part = json.loads(file.schema_arrow.metadata[METADATA])
-                    ids = file.read(columns=["id"])["id"].to_pylist()
-            except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+                    metadata = file.schema_arrow.metadata or {}
+                    ids = file.read(columns=["id"])["id"].to_pylist() if METADATA in metadata else []
+            except (pyarrow.ArrowException, OSError) as error:
                 raise ValueError(f"{path} is damaged ({error}). Delete it, and run again to make it anew.") from error
+            if METADATA not in metadata:
+                raise ValueError(f"{path} is not of this command. Move it away, or name another folder.")
+            part = json.loads(metadata[METADATA])
             if part["settings"] != asdict(self.settings):
                 raise ValueError(
                     f"{path} was made with other settings than {self.folder / 'manifest.json'}. Move it away."
@@ -239,7 +246,10 @@ class Output:
         except pyarrow.ArrowException as error:
             raise ValueError(f"The carried columns do not have the types {self.settings.columns}: {error}") from error
         with self._replaced(self.folder / "data" / part_name(ids)) as partial:
-            parquet.write_table(table, partial, compression="zstd", row_group_size=10_000)
+            if rows:
+                parquet.write_table(table, partial, compression="zstd", row_group_size=10_000)
+            else:  # write_table would write a group of no rows, at which load_dataset (datasets 5.2) stops
+                parquet.ParquetWriter(partial, schema).close()
         return summary
 
     @contextmanager

@@ -10,6 +10,9 @@ from .sources import Item
 from .work import Job, Worker
 
 
+RESTARTS = 3  # of an actor, whose machine may go away; by default Ray would try a clip that kills its actor for ever
+
+
 def run(
     job: Job,
     parts: Sequence[Sequence[Item]],
@@ -24,7 +27,7 @@ def run(
         address: of a cluster, or `"auto"` for the one that this machine belongs to; None starts Ray here for this run.
 
     Raises:
-        ValueError, OSError: what was raised in an actor.
+        ValueError, OSError: what was raised in an actor; OSError too if one was killed again and again.
         ImportError: Ray is not installed.
     """
     if not parts:
@@ -37,14 +40,15 @@ def run(
             {"num_cpus": num_workers * job.num_readers, "include_dashboard": False} if address is None else {}
         )
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="warning", **started_here)
+            # without "local" it would look for a cluster in the environment
+            ray.init(address=address or "local", log_to_driver=False, logging_level="warning", **started_here)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise OSError(f"Cannot reach a Ray cluster at {address!r}: {error}") from error
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        on_gpu = job.device is None and ray.cluster_resources().get("GPU", 0) > 0
+        on_gpu = (job.device or "cuda").startswith("cuda") and ray.cluster_resources().get("GPU", 0) > 0
         # a part of the work is one block, so that a part is what an actor is given, and what is done again if it dies
         dataset = ray.data.from_items(
             [{"items": pickle.dumps(list(items))} for items in parts], override_num_blocks=len(parts)
@@ -55,6 +59,8 @@ def run(
             compute=ray.data.ActorPoolStrategy(size=num_workers),
             num_cpus=job.num_readers,
             num_gpus=1 if on_gpu else 0,
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
         )
         for row in made.iter_rows():
             if row["error"]:
@@ -62,7 +68,7 @@ def run(
             report(Summary(**row["summary"]))
     except ray.exceptions.RayError as error:
         raise OSError(
-            f"Ray has stopped the work: {error} What is finished stays valid; run again to go on."
+            f"Ray has stopped the work: {' '.join(str(error).split())} What is finished stays valid; run again to go on."
         ) from error
     finally:
         if own:

@@ -100,7 +100,7 @@ def tokenize(
         ImportError: a package of the extra `bulk` (or `ray`) is missing.
     """
     started = time.monotonic()
-    _check(engine, num_processes, num_readers, batch_seconds, part_size, shard, on_error)
+    _check(engine, ray_address, num_processes, num_readers, batch_seconds, part_size, shard, on_error)
     library("soundfile"), library("soxr"), library("pyarrow")  # or every clip would fail
     is_path = isinstance(source, (str, os.PathLike))
     if is_path and Path(output).resolve().is_relative_to(Path(source).resolve()):
@@ -111,12 +111,12 @@ def tokenize(
     commit = getattr(encoder.config, "_commit_hash", None)
     clips = open_source(source, column, dataset_config, split, dataset_revision)
     settings = Settings(
-        source=os.fspath(source) if is_path else f"datasets.Dataset {source._fingerprint}",
+        source=_plain(source) if is_path else f"datasets.Dataset {source._fingerprint}",
         column=column,
         dataset_config=dataset_config,
         dataset_revision=dataset_revision,
         split=split,
-        model=str(model),
+        model=_plain(model),
         revision=commit,
         codebook_fingerprint=encoder.codebook_fingerprint,
         codebook_size=encoder.config.codebook_size,
@@ -170,6 +170,11 @@ def tokenize(
     return Result(total, failures, watch.total, time.monotonic() - started, settings.sampling_rate)
 
 
+def _plain(path: str | os.PathLike) -> str:
+    """A folder is the same with and without a slash at the end."""
+    return os.fspath(path).rstrip("/" + os.sep) or "/"
+
+
 def in_shard(id: str, shard: tuple[int, int]) -> bool:
     """Whether a clip belongs to the shard: by its id, so that clips that are added move no other one."""
     index, number = shard
@@ -202,9 +207,11 @@ def _default_processes(device: str | None) -> int:
     return max(1, num_cores() // 2) if device in (None, "cpu") else 1
 
 
-def _check(engine, num_processes, num_readers, batch_seconds, part_size, shard, on_error) -> None:
+def _check(engine, ray_address, num_processes, num_readers, batch_seconds, part_size, shard, on_error) -> None:
     if engine not in ENGINES:
         raise ValueError(f"Got the engine {engine!r}, expected one of {', '.join(ENGINES)}.")
+    if ray_address is not None and engine != "ray":
+        raise ValueError(f"Got the Ray address {ray_address!r} for the engine {engine!r}, expected the engine 'ray'.")
     if on_error not in ("record", "fail"):
         raise ValueError(f"Got on_error={on_error!r}, expected 'record' or 'fail'.")
     for name, value in (("num_processes", num_processes), ("num_readers", num_readers), ("part_size", part_size)):

@@ -21,6 +21,10 @@ from .output import OWN_COLUMNS
 
 LISTS = (".txt", ".csv", ".jsonl")
 PATH_COLUMNS = ("audio", "path", "file_name")  # of a list file, where none is named
+SOUNDS = (*audio.SUFFIXES, ".aac", ".aifc", ".amr", ".ape", ".m4a", ".m4b", ".mka", ".mp2", ".oga", ".wma", ".wv")
+"""Endings of sound files. Some libsndfile cannot read: those are listed as failed, and not left out without a word."""
+TEXTS = ("cls", "csv", "json", "lab", "srt", "text", "tsv", "txt", "vtt")
+"""Endings of what is carried along as text from tar shards."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def _open_path(source: str, column: str | None, config: str | None, split: str, 
 def _of_files(files: list[str], base: Path, source: str, column: str) -> Source:
     """By the endings of the files, of which only one kind may be there."""
     kinds = {
-        "sound files": [file for file in files if file.lower().endswith(audio.SUFFIXES)],
+        "sound files": [file for file in files if file.lower().endswith(SOUNDS)],
         "tar shards": [file for file in files if file.lower().endswith(".tar")],
         "Parquet": [file for file in files if file.lower().endswith(".parquet")],
     }
@@ -136,7 +140,7 @@ def _of_files(files: list[str], base: Path, source: str, column: str) -> Source:
     return Files([Item(name, (file, {})) for name, file in zip(names, kinds["sound files"], strict=True)])
 
 
-_KNOWN = (*audio.SUFFIXES, *LISTS, ".tar", ".parquet")
+_KNOWN = (*SOUNDS, *LISTS, ".tar", ".parquet")
 
 
 def _walk(folder: Path) -> list[str]:
@@ -144,10 +148,15 @@ def _walk(folder: Path) -> list[str]:
         raise error
 
     files = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders.sort()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        # a link to a folder above has no end, and what it holds is found without it
+        folders[:] = sorted(name for name in folders if not _holds(os.path.join(parent, name), parent))
         files += [os.path.join(parent, name) for name in sorted(names)]
     return files
+
+
+def _holds(folder: str, place: str) -> bool:
+    return Path(place).resolve().is_relative_to(Path(folder).resolve())
 
 
 def _relative(file: str, base: Path) -> str:
@@ -187,7 +196,7 @@ class Files(Source):
 def _list_file(path: Path, column: str | None) -> Files:
     pyarrow = library("pyarrow")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin it with a mark of UTF-8
             if path.suffix.lower() == ".txt":
                 rows, column = [{"audio": line.strip()} for line in file if line.strip()], "audio"
             elif path.suffix.lower() == ".csv":
@@ -235,7 +244,7 @@ class TarShards(Source):
     """Tar files of WebDataset's form: members of one name before the first dot belong together.
 
     A place is the shard, the sound's (offset, size) and those of the other members by their ending, which are carried along
-    as text. Members are found by reading the headers once; nothing is unpacked.
+    as text or bytes. Members are found by reading the headers once; nothing is unpacked.
     """
 
     def __init__(self, shards: list[str], base: Path):
@@ -243,7 +252,7 @@ class TarShards(Source):
         self.items, endings = [], set()
         for shard in shards:
             for key, members in self._samples(shard).items():
-                sounds = [ending for ending in members if f".{ending.lower()}".endswith(audio.SUFFIXES)]
+                sounds = [ending for ending in members if f".{ending.lower()}".endswith(SOUNDS)]
                 if len(sounds) > 1:
                     raise ValueError(
                         f"{shard} holds several sounds for {key!r}: {sounds}. Expected one for each name."
@@ -253,7 +262,9 @@ class TarShards(Source):
                 sound = members.pop(sounds[0])
                 endings.update(members)
                 self.items.append(Item(f"{_relative(shard, base)}/{key}", (shard, sound, members)))
-        self.schema = pyarrow.schema([(ending, pyarrow.string()) for ending in sorted(endings)])
+        self.schema = pyarrow.schema(
+            [(ending, pyarrow.string() if _is_text(ending) else pyarrow.binary()) for ending in sorted(endings)]
+        )
 
     @staticmethod
     def _samples(shard: str) -> dict[str, dict[str, tuple[int, int]]]:
@@ -268,6 +279,15 @@ class TarShards(Source):
                         if ending in sample:
                             raise ValueError(f"{shard} holds {member.name!r} twice.")
                         sample[ending] = (member.offset_data, member.size)
+                end = file.offset
+            with open(shard, "rb") as file:
+                file.seek(end)
+                while block := file.read(2**20):
+                    if block.count(0) < len(block):  # tarfile would be content with what comes before
+                        raise ValueError(
+                            f"{shard} goes on after the end of the archive, at byte {end}. It is damaged, or several in one "
+                            "file: write each to a file of its own."
+                        )
         except tarfile.TarError as error:
             raise ValueError(
                 f"Cannot read the shard {shard}: {error}. Expected a plain tar, not compressed."
@@ -287,7 +307,15 @@ class TarShards(Source):
         return self._content(place[0], place[1])
 
     def carried(self, place) -> dict[str, Any]:
-        return {name: self._content(place[0], where).decode(errors="replace") for name, where in place[2].items()}
+        contents = {name: self._content(place[0], where) for name, where in place[2].items()}
+        try:
+            return {name: content.decode() if _is_text(name) else content for name, content in contents.items()}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"The text beside it in {place[0]} is not UTF-8: {error}") from error
+
+
+def _is_text(ending: str) -> bool:
+    return ending.lower().rpartition(".")[2] in TEXTS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,7 +378,11 @@ class Dataset(Source):
     """A `datasets.Dataset`, read as it is stored: nothing is decoded by it. A place is a row's number."""
 
     def __init__(self, dataset, column: str):
-        library("datasets")
+        if not isinstance(dataset, library("datasets").Dataset):
+            raise ValueError(
+                f"Got a {type(dataset).__name__} as the source, expected a path or a datasets.Dataset. Of a dictionary take a "
+                "split; a stream is for tokenize_dataset."
+            )
         check_column(dataset.column_names, column, "the dataset")
         ids = [_id(id, "the dataset") for id in dataset["id"]] if "id" in dataset.column_names else None
         self.items = [Item(f"{row:09d}" if ids is None else ids[row], row) for row in range(len(dataset))]

@@ -55,7 +55,7 @@ def add(commands) -> None:
     )
     tokenize.add_argument("--retry-failed", action="store_true", help="try again what failed in earlier runs")
     tokenize.add_argument("--engine", choices=("processes", "ray"), default="processes", help="default processes")
-    tokenize.add_argument("--ray-address", help="of a Ray cluster; default: Ray is started on this machine")
+    tokenize.add_argument("--ray-address", help="of a Ray cluster, or auto; default: Ray is started here")
     tokenize.add_argument("--push-to-hub", metavar="NAME", help="upload OUTPUT to this dataset on the Hub in the end")
 
 
