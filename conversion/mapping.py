@@ -39,6 +39,8 @@ DISCRIMINATORS = {
     "dacdiscriminator.discriminator.": "dac.",
 }
 
+DISCRIMINATOR_PREFIXES = ("multiperioddisc.", "multiresddisc.", "dac.", "dacdiscriminator.")  # of those in DROPPED
+
 _LATER_QUANTIZER = re.compile(r"feature_extractor\.encodec\.quantizer\.vq\.layers\.([1-9]\d*)\.")
 
 

@@ -290,8 +290,12 @@ def test_examples_of_the_card_run(small_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / small_folder.name).symlink_to(small_folder)
     soundfile.write("speech.wav", formula.waveform("speechlike", 0.5), 24000)
-    with_package, _, example = re.findall(r"```python\n(.*?)```", (small_folder / "README.md").read_text(), re.DOTALL)
-    exec(with_package + example, {})
+    blocks = re.findall(r"```python\n(.*?)```", (small_folder / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 6  # three ways to load, sound, datasets, language models
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["tokens"][0]["audio_codes"] == names["audio_codes"][0, 0].tolist()
     assert len(soundfile.read("decoded.wav")[0]) == math.ceil(12000 / 320) * 320
 
 

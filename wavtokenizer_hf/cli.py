@@ -1,4 +1,4 @@
-"""The command line: `wavtokenizer encode | decode | reconstruct | tokenize | evaluate | convert | train | info`.
+"""The command line: `wavtokenizer encode | decode | reconstruct | tokenize | evaluate | convert | checkpoints | train | info`.
 
 Exit codes: 0, all went well; 1, some of several files failed, or a pipe was cut off (each is named with its reason, the rest is
 done); 2, the command cannot be carried out as given; 130, interrupted; 141, nobody reads standard output any more.
@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from conversion import command as conversion
+
     parser = argparse.ArgumentParser(
         prog="wavtokenizer",
         description="24 kHz audio to one stream of 40 or 75 tokens per second, and back.",
@@ -88,15 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
 
     convert = _add(commands, "convert", _convert, "an original checkpoint to a folder for transformers and the Hub")
-    convert.add_argument("checkpoint", help="the original's .ckpt, or a state dict (.pt, .bin, .safetensors)")
-    convert.add_argument("--config", help="the original's YAML file, to be checked against the checkpoint")
-    convert.add_argument("-o", "--output", required=True, help="folder to make")
+    conversion.add_arguments(convert)
 
-    convert.add_argument(
-        "--with-discriminators",
-        action="store_true",
-        help="keep the discriminators in a second file, so that training can go on from them",
-    )
+    _add(commands, "checkpoints", _checkpoints, "the published checkpoints that `convert` knows by name")
 
     train = _add(commands, "train", _train, "a new model, or more training for a converted one")
     settings.add_arguments(train)
@@ -452,15 +448,19 @@ def _evaluate(arguments) -> int:
 
 
 def _convert(arguments) -> int:
-    from conversion.convert import convert
+    from conversion import command
 
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-        folder = convert(arguments.checkpoint, arguments.output, arguments.config, arguments.with_discriminators)
+        results, code = command.run(arguments)
     if arguments.json:
-        from . import WavTokenizerConfig
+        print(*map(json.dumps, results), sep="\n")
+    return code
 
-        config = WavTokenizerConfig.from_pretrained(folder)
-        print(json.dumps({"output": str(folder), "codebook_fingerprint": config.codebook_fingerprint}))
+
+def _checkpoints(arguments) -> int:
+    from conversion import command
+
+    print(command.checkpoints_table(arguments.json))
     return 0
 
 
