@@ -98,10 +98,10 @@ def _convert(arguments: argparse.Namespace, published: Published | None, output:
 
     from .convert import convert
     from .download import download
-    from .push import prepare, push
+    from .push import check_logged_in, push
 
     if hub_name is not None:
-        prepare(hub_name, arguments.private)
+        check_logged_in()
     folder = convert(
         arguments.files or download(published, arguments.revision),
         output,
@@ -116,7 +116,7 @@ def _convert(arguments: argparse.Namespace, published: Published | None, output:
     result["output"] = str(folder)
     result["codebook_fingerprint"] = WavTokenizerConfig.from_pretrained(folder).codebook_fingerprint
     if hub_name is not None:
-        result["url"] = push(folder, hub_name, arguments.create_pr)
+        result["url"] = push(folder, hub_name, arguments.private, arguments.create_pr)
         print(f"pushed to: {result['url']}")
     return result
 

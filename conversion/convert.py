@@ -95,7 +95,7 @@ def convert(
             )
         source.config.codebook_fingerprint = WavTokenizerConfig.from_pretrained(output).codebook_fingerprint
     else:
-        with _folder_at_once(output) as folder:
+        with folder_at_once(output) as folder:
             _write(source, folder, published)
             if problems := _differences(source, folder, published):  # a fault of this program
                 raise RuntimeError(
@@ -147,8 +147,14 @@ def _check_output(output: Path) -> None:
 
 
 @contextmanager
-def _folder_at_once(output: Path) -> Iterator[Path]:
-    """A new folder beside `output`, which takes its place if all goes well and vanishes if not."""
+def folder_at_once(output: Path) -> Iterator[Path]:
+    """
+    A new folder beside `output`, which takes its place if all goes well and vanishes if not.
+
+    Raises:
+        ValueError: the output exists and is not an empty folder.
+    """
+    _check_output(output)
     new_parents = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,8 @@ def download(
     cache_dir: str | Path | None = None,
 ) -> Path:
     """
-    Gives the path of a published file, from the cache if it is there; a download that broke off goes on where it was.
+    Gives the path of a published file, from the cache if it is there, even if it is no longer on the Hub; a download that broke
+    off goes on where it was.
 
     Args:
         published: from `published.find`.
