@@ -26,8 +26,9 @@ def download(
     cache_dir: str | Path | None = None,
 ) -> Path:
     """
-    Gives the path of a published file, from the cache if it is there, even if it is no longer on the Hub; a download that broke
-    off goes on where it was.
+    Gives the path of a published file, from the cache if it is there, even if it is no longer on the Hub.
+
+    A connection that breaks is taken up where it broke, a few times.
 
     Args:
         published: from `published.find`.
@@ -66,6 +67,4 @@ def download(
     except EntryNotFoundError as error:
         raise OSError(f"{where} holds no {file}: it was emptied or renamed. {by_file}") from error
     except (HTTP_ERROR, OSError) as error:
-        raise OSError(
-            f"{name} ({file}) could not be downloaded: {error}. Run this again; it goes on where it stopped."
-        ) from error
+        raise OSError(f"{name} ({file}) could not be downloaded: {error}. Run this again.") from error

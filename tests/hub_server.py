@@ -80,6 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.url = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.state.requests.append(f"{self.command} {self.path}")
+        if self.command == "GET" and (wanted := self.headers.get("Range")):
+            self.state.ranges.append(wanted)
         fault = self.state.fault(self.command, self.url.path)
         if isinstance(fault, int):
             return self._answer({"error": "something is wrong with the server"}, fault)
@@ -204,8 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
         etag = hashlib.sha256(content).hexdigest() if large else _oid(content)
         headers = {"X-Repo-Commit": oid, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         status = 200
-        if self.command == "GET" and (wanted := self.headers.get("Range")):
-            self.state.ranges.append(wanted)
+        if wanted := self.headers.get("Range"):
             start = int(wanted.removeprefix("bytes=").split("-")[0])
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             content, status = content[start:], 206

@@ -116,6 +116,14 @@ def test_the_file_holds_dictionaries_tensors_and_plain_values_with_the_weights_a
     assert next(name for name, value in content.items() if isinstance(value, dict)) == "state_dict"
 
 
+def test_no_two_tensors_share_memory(written):
+    """safetensors, which the GGUF converters write before they go on, refuses tensors that do."""
+    tensors = read(written)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == len(tensors)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert written.stat().st_size < size + 500 * len(tensors)  # names and alignment, and no second copy
+
+
 def test_the_decoder_that_is_never_used_is_silent_and_finite(written):
     tensors = read(written)
     for name in tensors:
