@@ -41,10 +41,11 @@ def converted_card(source: Source, name: str, published: Published | None) -> st
 
 def published_card(published: Published) -> str:
     """The card of a published checkpoint, without what only its file tells."""
-    fingerprint = f"`{published.fingerprint}`" if published.fingerprint else "in config.json, once converted"
+    fingerprint = "in config.json, once converted" if published.fingerprint is None else f"`{published.fingerprint}`"
+    file = "FILE " if published.repository is None else ""
     rows = {
         "codebook fingerprint": fingerprint,
-        "convert": f"`wavtokenizer convert --checkpoint {published.name} --output DIR`",
+        "convert": f"`wavtokenizer convert {file}--checkpoint {published.name} --output DIR`",
     }
     source = f"the shape that all published files share, in the settings of [the original]({REPOSITORY_URL}/tree/main/configs)"
     return _card(published.config, f"wavtokenizer-{published.name}", rows, source, published)
