@@ -87,8 +87,8 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.files and arguments.revision is not None:
         raise ValueError("Got --revision for a file on this machine. Leave it out.")
-    if arguments.all and arguments.config is not None:
-        raise ValueError("Got --config with --all. A YAML file belongs to one checkpoint.")
+    if arguments.all and (arguments.config is not None or arguments.revision is not None):
+        raise ValueError("Got --config or --revision with --all. They belong to one checkpoint.")
     if arguments.push_to_hub is None and (arguments.private or arguments.create_pr):
         raise ValueError("Got --private or --create-pr without --push-to-hub NAME. Name the repository.")
 

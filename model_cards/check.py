@@ -21,7 +21,7 @@ def unsourced(card: str) -> list[str]:
     text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     blocks = [block.strip() for block in re.split(r"\n\s*\n", text) if block.strip()]
     found = []
-    for block, following in zip(blocks, [*blocks[1:], ""], strict=True):
+    for block, following in zip(blocks, [*blocks, ""][1:], strict=True):
         if following.startswith("Source: ") or block.startswith("Source: "):
             continue
         for statement in re.split(r"\n(?=- |\|)", block):

@@ -339,7 +339,8 @@ BAD_ARGUMENTS = {
         "is none of them",
     ),
     "revision_of_a_file": (["a.ckpt", "--revision", "main"], "--revision for a file"),
-    "yaml_of_all": (["--all", "--config", "a.yaml"], "--config with --all"),
+    "yaml_of_all": (["--all", "--config", "a.yaml"], "They belong to one checkpoint"),
+    "revision_of_all": (["--all", "--revision", "main"], "They belong to one checkpoint"),
     "private_and_not_pushed": (["a.ckpt", "--private"], "without --push-to-hub"),
     "missing_file": (["a.ckpt"], "There is no file a.ckpt"),
 }
