@@ -1,196 +1,139 @@
 """Turns an original WavTokenizer checkpoint into a folder that Hugging Face loads.
 
-    python -m conversion.convert CHECKPOINT [--config YAML] [--with-discriminators] --output DIR
+    python -m conversion.convert CHECKPOINT … | --checkpoint NAME | --all  --output DIR
 
-    checkpoint.py     opens the file, running nothing that is in it
-    mapping.py        names of tensors: kept, dropped or refused
-    architecture.py   shapes of tensors -> configuration, compared with the YAML file
-    convert.py        weights, folder, model card, report, command line
+    checkpoints.yaml, published.py   the published checkpoints by name, and what is checked of them
+    download.py                      their files, from the Hub
+    checkpoint.py                    opens a file, running nothing that is in it
+    mapping.py                       names of tensors: kept, dropped or refused
+    architecture.py                  shapes of tensors -> configuration, compared with the YAML file
+    source.py                        files -> weights: one file, parts of one, or the mean of several
+    convert.py                       weights -> folder, report
+    card.py                          the model card
+    push.py                          folder -> Hub
+    command.py                       the command line, also `wavtokenizer convert`
+    to_original.py                   the way back
 
 The names and configuration fields are those of transformers' port of WavTokenizer.
 """
 
-import argparse
-import hashlib
 import os
 import shutil
-import string
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 
-from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerFeatureExtractor, WavTokenizerModel, __version__
-from wavtokenizer_hf.training.discriminators import Discriminators
+from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerFeatureExtractor, WavTokenizerModel
 
-from .architecture import INFERRED, NOT_IN_TENSORS, check_yaml, infer_config, yaml_sampling_rate
-from .checkpoint import read_checkpoint, read_yaml
-from .mapping import DROPPED, discriminator_names, sort_names
-
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-WITH_DISCRIMINATORS_HELP = "keep the discriminators in a second file, so that training can go on from them"
-TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
-
-
-@dataclass
-class Source:
-    """What a checkpoint gives: the model's weights by their names here, and an account of how they were got."""
-
-    path: Path
-    sha256: str
-    config: WavTokenizerConfig
-    weights: dict[str, torch.Tensor]  # float32; they lie in the file until they are used, where it allows that
-    cast: Counter  # dtype that is not float32 -> number of tensors
-    dropped: dict[str, list[str]]  # beginning of the name -> original names
-    others: list[str]  # what lies beside the state dict
-    discriminators: dict[str, torch.Tensor]  # by their names in training/; empty unless they were asked for
+from .architecture import INFERRED, NOT_IN_TENSORS
+from .card import cast_text, converted_card
+from .mapping import DISCRIMINATOR_PREFIXES, DROPPED
+from .published import Published, find
+from .source import Source, read_source
 
 
 def convert(
-    checkpoint: str | Path, output: str | Path, config: str | Path | None = None, with_discriminators: bool = False
+    checkpoint: str | Path | Sequence[str | Path],
+    output: str | Path,
+    config: str | Path | None = None,
+    with_discriminators: bool = False,
+    average: bool = False,
+    published: Published | None = None,
+    keep_existing: bool = False,
 ) -> Path:
     """
     Converts a checkpoint of the original training code and prints a report of it.
 
-    The folder holds config.json, model.safetensors, preprocessor_config.json, the three code files for
+    The folder holds config.json, model.safetensors, preprocessor_config.json, the code files for
     `trust_remote_code=True`, and a model card. It appears only when it is complete and has been loaded and compared
     with the checkpoint bit for bit; if anything fails, nothing is left behind.
 
     Args:
         checkpoint: a Lightning `.ckpt`, or a bare state dict (`.ckpt`, `.pt`, `.bin` or `.safetensors`) with the
-            original's tensor names. Pickles are opened with `weights_only=True`, so nothing in them is executed.
+            original's tensor names; or a list of the parts that somebody has split it into. Pickles are opened with
+            `weights_only=True`, so nothing in them is executed.
         output: the folder to make; it must not exist, or be empty.
         config: the YAML file that the checkpoint was trained with. It is needed only where the sampling rate is not
             24000; all else is read off the tensors, and what the file says of them is compared.
         with_discriminators: also keep the discriminators, in discriminators.safetensors, from which training goes on.
+        average: take the mean of the files, which are checkpoints of one training run.
+        published: from `published.find`; the file must be this one, and the card says what is known of it.
+        keep_existing: also accept a folder that holds the result of this very conversion already, and leave it alone.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: the checkpoint is no whole WavTokenizer, holds weights that are not finite, contradicts the YAML
-            file, lacks the discriminators that were asked for, or is a pickle that would run code; or the output exists.
+            file, lacks the discriminators that were asked for, is not the published one, or is a pickle that would run
+            code; the files do not fit each other; or the output exists.
         OSError: a file cannot be read or written.
     """
     output = Path(output).resolve()
-    _check_output(output)
-    source = read_source(Path(checkpoint), None if config is None else Path(config), with_discriminators)
-    with _folder_at_once(output) as folder:
-        _write(source, folder)
-        _verify(source, folder)
-    print(_report(source, output))
+    exists = keep_existing and (output / "config.json").is_file()
+    if not exists:
+        _check_output(output)
+    files = [checkpoint] if isinstance(checkpoint, (str, Path)) else checkpoint
+    source = read_source(
+        [Path(file) for file in files],
+        None if config is None else Path(config),
+        with_discriminators,
+        average,
+        published,
+    )
+    if exists:
+        if problems := _differences(source, output, published):
+            raise ValueError(
+                f"{output} exists and is not what {source.name} gives: {'; '.join(problems)[:300]}. Remove it, or choose "
+                "another output."
+            )
+        source.config.codebook_fingerprint = WavTokenizerConfig.from_pretrained(output).codebook_fingerprint
+    else:
+        with folder_at_once(output) as folder:
+            _write(source, folder, published)
+            if problems := _differences(source, folder, published):  # a fault of this program
+                raise RuntimeError(
+                    f"The folder is not equal to {source.name}: {'; '.join(problems)}. Please report this."
+                )
+    print(_report(source, output, exists))
     return output
 
 
-def read_source(checkpoint: Path, config: Path | None = None, with_discriminators: bool = False) -> Source:
-    """Reads and checks a checkpoint without writing anything; arguments and errors are those of `convert`."""
-    values = None if config is None else read_yaml(config)
-    sampling_rate = 24000 if values is None else yaml_sampling_rate(values, config)
-    content, others = read_checkpoint(checkpoint)
-    kept, dropped = sort_names(content)
-    tensors = {name: content[original] for name, original in kept.items()}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"Got {type(tensor).__name__} for {kept[name]}, expected a tensor. Save it again.")
-    model_config = infer_config({name: tuple(tensor.shape) for name, tensor in tensors.items()}, kept, sampling_rate)
-    if values is not None:
-        check_yaml(values, model_config, config)
-    weights = {name: _weight(kept[name], tensor) for name, tensor in tensors.items()}
-    users = Counter(weight.data_ptr() for weight in weights.values())
-    for name, weight in weights.items():
-        if users[weight.data_ptr()] > 1:  # one tensor under two names, which transformers would refuse to save
-            weights[name] = weight.clone()
-    cast = Counter(str(tensor.dtype) for tensor in tensors.values() if tensor.dtype != torch.float32)
-    discriminators = _discriminators(content, model_config, checkpoint) if with_discriminators else {}
-    return Source(checkpoint, _sha256(checkpoint), model_config, weights, cast, dropped, others, discriminators)
+def load(
+    name_or_path: str | Path,
+    model_class: type[WavTokenizerModel] = WavTokenizerModel,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> WavTokenizerModel:
+    """The model of an original checkpoint, with no folder in between; see `WavTokenizerModel.from_original`."""
+    path, published = Path(name_or_path), None
+    if not path.exists():
+        from .download import download
+
+        published = find(str(name_or_path))
+        path = download(published, revision, token, cache_dir)
+    source = read_source([path], published=published)
+    # cloned, since a weight that lies in the file would change with it
+    weights = {name: weight.clone() for name, weight in source.weights.items()}
+    model = model_class.from_pretrained(None, config=source.config, state_dict=weights)
+    model.config.codebook_fingerprint = model.codebook_fingerprint
+    if published is not None:
+        published.check_model(model)
+    return model
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for a checkpoint, YAML file or output that cannot be used."""
-    parser = argparse.ArgumentParser(
-        prog="python -m conversion.convert",
-        description="Turn an original WavTokenizer checkpoint into a folder that Hugging Face loads.",
-        epilog="Nothing in the checkpoint is executed. The folder appears only when it is complete and was compared "
-        "with the checkpoint bit for bit.",
-    )
-    add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="Lightning .ckpt, or state dict (.ckpt, .pt, .bin, .safetensors)")
-    add("--output", metavar="DIR", required=True, help="the folder to make; must not exist, or be empty")
-    add(
-        "--config",
-        metavar="YAML",
-        help="the YAML file that the checkpoint was trained with: what it says of the shape is compared with the "
-        "tensors, and its sampling rate replaces 24000 Hz (all else is read off the tensors)",
-    )
-    add("--with-discriminators", action="store_true", help=WITH_DISCRIMINATORS_HELP)
-    arguments = parser.parse_args(argv)
-    try:
-        convert(arguments.checkpoint, arguments.output, arguments.config, arguments.with_discriminators)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    """The command line; returns the exit code, as of `command.run`, or 2 for what cannot be done as given."""
+    from .command import main
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _weight(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """One tensor of the checkpoint as float32; what is float32 already stays where it is, in memory or in the file."""
-    if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
-        raise ValueError(
-            f"Got {name} of type {tensor.dtype} ({tensor.layout}), expected float32, float16, bfloat16 or float64. "
-            "Use the checkpoint as the training code wrote it."
-        )
-    weight = tensor.detach().to(torch.float32).contiguous()
-    if not weight.isfinite().all():
-        count = int((~weight.isfinite()).sum())
-        raise ValueError(
-            f"Got {name} with {count} of {weight.numel()} values that are NaN, infinite or beyond float32, expected "
-            "finite weights. The training diverged or the file is damaged; use another checkpoint."
-        )
-    return weight
-
-
-def _discriminators(
-    content: dict[str, torch.Tensor], config: WavTokenizerConfig, checkpoint: Path
-) -> dict[str, torch.Tensor]:
-    """All three discriminators as training loads them; they must be whole, and nothing else is accepted for them."""
-    tensors = {
-        name: _weight(original, content[original]).clone() for name, original in discriminator_names(content).items()
-    }
-    if not tensors:
-        raise ValueError(
-            f"{checkpoint} holds no discriminators. Convert it without them, or use the file of the training run."
-        )
-    with torch.device("meta"):
-        expected = Discriminators(config.adanorm_num_embeddings)
-    try:
-        expected.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{checkpoint} holds other discriminators than the original's: {' '.join(str(error).split())[:300]}. "
-            "Convert it without them."
-        ) from error
-    return tensors
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return main(argv)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,8 +147,14 @@ def _check_output(output: Path) -> None:
 
 
 @contextmanager
-def _folder_at_once(output: Path) -> Iterator[Path]:
-    """A new folder beside `output`, which takes its place if all goes well and vanishes if not."""
+def folder_at_once(output: Path) -> Iterator[Path]:
+    """
+    A new folder beside `output`, which takes its place if all goes well and vanishes if not.
+
+    Raises:
+        ValueError: the output exists and is not an empty folder.
+    """
+    _check_output(output)
     new_parents = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +172,7 @@ def _folder_at_once(output: Path) -> Iterator[Path]:
         raise
 
 
-def _write(source: Source, folder: Path) -> None:
+def _write(source: Source, folder: Path, published: Published | None) -> None:
     with torch.device("meta"):  # no memory of its own: the weights take the places of its tensors
         model = WavTokenizerModel(source.config)
     model.load_state_dict(source.weights, assign=True)
@@ -241,47 +190,37 @@ def _write(source: Source, folder: Path) -> None:
         shutil.copymode(folder / "config.json", file)
     extractor = extractor_class(sampling_rate=model.config.sampling_rate, hop_length=model.config.hop_length)
     extractor.save_pretrained(folder)
-    (folder / "README.md").write_text(_card(source, folder.name), encoding="utf-8")
+    card = converted_card(source, folder.name, published)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _module(cls: type) -> str:
     return cls.__module__.rsplit(".", 1)[-1]
 
 
-def _verify(source: Source, folder: Path) -> None:
-    """Loads what was written and compares it with the checkpoint; a difference is a fault of this program."""
-    model, loading = WavTokenizerModel.from_pretrained(folder, output_loading_info=True)
+def _differences(source: Source, folder: Path, published: Published | None) -> list[str]:
+    """Loads what was written and compares it with the checkpoint, and with what is known of the published one."""
+    try:
+        model, loading = WavTokenizerModel.from_pretrained(folder, output_loading_info=True)
+    except safetensors.SafetensorError as error:
+        return [f"its weights cannot be read ({error})"]
     problems = [f"{kind}: {sorted(names)}" for kind, names in loading.items() if names]
     loaded = model.state_dict()
     for name, weight in source.weights.items():
         # compared as integers, which tell -0.0 from 0.0
-        if not torch.equal(loaded[name].view(torch.int32), weight.view(torch.int32)):
+        same_shape = name in loaded and loaded[name].shape == weight.shape and loaded[name].dtype == weight.dtype
+        if not same_shape or not torch.equal(loaded[name].view(torch.int32), weight.view(torch.int32)):
             problems.append(f"{name} differs from the checkpoint")
     if model.config.codebook_fingerprint != model.codebook_fingerprint:
         problems.append("config.json has the fingerprint of another codebook")
     extractor = WavTokenizerFeatureExtractor.from_pretrained(folder)
     if (extractor.sampling_rate, extractor.hop_length) != (model.config.sampling_rate, model.config.hop_length):
         problems.append("feature extractor and model differ in sampling rate or hop")
-    if problems:
-        raise RuntimeError(f"The folder is not equal to {source.path}: {'; '.join(problems)}. Please report this.")
-
-
-def _card(source: Source, name: str) -> str:
-    config = source.config
-    template = string.Template(TEMPLATE.read_text(encoding="utf-8"))
-    return template.substitute(
-        name=name,
-        sampling_rate=config.sampling_rate,
-        frame_rate=f"{config.frame_rate:g}",
-        hop_length=config.hop_length,
-        codebook_size=config.codebook_size,
-        weights="equal to the original's bit for bit" + (f", but for {_cast(source)}" if source.cast else ""),
-        bit_rate=f"{config.bit_rate:g}",
-        fingerprint=config.codebook_fingerprint,
-        source_file=source.path.name,
-        source_sha256=source.sha256,
-        converter_version=__version__,
-    )
+    if source.discriminators and not (folder / "discriminators.safetensors").is_file():
+        problems.append("it has no discriminators")
+    if published is not None and not problems:
+        published.check_model(model)
+    return problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,19 +228,23 @@ def _card(source: Source, name: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _report(source: Source, output: Path) -> str:
+def _report(source: Source, output: Path, existed: bool) -> str:
     config = source.config
     numbers = sum(weight.numel() for weight in source.weights.values())
     lines = [
-        f"Converted {source.path} (sha256 {source.sha256})",
+        f"Converted {path} ({path.stat().st_size} bytes, sha256 {digest})" for path, digest in source.files.items()
+    ]
+    if source.averaged:
+        lines.append(f"averaged: {len(source.files)} checkpoints")
+    lines += [
         f"kept: {len(source.weights)} tensors, {numbers:,} numbers",
     ]
     if source.cast:
-        lines.append(f"not float32 in the checkpoint: {_cast(source)}")
+        lines.append(f"not float32 in the checkpoint: {cast_text(source)}")
     if source.discriminators:
         lines.append(f"kept in discriminators.safetensors: {len(source.discriminators)} tensors")
     for prefix, names in source.dropped.items():
-        if source.discriminators and prefix in ("multiperioddisc.", "multiresddisc.", "dac.", "dacdiscriminator."):
+        if source.discriminators and prefix in DISCRIMINATOR_PREFIXES:
             continue
         lines.append(f"dropped: {prefix}{'*' * prefix.endswith('.')} ({len(names)}): {DROPPED[prefix]}")
     if source.others:
@@ -311,16 +254,9 @@ def _report(source: Source, output: Path) -> str:
         f"not in the tensors: {_fields(config, NOT_IN_TENSORS)}",
         f"rate: {config.frame_rate:g} codes/s of {config.hop_length} samples at {config.sampling_rate} Hz",
         f"codebook fingerprint: {config.codebook_fingerprint}",
-        f"written to: {output}",
+        f"{'already there, and equal' if existed else 'written to'}: {output}",
     ]
     return "\n".join(lines)
-
-
-def _cast(source: Source) -> str:
-    return (
-        ", ".join(f"{count} {dtype.removeprefix('torch.')} tensors" for dtype, count in source.cast.items())
-        + " converted to float32"
-    )
 
 
 def _fields(config: WavTokenizerConfig, names: tuple[str, ...]) -> str:

@@ -39,6 +39,8 @@ DISCRIMINATORS = {
     "dacdiscriminator.discriminator.": "dac.",
 }
 
+DISCRIMINATOR_PREFIXES = ("multiperioddisc.", "multiresddisc.", "dac.", "dacdiscriminator.")  # of those in DROPPED
+
 _LATER_QUANTIZER = re.compile(r"feature_extractor\.encodec\.quantizer\.vq\.layers\.([1-9]\d*)\.")
 
 
@@ -74,10 +76,15 @@ def sort_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str
     return kept, dropped
 
 
+def original_name(name: str) -> str:
+    """The original's name of one of the model's tensors."""
+    return _translate(name, {new: old for old, new in KEPT.items()})
+
+
 def check_names(kept: dict[str, str], expected: Iterable[str]) -> None:
     """Raises ValueError unless `kept` (name here -> original name) holds exactly the `expected` names of the model."""
     expected = set(expected)
-    missing = sorted(_translate(name, {new: old for old, new in KEPT.items()}) for name in expected - set(kept))
+    missing = sorted(original_name(name) for name in expected - set(kept))
     if missing:
         raise ValueError(
             f"{len(missing)} of the {len(expected)} tensors that a WavTokenizer of this shape needs are missing: "
@@ -98,6 +105,13 @@ def discriminator_names(names: Iterable[str]) -> dict[str, str]:
                 new_name = new_name.replace(".weight_g", ".parametrizations.weight.original0")
                 found[new_name.replace(".weight_v", ".parametrizations.weight.original1")] = name
     return found
+
+
+def original_discriminator_names(name: str) -> list[str]:
+    """Where the original has a tensor of `training/`'s discriminators: the DAC-style one lies in two places."""
+    name = name.replace(".parametrizations.weight.original0", ".weight_g")
+    name = name.replace(".parametrizations.weight.original1", ".weight_v")
+    return [old + name.removeprefix(new) for old, new in DISCRIMINATORS.items() if name.startswith(new)]
 
 
 def unknown_names(names: list[str]) -> ValueError:

@@ -6,10 +6,12 @@ import shlex
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import soundfile
 import torch
 from conftest import REFERENCE
+from hub_server import put_into_cache
 from test_conversion import small_tensors
 from tiny_training import write_clips
 from transformers import AutoModel
@@ -56,9 +58,13 @@ def test_its_python_runs(workplace):
     assert len(names["audio_codes"].unique()) > 10
 
 
-def test_its_commands_work(workplace, checkpoints):
+def test_its_commands_work(workplace, checkpoints, monkeypatch):
     found = commands(of_sections=False)
-    assert {command[0] for command in found} == {"encode", "decode", "reconstruct", "info", "convert"}
+    assert {command[0] for command in found} == {"encode", "decode", "reconstruct", "info", "convert", "checkpoints"}
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(workplace / "cache"))
+    put_into_cache(
+        workplace / "cache", "novateur/WavTokenizer", {"WavTokenizer_small_320_24k_4096.ckpt": checkpoints(75)}
+    )
     (workplace / "wavtokenizer_large_unify_600_24k.ckpt").symlink_to(checkpoints(40))
     for command in found:
         assert main(command) == 0, command

@@ -38,6 +38,36 @@ def bundled_model() -> Path:
     return Path(__file__).parent / "bundled"
 
 
+def _from_original(cls, name_or_path, revision=None, token=None, cache_dir=None):
+    """
+    Loads an original checkpoint of WavTokenizer, with no converted folder in between.
+
+    Args:
+        name_or_path (`str` or `Path`): a file, or the name of a published checkpoint (`wavtokenizer checkpoints` lists
+            them), which is downloaded from the Hub into its cache, and checked.
+        revision, token, cache_dir: of the download, as in `huggingface_hub.hf_hub_download`.
+
+    Returns:
+        [`WavTokenizerModel`]: float32, on the CPU, in eval mode.
+
+    Raises:
+        ValueError: no such name, or the file is not a usable WavTokenizer; see `conversion.convert.convert`.
+        OSError: the file cannot be had or read.
+    """
+    try:
+        from conversion.convert import load
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "from_original needs the folder `conversion`, which is installed with wavtokenizer_hf: run "
+            "pip install on the whole checkout, or load a converted folder with from_pretrained."
+        ) from error
+    return load(name_or_path, cls, revision, token, cache_dir)
+
+
+# added here and not in the class, since the file of the class is copied into every Hub repository, where conversion is not
+WavTokenizerModel.from_original = classmethod(_from_original)
+
+
 __all__ = [
     "WavTokenizerConfig",
     "WavTokenizerDecoderOutput",

@@ -1,4 +1,4 @@
-"""The command line: `wavtokenizer encode | decode | reconstruct | tokenize | evaluate | convert | train | info`.
+"""The command line: `wavtokenizer encode | decode | reconstruct | tokenize | evaluate | convert | checkpoints | train | info`.
 
 Exit codes: 0, all went well; 1, some of several files failed, or a pipe was cut off (each is named with its reason, the rest is
 done); 2, the command cannot be carried out as given; 130, interrupted; 141, nobody reads standard output any more.

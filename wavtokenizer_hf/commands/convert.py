@@ -1,8 +1,10 @@
-"""`wavtokenizer convert`: an original checkpoint to a folder."""
+"""`wavtokenizer convert | checkpoints`: an original checkpoint to a folder, and those that are known by name."""
 
 import json
 import sys
 from contextlib import redirect_stdout
+
+from conversion import command
 
 from .arguments import add_command
 
@@ -11,24 +13,18 @@ def add(commands) -> None:
     convert = add_command(
         commands, "convert", _convert, "an original checkpoint to a folder for transformers and the Hub"
     )
-    convert.add_argument("checkpoint", help="the original's .ckpt, or a state dict (.pt, .bin, .safetensors)")
-    convert.add_argument("--config", help="the original's YAML file, to be checked against the checkpoint")
-    convert.add_argument("-o", "--output", required=True, help="folder to make")
-    convert.add_argument(
-        "--with-discriminators",
-        action="store_true",
-        help="keep the discriminators in a second file, so that training can go on from them",
-    )
+    command.add_arguments(convert)
+    add_command(commands, "checkpoints", _checkpoints, "the published checkpoints that `convert` knows by name")
 
 
 def _convert(arguments) -> int:
-    from conversion.convert import convert
-
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-        folder = convert(arguments.checkpoint, arguments.output, arguments.config, arguments.with_discriminators)
+        results, code = command.run(arguments)
     if arguments.json:
-        from .. import WavTokenizerConfig
+        print(*map(json.dumps, results), sep="\n")
+    return code
 
-        config = WavTokenizerConfig.from_pretrained(folder)
-        print(json.dumps({"output": str(folder), "codebook_fingerprint": config.codebook_fingerprint}))
+
+def _checkpoints(arguments) -> int:
+    print(command.checkpoints_table(arguments.json))
     return 0

@@ -1,0 +1,150 @@
+"""Model cards: of a folder that was converted, and of every published checkpoint.
+
+python -m conversion.card    # writes model_cards/NAME.md anew for every line of checkpoints.yaml
+"""
+
+import string
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from wavtokenizer_hf import WavTokenizerConfig, __version__
+
+from .published import Published, table
+from .source import Source
+
+
+CARDS = Path(__file__).parent.parent / "model_cards"
+REPOSITORY_URL = "https://github.com/jishengpeng/WavTokenizer"
+NEXT_TO_APERTUS = """
+Apertus 1.5 scales each clip to a peak of -3 dBFS, `peak_dbfs=-3` here, and gives code c the id 262344 + c.
+
+Source: [the port in transformers](https://github.com/huggingface/transformers/pull/47662).
+"""
+
+
+def converted_card(source: Source, name: str, published: Published | None) -> str:
+    """The card of a folder that was converted: what its files say, and what is known of the published checkpoint."""
+    files = [f"`{path.name}` (sha256 `{digest}`)" for path, digest in source.files.items()]
+    rows = {
+        "weights": "the mean of the checkpoints named below"
+        if source.averaged
+        else "equal to the original's bit for bit",
+        "codebook fingerprint": f"`{source.config.codebook_fingerprint}`",
+        "converted from": ", ".join(files),
+        "converted by": f"wavtokenizer_hf {__version__}",
+    }
+    if source.cast:
+        rows["weights"] += f", but for {cast_text(source)}"
+    return _card(source.config, name, rows, "the tensors of that file, read by the converter", published)
+
+
+def published_card(published: Published) -> str:
+    """The card of a published checkpoint, without what only its file tells."""
+    fingerprint = "in config.json, once converted" if published.fingerprint is None else f"`{published.fingerprint}`"
+    file = "FILE " if published.repository is None else ""
+    rows = {
+        "codebook fingerprint": fingerprint,
+        "convert": f"`wavtokenizer convert {file}--checkpoint {published.name} --output DIR`",
+    }
+    source = f"the shape that all published files share, in the settings of [the original]({REPOSITORY_URL}/tree/main/configs)"
+    return _card(published.config, f"wavtokenizer-{published.name}", rows, source, published)
+
+
+def cast_text(source: Source) -> str:
+    """What was not float32 in the checkpoint."""
+    return (
+        ", ".join(f"{count} {dtype.removeprefix('torch.')} tensors" for dtype, count in source.cast.items())
+        + " converted to float32"
+    )
+
+
+def _card(
+    config: WavTokenizerConfig, path: str, rows: dict[str, str], facts_source: str, published: Published | None
+) -> str:
+    shape = {
+        "audio": f"mono, {config.sampling_rate} Hz",
+        "codes": f"{config.frame_rate:g} per second, one for every {config.hop_length} samples",
+        "codebook": f"{config.codebook_size} entries",
+        "bit rate": f"{config.bit_rate:g} bit/s",
+    }
+    lines = [f"| {name} | {value} |" for name, value in {**shape, **rows}.items()]
+    facts = "\n".join(["| | |", "|---|---|", *lines, "", f"Source: {facts_source}."])
+    text = string.Template((CARDS / "template.md").read_text(encoding="utf-8")).substitute(
+        title=path,
+        path=path,
+        description=_description(published),
+        facts=facts,
+        mirror=_mirror(published),
+        sampling_rate=config.sampling_rate,
+        codebook_size=config.codebook_size,
+        language_models=NEXT_TO_APERTUS if published is not None and published.name == "large-unify-40" else "",
+        limits=_limits(published),
+        measured=_measured(published),
+    )
+    return f"---\n{_metadata(published).to_yaml()}\n---\n{text}"
+
+
+def _metadata(published: Published | None) -> ModelCardData:
+    return ModelCardData(
+        language="en" if published is not None and published.corpus == "LibriTTS" else None,
+        license="mit",
+        library_name="transformers",
+        pipeline_tag="feature-extraction",
+        tags=["wavtokenizer", "audio-codec", "audio-tokenizer", "audio"],
+    )
+
+
+def _description(published: Published | None) -> str:
+    if published is None:
+        return "Converted from a checkpoint of the original training code."
+    where = "no longer on the Hub"
+    if published.repository is not None:
+        where = f"in [{published.repository}](https://huggingface.co/{published.repository})"
+    return (
+        f"The weights are those of `{published.file}`, {where}; the settings that go with it are `{published.yaml}`.\n\n"
+        f"**Trained on** {published.domain}. Corpus: {published.corpus}. {published.remarks}\n\n"
+        f"Source: {', '.join(published.sources)}."
+    )
+
+
+def _mirror(published: Published | None) -> str:
+    if published is None or published.mirror is None:
+        return ""
+    url = f"https://huggingface.co/{published.mirror}"
+    return f". That project's own conversion is [{published.mirror}]({url}), which the package loads too"
+
+
+def _limits(published: Published | None) -> str:
+    unknown = "- Languages: those of the corpus, which its authors do not list. Try yours before you build on it."
+    if published is None:
+        return "- What it was trained on is not known here: try it on sound of your kind before you build on it."
+    if published.corpus == "LibriTTS":
+        unknown = "- Languages: LibriTTS is read English ([its paper](https://arxiv.org/abs/1904.02882)); others were not in training."
+    if published.domain == "speech":
+        return f"{unknown}\n- Music and other sounds were not in training."
+    if "no speech" in published.domain:
+        return "- Speech was not in training; take another checkpoint for it."
+    return unknown
+
+
+def _measured(published: Published | None) -> str:
+    lines = []
+    for answer in () if published is None else published.known_answers:
+        codes = ", ".join(map(str, answer.first_codes))
+        lines.append(
+            f"A sine of {answer.hertz:g} Hz, amplitude {answer.amplitude:g}, {answer.seconds:g} s, gives {answer.num_codes} "
+            f"codes, which begin {codes}. Conversion by name checks that.\n\nSource: {answer.source}."
+        )
+    lines.append(
+        "No quality figure of these weights was measured for this card. `wavtokenizer evaluate --model PATH --audio CLIPS` "
+        "measures them on your sound; the figures of WavTokenizer's authors are in "
+        "[their paper](https://arxiv.org/abs/2408.16532)."
+    )
+    return "\n\n".join(lines)
+
+
+if __name__ == "__main__":
+    for name, published in table().items():
+        (CARDS / f"{name}.md").write_text(published_card(published), encoding="utf-8")
+        print(CARDS / f"{name}.md")

@@ -1,0 +1,152 @@
+"""The command line of conversion: `wavtokenizer convert`, `wavtokenizer checkpoints` and `python -m conversion.convert`."""
+
+import argparse
+import contextlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from .published import Published, find, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `convert` takes."""
+    add = parser.add_argument
+    parser.epilog = (
+        "Nothing in a checkpoint is executed. A folder appears only when it is complete and was compared with the checkpoint "
+        "bit for bit. Exit codes: 0 all went well, 1 some of the checkpoints of --all failed, 2 cannot be done as given."
+    )
+    add(
+        "files",
+        nargs="*",
+        metavar="FILE",
+        help="the original's Lightning .ckpt, or a state dict (.ckpt, .pt, .bin, .safetensors); several: the parts into which "
+        "somebody has split one",
+    )
+    add(
+        "--checkpoint",
+        metavar="NAME",
+        help="a published checkpoint (see `wavtokenizer checkpoints`): it is downloaded, or with FILE that is checked and used",
+    )
+    add("--all", action="store_true", help="every published checkpoint, each into a folder of its name in OUTPUT")
+    add("-o", "--output", metavar="DIR", required=True, help="the folder to make; must not exist, or be empty")
+    add("--revision", help="branch, tag or commit of the checkpoint's repository on the Hub")
+    add(
+        "--config",
+        metavar="YAML",
+        help="the YAML file that FILE was trained with: what it says of the shape is compared with the tensors, and its "
+        "sampling rate replaces 24000 Hz (all else is read off the tensors)",
+    )
+    add("--average", action="store_true", help="take the mean of the FILEs, checkpoints of one training run")
+    add(
+        "--with-discriminators",
+        action="store_true",
+        help="keep the discriminators in a second file, so that training can go on from them",
+    )
+    add("--push-to-hub", metavar="NAME", help="upload the folder; with --all NAME is the user or organization")
+    add("--private", action="store_true", help="make the repository on the Hub private, if it does not exist")
+    add("--create-pr", action="store_true", help="propose the files on the Hub as a pull request")
+
+
+def run(arguments: argparse.Namespace) -> tuple[list[dict], int]:
+    """
+    Does what `add_arguments` has read.
+
+    Returns:
+        For each checkpoint its name (if it has one), and either output and fingerprint, with `url` if it was pushed, or
+        the `error`; and the exit code, 0, or 1 if some of several failed.
+
+    Raises:
+        ValueError, OSError: it cannot be done as given.
+    """
+    _check(arguments)
+    if not arguments.all:
+        published = None if arguments.checkpoint is None else find(arguments.checkpoint)
+        return [_convert(arguments, published, Path(arguments.output), arguments.push_to_hub)], 0
+    results = []
+    for name, published in table().items():
+        hub_name = None if arguments.push_to_hub is None else f"{arguments.push_to_hub}/wavtokenizer-{name}"
+        try:
+            results.append(_convert(arguments, published, Path(arguments.output, f"wavtokenizer-{name}"), hub_name))
+        except (ValueError, OSError) as error:
+            results.append({"checkpoint": name, "error": " ".join(str(error).split())})
+            print(f"{name}: failed: {results[-1]['error']}", file=sys.stderr)
+    return results, int(any("error" in result for result in results))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    ways = [bool(arguments.files or arguments.checkpoint), arguments.all]
+    if sum(ways) != 1:
+        raise ValueError(
+            "Got no checkpoint, or --all beside one. Give FILE, --checkpoint NAME or both, or --all alone."
+        )
+    if arguments.average and (len(arguments.files) < 2 or arguments.checkpoint):
+        raise ValueError(
+            "Got --average, expected several FILEs and no --checkpoint: the mean of several is none of them."
+        )
+    if arguments.files and arguments.revision is not None:
+        raise ValueError("Got --revision for a file on this machine. Leave it out.")
+    if arguments.all and (arguments.config is not None or arguments.revision is not None):
+        raise ValueError("Got --config or --revision with --all. They belong to one checkpoint.")
+    if arguments.push_to_hub is None and (arguments.private or arguments.create_pr):
+        raise ValueError("Got --private or --create-pr without --push-to-hub NAME. Name the repository.")
+
+
+def _convert(arguments: argparse.Namespace, published: Published | None, output: Path, hub_name: str | None) -> dict:
+    from wavtokenizer_hf import WavTokenizerConfig
+
+    from .convert import convert
+    from .download import download
+    from .push import check_logged_in, push
+
+    if hub_name is not None:
+        check_logged_in()
+    folder = convert(
+        arguments.files or download(published, arguments.revision),
+        output,
+        arguments.config,
+        arguments.with_discriminators,
+        arguments.average,
+        published,
+        keep_existing=published is not None
+        or hub_name is not None,  # so that the same command again finishes the rest
+    )
+    result = {} if published is None else {"checkpoint": published.name}
+    result["output"] = str(folder)
+    result["codebook_fingerprint"] = WavTokenizerConfig.from_pretrained(folder).codebook_fingerprint
+    if hub_name is not None:
+        result["url"] = push(folder, hub_name, arguments.private, arguments.create_pr)
+        print(f"pushed to: {result['url']}")
+    return result
+
+
+def checkpoints_table(as_json: bool = False) -> str:
+    """The published checkpoints for reading, or as JSON, one object a line."""
+    if as_json:
+        return "\n".join(json.dumps(asdict(published)) for published in table().values())
+    rows = [("name", "codes/s", "trained on", "corpus", "repository", "file")]
+    for published in table().values():
+        repository = published.repository or "(no longer on the Hub)"
+        rows.append(
+            (published.name, str(published.frame_rate), published.domain, published.corpus, repository, published.file)
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m conversion.convert`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m conversion.convert",
+        description="Turn an original WavTokenizer checkpoint into a folder that Hugging Face loads.",
+    )
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))[1]
+    except (ValueError, OSError) as error:
+        with contextlib.suppress(BrokenPipeError):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2

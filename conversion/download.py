@@ -1,0 +1,70 @@
+"""Fetches a published checkpoint through huggingface_hub, whose cache, offline mode and tokens work as everywhere."""
+
+from pathlib import Path
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .published import Published
+
+
+# of httpx, or of httpx2 from huggingface_hub 2.4 on: what breaks a connection, too
+HTTP_ERROR = HfHubHTTPError.__bases__[0]
+
+
+def download(
+    published: Published,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """
+    Gives the path of a published file, from the cache if it is there, even if it is no longer on the Hub.
+
+    A connection that breaks is taken up where it broke, a few times.
+
+    Args:
+        published: from `published.find`.
+        revision: branch, tag or commit of its repository; default: main.
+        token: for the Hub; default: that of `hf auth login` or HF_TOKEN.
+        cache_dir: default: the cache of huggingface_hub.
+
+    Raises:
+        ValueError: the checkpoint is no longer on the Hub.
+        OSError: it cannot be had: no network, no access, no such revision, or the repository is empty or gone.
+    """
+    name, repository, file = published.name, published.repository, published.file
+    by_file = f"`wavtokenizer convert FILE --checkpoint {name}` takes a copy that you have."
+    if repository is None:
+        raise ValueError(f"{name} ({file}) is no longer on the Hub. {by_file}")
+    where = f"{repository} on the Hub"
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision, token=token, cache_dir=cache_dir))
+    except GatedRepoError as error:
+        raise OSError(
+            f"{where} wants its terms accepted: do that on its page, then log in with `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise OSError(
+            f"There is no {where}: it is gone, or hidden from you. If it is private, log in with `hf auth login`. {by_file}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise OSError(
+            f"{where} has no revision {revision!r}. Name a branch, tag or commit of it, or leave it out."
+        ) from error
+    except LocalEntryNotFoundError as error:  # before EntryNotFoundError, of which it is one
+        reason = "offline mode is on (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+        raise OSError(
+            f"{name} ({file}) is not in the cache, and {reason}. Go online and run this again. {by_file}"
+        ) from error
+    except EntryNotFoundError as error:
+        raise OSError(f"{where} holds no {file}: it was emptied or renamed. {by_file}") from error
+    except (HTTP_ERROR, OSError) as error:
+        raise OSError(f"{name} ({file}) could not be downloaded: {error}. Run this again.") from error

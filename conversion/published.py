@@ -1,0 +1,132 @@
+"""The published checkpoints: the table checkpoints.yaml, and what is checked by it."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import yaml
+
+from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
+
+
+TABLE = Path(__file__).parent / "checkpoints.yaml"
+SAMPLING_RATE = 24000  # Hz, of every published checkpoint
+RATIOS = {40: [6, 5, 5, 4], 75: [8, 5, 4, 2]}  # codes per second -> what the encoder downsamples by
+
+
+@dataclass(frozen=True)
+class KnownAnswer:
+    """The codes that somebody else got for a sine."""
+
+    hertz: float
+    amplitude: float
+    seconds: float
+    num_codes: int
+    first_codes: list[int]
+    source: str
+
+    def audio(self) -> torch.Tensor:
+        """The sine, float32 (1, 1, samples)."""
+        time = torch.arange(int(self.seconds * SAMPLING_RATE)) / SAMPLING_RATE
+        return (self.amplitude * torch.sin(2 * torch.pi * self.hertz * time))[None, None]
+
+
+@dataclass(frozen=True)
+class Published:
+    """One line of the table; checkpoints.yaml says what the fields mean."""
+
+    name: str
+    repository: str | None
+    file: str
+    yaml: str
+    frame_rate: int
+    domain: str
+    corpus: str
+    remarks: str
+    sources: list[str]
+    size: int | None
+    sha256: str | None
+    fingerprint: str | None
+    mirror: str | None
+    known_answers: list[KnownAnswer]
+
+    @property
+    def config(self) -> WavTokenizerConfig:
+        """The shape that all published checkpoints of this rate have."""
+        return WavTokenizerConfig(
+            sampling_rate=SAMPLING_RATE,
+            upsampling_ratios=RATIOS[self.frame_rate],
+            codebook_fingerprint=self.fingerprint,
+        )
+
+    def check_file(self, path: Path, sha256: str) -> None:
+        """
+        Compares a file with what the table says of it, and with the hash under which the Hub's cache keeps it.
+
+        Raises:
+            ValueError: another size or hash.
+        """
+        what_to_do = "It is damaged or another file: delete it and download it again."
+        if self.size is not None and path.stat().st_size != self.size:
+            raise ValueError(
+                f"{path} has {path.stat().st_size} bytes, expected {self.size} for {self.name}. {what_to_do}"
+            )
+        # huggingface_hub keeps a large file under its sha256 and lets a link with the file's name point there
+        kept_as = path.resolve().name
+        expected = self.sha256 or (kept_as if re.fullmatch("[0-9a-f]{64}", kept_as) else None)
+        if expected is not None and sha256 != expected:
+            raise ValueError(f"{path} has the sha256 {sha256}, expected {expected} for {self.name}. {what_to_do}")
+
+    def check_model(self, model: WavTokenizerModel) -> None:
+        """
+        Compares a model with what the table says of it: rate, codebook, and the codes that others got for a sine.
+
+        Raises:
+            ValueError: it is another checkpoint, or computes something else here than elsewhere.
+        """
+        config = model.config
+        if config.frame_rate != self.frame_rate:
+            raise ValueError(
+                f"Got a checkpoint of {config.frame_rate:g} codes/s, expected {self.frame_rate} for {self.name}. "
+                "It is another one: give its own name, or none."
+            )
+        if self.fingerprint not in (None, model.codebook_fingerprint):
+            raise ValueError(
+                f"Got the codebook {model.codebook_fingerprint}, expected {self.fingerprint} for {self.name}. "
+                "It is another checkpoint: give its own name, or none."
+            )
+        for answer in self.known_answers:
+            with torch.no_grad():
+                codes = model.encode(answer.audio()).audio_codes[0, 0].tolist()
+            if len(codes) != answer.num_codes or codes[: len(answer.first_codes)] != answer.first_codes:
+                raise ValueError(
+                    f"A sine of {answer.hertz:g} Hz gave {len(codes)} codes, {codes[: len(answer.first_codes)]}, expected "
+                    f"{answer.num_codes}, {answer.first_codes}, for {self.name} ({answer.source}). It is another "
+                    "checkpoint, or this machine computes wrongly: give its own name, or none, and run the tests."
+                )
+
+
+@cache
+def table() -> dict[str, Published]:
+    """All published checkpoints by their names."""
+    content = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    return {name: _published(name, **fields) for name, fields in content.items()}
+
+
+def _published(name: str, known_answers: list[dict], **fields) -> Published:
+    return Published(name=name, known_answers=[KnownAnswer(**answer) for answer in known_answers], **fields)
+
+
+def find(name: str) -> Published:
+    """The checkpoint of that name. Raises ValueError that lists the nearest names."""
+    found = table().get(name)
+    if found is None:
+        nearest = difflib.get_close_matches(name, table(), n=3, cutoff=0.4) or list(table())
+        raise ValueError(
+            f"Got {name!r}, which is no published checkpoint. Nearest: {', '.join(nearest)}. `wavtokenizer checkpoints` "
+            "lists all; a file on this machine is given by its path."
+        )
+    return found

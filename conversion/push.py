@@ -1,0 +1,64 @@
+"""The way of a converted folder to the Hub."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+
+from .download import HTTP_ERROR
+
+
+def check_logged_in() -> None:
+    """Raises OSError if there is no token to upload with; done before the work."""
+    if get_token() is None:
+        raise OSError(
+            "Got a name on the Hub and no token to upload with. Log in with `hf auth login`, or set HF_TOKEN."
+        )
+
+
+def push(folder: Path, name: str, private: bool = False, create_pr: bool = False) -> str:
+    """
+    Uploads all files of a folder in one commit, and asks the Hub whether they are there.
+
+    The repository is made here and not before the folder is complete, so that a conversion that fails leaves no empty one.
+
+    Args:
+        folder: made by `convert`; it stays as it is.
+        name: of the repository; it is made if there is none.
+        private: make it private; one that exists stays as it is.
+        create_pr: propose the files as a pull request instead of putting them onto the main branch.
+
+    Returns:
+        The address of the commit or pull request.
+
+    Raises:
+        OSError: the Hub refuses the name or the files, or the connection broke; the same call again finishes it.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(name, private=private or None, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=name, folder_path=folder, create_pr=create_pr, commit_message="WavTokenizer, by wavtokenizer_hf"
+        )
+        revision = commit.pr_revision or commit.oid  # no pull request is made where nothing would change
+        there = set(api.list_repo_files(name, revision=revision))
+    except (OSError, ValueError, RuntimeError, HTTP_ERROR) as error:  # the third: hf_xet, which moves large files
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"Cannot upload to {name!r} on the Hub: {reason}.{_advice(error)} {folder} is complete: run this again to go on."
+        ) from error
+    missing = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} - there
+    if missing:
+        raise OSError(f"{name} lacks {', '.join(sorted(missing))} after the upload. Run this again.")
+    return commit.pr_url or commit.commit_url
+
+
+def _advice(error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return " Log in with `hf auth login`, or set HF_TOKEN."
+    if status == 403:
+        return (
+            " Use a token that may write there, choose another name, or propose the files with --create-pr where the "
+            "repository exists."
+        )
+    return ""

@@ -1,0 +1,185 @@
+"""What the files of a checkpoint give: the weights by their names here, and an account of how they were got."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from wavtokenizer_hf import WavTokenizerConfig
+from wavtokenizer_hf.training.discriminators import Discriminators
+
+from .architecture import check_yaml, infer_config, yaml_sampling_rate
+from .checkpoint import read_checkpoint, read_yaml
+from .mapping import discriminator_names, sort_names
+from .published import Published
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+EMBED = "encoder_model.quantizer.codebook.embed"
+
+
+@dataclass
+class Source:
+    """What checkpoints give: the model's weights by their names here, and an account of how they were got."""
+
+    files: dict[Path, str]  # and their sha256
+    config: WavTokenizerConfig
+    weights: dict[str, torch.Tensor]  # float32; they lie in the file until they are used, where it allows that
+    cast: Counter  # dtype that is not float32 -> number of tensors
+    dropped: dict[str, list[str]]  # beginning of the name -> original names
+    others: list[str]  # what lies beside the state dict
+    discriminators: dict[str, torch.Tensor]  # by their names in training/; empty unless they were asked for
+    averaged: bool = False  # whether the weights are the mean of those in the files, and not in them as they are
+
+    @property
+    def name(self) -> str:
+        """The files, for messages."""
+        return ", ".join(map(str, self.files))
+
+
+def read_source(
+    files: Sequence[Path],
+    config: Path | None = None,
+    with_discriminators: bool = False,
+    average: bool = False,
+    published: Published | None = None,
+) -> Source:
+    """Reads and checks checkpoints without writing anything; arguments and errors are those of `convert.convert`."""
+    if not files:
+        raise ValueError("Got no checkpoint. Give the path of a file.")
+    if len(set(files)) < len(files):
+        raise ValueError("Got the same checkpoint twice. Give each file once.")
+    if average:
+        if with_discriminators:
+            raise ValueError("Got several checkpoints to average, and the discriminators to keep. Leave one out.")
+        return _average([read_source([file], config) for file in files])
+    digests = {file: _sha256(file) for file in files if file.is_file()}  # reading says what is wrong with the others
+    if published is not None and len(files) == 1:  # parts of it have sizes and hashes of their own
+        for file, digest in digests.items():
+            published.check_file(file, digest)
+    values = None if config is None else read_yaml(config)
+    sampling_rate = 24000 if values is None else yaml_sampling_rate(values, config)
+    content, others = _join({file: read_checkpoint(file) for file in files})
+    kept, dropped = sort_names(content)
+    tensors = {name: content[original] for name, original in kept.items()}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"Got {type(tensor).__name__} for {kept[name]}, expected a tensor. Save it again.")
+    model_config = infer_config({name: tuple(tensor.shape) for name, tensor in tensors.items()}, kept, sampling_rate)
+    if values is not None:
+        check_yaml(values, model_config, config)
+    weights = {name: _weight(kept[name], tensor) for name, tensor in tensors.items()}
+    users = Counter(weight.data_ptr() for weight in weights.values())
+    for name, weight in weights.items():
+        if users[weight.data_ptr()] > 1:  # one tensor under two names, which transformers would refuse to save
+            weights[name] = weight.clone()
+    cast = Counter(str(tensor.dtype) for tensor in tensors.values() if tensor.dtype != torch.float32)
+    discriminators = _discriminators(content, model_config, files[0]) if with_discriminators else {}
+    return Source(digests, model_config, weights, cast, dropped, others, discriminators)
+
+
+def _join(opened: dict[Path, tuple[dict[str, torch.Tensor], list[str]]]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """One checkpoint of the parts that others have split it into; what two parts share must be the same in both."""
+    content, others, came_from = {}, [], {}
+    for file, (part, beside) in opened.items():
+        others += [name for name in beside if name not in others]
+        for name, tensor in part.items():
+            if name in content and not _equal(content[name], tensor):
+                raise ValueError(
+                    f"{came_from[name]} and {file} both hold {name}, and differ in it: they are not parts of one "
+                    "checkpoint. Give one of them, or average them if they are checkpoints of one training run."
+                )
+            content[name], came_from[name] = tensor, file
+    return content, others
+
+
+def _equal(left, right) -> bool:
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    return type(left) is type(right) and left == right
+
+
+def _average(sources: list[Source]) -> Source:
+    """The mean of several checkpoints of one training run, summed in the order of the files, as the original does it."""
+    first, *rest = sources
+    if not rest:
+        raise ValueError(f"Got one checkpoint to average, {first.name}, expected several. Leave the averaging out.")
+    for other in rest:
+        if other.config.to_dict() != first.config.to_dict():
+            raise ValueError(
+                f"{first.name} and {other.name} differ in shape. Average checkpoints of one training run."
+            )
+        if not _of_one_run(first.weights[EMBED], other.weights[EMBED]):
+            raise ValueError(
+                f"Most codes do not mean the same in {first.name} and {other.name}: they are of two training runs, whose "
+                "mean is of no use. Average checkpoints of one run, near its end."
+            )
+    weights = {}
+    for name, weight in first.weights.items():
+        total = weight.clone()
+        for other in rest:
+            total += other.weights[name]
+        weights[name] = total / len(sources)
+    return replace(
+        first,
+        files={file: digest for source in sources for file, digest in source.files.items()},
+        weights=weights,
+        cast=sum((source.cast for source in sources), Counter()),
+        averaged=True,
+    )
+
+
+def _of_one_run(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether most entries of one codebook (K, D) are nearest to the entry of the same number in the other."""
+    return bool((torch.cdist(left, right).argmin(-1) == torch.arange(len(left))).float().mean() > 0.5)
+
+
+def _weight(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """One tensor of the checkpoint as float32; what is float32 already stays where it is, in memory or in the file."""
+    if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
+        raise ValueError(
+            f"Got {name} of type {tensor.dtype} ({tensor.layout}), expected float32, float16, bfloat16 or float64. "
+            "Use the checkpoint as the training code wrote it."
+        )
+    weight = tensor.detach().to(torch.float32).contiguous()
+    if not weight.isfinite().all():
+        count = int((~weight.isfinite()).sum())
+        raise ValueError(
+            f"Got {name} with {count} of {weight.numel()} values that are NaN, infinite or beyond float32, expected "
+            "finite weights. The training diverged or the file is damaged; use another checkpoint."
+        )
+    return weight
+
+
+def _discriminators(
+    content: dict[str, torch.Tensor], config: WavTokenizerConfig, checkpoint: Path
+) -> dict[str, torch.Tensor]:
+    """All three discriminators as training loads them; they must be whole, and nothing else is accepted for them."""
+    tensors = {
+        name: _weight(original, content[original]).clone() for name, original in discriminator_names(content).items()
+    }
+    if not tensors:
+        raise ValueError(
+            f"{checkpoint} holds no discriminators. Convert it without them, or use the file of the training run."
+        )
+    with torch.device("meta"):
+        expected = Discriminators(config.adanorm_num_embeddings)
+    try:
+        expected.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{checkpoint} holds other discriminators than the original's: {' '.join(str(error).split())[:300]}. "
+            "Convert it without them."
+        ) from error
+    return tensors
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

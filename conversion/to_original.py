@@ -1,0 +1,192 @@
+"""The way back: a converted folder becomes a checkpoint and a YAML file for the original code, and for what reads its files.
+
+    python -m conversion.to_original FOLDER --output DIR
+
+writes DIR/NAME.ckpt and DIR/NAME.yaml, where NAME is that of the folder. `convert` makes the same folder of them again.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel, __version__
+
+from .convert import folder_at_once
+from .mapping import original_discriminator_names, original_name
+from .source import read_source
+
+
+# What the original's code has built in (decoder/feature_extractors.py, decoder/models.py), where others are refused.
+BUILT_IN = {
+    "num_filters": 32,
+    "num_residual_layers": 1,
+    "dilation_growth_rate": 2,
+    "compress": 2,
+    "kernel_size": 7,
+    "last_kernel_size": 7,
+    "residual_kernel_size": 3,
+    "num_lstm_layers": 2,
+    "hidden_size": 512,
+    "decoder_attention_num_groups": 32,
+    "norm_eps": 1e-6,
+}
+UNUSED_RATIOS = (8, 5, 4, 2)  # of EnCodec's own decoder, whatever the encoder's are
+
+
+def to_original(folder: str | Path, output: str | Path) -> Path:
+    """
+    Writes a converted folder as the original's Lightning checkpoint and YAML file.
+
+    The checkpoint holds every tensor that the original's `WavTokenizer.from_pretrained0802` wants: the model's own, bit for
+    bit; EnCodec's decoder, which is never used and was not kept, as zeros; the window; and discriminators, if the folder has
+    them. Optimizer states and the training's settings are not in a folder, so they are not in the files.
+
+    Args:
+        folder: a converted folder, or one that training has written.
+        output: the folder to make; it must not exist, or be empty.
+
+    Returns:
+        The path of the checkpoint; the YAML file lies beside it.
+
+    Raises:
+        ValueError: the folder is no WavTokenizer, or of a shape that the original's code cannot build; the output exists.
+        OSError: a file cannot be read or written.
+    """
+    folder, output = Path(folder).resolve(), Path(output).resolve()
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} has no config.json, expected a converted folder. `wavtokenizer convert` makes one."
+        )
+    model, loading = WavTokenizerModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if wrong := [f"{kind}: {sorted(names)[:3]}" for kind, names in loading.items() if names]:
+        raise ValueError(f"{folder} does not hold one whole WavTokenizer: {'; '.join(wrong)}. Convert it again.")
+    _check_built_in(model.config)
+    tensors = {original_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors |= _unused_decoder() | {"head.istft.window": torch.hann_window(model.config.n_fft)}
+    discriminators = folder / "discriminators.safetensors"
+    if discriminators.is_file():
+        for name, tensor in load_file(discriminators).items():
+            tensors |= dict.fromkeys(original_discriminator_names(name), tensor)
+    with folder_at_once(output) as new:
+        checkpoint = new / f"{folder.name}.ckpt"
+        # llama.cpp's convert_pt_to_hf.py takes the first dictionary in the file, so there must be none before this
+        torch.save({"epoch": 0, "global_step": 0, "state_dict": tensors}, checkpoint)
+        text = f"# Written by wavtokenizer_hf {__version__}: the model, without settings of a training run.\n"
+        settings = yaml.safe_dump(_settings(model.config), sort_keys=False, default_flow_style=None)
+        checkpoint.with_suffix(".yaml").write_text(text + settings, encoding="utf-8")
+        _check(checkpoint, model)
+    return output / checkpoint.name
+
+
+def _check_built_in(config: WavTokenizerConfig) -> None:
+    for field, built_in in BUILT_IN.items():
+        if getattr(config, field) != built_in:
+            raise ValueError(
+                f"Got {field}={getattr(config, field)}; the original's code has {built_in} built in and cannot load this "
+                "model. Use it with this package."
+            )
+
+
+def _unused_decoder() -> dict[str, torch.Tensor]:
+    """EnCodec's decoder, by the original's names: silent, and there because the original loads no file without it."""
+    prefix, tensors = "feature_extractor.encodec.decoder.model.", {}
+
+    def convolution(name: str, out_channels: int, in_channels: int, kernel: int, transposed: bool = False) -> None:
+        shape = (in_channels, out_channels, kernel) if transposed else (out_channels, in_channels, kernel)
+        tensors[f"{prefix}{name}.bias"] = torch.zeros(out_channels)
+        tensors[f"{prefix}{name}.weight_g"] = torch.zeros(shape[0], 1, 1)
+        tensors[f"{prefix}{name}.weight_v"] = torch.ones(shape)  # weight norm divides by its length
+
+    channels = BUILT_IN["num_filters"] * 2 ** len(UNUSED_RATIOS)
+    convolution("0.conv.conv", channels, BUILT_IN["hidden_size"], BUILT_IN["kernel_size"])
+    lstm = torch.nn.LSTM(channels, channels, BUILT_IN["num_lstm_layers"])
+    tensors |= {f"{prefix}1.lstm.{name}": torch.zeros_like(weight) for name, weight in lstm.state_dict().items()}
+    for stage, ratio in enumerate(UNUSED_RATIOS):
+        layer, channels = 3 + 3 * stage, channels // 2
+        convolution(f"{layer}.convtr.convtr", channels, 2 * channels, 2 * ratio, transposed=True)
+        convolution(f"{layer + 1}.block.1.conv.conv", channels // 2, channels, BUILT_IN["residual_kernel_size"])
+        convolution(f"{layer + 1}.block.3.conv.conv", channels, channels // 2, 1)
+        convolution(f"{layer + 1}.shortcut.conv.conv", channels, channels, 1)
+    convolution(f"{3 + 3 * len(UNUSED_RATIOS)}.conv.conv", 1, channels, BUILT_IN["last_kernel_size"])
+    return tensors
+
+
+def _settings(config: WavTokenizerConfig) -> dict:
+    """The model's part of the original's YAML file; "dowmsamples" is the original's spelling."""
+    ratios = list(config.upsampling_ratios)
+    feature_extractor = {
+        "encodec_model": "encodec_24khz",
+        "bandwidths": [6.6, 6.6, 6.6, 6.6],
+        "train_codebooks": True,
+        "num_quantizers": 1,
+        "dowmsamples": ratios,
+        "vq_bins": config.codebook_size,
+        "vq_kmeans": 200,
+    }
+    backbone = {
+        "input_channels": config.codebook_dim,
+        "dim": config.decoder_hidden_size,
+        "intermediate_dim": config.decoder_intermediate_size,
+        "num_layers": config.decoder_num_layers,
+        "adanorm_num_embeddings": config.adanorm_num_embeddings,
+    }
+    head = {
+        "dim": config.decoder_hidden_size,
+        "n_fft": config.n_fft,
+        "hop_length": math.prod(ratios),
+        "padding": "same",
+    }
+    parts = {
+        "feature_extractor": {
+            "class_path": "decoder.feature_extractors.EncodecFeatures",
+            "init_args": feature_extractor,
+        },
+        "backbone": {"class_path": "decoder.models.VocosBackbone", "init_args": backbone},
+        "head": {"class_path": "decoder.heads.ISTFTHead", "init_args": head},
+    }
+    init_args = {"sample_rate": config.sampling_rate, **parts}
+    return {"model": {"class_path": "decoder.experiment.WavTokenizer", "init_args": init_args}}
+
+
+def _check(checkpoint: Path, model: WavTokenizerModel) -> None:
+    """Reads the files as conversion does; a difference is a fault of this program."""
+    source = read_source([checkpoint], checkpoint.with_suffix(".yaml"))
+    expected = model.state_dict()
+    different = [
+        name
+        for name, weight in source.weights.items()
+        # compared as integers, which tell -0.0 from 0.0
+        if not torch.equal(weight.view(torch.int32), expected[name].view(torch.int32))
+    ]
+    if different or source.weights.keys() != expected.keys():
+        raise RuntimeError(
+            f"{checkpoint.name} would not hold the folder's weights: {different[:3]}. Please report this."
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, or 2 for a folder or output that cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="python -m conversion.to_original",
+        description="Turn a converted folder into a checkpoint and a YAML file for the original's code.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="a converted folder, or one that training has written")
+    parser.add_argument(
+        "--output", metavar="DIR", required=True, help="the folder to make; must not exist, or be empty"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        print(f"written to: {to_original(arguments.folder, arguments.output)}")
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""Converted folders become files of the original again: its names, shapes and bits."""
+
+import json
+import os
+import pickletools
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import FIXTURES, REFERENCE
+from safetensors.torch import save_file
+from test_conversion import CODEBOOK
+
+from conversion.convert import convert
+from conversion.to_original import main, to_original
+from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerFeatureExtractor, WavTokenizerModel
+
+
+ROOT = FIXTURES.parent.parent
+# the encoder that the original's code has built in, and as little as possible of the rest
+FIELDS = {
+    "codebook_size": 16,
+    "decoder_hidden_size": 32,
+    "decoder_intermediate_size": 48,
+    "decoder_num_layers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small folder as conversion writes it, for 75 codes per second."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("small") / "codec"
+    WavTokenizerModel(WavTokenizerConfig(upsampling_ratios=[8, 5, 4, 2], **FIELDS)).save_pretrained(folder)
+    WavTokenizerFeatureExtractor(hop_length=320).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(small, tmp_path_factory):
+    """What becomes of it."""
+    return to_original(small, tmp_path_factory.mktemp("original") / "files")
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.shape == right.shape and torch.equal(left.view(torch.int32), right.view(torch.int32))
+
+
+def test_full_size_kept_tensors_equal_the_source_bit_for_bit_and_all_names_and_shapes_are_the_originals(
+    checkpoints, folders, rate, tmp_path
+):
+    source, back = read(checkpoints(rate)), read(to_original(folders(rate), tmp_path / "back"))
+    manifest = json.loads((REFERENCE / f"manifest_{rate}.json").read_text())
+    assert {name: list(tensor.shape) for name, tensor in back.items()} == manifest
+    kept = [name for name in source if "encodec.decoder" not in name and name != "head.istft.window"]
+    assert len(kept) > 200
+    assert [name for name in kept if not same_bits(back[name], source[name])] == []
+    # the fixture's window is computed in float64
+    torch.testing.assert_close(back["head.istft.window"], source["head.istft.window"], rtol=0, atol=1e-6)
+
+
+def test_conversion_makes_the_same_folder_of_it(small, written, tmp_path):
+    first = convert(written, tmp_path / "first", config=written.with_suffix(".yaml"))
+    again = convert(to_original(first, tmp_path / "back"), tmp_path / "again")
+    for file in first.iterdir():
+        if file.name != "README.md":  # it names the file that it was made of
+            assert (again / file.name).read_bytes() == file.read_bytes(), file.name
+    assert (first / "model.safetensors").read_bytes() == (small / "model.safetensors").read_bytes()
+
+
+def test_the_yaml_file_says_what_the_originals_does(folders, rate, tmp_path):
+    path = to_original(folders(rate), tmp_path / "back").with_suffix(".yaml")
+    model = yaml.safe_load(path.read_text())["model"]["init_args"]
+    values = {part: model[part]["init_args"] for part in ("feature_extractor", "backbone", "head")}
+    hop = {75: 320, 40: 600}[rate]
+    # as in the original's configs/
+    assert values == {
+        "feature_extractor": {
+            "encodec_model": "encodec_24khz",
+            "bandwidths": [6.6, 6.6, 6.6, 6.6],
+            "train_codebooks": True,
+            "num_quantizers": 1,
+            "dowmsamples": {75: [8, 5, 4, 2], 40: [6, 5, 5, 4]}[rate],
+            "vq_bins": 4096,
+            "vq_kmeans": 200,
+        },
+        "backbone": {
+            "input_channels": 512,
+            "dim": 768,
+            "intermediate_dim": 2304,
+            "num_layers": 12,
+            "adanorm_num_embeddings": 4,
+        },
+        "head": {"dim": 768, "n_fft": 4 * hop, "hop_length": hop, "padding": "same"},
+    }
+    assert model["backbone"]["class_path"] == "decoder.models.VocosBackbone"
+
+
+def test_the_file_holds_dictionaries_tensors_and_plain_values_with_the_weights_as_first_dictionary(written):
+    with zipfile.ZipFile(written) as archive:
+        operations = list(
+            pickletools.genops(archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl"))))
+        )
+    imported = {argument for operation, argument, _ in operations if operation.name == "GLOBAL"}
+    allowed = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict"}
+    assert imported <= allowed
+    content = torch.load(written, weights_only=True)
+    assert next(name for name, value in content.items() if isinstance(value, dict)) == "state_dict"
+
+
+def test_no_two_tensors_share_memory(written):
+    """safetensors, which the GGUF converters write before they go on, refuses tensors that do."""
+    tensors = read(written)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == len(tensors)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert written.stat().st_size < size + 500 * len(tensors)  # names and alignment, and no second copy
+
+
+def test_the_decoder_that_is_never_used_is_silent_and_finite(written):
+    tensors = read(written)
+    for name in tensors:
+        if name.startswith("feature_extractor.encodec.decoder.") and name.endswith("weight_v"):
+            direction, gain = tensors[name], tensors[name.replace("weight_v", "weight_g")]
+            weight = gain * direction / direction.norm(dim=(1, 2), keepdim=True)  # weight norm's definition
+            assert (weight == 0).all()
+
+
+def test_discriminators_go_back_and_come_again(small, tmp_path):
+    manifest = json.loads((REFERENCE / "manifest_discriminators.json").read_text())
+    tensors = {name: torch.full(shape, float(place)) for place, (name, shape) in enumerate(manifest.items(), 1)}
+    folder = tmp_path / "codec"
+    folder.mkdir()
+    for file in small.iterdir():
+        (folder / file.name).symlink_to(file)
+    save_file(
+        {
+            name.replace(".weight_g", ".parametrizations.weight.original0").replace(
+                ".weight_v", ".parametrizations.weight.original1"
+            ): tensor
+            for name, tensor in tensors.items()
+        },
+        folder / "discriminators.safetensors",
+    )
+    checkpoint = to_original(folder, tmp_path / "back")
+    back = read(checkpoint)
+    assert [name for name, tensor in tensors.items() if not same_bits(back[name], tensor)] == []
+    again = convert(checkpoint, tmp_path / "again", with_discriminators=True)
+    expected = (folder / "discriminators.safetensors").read_bytes()
+    assert (again / "discriminators.safetensors").read_bytes() == expected
+
+
+def test_weights_in_bfloat16_become_float32_of_the_same_value(small, tmp_path):
+    model = WavTokenizerModel.from_pretrained(small, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    back = read(to_original(tmp_path / "half", tmp_path / "back"))
+    assert model.head.linear.weight.dtype == torch.bfloat16
+    assert torch.equal(back["head.out.weight"], model.head.linear.weight.float())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden_size", 256), ("kernel_size", 5), ("num_lstm_layers", 1), ("norm_eps", 1e-5)]
+)
+def test_a_shape_that_the_originals_code_cannot_build_is_refused(field, value, tmp_path):
+    fields = {**FIELDS, field: value}
+    if field == "hidden_size":
+        fields["codebook_dim"] = value
+    WavTokenizerModel(WavTokenizerConfig(**fields)).save_pretrained(tmp_path / "codec")
+    with pytest.raises(ValueError, match=f"Got {field}={value}; the original's code has"):
+        to_original(tmp_path / "codec", tmp_path / "back")
+    assert os.listdir(tmp_path) == ["codec"]
+
+
+def test_what_is_no_folder_of_a_model_is_refused_in_one_line(tmp_path, capsys):
+    assert main([str(tmp_path), "--output", str(tmp_path / "back")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} has no config.json")
+
+
+def test_an_output_that_exists_is_left_alone(small, tmp_path, capsys):
+    (tmp_path / "mine").write_text("mine")
+    assert main([str(small), "--output", str(tmp_path)]) == 2
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "WAVTOKENIZER_ORIGINAL" not in os.environ, reason="set it to a checkout of jishengpeng/WavTokenizer"
+)
+def test_the_original_itself_loads_the_files_and_gives_its_codes(folders, rate, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import formula
+    from original import encode, load_original
+
+    checkout = os.environ["WAVTOKENIZER_ORIGINAL"]
+    load_original(checkout, rate, read(to_original(folders(rate), tmp_path / "for_imports")))
+    checkpoint = to_original(folders(rate), tmp_path / "back")
+    original = sys.modules["decoder.pretrained"].WavTokenizer
+    model = original.from_pretrained0802(str(checkpoint.with_suffix(".yaml")), str(checkpoint))
+    golden = np.load(REFERENCE / f"chirp_1.37_{rate}.npz")
+    codes = encode(model, torch.from_numpy(formula.waveform("chirp", 1.37))[None]).numpy()
+    clear = golden["margin"] > 1e-6
+    np.testing.assert_array_equal(codes[0, clear], golden["codes"][0, clear])
+    assert CODEBOOK + "embed" in model.state_dict()
