@@ -402,5 +402,6 @@ def test_a_model_that_cannot_read_or_write_audio_is_told():
     reader.set_output_embeddings(torch.nn.Linear(32, 100, bias=False))  # as Apertus 1.5, which writes text only
     with pytest.raises(ValueError, match=r"outputs for 100 tokens.*needs 164"):
         vocabulary.check_model(reader)
+    vocabulary.check_model(reader, writes=False)
     reader.resize_token_embeddings(164)  # the remedy that the error names
     vocabulary.check_model(reader)

@@ -60,7 +60,9 @@ def test_its_python_runs(workplace):
     assert soundfile.info("decoded.wav").frames == soundfile.info("speech.flac").frames
     assert len(names["audio_codes"].unique()) > 10
     assert names["malformed"] == [] and len(names["sounds"]) == 1
-    assert sum(label != -100 for label in names["batch"]["labels"][0]) == names["audio_codes"].numel() + 3  # marks, end of text
+    assert (
+        sum(label != -100 for label in names["batch"]["labels"][0]) == names["audio_codes"].numel() + 3
+    )  # marks, end of text
 
 
 def test_its_commands_work(workplace, checkpoints):

@@ -239,14 +239,16 @@ class AudioVocabulary:
             )
         self.check_codebook_fingerprint(codec.codebook_fingerprint)
 
-    def check_model(self, model: PreTrainedModel) -> None:
+    def check_model(self, model: PreTrainedModel, writes: bool = True) -> None:
         """
-        Raises ValueError unless the language model has an embedding for each code and mark, and can write them.
+        Raises ValueError unless the language model has an embedding for each code and mark and, if it `writes` audio, an output.
 
-        A model may read more than it can write: Apertus 1.5 has no outputs for audio.
+        A model may read more than it can write: Apertus 1.5 has outputs for text only.
         """
         largest = max(self.token_ids)
-        parts = (("embeddings", model.get_input_embeddings()), ("outputs", model.get_output_embeddings()))
+        parts = [("embeddings", model.get_input_embeddings())]
+        if writes:
+            parts.append(("outputs", model.get_output_embeddings()))
         for name, module in parts:
             if module is not None and _num_rows(module) <= largest:
                 raise ValueError(
