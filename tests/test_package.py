@@ -36,6 +36,7 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
     "bulk": {"audio", ""},
     "training": {"audio", ""},  # audio is the only door to sound files
     "evaluation": {"audio", ""},
+    "llm": {"long_audio", ""},  # sound while a language model generates
 }
 ROOMS = sorted({path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()})
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -12,6 +12,7 @@ import soundfile
 import torch
 from conftest import REFERENCE
 from hub_server import put_into_cache
+from language_models import byte_level, tiny_llama
 from test_conversion import small_tensors
 from tiny_training import write_clips
 from transformers import AutoModel
@@ -42,8 +43,11 @@ def commands(of_sections: bool) -> list[list[str]]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with what the README's examples name: a sound file."""
+    """A folder with what the README's examples name: a sound file and a language model."""
     shutil.copy(ROOT / "examples" / "speech.flac", tmp_path)
+    tokenizer = byte_level()
+    tokenizer.save_pretrained(tmp_path / "some-llm")
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "some-llm")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -56,6 +60,10 @@ def test_its_python_runs(workplace):
         exec(compile(block, "README.md", "exec"), names)
     assert soundfile.info("decoded.wav").frames == soundfile.info("speech.flac").frames
     assert len(names["audio_codes"].unique()) > 10
+    assert names["malformed"] == [] and len(names["sounds"]) == 1
+    assert (
+        sum(label != -100 for label in names["batch"]["labels"][0]) == names["audio_codes"].numel() + 3
+    )  # marks, end of text
 
 
 def test_its_commands_work(workplace, checkpoints, monkeypatch):

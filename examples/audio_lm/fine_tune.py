@@ -1,0 +1,121 @@
+"""Fine-tunes a language model that there is on text and the codes of speech, on one GPU or many. See FINE_TUNING.md.
+
+    accelerate launch --num_processes 8 examples/audio_lm/fine_tune.py \\
+        --language_model meta-llama/Llama-3.2-1B --tokens tokens/ --task speak --output_dir tuned --bf16 --max_steps 20000
+
+`--tokens` is what `wavtokenizer tokenize` wrote, with a column of text. Beside those below, every argument of transformers'
+TrainingArguments is one of this program.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+
+sys.path[:0] = [str(Path(__file__).parent.parent.parent)]
+
+from wavtokenizer_hf.llm import APERTUS_1_5, AudioVocabulary, PackedRows, Template, TrainingRows
+
+
+TASKS = {"speak": ["speak"], "transcribe": ["transcribe"], "both": ["speak", "transcribe"]}
+LAYOUTS = {"added": None, "apertus_1_5": APERTUS_1_5}
+
+
+@dataclass
+class Arguments:
+    language_model: str = field(metadata={"help": "name on the Hub, or folder, of a causal language model"})
+    tokens: str = field(metadata={"help": "output folder of `wavtokenizer tokenize`, with a column of text"})
+    task: str = field(
+        default="speak", metadata={"choices": list(TASKS), "help": "text to audio, audio to text, or both"}
+    )
+    layout: str = field(
+        default="added", metadata={"choices": list(LAYOUTS), "help": "new tokens, or a range that the model has"}
+    )
+    text_column: str = field(default="text", metadata={"help": "column of the text"})
+    row_size: int = field(default=2048, metadata={"help": "tokens in a row; examples are packed into it"})
+    validation_share: float = field(default=0.01, metadata={"help": "of the clips, held out"})
+
+
+def main() -> None:
+    arguments, settings = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses()
+    logging.basicConfig(level=logging.INFO if settings.process_index == 0 else logging.WARNING)
+    set_seed(settings.seed)  # the new rows must be the same in every process
+    tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.language_model)
+    vocabulary = add_audio(arguments, tokenizer, model)
+    rows = TrainingRows(
+        tokenizer, vocabulary, [template(task, tokenizer, arguments) for task in TASKS[arguments.task]]
+    )
+    with settings.main_process_first():  # the others then find what it made in the cache
+        train_rows, validation_rows = packed(arguments, rows, settings.seed)
+    trainer = Trainer(
+        model=model,
+        args=settings,
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,  # saved with every checkpoint, and the audio vocabulary in it
+    )
+    begun = Path(settings.output_dir).is_dir()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(settings.output_dir) if begun else None)
+    metrics = trainer.evaluate()
+    model.config.use_cache = True  # which Trainer switched off, and generation wants
+    trainer.save_model()
+    trainer.save_metrics("eval", metrics)
+
+
+def add_audio(arguments: Arguments, tokenizer, model) -> AudioVocabulary:
+    """The vocabulary of the codes in `--tokens`: that of a model fine-tuned before, new tokens, or a range that there is."""
+    made = json.loads((Path(arguments.tokens) / "manifest.json").read_text())["settings"]
+    fingerprint = made["codebook_fingerprint"]
+    if "audio_vocabulary" in tokenizer.init_kwargs:
+        vocabulary = AudioVocabulary.from_tokenizer(tokenizer)
+        vocabulary.check_codebook_fingerprint(fingerprint)
+    elif LAYOUTS[arguments.layout] is None:
+        vocabulary = AudioVocabulary.add_to(
+            tokenizer, made["codebook_size"], fingerprint, model=model, pad_to_multiple_of=64
+        )
+    else:
+        vocabulary = LAYOUTS[arguments.layout]
+        vocabulary.attach(tokenizer)
+    vocabulary.check_model(model, writes=arguments.task != "transcribe")
+    return vocabulary
+
+
+def template(task: str, tokenizer, arguments: Arguments) -> Template:
+    """By the tokenizer's chat template, if it has one."""
+    text = "{" + arguments.text_column + "}"
+    question, answer = (f"Say: {text}", "{audio}") if task == "speak" else ("Write down: {audio}", text)
+    if tokenizer.chat_template is not None:
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return Template.from_chat(tokenizer, messages)
+    return Template(f"{tokenizer.bos_token or ''}{question}\n", answer + tokenizer.eos_token)
+
+
+def packed(arguments: Arguments, rows: TrainingRows, seed: int):
+    """Rows to train on, and rows that are held out."""
+    dataset = datasets.load_dataset(arguments.tokens, split="train")
+    pad_token_id = rows.tokenizer.eos_token_id if rows.tokenizer.pad_token_id is None else rows.tokenizer.pad_token_id
+    pack = PackedRows(arguments.row_size, pad_token_id, too_long="drop")
+    splits = dataset.train_test_split(arguments.validation_share, seed=seed)
+    examples = splits.map(rows, batched=True, remove_columns=dataset.column_names)
+    both = examples.map(pack, batched=True, remove_columns=["input_ids", "labels"])
+    return both["train"], both["test"]
+
+
+if __name__ == "__main__":
+    main()

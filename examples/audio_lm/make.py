@@ -1,0 +1,343 @@
+"""A language model that speaks, in one command from nothing to sound.
+
+    python examples/audio_lm/make.py --output audio_lm                      # the whole, on two cores
+    python examples/audio_lm/make.py --output small_try --quick             # every step of it, in minutes
+
+espeak-ng speaks sentences of a small grammar (sentences.py), bulk work turns the sound into codes, and a Llama of a few million
+weights learns from scratch to write the codes of a text. Then it speaks sentences that it never heard. In the output folder:
+
+    said.wav, said.png      one of them, as it was streamed, and espeak-ng's own of the same text above it
+    spoken/                 all of them
+    result.json             loss and entropy on held-out sentences, lengths, and how many were recognized
+    language_model/         the model with its tokenizer
+    speech/, tokens/, run/  the sound, its codes, and the run
+
+Interrupted, the same command goes on where it was. Needs espeak-ng and the extras `training`, `bulk` and `evaluation`.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
+
+from sentences import sentences
+
+import wavtokenizer_hf
+from wavtokenizer_hf import WavTokenizerModel, audio, bulk
+from wavtokenizer_hf.llm import (
+    AudioVocabulary,
+    PackedRows,
+    Template,
+    TrainingRows,
+    decode_spans,
+    span_arguments,
+    stream_audio,
+)
+from wavtokenizer_hf.plots import plot_reconstruction
+
+
+@dataclass
+class Size:
+    """What `--quick` makes smaller."""
+
+    sentences: int = 4000
+    validation: int = 200
+    spoken: int = 20
+    hidden_size: int = 256
+    num_layers: int = 6
+    row_size: int = 1024
+    batch_size: int = 8
+    steps: int = 1500
+
+
+QUICK = Size(sentences=60, validation=8, spoken=3, hidden_size=64, num_layers=2, row_size=512, batch_size=4, steps=60)
+LEARNING_RATE = 1e-3
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 50}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for all that is made")
+    parser.add_argument("--model", help="the WavTokenizer: a folder or a name on the Hub (default: the bundled one)")
+    parser.add_argument("--steps", type=int, help=f"of training (default {Size.steps})")
+    parser.add_argument("--seed", type=int, default=0, help="of the sentences, the weights and what is spoken")
+    parser.add_argument("--quick", action="store_true", help="a small try")
+    arguments = parser.parse_args()
+    size = QUICK if arguments.quick else Size()
+    size.steps = arguments.steps or size.steps
+    output, model = arguments.output, arguments.model or bundled_model()
+
+    texts = make_speech(output / "speech", size, arguments.seed)
+    bulk.tokenize(output / "speech", model, output / "tokens", on_error="fail", progress=True)
+    codec = WavTokenizerModel.from_pretrained(model).eval()
+    tokenizer = make_tokenizer(texts.values())
+    vocabulary = AudioVocabulary.add_to(tokenizer, codec.config.codebook_size, codec.codebook_fingerprint)
+    rows = TrainingRows(tokenizer, vocabulary, Template("<s>{text}", "{audio}</s>"))
+    tokens = read_tokens(output / "tokens", texts)
+    set_seed(arguments.seed)
+    language_model = train(output / "run", size, tokenizer, rows, tokens)
+    language_model.save_pretrained(output / "language_model")
+    tokenizer.save_pretrained(output / "language_model")
+
+    result = {"steps": size.steps, "codebook_fingerprint": codec.codebook_fingerprint}
+    result |= validate(language_model, vocabulary, packed(tokens["validation"], rows, size, tokenizer))
+    result |= speak(output, language_model, codec, tokenizer, rows, tokens["spoken"])
+    result |= stream(output, language_model, codec, tokenizer, rows, tokens["spoken"])
+    (output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def bundled_model() -> str:
+    if not hasattr(wavtokenizer_hf, "bundled_model"):
+        raise SystemExit("This version of wavtokenizer_hf comes without a model. Name one with --model.")
+    return str(wavtokenizer_hf.bundled_model())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_speech(folder: Path, size: Size, seed: int) -> dict[str, str]:
+    """espeak-ng's speech, one voice at one rate. Returns the text of each file, by its path below the folder."""
+    counts = {"train": size.sentences, "validation": size.validation, "spoken": size.spoken}
+    every = sentences(sum(counts.values()), seed)
+    texts, start = {}, 0
+    for split, count in counts.items():
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        texts |= {f"{split}/{place:05d}.wav": text for place, text in enumerate(every[start : start + count])}
+        start += count
+
+    def say(name: str) -> None:
+        if not (folder / name).exists():
+            partial = folder / f"{name}.partial"
+            subprocess.run(["espeak-ng", "-v", "en-us", "-s", "160", "-w", str(partial), texts[name]], check=True)
+            os.replace(partial, folder / name)
+
+    try:
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(say, texts))
+    except FileNotFoundError as error:
+        raise SystemExit("There is no program espeak-ng. Install it, as with: apt-get install espeak-ng") from error
+    return texts
+
+
+def read_tokens(folder: Path, texts: dict[str, str]) -> datasets.DatasetDict:
+    """What bulk work wrote, with the text of each clip, in the splits that the clips' folders name."""
+    dataset = datasets.load_dataset(str(folder), split="train", cache_dir=str(folder.parent / "cache"))
+    dataset = dataset.select_columns(["id", "audio_codes", "duration", "codebook_fingerprint"]).sort("id")
+    dataset = dataset.add_column("text", [texts[name] for name in dataset["id"]])
+    splits = {name.split("/")[0] for name in texts}
+    return datasets.DatasetDict(
+        {split: dataset.filter(lambda row, split=split: row["id"].startswith(split + "/")) for split in splits}
+    )
+
+
+def make_tokenizer(texts) -> PreTrainedTokenizerFast:
+    """One token for each letter."""
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    vocabulary = [*special.values(), *sorted(set("".join(texts)))]
+    tokenizer = Tokenizer(models.WordLevel({token: id for id, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
+
+
+def packed(dataset: datasets.Dataset, rows: TrainingRows, size: Size, tokenizer) -> datasets.Dataset:
+    examples = dataset.map(rows, batched=True, remove_columns=dataset.column_names)
+    pack = PackedRows(size.row_size, tokenizer.pad_token_id)
+    return examples.map(pack, batched=True, batch_size=1000, remove_columns=examples.column_names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(folder: Path, size: Size, tokenizer, rows: TrainingRows, tokens: datasets.DatasetDict) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden_size,
+        intermediate_size=3 * size.hidden_size,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=size.row_size,
+        tie_word_embeddings=True,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+    )
+    settings = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=size.steps,
+        per_device_train_batch_size=size.batch_size,
+        per_device_eval_batch_size=size.batch_size,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=size.steps // 15,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        eval_strategy="steps",
+        eval_steps=max(1, size.steps // 10),
+        save_steps=max(1, size.steps // 10),
+        save_total_limit=1,
+        logging_steps=max(1, size.steps // 60),
+        report_to="none",
+    )
+    trainer = Trainer(
+        model=LlamaForCausalLM(config),
+        args=settings,
+        train_dataset=packed(tokens["train"], rows, size, tokenizer),
+        eval_dataset=packed(tokens["validation"], rows, size, tokenizer),
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
+    trainer.model.config.use_cache = True  # which Trainer switched off, and generation wants
+    return trainer.model.eval()
+
+
+@torch.inference_mode()
+def validate(model: LlamaForCausalLM, vocabulary: AudioVocabulary, dataset: datasets.Dataset) -> dict:
+    """Loss per code on held-out sentences, and the entropy of those very codes without any context, both in nats."""
+    total, every = 0.0, []
+    for row in dataset:
+        batch = {name: value.to(model.device) for name, value in default_data_collator([row]).items()}
+        labels = batch.pop("labels")[0, 1:]
+        codes = vocabulary.is_audio(labels)
+        logits = model(**batch, use_cache=False).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits[codes], labels[codes], reduction="sum").item()
+        every.append(labels[codes].cpu().numpy())
+    counts = np.unique(np.concatenate(every), return_counts=True)[1]
+    shares = counts / counts.sum()
+    entropy = -(shares * np.log(shares)).sum()
+    print(
+        f"validation loss {total / counts.sum():.3f}, unigram entropy {entropy:.3f} nats per code, {counts.sum()} codes"
+    )
+    return {"validation_loss": total / counts.sum(), "unigram_entropy": entropy, "validation_codes": int(counts.sum())}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speaking
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def longest(rows: TrainingRows, text: str, codec: WavTokenizerModel) -> int:
+    """Codes after which a span is ended: at 160 words a minute a letter takes some 0.07 s; this is twice that."""
+    return math.ceil(0.15 * len(text) * codec.config.frame_rate)
+
+
+def speak(
+    output: Path,
+    model: LlamaForCausalLM,
+    codec: WavTokenizerModel,
+    tokenizer,
+    rows: TrainingRows,
+    spoken: datasets.Dataset,
+) -> dict:
+    """All held-out texts in one batch: their sound, how long it is, and whether it is recognized by it."""
+    prompts = [rows.prompt({"text": text}) for text in spoken["text"]]
+    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
+    most = max(longest(rows, text, codec) for text in spoken["text"])
+    arguments = span_arguments(rows.vocabulary, tokenizer, max_codes=most)
+    written = model.generate(**batch, **arguments, **SAMPLING, max_new_tokens=most + 1)
+    spans = [rows.vocabulary.find_spans(row)[0][0] for row in written]
+    sounds = [sound.numpy() for sound in decode_spans(codec, rows.vocabulary, spans)]
+    (output / "spoken").mkdir(exist_ok=True)
+    for name, sound in zip(spoken["id"], sounds, strict=True):
+        audio.save(output / "spoken" / Path(name).name, sound, codec.config.sampling_rate)
+    truths = [audio.load(output / "speech" / name, codec.config.sampling_rate) for name in spoken["id"]]
+    ratios = [len(sound) / len(truth) for sound, truth in zip(sounds, truths, strict=True)]
+    return {
+        "length_over_espeak": {"mean": float(np.mean(ratios)), "least": min(ratios), "most": max(ratios)},
+        "recognized": recognized(sounds, truths, codec.config.sampling_rate),
+        "spoken": len(sounds),
+    }
+
+
+def recognized(sounds: list[np.ndarray], truths: list[np.ndarray], sampling_rate: int) -> int:
+    """How many sounds are nearer to espeak-ng's sound of their own text than to that of any other.
+
+    Near by dynamic time warping of cepstra: no speech recognizer, but it needs no weights.
+    """
+    import librosa
+
+    def cepstra(sound: np.ndarray) -> np.ndarray:
+        found = librosa.feature.mfcc(y=sound, sr=sampling_rate, n_mfcc=13, hop_length=sampling_rate // 50)[1:]
+        return (found - found.mean(1, keepdims=True)) / (found.std(1, keepdims=True) + 1e-6)
+
+    def distance(one: np.ndarray, other: np.ndarray) -> float:
+        costs, path = librosa.sequence.dtw(one, other)
+        return costs[-1, -1] / len(path)
+
+    wanted = [cepstra(truth) for truth in truths]
+    nearest = [int(np.argmin([distance(cepstra(sound), truth) for truth in wanted])) for sound in sounds]
+    return sum(place == near for place, near in enumerate(nearest))
+
+
+def stream(
+    output: Path,
+    model: LlamaForCausalLM,
+    codec: WavTokenizerModel,
+    tokenizer,
+    rows: TrainingRows,
+    spoken: datasets.Dataset,
+) -> dict:
+    """The first held-out text once more, as sound that is written while it is generated."""
+    text, name = spoken["text"][0], spoken["id"][0]
+    arguments = span_arguments(rows.vocabulary, tokenizer, max_codes=longest(rows, text, codec))
+    prompt = torch.tensor([rows.prompt({"text": text})], device=model.device)
+    pieces, started, first = [], time.perf_counter(), None
+    with audio.writing(output / "said.wav", codec.config.sampling_rate) as write:
+        for sound in stream_audio(
+            model, codec, rows.vocabulary, input_ids=prompt, attention_mask=torch.ones_like(prompt), **arguments, **SAMPLING,
+            max_new_tokens=arguments["logits_processor"][0].max_codes + 1,
+        ):  # fmt: skip
+            first = first or time.perf_counter() - started
+            write(sound.numpy())
+            pieces.append(sound.numpy())
+    seconds = time.perf_counter() - started
+    said = np.concatenate(pieces)
+    truth = audio.load(output / "speech" / name, codec.config.sampling_rate)
+    length = max(len(said), len(truth))
+    padded = [np.pad(sound, (0, length - len(sound))) for sound in (truth, said)]
+    with torch.inference_mode():
+        codes = codec.encode(torch.from_numpy(padded[1])[None, None].to(codec.device)).audio_codes[0, 0].cpu().numpy()
+    plot_reconstruction(
+        output / "said.png", *padded, codes, codec.config.sampling_rate, f"espeak-ng, and the model: {text}"
+    )
+    return {
+        "said": text,
+        "said_seconds": len(said) / codec.config.sampling_rate,
+        "espeak_seconds": len(truth) / codec.config.sampling_rate,
+        "seconds_to_first_sound": first,
+        "real_time_factor": seconds * codec.config.sampling_rate / len(said),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The whole program of examples/audio_lm, small: from sentences to sound, and the fine-tuning of a model that there is."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import tiny_config
+from language_models import byte_level, tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments
+
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "audio_lm"
+sys.path.insert(0, str(EXAMPLE))
+
+import sentences
+
+from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel
+from wavtokenizer_hf.llm import AudioVocabulary
+
+
+needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+
+
+def test_sentences_are_different_and_the_same_for_a_seed():
+    every = sentences.sentences(500, 0)
+    assert len(set(every)) == 500 and every == sentences.sentences(500, 0) != sentences.sentences(500, 1)
+    assert all(re.fullmatch(r"[a-z]+( [a-z]+)+", one) for one in every)
+
+
+def test_there_are_enough_sentences_to_hold_some_out():
+    """By hand: 12 adjectives, 20 nouns, 10 verbs, 2 articles, 20 nouns, 8 openings or none, 6 endings or none."""
+    assert 12 * 20 * 10 * 2 * 20 * 9 * 7 > 100 * 4220
+    heard = " ".join(sentences.sentences(4000, 0)).split()
+    one = sentences.sentence(random.Random(123))
+    assert set(one.split()) <= set(heard)
+
+
+def test_the_commands_of_the_page_are_understood(monkeypatch):
+    """They are not run: that takes GPUs and the Hub."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    import fine_tune
+
+    page = (EXAMPLE / "FINE_TUNING.md").read_text()
+    commands = re.findall(r"accelerate launch .*?fine_tune.py ((?:.*\\\n)*.*)", page)
+    assert len(commands) == 2
+    for command in commands:
+        arguments = command.replace("\\\n", " ").replace("--bf16", "").split()
+        parsed, settings = HfArgumentParser((fine_tune.Arguments, TrainingArguments)).parse_args_into_dataclasses(
+            arguments
+        )
+        assert parsed.tokens == "tokens/" and parsed.layout in fine_tune.LAYOUTS
+        assert settings.output_dir == "tuned" and settings.max_steps > 0
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory) -> Path:
+    """A tiny WavTokenizer at 75 codes a second, whose codes are diverse."""
+    folder = tmp_path_factory.mktemp("codec")
+    torch.manual_seed(0)
+    model = WavTokenizerModel(tiny_config(upsampling_ratios=[8, 5, 4, 2])).eval()
+    with torch.no_grad():
+        latents = model.encode(0.1 * torch.randn(1, 1, 64 * 320), output_latents=True).latents[0].T
+        model.quantizer.codebook.embed.copy_(latents)
+    model.save_pretrained(folder)
+    WavTokenizerFeatureExtractor(hop_length=320).save_pretrained(folder)
+    return folder
+
+
+def run(*command) -> str:
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def made(codec, tmp_path_factory) -> Path:
+    """What the program makes, small."""
+    folder = tmp_path_factory.mktemp("audio_lm") / "made"
+    run(EXAMPLE / "make.py", "--output", folder, "--model", codec, "--quick")
+    return folder
+
+
+@pytest.mark.slow
+@needs_espeak
+def test_one_command_leads_from_sentences_to_sound(made, codec):
+    result = json.loads((made / "result.json").read_text())
+    assert result["validation_loss"] < result["unigram_entropy"] - 0.05
+    assert 0 < result["unigram_entropy"] <= np.log(64) and result["validation_codes"] > 8 * 75
+    sound, rate = soundfile.read(made / "said.wav")
+    assert rate == 24000 and len(sound) / rate == pytest.approx(result["said_seconds"]) and sound.std() > 0
+    assert len(list((made / "spoken").iterdir())) == 3 and (made / "said.png").exists()
+    tokenizer = AutoTokenizer.from_pretrained(made / "language_model")
+    vocabulary = AudioVocabulary.from_tokenizer(tokenizer)
+    vocabulary.check_codec(WavTokenizerModel.from_pretrained(codec))
+    model = AutoModelForCausalLM.from_pretrained(made / "language_model")
+    vocabulary.check_model(model)
+    assert model.config.use_cache
+
+
+@pytest.mark.slow
+@needs_espeak
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_model_that_there_is_is_fine_tuned_on_several_processes(made, tmp_path, num_processes):
+    tokenizer = byte_level()
+    tokenizer.save_pretrained(tmp_path / "llm")
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "llm")
+    tokens = with_text(made / "tokens", tmp_path / "tokens")
+    command = [
+        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", num_processes, "--num_machines", 1, "--mixed_precision", "no",
+        "--dynamo_backend", "no", EXAMPLE / "fine_tune.py", "--language_model", tmp_path / "llm", "--tokens", tokens,
+        "--task", "both", "--output_dir", tmp_path / "tuned", "--max_steps", 6, "--save_steps", 3, "--report_to", "none",
+        "--row_size", 512, "--per_device_train_batch_size", 2, "--validation_share", 0.2, "--learning_rate", 1e-2, "--use_cpu",
+    ]  # fmt: skip
+    run(*command)
+    tuned = AutoTokenizer.from_pretrained(tmp_path / "tuned")
+    vocabulary = AudioVocabulary.from_tokenizer(tuned)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    vocabulary.check_model(model)
+    # it learned: the new rows were all the same at first
+    assert (
+        model.get_input_embeddings().weight[vocabulary.first_token_id : vocabulary.last_token_id].std(dim=0).min() > 0
+    )
+    assert json.loads((tmp_path / "tuned" / "eval_results.json").read_text())["eval_loss"] < np.log(len(tuned))
+    before = (tmp_path / "tuned" / "checkpoint-3").stat().st_mtime_ns
+    run(*command)  # and goes on where it was, which is at its end
+    assert (tmp_path / "tuned" / "checkpoint-3").stat().st_mtime_ns == before
+
+
+def with_text(tokens: Path, folder: Path) -> Path:
+    """The tokens, with a column of text as of a dataset that has one."""
+    import pyarrow.parquet as parquet
+
+    shutil.copytree(tokens, folder)
+    for path in (folder / "data").glob("*.parquet"):
+        table = parquet.read_table(path)
+        parquet.write_table(table.append_column("text", [[f"clip {id}" for id in table["id"].to_pylist()]]), path)
+    return folder

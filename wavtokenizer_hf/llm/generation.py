@@ -1,0 +1,305 @@
+"""Audio out of `generate()`: only codes inside a span, and sound while it runs."""
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from queue import Empty, Queue
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation import BaseStreamer
+
+from ..long_audio import DecodeStream
+from ..modeling_wavtokenizer import WavTokenizerModel
+from .vocabulary import AudioSpan, AudioVocabulary
+
+
+logger = logging.getLogger(__name__)
+
+
+class AudioSpanProcessor(LogitsProcessor):
+    """
+    Lets a language model write whole spans only: inside one codes and then its end, outside one neither.
+
+    A row is inside a span if its last begin has no end after it, wherever that came from: the prompt or the model.
+
+    Args:
+        vocabulary: with marks.
+        min_codes: no end before so many codes of a span; at least 1.
+        max_codes: the end after so many.
+    """
+
+    def __init__(self, vocabulary: AudioVocabulary, min_codes: int = 1, max_codes: int | None = None):
+        _check_marks(vocabulary)
+        if min_codes < 1 or (max_codes is not None and max_codes < min_codes):
+            raise ValueError(
+                f"Got min_codes={min_codes} and max_codes={max_codes}, expected 1 <= min_codes <= max_codes."
+            )
+        self.vocabulary, self.min_codes, self.max_codes = vocabulary, min_codes, max_codes
+        self._largest = max(vocabulary.token_ids)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """input_ids (B, L), scores (B, V) -> scores (B, V), -inf where a token may not come."""
+        vocabulary, size = self.vocabulary, scores.shape[-1]
+        if size <= self._largest:
+            raise ValueError(
+                f"The model can write {size} tokens, and the ids of audio go up to {self._largest}. "
+                "vocabulary.check_model(model) says what to do."
+            )
+        codes = torch.zeros(size, dtype=torch.bool, device=scores.device)
+        codes[vocabulary.first_token_id : vocabulary.last_token_id + 1] = True
+        inside, num_codes = self._state(input_ids)
+        allowed = torch.where(inside[:, None], codes, ~codes)
+        allowed[:, vocabulary.begin_token_id] = ~inside
+        allowed[:, vocabulary.end_token_id] = inside & (num_codes >= self.min_codes)
+        if self.max_codes is not None:
+            full = inside & (num_codes >= self.max_codes)
+            allowed[full] = torch.arange(size, device=scores.device) == vocabulary.end_token_id
+        return scores.masked_fill(~allowed, float("-inf"))
+
+    def _state(self, input_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whether each row is inside a span, and how many tokens came since the begin of it, (B,) each."""
+        length = input_ids.shape[-1]
+        places = torch.arange(1, length + 1, device=input_ids.device)
+        begin, end = (
+            (places * (input_ids == mark)).amax(-1) if length else places.new_zeros(len(input_ids))
+            for mark in (self.vocabulary.begin_token_id, self.vocabulary.end_token_id)
+        )
+        return begin > end, length - begin
+
+
+def span_arguments(
+    vocabulary: AudioVocabulary, tokenizer: PreTrainedTokenizerBase, min_codes: int = 1, max_codes: int | None = None
+) -> dict:
+    """
+    Arguments for `generate()` that make it write one span and stop at its end, in each row of a batch.
+
+    ```python
+    output = model.generate(**inputs, **span_arguments(vocabulary, tokenizer, max_codes=750), max_new_tokens=800)
+    spans, malformed = vocabulary.find_spans(output[0])
+    ```
+
+    Padding must be given beside the end, since `generate` would else pad the rows that are done with end marks. A batch is
+    padded on the left, as for any generation: `tokenizer.padding_side = "left"`.
+
+    Raises:
+        ValueError: a vocabulary without marks, or a tokenizer with neither padding nor end of text.
+    """
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if pad_token_id is None:
+        raise ValueError("The tokenizer has no pad_token and no eos_token. Set one, as tokenizer.pad_token = '<pad>'.")
+    return {
+        "logits_processor": LogitsProcessorList([AudioSpanProcessor(vocabulary, min_codes, max_codes)]),
+        "eos_token_id": vocabulary.end_token_id,
+        "pad_token_id": pad_token_id,
+    }
+
+
+def decode_spans(
+    codec: WavTokenizerModel, vocabulary: AudioVocabulary, spans: Sequence[AudioSpan], batch_size: int = 8
+) -> list[torch.FloatTensor]:
+    """
+    Sound of many spans at once; each gets what it gets alone.
+
+    Args:
+        codec: the WavTokenizer of the codes.
+        vocabulary: that found the spans.
+        spans: from `vocabulary.find_spans`, of one row or many.
+        batch_size: spans that are decoded at once, those of similar length together.
+
+    Returns:
+        (L * hop,) float32 audio of each, in their order, on the CPU.
+
+    Raises:
+        ValueError: codes of another codebook.
+    """
+    vocabulary.check_codec(codec)
+    audio: list = [None] * len(spans)
+    order = sorted(range(len(spans)), key=lambda place: len(spans[place].audio_codes))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        batch = [torch.from_numpy(spans[place].audio_codes) for place in places]
+        padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)[:, None]
+        lengths = torch.tensor([len(span) for span in batch])
+        mask = (torch.arange(padded.shape[-1]) < lengths[:, None])[:, None]
+        with torch.inference_mode():
+            values = codec.decode(padded.to(codec.device), audio_codes_mask=mask.to(codec.device)).audio_values
+        for row, place in enumerate(places):
+            audio[place] = values[row, 0, : len(batch[row]) * codec.config.hop_length].cpu()
+    return audio
+
+
+class AudioStreamer(BaseStreamer):
+    """
+    Hands out sound while `generate(streamer=...)` runs in another thread; `stream_audio` starts it for you.
+
+    Iterating gives (m,) float32 audio on the CPU, m > 0, as soon as it is complete: joined, for each span, the windowed decode
+    `codec.decode(..., window_seconds=..., overlap_seconds=...)`. It is decoded by whoever iterates, so that `generate` does
+    not wait for it. What the prompt holds is not played; a span that it begins is.
+
+    Args:
+        codec: the WavTokenizer of the codes.
+        vocabulary: with marks.
+        window_seconds, overlap_seconds: as for `DecodeStream`. The first sound needs one window of codes.
+        timeout: seconds to wait for the next token, as `generate` may have failed; None waits forever.
+
+    Raises:
+        ValueError: codes of another codebook, a vocabulary without marks, or bad windows. While iterating: tokens that make no
+            span; `AudioSpanProcessor` keeps the model from writing such.
+        TimeoutError: while iterating.
+    """
+
+    def __init__(
+        self,
+        codec: WavTokenizerModel,
+        vocabulary: AudioVocabulary,
+        window_seconds: float = 1.0,
+        overlap_seconds: float = 0.25,
+        timeout: float | None = None,
+    ):
+        _check_marks(vocabulary)
+        vocabulary.check_codec(codec)
+        self.codec, self.vocabulary, self.timeout = codec, vocabulary, timeout
+        self._window = {"window_seconds": window_seconds, "overlap_seconds": overlap_seconds}
+        DecodeStream(codec, **self._window)  # refuses bad windows here, and not in the middle of things
+        self._queue: Queue = Queue()
+        self._chunks = self._read()
+
+    # What generate() calls
+
+    def put(self, value: torch.LongTensor) -> None:
+        """The prompt, (1, L), and then each new token, (1,)."""
+        if value.ndim > 1 and len(value) > 1:
+            raise ValueError(
+                f"Got {len(value)} rows, expected one: a streamer plays one row. Use decode_spans for more."
+            )
+        self._queue.put(value.flatten().tolist())
+
+    def end(self) -> None:
+        self._queue.put(None)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends it with an error, which whoever iterates will get."""
+        self._queue.put(error)
+
+    # What the listener calls
+
+    def __iter__(self) -> Iterator[torch.FloatTensor]:
+        return self
+
+    def __next__(self) -> torch.FloatTensor:
+        return next(self._chunks)
+
+    def _next_ids(self) -> list[int] | None:
+        try:
+            item = self._queue.get(timeout=self.timeout)
+        except Empty:
+            raise TimeoutError(f"No token came for {self.timeout} s. Has generate() failed in its thread?") from None
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _read(self) -> Iterator[torch.FloatTensor]:
+        prompt = self._next_ids()
+        if prompt is None:
+            return
+        marks = [id for id in prompt if id in (self.vocabulary.begin_token_id, self.vocabulary.end_token_id)]
+        stream = DecodeStream(self.codec, **self._window) if marks[-1:] == [self.vocabulary.begin_token_id] else None
+        place = len(prompt)
+        while (token_ids := self._next_ids()) is not None:
+            for token_id in token_ids:
+                audio, stream = self._take(token_id, place, stream)
+                place += 1
+                if len(audio) > 0:
+                    yield audio
+        if stream is not None:
+            logger.warning("generation ended inside a span of audio; max_new_tokens may have cut it off")
+            rest = stream.flush()
+            if len(rest) > 0:
+                yield rest
+
+    def _take(self, token_id: int, place: int, stream: DecodeStream | None):
+        """One token -> the audio that is complete with it, and the stream of the span that is open then."""
+        vocabulary, nothing = self.vocabulary, torch.zeros(0)
+        is_code = bool(vocabulary.is_audio(token_id))
+        if stream is None:
+            if token_id == vocabulary.begin_token_id:
+                return nothing, DecodeStream(self.codec, **self._window)
+            if not is_code and token_id != vocabulary.end_token_id:
+                return nothing, None
+        elif is_code:
+            return stream.push([token_id - vocabulary.first_token_id]), stream
+        elif token_id == vocabulary.end_token_id:
+            return stream.flush(), None
+        where = "outside" if stream is None else "inside"
+        raise ValueError(
+            f"The model wrote the token id {token_id} at place {place}, {where} a span of audio, where it cannot stand. "
+            "Generate with AudioSpanProcessor."
+        )
+
+
+def stream_audio(
+    model: PreTrainedModel,
+    codec: WavTokenizerModel,
+    vocabulary: AudioVocabulary,
+    window_seconds: float = 1.0,
+    overlap_seconds: float = 0.25,
+    **arguments,
+) -> Iterator[torch.FloatTensor]:
+    """
+    `model.generate(**arguments)` in a thread, and the sound of it as it comes.
+
+    ```python
+    arguments = span_arguments(vocabulary, tokenizer)
+    for audio in stream_audio(model, codec, vocabulary, input_ids=input_ids, **arguments, max_new_tokens=800):
+        play(audio)
+    ```
+
+    Whoever stops listening stops the generation too. An error of `generate` is raised here.
+
+    Args:
+        model: the language model.
+        codec, vocabulary, window_seconds, overlap_seconds: as for `AudioStreamer`.
+        arguments: for `generate`; one row.
+    """
+    vocabulary.check_model(model)
+    streamer = AudioStreamer(codec, vocabulary, window_seconds, overlap_seconds)
+    left = _NobodyListens()
+    criteria = StoppingCriteriaList([*arguments.pop("stopping_criteria", []), left])
+
+    def generate() -> None:
+        try:
+            model.generate(**arguments, streamer=streamer, stopping_criteria=criteria)
+        except BaseException as error:
+            streamer.fail(error)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    try:
+        yield from streamer
+    finally:
+        left.event.set()
+        thread.join()
+
+
+class _NobodyListens(StoppingCriteria):
+    def __init__(self):
+        self.event = threading.Event()
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+def _check_marks(vocabulary: AudioVocabulary) -> None:
+    if not vocabulary.has_marks:
+        raise ValueError(
+            "The audio vocabulary has no begin_token_id and end_token_id, so it cannot be told where a span ends. Give them, "
+            "or push codes into a long_audio.DecodeStream yourself."
+        )
