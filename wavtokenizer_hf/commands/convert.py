@@ -4,12 +4,12 @@ import json
 import sys
 from contextlib import redirect_stdout
 
-from conversion import command
-
 from .arguments import add_command
 
 
 def add(commands) -> None:
+    from conversion import command
+
     convert = add_command(
         commands, "convert", _convert, "an original checkpoint to a folder for transformers and the Hub"
     )
@@ -18,6 +18,8 @@ def add(commands) -> None:
 
 
 def _convert(arguments) -> int:
+    from conversion import command
+
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         results, code = command.run(arguments)
     if arguments.json:
@@ -26,5 +28,7 @@ def _convert(arguments) -> int:
 
 
 def _checkpoints(arguments) -> int:
+    from conversion import command
+
     print(command.checkpoints_table(arguments.json))
     return 0
