@@ -3,9 +3,10 @@
     python benchmarks/bulk.py [--clips 200] [--num-processes 2]       throughput, on a CPU or one GPU or several
     python benchmarks/bulk.py --memory 100 1000                       peak memory for so many clips
 
-The loop reads, resamples and encodes one clip after the other with the torch threads of the machine. Both work on the same
-files (1 to 15 s, 16 to 48 kHz, WAV and FLAC) in one run, in turns, and both are counted with the loading of the model and of
-the libraries. Then the same loop alone tells where the time goes.
+The loop reads, resamples and encodes one clip after the other with the torch threads of the machine: with our model, and with
+`--checkout ../WavTokenizer` also with the original's, as people do it today. All work on the same files (1 to 15 s, 16 to 48 kHz,
+WAV and FLAC) in one run, in turns, and are counted with the loading of the model and of the libraries. Then the loop alone
+tells where the time goes.
 """
 
 import argparse
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default 3)")
     parser.add_argument("--num-processes", type=int, default=None, help="default: as the command does")
     parser.add_argument("--batch-seconds", type=float, nargs="+", default=[30, 120, 600])
+    parser.add_argument("--checkout", help="of jishengpeng/WavTokenizer: its loop is measured too")
     parser.add_argument("--memory", type=int, nargs="+", metavar="CLIPS", help="peak memory for so many clips")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)  # one measurement, in a process of its own
     arguments = parser.parse_args()
@@ -49,6 +51,13 @@ def compare(place: Path, arguments) -> None:
     hours = write_clips(place / "clips", arguments.clips) / 3600
     processes = arguments.num_processes or 0
     ways = {"a plain loop": ("loop", model, place / "clips")}
+    if arguments.checkout:
+        ways["a plain loop, the original's model"] = (
+            "loop_original",
+            arguments.checkout,
+            arguments.rate,
+            place / "clips",
+        )
     for seconds in arguments.batch_seconds:
         ways[f"bulk, {seconds:g} s in a batch"] = ("bulk", model, place / "clips", processes, seconds, place / "out")
     print(f"{arguments.clips} clips of 1 to 15 s, {hours:.2f} hours, {arguments.rate} tokens/s, random weights")
@@ -93,17 +102,38 @@ def run_one(*command) -> dict:
 def loop(model: str, clips: str) -> dict:
     import torch
 
-    from wavtokenizer_hf import WavTokenizerEncoderModel, audio
+    from wavtokenizer_hf import WavTokenizerEncoderModel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = WavTokenizerEncoderModel.from_pretrained(model).eval().to(device)
+    return _loop(lambda waveform: encoder.encode(waveform[None].to(device)).audio_codes.cpu(), clips)
+
+
+def loop_original(checkout: str, rate: str, clips: str) -> dict:
+    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "fixtures")]
+    import build_checkpoint
+    import original
+    import torch
+
+    import wavtokenizer_hf.audio  # noqa: F401  (before the empty torchaudio that `original` may put in, which transformers minds)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = original.load_original(checkout, int(rate), build_checkpoint.state_dict(int(rate))).to(device)
+    return _loop(lambda waveform: original.encode(model, waveform.to(device)).cpu(), clips)
+
+
+def _loop(encode, clips: str) -> dict:
+    import torch
+
+    from wavtokenizer_hf import audio
+
     started, reading = time.perf_counter(), 0.0
     with torch.inference_mode():
         for path in sorted(Path(clips).iterdir()):
             before = time.perf_counter()
-            waveform = torch.from_numpy(audio.load(path))[None, None]
+            waveform = torch.from_numpy(audio.load(path))[None]
             reading += time.perf_counter() - before
-            encoder.encode(waveform.to(device)).audio_codes.cpu()
+            encode(waveform)
     working = time.perf_counter() - started
     return {"working": working, "reading": reading, "encoding": working - reading}
 
@@ -129,7 +159,7 @@ def bulk(model: str, clips: str, processes: str, seconds: str, output: str) -> d
     return {"working": working, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
-ONE = {"loop": loop, "bulk": bulk}
+ONE = {"loop": loop, "loop_original": loop_original, "bulk": bulk}
 
 
 def save_model(place: Path, rate: int) -> Path:
