@@ -1,1 +1,1 @@
-"""Original WavTokenizer checkpoints to folders that Hugging Face loads. See convert.py."""
+"""Original WavTokenizer checkpoints, published or not, to folders that Hugging Face loads, and back. See convert.py."""

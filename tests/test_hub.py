@@ -209,10 +209,16 @@ def test_a_private_copy_is_had_with_the_users_token_only(served, hub, monkeypatc
         WavTokenizerModel.from_original("small-speech-75", token="hf_other", cache_dir="elsewhere")
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_was(served, hub, small, tmp_path):
+def test_a_download_that_breaks_off_goes_on_where_it_was(served, hub, tmp_path):
+    # huggingface_hub takes up a connection at whole blocks of 10 MB
+    others = {"optimizer_states": [torch.zeros(6_000_000)]}
+    torch.save({"state_dict": small_tensors(75), **others}, tmp_path / "file")
+    content = (tmp_path / "file").read_bytes()
+    served.commit({SMALL_75.file: content})
     hub.fault = lambda method, path: "cut" if method == "GET" and not hub.ranges and path.endswith(".ckpt") else None
     assert convert_by_name(tmp_path) == 0
-    assert hub.ranges == [f"bytes={small.stat().st_size // 2}-"]
+    (wanted,) = hub.ranges
+    assert 0 < int(wanted.removeprefix("bytes=").removesuffix("-")) <= len(content) / 2
 
 
 def test_a_connection_that_breaks_is_said_and_the_same_command_finishes(served, hub, tmp_path, capsys):

@@ -46,6 +46,22 @@ def written(small, tmp_path_factory):
     return to_original(small, tmp_path_factory.mktemp("original") / "files")
 
 
+@pytest.fixture(scope="module")
+def back(folders, tmp_path_factory):
+    """rate -> what becomes of the folder of that published shape; written on first use."""
+    parent, checkpoints = tmp_path_factory.mktemp("back"), {}
+
+    def back(rate: int) -> Path:
+        if rate not in checkpoints:
+            checkpoints[rate] = to_original(folders(rate), parent / str(rate))
+        return checkpoints[rate]
+
+    return back
+
+
+BOTH_RATES = pytest.mark.parametrize("rate", [75, pytest.param(40, marks=pytest.mark.slow)])
+
+
 def read(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
@@ -54,17 +70,16 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.shape == right.shape and torch.equal(left.view(torch.int32), right.view(torch.int32))
 
 
-def test_full_size_kept_tensors_equal_the_source_bit_for_bit_and_all_names_and_shapes_are_the_originals(
-    checkpoints, folders, rate, tmp_path
-):
-    source, back = read(checkpoints(rate)), read(to_original(folders(rate), tmp_path / "back"))
+@BOTH_RATES
+def test_kept_tensors_equal_the_source_bit_for_bit_and_all_names_and_shapes_are_the_originals(checkpoints, back, rate):
+    source, tensors = read(checkpoints(rate)), read(back(rate))
     manifest = json.loads((REFERENCE / f"manifest_{rate}.json").read_text())
-    assert {name: list(tensor.shape) for name, tensor in back.items()} == manifest
+    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == manifest
     kept = [name for name in source if "encodec.decoder" not in name and name != "head.istft.window"]
     assert len(kept) > 200
-    assert [name for name in kept if not same_bits(back[name], source[name])] == []
+    assert [name for name in kept if not same_bits(tensors[name], source[name])] == []
     # the fixture's window is computed in float64
-    torch.testing.assert_close(back["head.istft.window"], source["head.istft.window"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(tensors["head.istft.window"], source["head.istft.window"], rtol=0, atol=1e-6)
 
 
 def test_conversion_makes_the_same_folder_of_it(small, written, tmp_path):
@@ -76,9 +91,9 @@ def test_conversion_makes_the_same_folder_of_it(small, written, tmp_path):
     assert (first / "model.safetensors").read_bytes() == (small / "model.safetensors").read_bytes()
 
 
-def test_the_yaml_file_says_what_the_originals_does(folders, rate, tmp_path):
-    path = to_original(folders(rate), tmp_path / "back").with_suffix(".yaml")
-    model = yaml.safe_load(path.read_text())["model"]["init_args"]
+@BOTH_RATES
+def test_the_yaml_file_says_what_the_originals_does(back, rate):
+    model = yaml.safe_load(back(rate).with_suffix(".yaml").read_text())["model"]["init_args"]
     values = {part: model[part]["init_args"] for part in ("feature_extractor", "backbone", "head")}
     hop = {75: 320, 40: 600}[rate]
     # as in the original's configs/
@@ -133,6 +148,7 @@ def test_the_decoder_that_is_never_used_is_silent_and_finite(written):
             assert (weight == 0).all()
 
 
+@pytest.mark.slow  # they are larger than the model
 def test_discriminators_go_back_and_come_again(small, tmp_path):
     manifest = json.loads((REFERENCE / "manifest_discriminators.json").read_text())
     tensors = {name: torch.full(shape, float(place)) for place, (name, shape) in enumerate(manifest.items(), 1)}
@@ -194,14 +210,14 @@ def test_an_output_that_exists_is_left_alone(small, tmp_path, capsys):
 @pytest.mark.skipif(
     "WAVTOKENIZER_ORIGINAL" not in os.environ, reason="set it to a checkout of jishengpeng/WavTokenizer"
 )
-def test_the_original_itself_loads_the_files_and_gives_its_codes(folders, rate, tmp_path, monkeypatch):
+def test_the_original_itself_loads_the_files_and_gives_its_codes(back, rate, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import formula
     from original import encode, load_original
 
     checkout = os.environ["WAVTOKENIZER_ORIGINAL"]
-    load_original(checkout, rate, read(to_original(folders(rate), tmp_path / "for_imports")))
-    checkpoint = to_original(folders(rate), tmp_path / "back")
+    checkpoint = back(rate)
+    load_original(checkout, rate, read(checkpoint))  # also imports it
     original = sys.modules["decoder.pretrained"].WavTokenizer
     model = original.from_pretrained0802(str(checkpoint.with_suffix(".yaml")), str(checkpoint))
     golden = np.load(REFERENCE / f"chirp_1.37_{rate}.npz")
