@@ -1,4 +1,4 @@
-# make demo   set up, then tokenize the bundled speech file, decode it, plot both
+# make demo   set up, then tokenize the bundled speech file, decode it, plot both; your own: make demo AUDIO=voice.wav
 # make test   set up, then run the tests
 # make lint   set up, then check style
 # make setup  set up only
@@ -14,7 +14,7 @@ TRANSFORMERS_TESTS := $(VENV)/transformers_tests
 setup: $(VENV)/installed
 
 demo: $(VENV)/installed
-	$(BIN)/python examples/demo.py --output demo_output
+	$(BIN)/python examples/demo.py --output demo_output $(if $(AUDIO),--audio $(AUDIO))
 
 test: $(VENV)/installed $(TRANSFORMERS_TESTS)
 	$(BIN)/python -m pytest

@@ -12,11 +12,20 @@ YAML = "wavtokenizer_smalldata_frame{rate}_3s_nq1_code4096_dim512_kmeans200_attn
 
 
 def load_original(checkout: str | Path, rate: int, state_dict: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """The original's model for `rate` tokens/s with the given weights (original names), in eval mode.
+    """The original's model for `rate` tokens/s with the given weights (original names), in eval mode."""
+    model = _original(checkout).from_hparams0802(_yaml(checkout, rate))
+    model.load_state_dict(state_dict)
+    return model.eval()
 
-    Needs einops and scipy. torchaudio, which the original imports for two functions that no inference calls, is
-    replaced by an empty module where it is absent.
-    """
+
+def load_checkpoint(checkout: str | Path, rate: int, checkpoint: str | Path) -> torch.nn.Module:
+    """The same from a `.ckpt` file, by the original's own code."""
+    return _original(checkout).from_pretrained0802(_yaml(checkout, rate), str(checkpoint))
+
+
+def _original(checkout: str | Path):
+    """The class. Needs einops and scipy. torchaudio, which the original imports for two functions that no inference calls, is
+    replaced by an empty module where it is absent."""
     checkout = Path(checkout)
     if not (checkout / "decoder" / "pretrained.py").is_file():
         raise SystemExit(f"{checkout} is not a checkout of jishengpeng/WavTokenizer: it has no decoder/pretrained.py.")
@@ -29,10 +38,11 @@ def load_original(checkout: str | Path, rate: int, state_dict: dict[str, torch.T
         for name in ("torchaudio", "torchaudio.functional"):
             sys.modules[name] = types.ModuleType(name)
         sys.modules["torchaudio.functional.functional"] = functional
-    original = importlib.import_module("decoder.pretrained").WavTokenizer
-    model = original.from_hparams0802(str(checkout / "configs" / YAML.format(rate=rate)))
-    model.load_state_dict(state_dict)
-    return model.eval()
+    return importlib.import_module("decoder.pretrained").WavTokenizer
+
+
+def _yaml(checkout: str | Path, rate: int) -> str:
+    return str(Path(checkout) / "configs" / YAML.format(rate=rate))
 
 
 def encode(model: torch.nn.Module, audio: torch.Tensor) -> torch.Tensor:

@@ -1,24 +1,16 @@
 """The main job, end to end: speech -> token file -> speech, with a picture and a table. `make demo` runs this.
 
-Until a trained model is bundled, the model is the reference checkpoint of the tests, rebuilt by formula and converted:
-every step is real, but its weights were never trained, so what comes out is noise.
+The model is the small one that comes with the package, trained on synthetic sound only (wavtokenizer_hf/bundled/README.md): what
+comes out is to be understood, not to be admired. Published checkpoints are far better: `--model FOLDER`.
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures")]
-
-import build_checkpoint  # a script beside the golden data
-
-from conversion.convert import convert
-from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel, audio
+from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel, audio, bundled_model
 from wavtokenizer_hf.plots import plot_reconstruction
 from wavtokenizer_hf.token_file import TokenFile
 
@@ -26,17 +18,16 @@ from wavtokenizer_hf.token_file import TokenFile
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for what is made")
-    parser.add_argument(
-        "--model", help="a converted checkpoint or a name on the Hub, instead of the reference checkpoint"
-    )
-    parser.add_argument("--audio", type=Path, default=ROOT / "examples" / "speech.flac", help="a sound file")
+    parser.add_argument("--model", default=bundled_model(), help="a converted checkpoint, or a name on the Hub")
+    parser.add_argument("--audio", type=Path, default=Path(__file__).parent / "speech.flac", help="a sound file")
     arguments = parser.parse_args()
     output = arguments.output
+    if arguments.audio.parent.resolve() == output.resolve():
+        parser.error(f"{arguments.audio} lies in the folder for what is made. Name another --output.")
     output.mkdir(parents=True, exist_ok=True)
 
-    folder = arguments.model or reference_model(output)
-    model = WavTokenizerModel.from_pretrained(folder).eval()
-    feature_extractor = WavTokenizerFeatureExtractor.from_pretrained(folder)
+    model = WavTokenizerModel.from_pretrained(arguments.model).eval()
+    feature_extractor = WavTokenizerFeatureExtractor.from_pretrained(arguments.model)
 
     waveform = audio.load(arguments.audio, sampling_rate=feature_extractor.sampling_rate)
     inputs = feature_extractor(waveform, sampling_rate=feature_extractor.sampling_rate, return_tensors="pt")
@@ -50,17 +41,17 @@ def main() -> None:
 
     tokens = TokenFile(
         audio_codes=audio_codes[0, 0].numpy(),
-        model=str(folder),
+        model=str(arguments.model),
         codebook_fingerprint=model.codebook_fingerprint,
         sampling_rate=model.config.sampling_rate,
         hop_length=model.config.hop_length,
         num_samples=len(waveform),
     )
-    token_file = tokens.save(output / "speech.safetensors")
+    token_file = tokens.save(output / f"{arguments.audio.stem}.safetensors")
     reconstruction = audio_values[0, 0, : tokens.num_samples].numpy()
-    sound_file = audio.save(output / "speech.wav", reconstruction, model.config.sampling_rate)
+    sound_file = audio.save(output / f"{arguments.audio.stem}.wav", reconstruction, model.config.sampling_rate)
     picture = plot_reconstruction(
-        output / "speech.png",
+        output / f"{arguments.audio.stem}.png",
         waveform,
         reconstruction,
         tokens.audio_codes,
@@ -90,19 +81,6 @@ def main() -> None:
     print()
     for name, value in rows:
         print(f"{name:<26}{value}")
-    if arguments.model is None:
-        print("\nThe weights of this model were never trained (see above): the sound means nothing, the numbers do.")
-
-
-def reference_model(output: Path) -> Path:
-    """The reference checkpoint for 40 tokens/s, rebuilt and converted on first use."""
-    folder = output / "reference-model-40"
-    if not (folder / "model.safetensors").exists():
-        print("No trained model is bundled yet: rebuilding the reference checkpoint by formula (330 MB, not trained).")
-        checkpoint = build_checkpoint.build(40, output / "reference-40.ckpt")
-        convert(checkpoint, folder)
-        checkpoint.unlink()
-    return folder
 
 
 if __name__ == "__main__":

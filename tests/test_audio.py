@@ -1,6 +1,8 @@
 """Sound files in and out."""
 
+import importlib.util
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -48,6 +50,61 @@ def test_several_channels_are_averaged_and_a_warning_says_so(tmp_path, tone, cap
     soundfile.write(tmp_path / "stereo.wav", np.stack([tone, -0.5 * tone], 1), 24000, subtype="FLOAT")
     np.testing.assert_allclose(audio.load(tmp_path / "stereo.wav"), 0.25 * tone, atol=1e-6)
     assert "stereo.wav: 2 channels, averaged to one" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["torchcodec", "torchaudio"])
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("rate", [24000, 44100])
+def test_other_backends_give_the_same_audio_up_to_resampling(tmp_path, tone, backend, channels, rate, caplog):
+    caplog.set_level(logging.INFO)
+    skip_without(backend)
+    time = np.arange(rate) / rate
+    sound = np.stack([np.sin(2 * np.pi * 440 * (i + 1) * time) for i in range(channels)], 1)
+    soundfile.write(tmp_path / "sound.wav", 0.5 * sound, rate, subtype="FLOAT")
+    expected = audio.load(tmp_path / "sound.wav")
+    said = caplog.messages[:]
+    loaded = audio.load(tmp_path / "sound.wav", backend=backend)
+    assert loaded.dtype == np.float32 and loaded.shape == (24000,)
+    # far from the ends the three resamplers agree on tones to well below what can be heard
+    np.testing.assert_allclose(loaded[500:-500], expected[500:-500], atol=1e-6 if rate == 24000 else 1e-3)
+    assert caplog.messages == 2 * said
+
+
+@pytest.mark.parametrize("backend", ["torchcodec", "torchaudio"])
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>"])
+def test_other_backends_refuse_what_is_no_sound(tmp_path, backend, content):
+    skip_without(backend)
+    (tmp_path / "sound.wav").write_bytes(content)
+    with pytest.raises(ValueError, match="Cannot read"):
+        audio.load(tmp_path / "sound.wav", backend=backend)
+
+
+def skip_without(backend: str) -> None:
+    """Neither is installed by any extra: torchcodec needs FFmpeg's libraries, and torchaudio needs torchcodec to read."""
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:
+        pytest.skip(f"torchcodec does not import: {error}")
+    if backend == "torchaudio":
+        pytest.importorskip("torchaudio")
+        if not hasattr(audio.audio_utils, "_load_audio_soundfile"):
+            pytest.skip("this is an older version of transformers")
+
+
+@pytest.mark.parametrize("backend", ["torchcodec", "torchaudio"])
+def test_a_backend_that_is_not_installed_is_named(tmp_path, tone, backend, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    path = audio.save(tmp_path / "tone.wav", tone)
+    if backend == "torchaudio" and importlib.util.find_spec("torchaudio"):
+        pytest.skip("torchaudio is installed")
+    with pytest.raises(ImportError, match=backend):
+        audio.load(path, backend=backend)
+
+
+def test_an_unknown_backend_is_refused(tmp_path, tone):
+    with pytest.raises(ValueError, match="expected one of soundfile, torchcodec, torchaudio"):
+        audio.load(audio.save(tmp_path / "tone.wav", tone), backend="librosa")
 
 
 @pytest.mark.parametrize("shape", [(12000,), (1, 12000), (1, 1, 12000)])

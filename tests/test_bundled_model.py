@@ -1,4 +1,4 @@
-"""The recipe of the bundled model: what its sound is, what is held out, and that one command leads from data to card."""
+"""The bundled model: what it is and how it sounds; its recipe: what its sound is, what is held out, and that one command does it."""
 
 import csv
 import shutil
@@ -9,19 +9,78 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from transformers import AutoModel
+import torch
+from transformers import AutoFeatureExtractor, AutoModel
 
 
-RECIPE = Path(__file__).parent.parent / "examples" / "bundled_model"
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "examples" / "bundled_model"
 sys.path.insert(0, str(RECIPE))
 
 import sound
 import texts
 
+from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel, audio, bundled_model
+from wavtokenizer_hf.evaluation import Model, evaluate
 from wavtokenizer_hf.training import Settings
 
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+
+
+def test_it_is_a_whole_model_of_at_most_12_megabytes_and_the_recipes_shape():
+    assert sorted(path.name for path in bundled_model().iterdir()) == [
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
+    ]  # fmt: skip
+    assert (bundled_model() / "model.safetensors").stat().st_size <= 12e6
+    model, loading = AutoModel.from_pretrained(bundled_model(), output_loading_info=True)
+    assert isinstance(model, WavTokenizerModel) and not loading["missing_keys"] and not loading["unexpected_keys"]
+    recipe = WavTokenizerConfig(**Settings.load(str(RECIPE / "recipe.yaml")).config).to_dict()
+    own = {"codebook_fingerprint", "architectures", "dtype", "transformers_version", "_name_or_path"}
+    assert {name: value for name, value in model.config.to_dict().items() if name not in own} == {
+        name: value for name, value in recipe.items() if name not in own
+    }
+    assert AutoFeatureExtractor.from_pretrained(bundled_model()).hop_length == model.config.hop_length == 320
+
+
+def test_its_fingerprint_is_in_its_config_and_its_card():
+    model = WavTokenizerModel.from_pretrained(bundled_model())
+    assert model.config.codebook_fingerprint == model.codebook_fingerprint
+    assert f"`{model.codebook_fingerprint}`" in (bundled_model() / "README.md").read_text()
+
+
+def test_speech_that_it_never_heard_comes_back_intelligible():
+    model = WavTokenizerModel.from_pretrained(bundled_model()).eval()
+    file = ROOT / "examples" / "speech.flac"
+    report = evaluate([(file, Path("speech.flac"))], [Model("bundled", model)], metrics=["stoi"], num_workers=0)
+    result = report.to_dict()["systems"][0]
+    assert result["metrics"]["stoi"]["mean"] >= 0.8
+    assert result["all_codes"]["num_used"] > 150  # of some 430 codes
+
+
+def test_decoded_speech_keeps_most_of_its_codes():
+    model = WavTokenizerModel.from_pretrained(bundled_model()).eval()
+    waveform = torch.from_numpy(audio.load(ROOT / "examples" / "speech.flac"))[None, None]
+    with torch.inference_mode():
+        first = model.encode(waveform).audio_codes
+        again = model.encode(model.decode(first).audio_values[..., : waveform.shape[-1]]).audio_codes
+    assert (first == again).float().mean() > 0.5
+
+
+@pytest.mark.slow
+@needs_espeak
+def test_its_card_says_what_it_does_to_the_held_out_utterances(tmp_path):
+    import make
+
+    sound.make_held_out(tmp_path / "held_out", seed=0)
+    model = WavTokenizerModel.from_pretrained(bundled_model()).eval()
+    report, agreement = make.measure(tmp_path / "held_out", tmp_path / "report", model)
+    result, card = report.to_dict()["systems"][0], (bundled_model() / "README.md").read_text()
+    assert len(list((tmp_path / "held_out").iterdir())) == 50
+    assert result["metrics"]["stoi"]["mean"] >= 0.8
+    assert result["all_codes"]["codebook_utilisation"] >= 0.6
+    assert f"| stoi | {result['metrics']['stoi']['mean']:.3f}" in card
+    assert f"{agreement:.1%}" in card
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +129,6 @@ def test_a_seed_gives_the_same_sound_and_another_seed_or_name_other_sound(clips,
 
 
 def test_the_recipe_is_settings_of_a_model_at_75_tokens_per_second_within_12_megabytes():
-    import torch
-
-    from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
-
     config = WavTokenizerConfig(**Settings.load(str(RECIPE / "recipe.yaml")).config)
     assert config.frame_rate == 75
     with torch.device("meta"):

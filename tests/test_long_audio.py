@@ -1,6 +1,7 @@
-"""Long and live audio: chunks and streams give the codes of the whole."""
+"""Long and live audio: chunks and streams give the codes of the whole; windows of codes fade into each other."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import wavtokenizer_hf.modeling_wavtokenizer as modeling
-from wavtokenizer_hf.long_audio import EncodeStream
+from wavtokenizer_hf.audio import load
+from wavtokenizer_hf.long_audio import DecodeStream, EncodeStream
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +74,45 @@ def test_chunks_give_the_codes_of_the_whole_at_full_size(models, rate):
         torch.testing.assert_close(chunked.latents, expected, atol=1e-5, rtol=0)
         assert torch.equal(chunked.audio_codes, models(rate).quantizer.encode(expected))
         assert len(chunked.audio_codes.unique()) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["speech", "noise", "tones"])
+def test_five_minutes_have_the_same_codes_in_chunks_and_streams_of_any_size(models, rate, kind):
+    rng = np.random.default_rng(0)
+    audio = torch.from_numpy(five_minutes(kind, rng))
+    model = models(rate)
+    latents = whole(model, audio[None, None])[0].T
+    expected = model.quantizer.encode(latents.T[None])[0, 0]
+    found = {
+        f"chunks of {seconds:g} s": model.encode(audio[None, None], chunk_seconds=seconds).audio_codes[0, 0]
+        for seconds in (0.5, 3, 10, 60)
+    }
+    stream, cuts = EncodeStream(model), np.sort(rng.integers(0, len(audio), 200))
+    pieces = [stream.push(torch.from_numpy(piece)) for piece in np.split(audio.numpy(), cuts)]
+    found["stream"] = torch.cat([*pieces, stream.flush()])
+    for name, codes in found.items():
+        differ = codes != expected
+        nearest = torch.cdist(latents[differ].double(), model.quantizer.codebook.embed.double()).topk(2, largest=False)
+        margins = 1 - nearest.values[:, 0] / nearest.values[:, 1]
+        print(f"{rate} tokens/s, {kind}, {name}: {int(differ.sum())} of {len(expected)} codes differ")
+        assert (margins < 1e-6).all(), name  # float32 cannot tell which of the two entries is nearer
+    assert len(expected.unique()) > 100
+
+
+def five_minutes(kind: str, rng: np.random.Generator) -> np.ndarray:
+    """Five minutes at 24 kHz, (T,) float32."""
+    length = 300 * 24000
+    if kind == "noise":
+        return (0.1 * rng.standard_normal(length)).astype(np.float32)
+    if kind == "tones":  # a new chord of three every half a second
+        frequencies = np.repeat(rng.uniform(80, 8000, (600, 3)), 12000, axis=0)
+        return (0.1 * np.sin(2 * np.pi * np.cumsum(frequencies, axis=0) / 24000).sum(1)).astype(np.float32)
+    speech = load(Path(__file__).parent.parent / "examples" / "speech.flac")
+    takes = []  # the same sentences, each time at another level over another noise
+    while sum(map(len, takes)) < length:
+        takes.append(speech * rng.uniform(0.1, 1) + 0.003 * rng.standard_normal(len(speech)))
+    return np.concatenate(takes)[:length].astype(np.float32)
 
 
 @pytest.mark.parametrize("seconds", [0.02, 1.0])
@@ -161,3 +202,155 @@ def test_the_reach_of_the_encoder_is_not_underestimated(models, rate):
         moved = (encoder._convolve(changed, None) != before).any(1)[0].nonzero().flatten()
         assert place // hop - encoder.frames_ahead <= moved.min()
         assert moved.max() <= place // hop + encoder.frames_back
+
+
+HOP, RATE = 16, 24000 / 16  # samples of a code and codes of a second, of the tiny model
+
+
+def some_codes(length: int, seed: int = 0, rows: int = 1) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 64, (rows, 1, length)))
+
+
+def test_codes_that_fit_in_a_window_are_decoded_exactly(tiny_model):
+    for length in (1, 19, 20):
+        codes = some_codes(length)
+        windowed = tiny_model.decode(codes, window_seconds=20 / RATE, overlap_seconds=10 / RATE).audio_values
+        assert torch.equal(windowed, tiny_model.decode(codes).audio_values)
+
+
+def test_windows_fade_into_each_other_and_are_exact_in_between(tiny_model):
+    codes = some_codes(52)
+    windowed = tiny_model.decode(codes, window_seconds=20 / RATE, overlap_seconds=4 / RATE).audio_values[0, 0]
+    starts = [0, 16, 32]
+    alone = [tiny_model.decode(codes[..., start : start + 20]).audio_values[0, 0] for start in starts]
+    for index, start in enumerate(starts):
+        first, last = 0 if index == 0 else 4, 20 if index == 2 else 16
+        inner = windowed[(start + first) * HOP : (start + last) * HOP]
+        assert torch.equal(inner, alone[index][first * HOP : last * HOP])
+    for index, joint in enumerate(starts[1:]):
+        old, new = alone[index][16 * HOP :], alone[index + 1][: 4 * HOP]
+        faded = windowed[joint * HOP : (joint + 4) * HOP]
+        rounding = 1e-6 * windowed.abs().max()
+        # between the two, and what it was at the start and what it will be at the end, so that there is no jump
+        assert (faded >= torch.minimum(old, new) - rounding).all() and (
+            faded <= torch.maximum(old, new) + rounding
+        ).all()
+        assert torch.equal(faded[:HOP], old[:HOP]) and torch.equal(faded[-HOP:], new[-HOP:])
+        share = (faded - old)[HOP:-HOP] / (new - old)[HOP:-HOP]  # grows linearly over the middle half
+        expected = (torch.arange(2 * HOP) + 0.5) / (2 * HOP)
+        sure = (new - old)[HOP:-HOP].abs() > 0.01 * windowed.abs().max()
+        assert sure.sum() > HOP
+        torch.testing.assert_close(share[sure], expected[sure], atol=1e-3, rtol=0)
+
+
+def test_the_last_window_is_as_long_as_the_others(tiny_model):
+    codes = some_codes(38)  # the third window would have 6 codes
+    windowed = tiny_model.decode(codes, window_seconds=20 / RATE, overlap_seconds=4 / RATE).audio_values[0, 0]
+    last = tiny_model.decode(codes[..., -20:]).audio_values[0, 0]
+    assert torch.equal(windowed[36 * HOP :], last[18 * HOP :])
+    assert len(windowed) == 38 * HOP
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    cuts=st.lists(st.integers(0, 30), min_size=1, max_size=10),
+    window=st.integers(1, 20),
+    share=st.floats(0, 0.5),
+    seed=st.integers(0, 1000),
+)
+def test_a_stream_of_codes_gives_the_windowed_audio_however_it_is_cut(tiny_model, cuts, window, share, seed):
+    codes = some_codes(sum(cuts), seed)[0, 0]
+    settings = (window / RATE, int(share * window) / RATE)
+    stream, pieces, start = DecodeStream(tiny_model, *settings), [], 0
+    for cut in cuts:
+        pieces.append(stream.push(codes[start : start + cut]))
+        start += cut
+        stream = DecodeStream(tiny_model, *settings, state=pickle.loads(pickle.dumps(stream.state)))  # as if moved
+    streamed = torch.cat([*pieces, stream.flush()])
+    assert len(streamed) == start * HOP
+    if start > 0:
+        whole = tiny_model.decode(codes[None, None], window_seconds=settings[0], overlap_seconds=settings[1])
+        assert torch.equal(streamed, whole.audio_values[0, 0])
+
+
+def test_audio_comes_out_as_soon_as_a_window_is_full(tiny_model):
+    stream = DecodeStream(tiny_model, 20 / RATE, 4 / RATE)
+    assert stream.delay == 20
+    codes = some_codes(36)[0, 0].tolist()
+    lengths = [len(stream.push([code])) // HOP for code in codes]
+    assert lengths == 19 * [0] + [16] + 15 * [0] + [16]
+
+
+def test_what_a_stream_of_codes_remembers_does_not_grow(tiny_model):
+    stream, sizes = DecodeStream(tiny_model, 20 / RATE, 4 / RATE), []
+    for seed in range(20):
+        stream.push(some_codes(36, seed)[0, 0])
+        sizes.append(len(pickle.dumps(stream.state)))
+    assert max(sizes) < 5_000
+    assert max(sizes[5:]) <= max(sizes[:5])
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_rows_of_a_padded_batch_are_decoded_in_windows_as_alone(tiny_model, left):
+    codes, lengths = some_codes(50, rows=3), (50, 31, 7)
+    mask = torch.zeros(3, 1, 50)
+    for row, length in enumerate(lengths):
+        mask[row, :, slice(50 - length, None) if left else slice(0, length)] = 1
+    windows = {"window_seconds": 20 / RATE, "overlap_seconds": 4 / RATE}
+    together = tiny_model.decode(codes, audio_codes_mask=mask, **windows).audio_values
+    for row, length in enumerate(lengths):
+        real = mask[row, 0].bool()
+        alone = tiny_model.decode(codes[row : row + 1, :, real], **windows).audio_values[0, 0]
+        assert torch.equal(together[row, 0][real.repeat_interleave(HOP)], alone)
+        assert (together[row, 0][~real.repeat_interleave(HOP)] == 0).all()
+        assert len(alone) == length * HOP
+
+
+@pytest.mark.parametrize(
+    ("window", "overlap"),
+    [(0.4, 0), (0, 0), (-3, 0), (20, 11), (20, -1), (4, 20), (float("nan"), 0), (20, float("nan")), (float("inf"), 0)],
+)
+def test_windows_that_make_no_sense_are_refused(tiny_model, window, overlap):
+    windows = {"window_seconds": window / RATE, "overlap_seconds": overlap / RATE}
+    with pytest.raises(ValueError, match="expected a window of at least one frame"):
+        tiny_model.decode(some_codes(10), **windows)
+    with pytest.raises(ValueError, match="expected a window of at least one frame"):
+        DecodeStream(tiny_model, **windows)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        ([[1, 2]], r"shape \(1, 2\)"),
+        ([1.0, 2.0], "float32"),
+        ([1, 64], "from 1 to 64, expected 0 to 63"),
+        ([-1, 3], "from -1 to 3"),
+    ],
+)
+def test_a_stream_of_codes_refuses_and_can_go_on(tiny_model, codes, message):
+    stream = DecodeStream(tiny_model, 20 / RATE, 4 / RATE)
+    good = some_codes(30)[0, 0]
+    first = stream.push(good[:25])
+    with pytest.raises(ValueError, match=message):
+        stream.push(codes)
+    streamed = torch.cat([first, stream.push(good[25:]), stream.flush()])
+    whole = tiny_model.decode(good[None, None], window_seconds=20 / RATE, overlap_seconds=4 / RATE)
+    assert torch.equal(streamed, whole.audio_values[0, 0])
+    with pytest.raises(ValueError, match="has been flushed"):
+        stream.push(good)
+    with pytest.raises(ValueError, match="has been flushed"):
+        stream.flush()
+
+
+def test_an_overlap_of_half_a_window_may_fall_between_two_codes(tiny_model):
+    codes = some_codes(60)
+    halves, fewer = (
+        tiny_model.decode(codes, window_seconds=15 / RATE, overlap_seconds=overlap / RATE).audio_values
+        for overlap in (7.5, 7)
+    )
+    assert torch.equal(halves, fewer)
+
+
+def test_a_stream_of_codes_refuses_a_bandwidth_id_that_the_model_lacks(tiny_model):
+    with pytest.raises(ValueError, match="bandwidth_id=4"):
+        DecodeStream(tiny_model, bandwidth_id=4)

@@ -17,7 +17,19 @@ CORE = (
 )
 CORE_DEPENDENCIES = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy"}
 ALLOWED_TOGETHER = {  # "" is the package: the core
-    "cli": {"audio", "pipes", "token_file", "transcode", "long_audio", "plots", "training", "evaluation", "bulk", ""},
+    "cli": {"commands"},
+    "commands": {
+        "audio",
+        "pipes",
+        "token_file",
+        "transcode",
+        "long_audio",
+        "plots",
+        "training",
+        "evaluation",
+        "bulk",
+        "",
+    },
     "pipes": {"audio"},  # the same samples from a stream as from a file
     "transcode": {"audio", "long_audio"},  # streams, and the error of audio that is cut off
     "__main__": {"cli"},

@@ -24,6 +24,7 @@ from wavtokenizer_hf import WavTokenizerModel, cli
 from wavtokenizer_hf.training import Settings, train
 from wavtokenizer_hf.training.checkpoints import read_state
 from wavtokenizer_hf.training.data import Batch
+from wavtokenizer_hf.training.losses import WEIGHTS
 from wavtokenizer_hf.training.state import build, restore, save
 from wavtokenizer_hf.training.train import train_step, validate
 
@@ -141,6 +142,32 @@ def test_other_mel_scales_count_only_with_a_weight_of_their_own(tmp_path, sound)
     assert counted["loss/total"] == pytest.approx(expected, rel=1e-5)  # float32 sum
 
 
+def test_the_reencoding_loss_is_how_far_decoded_audio_lands_from_its_codes(tmp_path, sound):
+    weights = {"reencoding": 30.0}
+    without, counted = (started(tiny_settings(tmp_path, dropout=0.0, loss_weights=each)) for each in ({}, weights))
+    model = without.model.eval()
+    with torch.no_grad():  # by the model's public methods
+        audio_codes = model.encode(sound).audio_codes
+        decoded = model.decode(audio_codes).audio_values[..., : sound.shape[-1]]
+        landed = model.encode(decoded, output_latents=True).latents
+    expected = (landed - model.quantizer.decode(audio_codes)).square().mean().item()
+    without, counted = train_step(without, [sound]), train_step(counted, [sound])
+    assert "loss/reencoding" not in without
+    # the encoder computes by other means where it needs no gradients
+    assert counted["loss/reencoding"] == pytest.approx(expected, rel=1e-4)
+    assert counted["loss/total"] == pytest.approx(without["loss/total"] + 30 * expected, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
+def test_the_reencoding_loss_teaches_encoder_and_decoder(tmp_path, sound):
+    state = started(tiny_settings(tmp_path, loss_weights=dict.fromkeys(WEIGHTS, 0.0) | {"reencoding": 1.0}))
+    state.optimizer = torch.optim.SGD(state.model.parameters(), 1.0)  # AdamW would move all by weight decay alone
+    before = {name: parameter.clone() for name, parameter in state.model.named_parameters()}
+    train_step(state, [sound])
+    moved = [name for name, parameter in state.model.named_parameters() if not parameter.equal(before[name])]
+    assert {name.partition(".")[0] for name in moved} == {name.partition(".")[0] for name in before}
+
+
 def test_learning_rate_warms_up_and_falls_by_a_cosine(tmp_path, sound):
     state = started(tiny_settings(tmp_path, steps=8, mel_only_steps=8, warmup_steps=2))
     rates = [train_step(state, [sound])["learning_rate/codec"] for _ in range(8)]
@@ -205,8 +232,8 @@ def test_bfloat16_keeps_latents_and_codes_in_float32(tmp_path):
     codes = []
     for precision in ("float32", "bfloat16"):
         state = started(tiny_settings(tmp_path, precision=precision, mel_only_steps=0))
-        made, commitment, latents, audio_codes = state.codec(sound, 0)
-        assert (latents.dtype, commitment.dtype, made.dtype) == (torch.float32,) * 3
+        made, losses, latents, audio_codes = state.codec(sound, 0)
+        assert (latents.dtype, losses["commitment"].dtype, made.dtype) == (torch.float32,) * 3
         codes.append((audio_codes, made))
         assert train_step(state, [sound])["loss/total"] < float("inf")
     assert torch.equal(codes[0][0], codes[1][0])

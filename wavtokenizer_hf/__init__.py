@@ -1,5 +1,7 @@
 """WavTokenizer for Hugging Face: 24 kHz audio to one stream of 40 or 75 codes per second, and back."""
 
+from pathlib import Path
+
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioTokenization
 
 from .configuration_wavtokenizer import WavTokenizerConfig
@@ -27,6 +29,15 @@ WavTokenizerModel.register_for_auto_class("AutoModel")
 WavTokenizerEncoderModel.register_for_auto_class("AutoModel")
 WavTokenizerFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
 
+
+def bundled_model() -> Path:
+    """Folder of the small model that comes with this package: 75 tokens/s, for demos, tests and teaching; see its README.md.
+
+    It was trained on synthetic sound, so no language model should be trained on its codes.
+    """
+    return Path(__file__).parent / "bundled"
+
+
 __all__ = [
     "WavTokenizerConfig",
     "WavTokenizerDecoderOutput",
@@ -35,4 +46,5 @@ __all__ = [
     "WavTokenizerFeatureExtractor",
     "WavTokenizerModel",
     "WavTokenizerOutput",
+    "bundled_model",
 ]

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf")
 """Endings that are taken for sound files when a folder is searched; `load` itself goes by content."""
 
+BACKENDS = ("soundfile", "torchcodec", "torchaudio")
+
 
 def load(path: str | os.PathLike, sampling_rate: int = 24000, backend: str = "soundfile") -> np.ndarray:
     """Reads a sound file as mono audio at `sampling_rate`, by transformers' `load_audio`.
@@ -26,8 +28,9 @@ def load(path: str | os.PathLike, sampling_rate: int = 24000, backend: str = "so
     Args:
         path: a local file.
         sampling_rate: Hz of what is returned.
-        backend: `"soundfile"` (decodes with soundfile, resamples with soxr), or `"torchcodec"` or `"torchaudio"`
-            where those are installed; the three resample differently, so for equal codes use one throughout.
+        backend: `"soundfile"` (decodes with soundfile, resamples with soxr), or where those are installed `"torchcodec"` (by
+            FFmpeg, so other formats too) or `"torchaudio"` (needs transformers 5.23). The three resample differently, so for
+            equal codes use one throughout.
 
     Returns:
         float32 array of shape (T,), nominally in [-1, 1].
@@ -38,18 +41,25 @@ def load(path: str | os.PathLike, sampling_rate: int = 24000, backend: str = "so
         ImportError: the backend is not installed.
     """
     path = Path(path)
-    try:
+    if backend not in BACKENDS:
+        raise ValueError(f"Got backend={backend!r}, expected one of {', '.join(BACKENDS)}.")
+    if backend != "torchcodec":  # which says it itself, of all formats that it knows
         with _open(path) as file:
             say_what_changes(path, file.channels, file.samplerate, sampling_rate)
-    except ValueError:
-        if backend == "soundfile":
-            raise
-        logger.warning("%s: cannot tell the number of channels; if there are several, they are averaged", path)
+    elif not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. Give the path of a sound file.")
+    newer = hasattr(audio_utils, "_load_audio_soundfile")  # transformers 5.23
+    if backend == "torchaudio" and not newer:
+        raise ImportError(
+            "backend='torchaudio' needs transformers 5.23 or newer. Upgrade it, or choose another backend."
+        )
     try:
-        if backend == "soundfile" and not hasattr(audio_utils, "_load_audio_soundfile"):  # transformers before 5.23
-            audio = _load_by_soundfile(path, sampling_rate)
-        else:
+        if backend == "torchcodec":
+            audio = _load_by_torchcodec(path, sampling_rate)
+        elif newer:
             audio = audio_utils.load_audio(str(path), sampling_rate=sampling_rate, backend=backend)
+        else:
+            audio = _load_by_soundfile(path, sampling_rate)
     except (RuntimeError, EOFError) as error:  # what the decoders raise for a damaged file
         raise ValueError(f"Cannot read {path} as sound: {error}. The file may be damaged.") from error
     if audio.size == 0:
@@ -306,6 +316,18 @@ def _open(path: Path):
             f"Cannot read {path} as sound: {error}. Expected a format that libsndfile knows (WAV, FLAC, MP3, OGG); "
             "for others install torchcodec and use audio.load(..., backend='torchcodec')."
         ) from error
+
+
+def _load_by_torchcodec(path: Path, sampling_rate: int) -> np.ndarray:
+    """Not by transformers' `load_audio`, which lets FFmpeg join the channels: two of them become louder than their mean by 3 dB."""
+    try:
+        from torchcodec.decoders import AudioDecoder
+    except (ImportError, RuntimeError, OSError) as error:  # the latter two where FFmpeg is missing
+        reason = str(error).strip().partition("\n")[0]
+        raise ImportError(f"backend='torchcodec' needs torchcodec and the libraries of FFmpeg: {reason}") from error
+    decoder = AudioDecoder(str(path), sample_rate=sampling_rate)
+    say_what_changes(path, decoder.metadata.num_channels, decoder.metadata.sample_rate, sampling_rate)
+    return decoder.get_all_samples().data.mean(dim=0).numpy()
 
 
 def _load_by_soundfile(path: Path, sampling_rate: int) -> np.ndarray:

@@ -109,7 +109,7 @@ class DecodeStream:
         self,
         model: WavTokenizerModel,
         window_seconds: float = 3.0,
-        overlap_seconds: float = 1.0,
+        overlap_seconds: float = 0.25,
         bandwidth_id: int = 0,
         state: DecoderState | None = None,
     ):

@@ -839,7 +839,7 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         bandwidth_id: int = 0,
         audio_codes_mask: torch.Tensor | None = None,
         window_seconds: float | None = None,
-        overlap_seconds: float = 1.0,
+        overlap_seconds: float = 0.25,
     ) -> WavTokenizerDecoderOutput:
         r"""
         Codes to audio. A row of a padded batch gets the audio that it gets alone.
@@ -983,14 +983,15 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
 
     def _window(self, window_seconds: float, overlap_seconds: float) -> tuple[int, int]:
         """Seconds -> frames of a window and of an overlap."""
-        size, overlap = (round(seconds * self.config.frame_rate) for seconds in (window_seconds, overlap_seconds))
-        if size < 1 or overlap < 0 or 2 * overlap > size:
+        frame_rate = self.config.frame_rate
+        if not (0 <= 2 * overlap_seconds <= window_seconds < math.inf and round(window_seconds * frame_rate) > 0):
             raise ValueError(
                 f"Got window_seconds={window_seconds} and overlap_seconds={overlap_seconds}, expected a window of at least "
-                f"one frame ({1 / self.config.frame_rate:.4f} s) and twice the overlap. Lengthen the window, or shorten the "
+                f"one frame ({1 / frame_rate:.4f} s) and twice the overlap. Lengthen the window, or shorten the "
                 "overlap."
             )
-        return size, overlap
+        size = round(window_seconds * frame_rate)
+        return size, min(round(overlap_seconds * frame_rate), size // 2)
 
     def _decode_windows(
         self, audio_codes: torch.Tensor, rows: Rows | None, bandwidth_id: int, window: tuple[int, int]

@@ -1,12 +1,12 @@
 """The bundled model, in one command from nothing to its card.
 
-    python examples/bundled_model/make.py --output bundled_model            # the whole: a good two hours on two cores
+    python examples/bundled_model/make.py --output bundled_model            # the whole: about 85 minutes on one core
     python examples/bundled_model/make.py --output small_try --quick        # every step of it in about two minutes
 
 It makes the sound (sound.py), trains on it with recipe.yaml, measures the model on 50 utterances that were held out, draws
 the curves, and writes the card from what was measured. In the output folder:
 
-    model/          the best checkpoint with its card as README.md: what becomes the bundled model
+    model/          the best checkpoint with its card as README.md: what becomes wavtokenizer_hf/bundled
     curves.csv, curves.png, report/        what training and evaluation found
     sound/, run/    the sound, and the run with its TensorBoard log
 
@@ -65,7 +65,7 @@ def main() -> None:
     facts = make_sound(output / "sound", hours, arguments.seed)
     settings = train(output, {**changes, "seed": arguments.seed})
     model = WavTokenizerModel.from_pretrained(output / "run" / "best").eval()
-    report, agreement = measure(output, model)
+    report, agreement = measure(output / "sound" / "held_out", output / "report", model)
     points = read_curves(output / "run" / "log")
     write_curves(output, points)
     write_model(output, card(settings, facts, model, report, agreement, points))
@@ -114,13 +114,13 @@ def train(output: Path, changes: dict) -> Settings:
     return Settings.load(str(RECIPE), changes)
 
 
-def measure(output: Path, model: WavTokenizerModel) -> tuple[Report, float]:
-    """All metrics on the held-out utterances, saved in report/, and the share of codes that a second pass gives again."""
-    files = sorted((output / "sound" / "held_out").iterdir())
+def measure(held_out: Path, output: Path, model: WavTokenizerModel) -> tuple[Report, float]:
+    """All metrics on the held-out utterances, saved in `output`, and the share of codes that a second pass gives again."""
+    files = sorted(held_out.iterdir())
     report = evaluate(
         [(file, Path(file.name)) for file in files], [Model("bundled model", model)], num_workers=os.cpu_count() or 1
     )
-    report.save(output / "report")
+    report.save(output)
     print(report.table())
     same = count = 0
     for file in files:
@@ -213,17 +213,24 @@ def card(
         steps=settings.steps,
         discriminators=f"{', '.join(critics)} from step {settings.mel_only_steps} on" if critics else "none",
         training_hours=f"{points[-1]['hours']:.2f}",
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores",
+        device=torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"a CPU, {torch.get_num_threads()} threads",
         torch=torch.__version__,
         version=__version__,
     )
 
 
 def write_model(output: Path, text: str) -> None:
-    """The best checkpoint and its card, beside it first, then in its place."""
+    """The best checkpoint and its card, beside it first, then in its place; without the code, which it lies beside."""
     partial, model = output / "model.partial", output / "model"
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(output / "run" / "best", partial, ignore=shutil.ignore_patterns("discriminators.safetensors"))
+    partial.mkdir()
+    shutil.copy(output / "run" / "best" / "model.safetensors", partial)
+    for name in ("config.json", "preprocessor_config.json"):
+        values = json.loads((output / "run" / "best" / name).read_text())
+        del values["auto_map"]  # where the code would be
+        (partial / name).write_text(json.dumps(values, indent=2) + "\n")
     (partial / "README.md").write_text(text, encoding="utf-8")
     shutil.rmtree(model, ignore_errors=True)
     os.replace(partial, model)

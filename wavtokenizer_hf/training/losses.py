@@ -15,6 +15,7 @@ WEIGHTS = {
     "mel": 45.0,
     "mel_scales": 0.0,  # not in the published objective, see MelScalesLoss
     "commitment": 1000.0,
+    "reencoding": 0.0,  # nor is this: how far decoded audio, encoded again, lands from the entries that it was decoded from
     "multi_period": 1.0,
     "multi_period_features": 1.0,
     "multi_resolution": 1.0,

@@ -26,28 +26,33 @@ logger = logging.getLogger(__name__)
 class Codec(nn.Module):
     """The model as training sees it: encoder, codebook and decoder in one differentiable pass."""
 
-    def __init__(self, model: WavTokenizerModel, precision: str = "float32"):
+    def __init__(self, model: WavTokenizerModel, precision: str = "float32", reencode: bool = False):
         super().__init__()
-        self.model, self.precision = model, precision
+        self.model, self.precision, self.reencode = model, precision, reencode
 
     def forward(
         self, audio: torch.Tensor, bandwidth_id: int, quantize: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """audio (B, 1, T) -> made (B, 1, T), commitment loss (), latents (B, D, L) and their codes (B, 1, L).
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """audio (B, 1, T) -> made (B, 1, T), the codebook's losses by name, latents (B, D, L) and their codes (B, 1, L).
 
-        Without `quantize` the decoder gets the latents themselves; losses and codes are still those of the codebook.
+        Without `quantize` the decoder gets the latents themselves, there are no losses, and the codes are the nearest all the same.
         """
         model = self.model
         with torch.autocast(audio.device.type, enabled=False):  # codes are always decided in float32
             latents = model.encoder_model.encoder(audio)
             audio_codes = model.quantizer.encode(latents.detach())
-            quantized = model.quantizer.decode(audio_codes)
-            commitment = F.mse_loss(latents, quantized)
+            entries = model.quantizer.decode(audio_codes)
             # gradients pass straight through the choice
-            quantized = latents + (quantized - latents).detach() if quantize else latents
+            quantized = latents + (entries - latents).detach() if quantize else latents
         with autocast(audio.device, self.precision):
-            made = model.head(model.backbone(quantized, bandwidth_id))
-        return made[..., : audio.shape[-1]], commitment, latents.detach(), audio_codes
+            made = model.head(model.backbone(quantized, bandwidth_id))[..., : audio.shape[-1]]
+        losses = {}
+        if quantize:
+            losses["commitment"] = F.mse_loss(latents, entries)
+            if self.reencode:  # what the encoder makes of the decoder's audio should be where that audio came from
+                with torch.autocast(audio.device.type, enabled=False):
+                    losses["reencoding"] = F.mse_loss(model.encoder_model.encoder(made.float()), entries)
+        return made, losses, latents.detach(), audio_codes
 
 
 @dataclass
@@ -114,8 +119,9 @@ def build(settings: Settings) -> State:
             module.p = settings.dropout
     model.to(accelerator.device)
     optimizer = _adamw(model, settings.learning_rate)
+    codec = Codec(model, settings.precision, reencode=bool(settings.loss_weights["reencoding"]))
     state = State(
-        settings, accelerator, model, accelerator.prepare(Codec(model, settings.precision)),
+        settings, accelerator, model, accelerator.prepare(codec),
         MelLoss(model.config.sampling_rate).to(accelerator.device),
         MelScalesLoss(model.config.sampling_rate).to(accelerator.device) if settings.loss_weights["mel_scales"] else None,
         CodebookLearner(model.quantizer, settings.codebook_decay, settings.restart_below, settings.seed),

@@ -150,12 +150,10 @@ def train_step(state: State, batches: list[torch.Tensor]) -> dict[str, float]:
         with _synchronized(state, state.codec, last=index == len(batches) - 1):
             # of several batches no graph was kept, since they would fill the memory
             output = made if len(batches) == 1 and made else _run_codec(state, audio, index, bandwidth_id)
-            made_audio, commitment, latents, audio_codes = output
-            losses = {"mel": state.mel_loss(made_audio[:, 0], audio[:, 0])}
+            made_audio, codebook_losses, latents, audio_codes = output
+            losses = {"mel": state.mel_loss(made_audio[:, 0], audio[:, 0]), **codebook_losses}
             if state.mel_scales_loss is not None:
                 losses["mel_scales"] = state.mel_scales_loss(made_audio[:, 0], audio[:, 0])
-            if state.quantizes:
-                losses["commitment"] = commitment
             if critics_train:
                 losses |= _judge(state, audio, made_audio, bandwidth_id)
             loss = total(losses, settings.loss_weights)

@@ -1,0 +1,87 @@
+"""The whole way of a sound file, from the start of a process to the WAV file on disk, beside the original's.
+
+    python benchmarks/reconstruct.py ../WavTokenizer
+
+Ours is `wavtokenizer reconstruct` on a converted folder, exact (`--window-seconds 0`) and in windows. Theirs loads its checkpoint
+as its README does, encodes, decodes, and writes with the same library. Each way is a process of its own, interleaved, with the
+files in the system's cache; the median of the ratios is printed, over 1 if ours is faster, and the peak memory of each.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures"), str(ROOT / "benchmarks")]
+
+THEIRS = """
+import sys
+sys.path[:0] = [{benchmarks!r}]
+import original, soundfile, torch
+model = original.load_checkpoint({checkout!r}, {rate}, {checkpoint!r})
+audio, _ = soundfile.read({source!r}, dtype="float32")
+with torch.inference_mode():
+    codes = original.encode(model, torch.from_numpy(audio)[None])
+    soundfile.write({target!r}, original.decode(model, codes)[0, : len(audio)].numpy(), 24000)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", help="a checkout of jishengpeng/WavTokenizer")
+    parser.add_argument("--rate", type=int, choices=(40, 75), default=75, help="tokens per second (default 75)")
+    parser.add_argument("--seconds", type=float, default=60, help="length of the file (default 60)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default 3)")
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "benchmarks", help="folder for the checkpoint")
+    arguments = parser.parse_args()
+
+    import build_checkpoint
+    import formula
+    from compare_with_original import reference_folder
+
+    from wavtokenizer_hf import audio
+
+    folder = reference_folder(arguments.work, arguments.rate)
+    checkpoint = build_checkpoint.build(arguments.rate, arguments.work / f"original-{arguments.rate}.ckpt")
+    source = audio.save(arguments.work / "source.wav", formula.waveform("speechlike", arguments.seconds))
+    theirs = THEIRS.format(
+        benchmarks=str(ROOT / "benchmarks"), checkout=arguments.checkout, rate=arguments.rate, checkpoint=str(checkpoint),
+        source=str(source), target=str(arguments.work / "theirs.wav"),
+    )  # fmt: skip
+    ours = [sys.executable, "-m", "wavtokenizer_hf", "reconstruct", str(source), "-m", str(folder)]
+    ours += ["-o", str(arguments.work / "ours.wav"), "--window-seconds"]
+    ways = {"theirs": [sys.executable, "-c", theirs], "ours": [*ours, "0"], "ours, windows of 10 s": [*ours, "10"]}
+    times, memory = {name: [] for name in ways}, {}
+    for _ in range(arguments.rounds):
+        for name, command in ways.items():
+            seconds, memory[name] = _run(command)
+            times[name].append(seconds)
+    checkpoint.unlink()
+    print(
+        f"{arguments.seconds:g} s of audio, {arguments.rate} tokens/s\n\n| | time | ratio | peak memory |\n|---|---|---|---|"
+    )
+    for name, seconds in times.items():
+        ratio = statistics.median(their / our for their, our in zip(times["theirs"], seconds, strict=True))
+        print(f"| {name} | {statistics.median(seconds):.1f} s | **{ratio:.2f}** | {memory[name]:,.0f} MB |")
+
+
+def _run(command: list[str]) -> tuple[float, float]:
+    """Seconds from start to end, and megabytes at the peak."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    null = os.open(os.devnull, os.O_WRONLY)
+    started = time.perf_counter()
+    process = os.posix_spawn(command[0], command, environment, file_actions=[(os.POSIX_SPAWN_DUP2, null, 1)])
+    _, status, usage = os.wait4(process, 0)
+    seconds = time.perf_counter() - started
+    os.close(null)
+    if status:
+        raise SystemExit(f"{' '.join(command[:4])} … failed")
+    return seconds, usage.ru_maxrss / 1000
+
+
+if __name__ == "__main__":
+    main()

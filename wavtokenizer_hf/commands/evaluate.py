@@ -1,0 +1,90 @@
+"""`wavtokenizer evaluate`: what is left of the sound, in numbers."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from .arguments import add_command, add_model, load_model
+from .files import find_sources
+
+
+def add(commands) -> None:
+    evaluate = add_command(
+        commands, "evaluate", _evaluate, "how much of the sound survives a model, or any other codec, in numbers"
+    )
+    evaluate.description += (
+        " Encodes and decodes each file with MODEL and compares what comes back with what went in: means with 95 % "
+        "intervals, and with --compare or --decoded also the differences, file by file. A file that cannot be read and a "
+        "number that cannot be computed are listed with the reason, count as failures, and are left out of the means. "
+        "Needs the extra `evaluation`."
+    )
+    evaluate.add_argument("--audio", nargs="+", required=True, metavar="INPUT", help="sound files, or folders of them")
+    add_model(evaluate, required=False)
+    evaluate.add_argument("--compare", metavar="MODEL", help="a second model, measured on the same files")
+    evaluate.add_argument(
+        "--decoded",
+        metavar="FOLDER",
+        help="what any other codec decoded: sound files with the names and sub-folders of those in INPUT, in any format",
+    )
+    evaluate.add_argument(
+        "-o", "--output", metavar="FOLDER", help="for report.json, files.csv, metrics.png and codebook.png"
+    )
+    evaluate.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        help="only these of pesq_wb, stoi, si_sdr, mel_distance, stft_distance, f0_error, voicing_f1, utmos; one that "
+        "cannot run here is then an error",
+    )
+    evaluate.add_argument(
+        "--utmos",
+        metavar="FILE",
+        help="adds UTMOS: a TorchScript that takes float32 audio (1, samples) at 16 kHz and gives one number; without it "
+        "UTMOS is reported as not run, nothing is downloaded",
+    )
+    evaluate.add_argument(
+        "--num-workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes for the metrics (default: one per processor; 0: none); results do not depend on it",
+    )
+
+
+def _evaluate(arguments) -> int:
+    from .. import audio
+    from ..evaluation import DecodedFolder, Model, evaluate
+
+    if arguments.num_workers < 0:
+        raise ValueError(f"Got --num-workers {arguments.num_workers}, expected 0 or more.")
+    references = find_sources(arguments.audio, audio.SUFFIXES)
+    systems = [
+        Model(name, load_model(argparse.Namespace(**{**vars(arguments), "model": name, "revision": revision})))
+        for name, revision in ((arguments.model, arguments.revision), (arguments.compare, None))
+        if name is not None
+    ]
+    if arguments.decoded is not None:
+        systems.append(DecodedFolder(arguments.decoded))
+    if not systems:
+        raise ValueError("Got nothing to measure. Give --model, --decoded, or both.")
+    if arguments.output is not None:  # a folder that cannot be made should stop the work before it begins
+        Path(arguments.output).mkdir(parents=True, exist_ok=True)
+    report = evaluate(
+        references,
+        systems,
+        metrics=arguments.metrics,
+        utmos_weights=arguments.utmos,
+        num_workers=min(arguments.num_workers, len(references)),
+        progress=sys.stderr.isatty(),
+    )
+    written = [] if arguments.output is None else report.save(arguments.output)
+    if arguments.json:
+        print(json.dumps(report.to_dict(), allow_nan=False))
+    else:
+        print(report.table())
+        print(*(f"wrote {path}" for path in written), sep="\n", end="\n" if written else "")
+    for failure in report.failures:
+        names = ", ".join(failure["metrics"])
+        print(f"{failure['file']}: {failure['system']}: {names}: {failure['reason']}", file=sys.stderr)
+    return 1 if report.failures else 0

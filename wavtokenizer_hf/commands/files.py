@@ -1,0 +1,128 @@
+"""Commands that do something to each of many files, or to standard input."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def add_files(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=help)
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        help="a file for one input file; -: standard output; else a folder, in which the inputs' folders are mirrored",
+    )
+
+
+def find_sources(inputs: list[str], suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
+    """Files and, for each, its place: the path below the folder that was named, or the file's name."""
+    sources = []
+    for name in map(Path, inputs):
+        if name.is_dir():
+            found = sorted(file for file in name.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+            if not found:
+                raise ValueError(f"The folder {name} holds no file that ends in {', '.join(suffixes)}.")
+            sources += [(file, file.relative_to(name)) for file in found]
+        elif name.is_file():
+            sources.append((name, Path(name.name)))
+        else:
+            raise FileNotFoundError(f"There is no file or folder {name}.")
+    return sources
+
+
+def find_jobs(arguments, suffixes: tuple[str, ...], new_suffix: str) -> list[tuple[Path | None, Path | None]]:
+    """Pairs of a file to read and the file to write for it; None is standard input or output."""
+    inputs, output = arguments.inputs, arguments.output
+    from_pipe = "-" in inputs
+    if from_pipe and len(inputs) > 1:
+        raise ValueError(f"Got standard input among {len(inputs)} inputs, expected it alone.")
+    for option, used, pipe in (("raw", from_pipe, "input"), ("raw_output", output == "-", "output")):
+        if getattr(arguments, option, None) is not None and not used:
+            raise ValueError(f"Got --{option.replace('_', '-')} without -, standard {pipe}. Files say what they hold.")
+    sources = [(None, None)] if from_pipe else find_sources(inputs, suffixes)
+    if output == "-":
+        if len(sources) != 1:
+            raise ValueError(f"Got {len(sources)} files for standard output, expected one. Name a folder instead.")
+        return [(sources[0][0], None)]
+    folder = Path(output)
+    is_folder = folder.is_dir() or output.endswith(("/", "\\"))
+    if from_pipe and is_folder:
+        raise ValueError(f"Got the folder {output} for standard input, which has no name. Name a file as OUTPUT.")
+    if len(inputs) == 1 and (from_pipe or Path(inputs[0]).is_file()) and not is_folder:
+        return [(sources[0][0], folder)]
+    jobs, seen = [], {}
+    for source, place in sources:
+        target = folder / place.with_suffix(new_suffix)
+        if target in seen:
+            raise ValueError(
+                f"{seen[target]} and {source} would both become {target}. Give them different names or outputs."
+            )
+        seen[target] = source
+        jobs.append((source, target))
+    return jobs
+
+
+def do_each(jobs: list[tuple[Path | None, Path | None]], work: Callable, arguments, model) -> int:
+    """Does every job, says what came of it, goes on after a failed one; returns the exit code."""
+    import torch
+    from tqdm import tqdm
+
+    failures = 0
+    for source, target in tqdm(jobs, unit="file", disable=len(jobs) == 1 or not sys.stderr.isatty()):
+        name = "standard input" if source is None else str(source)
+        started = time.perf_counter()
+        try:
+            if target is not None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            tally = work(source, target)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            if len(jobs) == 1:
+                raise ValueError(f"{name}: {error}") from error
+            failures += 1
+            _tell(arguments, {"input": name, "error": str(error)}, f"{name}: failed: {error}", target, failed=True)
+            continue
+        output = "standard output" if target is None else str(target)
+        result = {"input": name, "output": output, **_figures(model, tally, time.perf_counter() - started)}
+        message = (
+            f"{name} -> {output}: {result['seconds']:.2f} s, {tally.num_tokens} tokens, "
+            f"{result['times_real_time']:.1f} x real time"
+        )
+        if tally.window_seconds is not None:
+            tqdm.write(
+                f"{name}: decoded in windows of {tally.window_seconds:g} s that share {tally.overlap_seconds:.3g} s, close to "
+                "the exact sound; --window-seconds 0 gives that, in memory that grows with the length",
+                file=sys.stderr,
+            )
+        if tally.cut_off is not None:
+            failures += 1
+            result["error"] = str(tally.cut_off)
+            message = f"{name}: cut off: {tally.cut_off} What came before was done: {result['seconds']:.2f} s"
+        _tell(arguments, result, message, target, failed=tally.cut_off is not None)
+    if failures and len(jobs) > 1:
+        print(f"wavtokenizer {arguments.command}: {failures} of {len(jobs)} files failed", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _tell(arguments, result: dict, message: str, target: Path | None, failed: bool) -> None:
+    """Says what came of one job; on standard error where standard output holds the result itself."""
+    from tqdm import tqdm
+
+    if arguments.json:
+        tqdm.write(json.dumps(result), file=sys.stderr if target is None else sys.stdout)
+    elif failed or target is not None:
+        tqdm.write(message, file=sys.stderr if failed else sys.stdout)
+
+
+def _figures(model, tally, seconds: float) -> dict:
+    duration = tally.num_samples / model.config.sampling_rate
+    return {
+        "seconds": duration,
+        "times_real_time": duration / seconds,
+        **{name: value for name, value in vars(tally).items() if name != "cut_off"},
+    }

@@ -1,0 +1,44 @@
+"""`wavtokenizer info`: what a model or a token file is."""
+
+from pathlib import Path
+
+from .arguments import add_command, from_pretrained, print_facts
+
+
+def add(commands) -> None:
+    info = add_command(commands, "info", _info, "what a model, or a token file, is")
+    info.add_argument("source", help="name or folder of a model, bundled, or a token file (.safetensors, .json)")
+
+
+def _info(arguments) -> int:
+    if Path(arguments.source).is_file():
+        from ..token_file import TokenFile
+
+        tokens = TokenFile.load(arguments.source)
+        facts = {
+            "model": tokens.model,
+            "codebook_fingerprint": tokens.codebook_fingerprint,
+            "num_tokens": len(tokens.audio_codes),
+            "num_samples": tokens.num_samples,
+            "sampling_rate": tokens.sampling_rate,
+            "seconds": tokens.num_samples / tokens.sampling_rate,
+            "tokens_per_second": tokens.sampling_rate / tokens.hop_length,
+        }
+    else:
+        from .. import WavTokenizerModel
+
+        model = from_pretrained(WavTokenizerModel, arguments.source)
+        config = model.config
+        facts = {
+            "model": arguments.source,
+            "codebook_fingerprint": model.codebook_fingerprint,
+            "sampling_rate": config.sampling_rate,
+            "tokens_per_second": config.frame_rate,
+            "codebook_size": config.codebook_size,
+            "bits_per_second": config.bit_rate,
+            "samples_per_token": config.hop_length,
+            "num_parameters": model.num_parameters(),
+            "dtype": str(model.head.linear.weight.dtype).removeprefix("torch."),
+        }
+    print_facts(facts, arguments.json)
+    return 0

@@ -1,0 +1,283 @@
+"""`wavtokenizer encode | decode | reconstruct`: sound to tokens, tokens to sound, and both."""
+
+import argparse
+import math
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from ..token_file import FORMATS
+from .arguments import add_command, add_model, load_model
+from .files import add_files, do_each, find_jobs
+
+
+_SOUND_PIPE = "-: a WAV stream on standard input, taken as it comes"
+_RAW = "raw samples (16-bit little-endian integers, mono)"
+
+
+def add(commands) -> None:
+    encode = add_command(commands, "encode", _encode, "sound files to token files")
+    add_files(encode, f"sound files, or folders to search for them; {_SOUND_PIPE}")
+    add_model(encode)
+    encode.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="of token files; default: the ending of OUTPUT, else safetensors. safetensors and json remember the "
+        "model and the exact length, npy and txt hold the numbers alone. To standard output txt flows, one number a line",
+    )
+    _add_raw_input(encode)
+
+    decode = add_command(commands, "decode", _decode, "token files to sound files")
+    add_files(decode, "token files, or folders to search for them; -: tokens from standard input")
+    add_model(decode)
+    decode.add_argument(
+        "--format", choices=FORMATS, help="of INPUT; default: its ending, or for standard input its first two bytes"
+    )
+    _add_sound(decode)
+
+    reconstruct = add_command(
+        commands, "reconstruct", _reconstruct, "sound files to tokens and back, to hear what is lost"
+    )
+    add_files(reconstruct, f"sound files, or folders to search for them; {_SOUND_PIPE}")
+    add_model(reconstruct)
+    _add_raw_input(reconstruct)
+    _add_sound(reconstruct)
+    reconstruct.add_argument(
+        "--plot",
+        action="store_true",
+        help="also write a .png with both spectrograms and the tokens (files up to five minutes)",
+    )
+
+
+def _add_raw_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--raw", type=int, metavar="RATE", help=f"standard input holds {_RAW} at RATE Hz")
+
+
+def _add_sound(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sound-format", choices=("wav", "flac", "ogg", "mp3"), default="wav", help="in a folder; default wav"
+    )
+    parser.add_argument(
+        "--raw-output",
+        action="store_true",
+        default=None,
+        help=f"write {_RAW} to standard output instead of a WAV stream",
+    )
+    parser.add_argument(
+        "--window-seconds",
+        type=float,
+        metavar="SECONDS",
+        help="decode what is longer than this in windows of this length, in memory that does not grow; the sound is then "
+        "close to the exact one, and standard error says so. 0: always exact. Default: files up to five minutes exact, "
+        "longer ones in windows of 10, pipes in windows of 3, which is also how long their sound is behind",
+    )
+    parser.add_argument(
+        "--overlap-seconds",
+        type=float,
+        metavar="SECONDS",
+        help="what a window has in common with the next; default 0.25, or a third of the window if that is less",
+    )
+
+
+def _encode(arguments) -> int:
+    from .. import audio, pipes
+    from ..token_file import TokenFile
+    from ..transcode import Tally, codes_of
+
+    named_format = Path(arguments.output).suffix[1:]
+    known = named_format in FORMATS
+    format = arguments.format or (named_format if known and len(arguments.inputs) == 1 else "safetensors")
+    jobs = find_jobs(arguments, audio.SUFFIXES, f".{format}")
+    model = load_model(arguments, encoder_only=True)
+    fingerprint = model.codebook_fingerprint
+
+    def work(source: Path | None, target: Path | None) -> Tally:
+        tally, pieces = Tally(), []
+        with _sound_blocks(source, arguments, model, tally) as blocks:
+            for codes in tally.count_codes(codes_of(model, blocks, _whole_seconds(source)), tell=lambda _: None):
+                pieces.append(codes.astype(np.uint16))
+                if target is None and format == "txt":
+                    pipes.write_codes(sys.stdout.buffer, codes)
+        tokens = TokenFile(
+            audio_codes=np.concatenate(pieces),
+            model=arguments.model,
+            codebook_fingerprint=fingerprint,
+            sampling_rate=model.config.sampling_rate,
+            hop_length=model.config.hop_length,
+            num_samples=tally.num_samples,
+        )
+        if target is not None:
+            tokens.save(target, format)
+        elif format != "txt":
+            sys.stdout.buffer.write(tokens.to_bytes(format))
+            sys.stdout.buffer.flush()
+        return tally
+
+    return do_each(jobs, work, arguments, model)
+
+
+def _decode(arguments) -> int:
+    from ..transcode import Tally, audio_of, cut_to_length
+
+    jobs = _sound_jobs(arguments, tuple(f".{format}" for format in FORMATS))
+    model = load_model(arguments)
+    _windows(arguments, model, live=False)  # refuses what makes no sense before any file is met
+
+    def work(source: Path | None, target: Path | None) -> Tally:
+        tally = Tally()
+        pieces, num_samples = _read_tokens(source, arguments.format, model)
+        windows = _windows(arguments, model, live=num_samples is None)
+        seconds = 0 if num_samples is None else num_samples / model.config.sampling_rate
+        with _progress(seconds) as bar:
+            pieces = tally.count_codes(pieces, tell=lambda count: bar.update(count / model.config.frame_rate))
+            blocks = audio_of(model, pieces, windows, tally)
+            if num_samples is not None:
+                blocks = cut_to_length(blocks, lambda: num_samples, model.config.hop_length)
+            with _writing_sound(target, arguments, model, num_samples) as write:
+                for block in blocks:
+                    write(block)
+                    tally.num_samples += len(block)
+        return tally
+
+    return do_each(jobs, work, arguments, model)
+
+
+def _reconstruct(arguments) -> int:
+    from .. import audio
+    from ..transcode import WHOLE_SECONDS, Tally, audio_of, codes_of, cut_to_length
+
+    jobs = _sound_jobs(arguments, audio.SUFFIXES)
+    if arguments.plot and any(None in job for job in jobs):
+        raise ValueError("Got --plot for a pipe, expected files: a picture is of a whole clip, and has a name.")
+    model = load_model(arguments)
+    windows = _windows(arguments, model, live=jobs[0][0] is None)
+
+    def work(source: Path | None, target: Path | None) -> Tally:
+        if source is not None and target is not None and target.exists() and source.samefile(target):
+            raise ValueError(f"{target} would be overwritten by its own reconstruction. Name another output.")
+        if arguments.plot and audio.seconds(source) > WHOLE_SECONDS:
+            raise ValueError(f"Got --plot for {audio.seconds(source):.0f} s, expected at most {WHOLE_SECONDS} s.")
+        tally, waveform, all_codes, reconstruction = Tally(), [], [], []
+
+        def keep(pieces, kept: list):
+            for piece in pieces:
+                if arguments.plot:
+                    kept.append(piece)
+                yield piece
+
+        with _sound_blocks(source, arguments, model, tally) as blocks:
+            codes = codes_of(model, keep(blocks, waveform), _whole_seconds(source))
+            codes = tally.count_codes(keep(codes, all_codes), tell=lambda _: None)
+            decoded = audio_of(model, codes, windows, tally)
+            decoded = cut_to_length(decoded, lambda: tally.num_samples, model.config.hop_length)
+            with _writing_sound(target, arguments, model) as write:
+                for block in keep(decoded, reconstruction):
+                    write(block)
+        if arguments.plot:
+            from ..plots import plot_reconstruction
+
+            clips = [np.concatenate(pieces) for pieces in (waveform, reconstruction, all_codes)]
+            plot_reconstruction(target.with_suffix(".png"), *clips, model.config.sampling_rate, source.name)
+        return tally
+
+    return do_each(jobs, work, arguments, model)
+
+
+def _sound_jobs(arguments, suffixes: tuple[str, ...]) -> list[tuple[Path | None, Path | None]]:
+    return find_jobs(arguments, suffixes, f".{arguments.sound_format}")
+
+
+def _whole_seconds(source: Path | None) -> float:
+    """Up to what length audio is encoded in one piece: what comes through a pipe is wanted as soon as it comes."""
+    from ..transcode import WHOLE_SECONDS
+
+    return 0 if source is None else WHOLE_SECONDS
+
+
+def _windows(arguments, model, live: bool):
+    """How to decode, by --window-seconds and --overlap-seconds; refuses what makes no sense."""
+    from ..long_audio import DecodeStream
+    from ..transcode import WHOLE_SECONDS, Windows
+
+    seconds, overlap = arguments.window_seconds, arguments.overlap_seconds
+    if seconds == 0:
+        if overlap is not None:
+            raise ValueError("Got --overlap-seconds with --window-seconds 0, which uses no windows. Leave one out.")
+        return Windows(seconds=0, overlap_seconds=0, above_seconds=math.inf)
+    above_seconds = 0 if live or seconds is not None else WHOLE_SECONDS
+    seconds = (3.0 if live else 10.0) if seconds is None else seconds
+    overlap = min(0.25, seconds / 3) if overlap is None else overlap
+    if not (math.isfinite(seconds) and math.isfinite(overlap)):
+        raise ValueError(f"Got a window of {seconds} s and an overlap of {overlap} s, expected finite numbers.")
+    DecodeStream(model, seconds, overlap)  # raises
+    return Windows(seconds, overlap, above_seconds)
+
+
+@contextmanager
+def _sound_blocks(source: Path | None, arguments, model, tally):
+    """The audio of a file, or of standard input, in blocks, counted by `tally` and shown by a bar."""
+    from .. import audio, pipes
+
+    rate = model.config.sampling_rate
+    if source is None:
+        blocks, seconds = pipes.read_sound(sys.stdin.buffer, rate, arguments.raw), 0
+    else:
+        # as long as the chunks that the model itself encodes best in
+        blocks = audio.read_blocks(source, rate, block_seconds=5 if model.device.type == "cpu" else 60)
+        seconds = audio.seconds(source)
+    with _progress(seconds) as bar:
+        yield tally.count_audio(blocks, tell=lambda count: bar.update(count / rate))
+
+
+def _progress(seconds: float):
+    """A bar of seconds of audio, for what takes long and before someone's eyes."""
+    from tqdm import tqdm
+
+    from ..transcode import WHOLE_SECONDS
+
+    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}]"
+    hidden = seconds <= WHOLE_SECONDS or not sys.stderr.isatty()
+    return tqdm(total=seconds, bar_format=form, disable=hidden, leave=False)
+
+
+def _writing_sound(target: Path | None, arguments, model, num_samples: int | None = None):
+    """A context that gives a function to write blocks of audio with, to a file or to standard output."""
+    from .. import audio, pipes
+
+    rate = model.config.sampling_rate
+    if target is not None:
+        return audio.writing(target, rate)
+    return pipes.writing_sound(sys.stdout.buffer, rate, num_samples, bool(arguments.raw_output))
+
+
+def _read_tokens(source: Path | None, format: str | None, model) -> tuple:
+    """Codes in pieces, and the number of samples that they stand for; refuses those of another codebook.
+
+    The number is None for txt on standard input, which is taken as it comes.
+    """
+    from .. import pipes
+    from ..token_file import TokenFile, bare_codes_from_bytes, format_of
+
+    stdin = sys.stdin.buffer
+    start = stdin.read(2) if source is None else b""
+    if source is None and not start:
+        raise ValueError("Got no tokens: standard input is empty.")
+    name = "standard input" if source is None else source
+    format = format or (format_of(start) if source is None else source.suffix[1:])
+    if format in ("npy", "txt"):
+        print(
+            f"{name}: says nothing of the model that made it; decoded unchecked and to whole tokens", file=sys.stderr
+        )
+        if format == "txt" and source is None:
+            return pipes.read_codes(stdin, start), None
+    content = start + stdin.read() if source is None else source.read_bytes()
+    if format in ("npy", "txt"):
+        codes = bare_codes_from_bytes(content, format)
+        num_samples = len(codes) * model.config.hop_length
+    else:
+        tokens = TokenFile.from_bytes(content, format)
+        model.check_codebook_fingerprint(tokens.codebook_fingerprint)
+        codes, num_samples = tokens.audio_codes, tokens.num_samples
+    return (codes[start : start + 1024] for start in range(0, len(codes), 1024)), num_samples

@@ -1,0 +1,99 @@
+"""`wavtokenizer tokenize`: a corpus to Parquet."""
+
+import sys
+from pathlib import Path
+
+from .arguments import MODEL_HELP, add_command, find_model, print_facts
+
+
+def add(commands) -> None:
+    tokenize = add_command(commands, "tokenize", _tokenize, "a corpus to a folder of Parquet, resumable")
+    tokenize.description += (
+        " Killed at any time and run again, it goes on where it was; clips added to SOURCE since are picked up. A clip that "
+        "cannot be read is listed in failures.jsonl with the reason. The rows do not depend on the number of processes or "
+        "on the batches. Needs the extra `bulk`."
+    )
+    tokenize.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a folder of sound files, tar shards or Parquet, or a glob of them in quotes; a list of paths (.txt, or .csv or "
+        ".jsonl with further columns); a dataset on disk, or its name on the Hub",
+    )
+    tokenize.add_argument("-m", "--model", required=True, help=MODEL_HELP)
+    tokenize.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
+    tokenize.add_argument("-o", "--output", required=True, help="folder, new or of an earlier run")
+    tokenize.add_argument(
+        "--column", help="of the sound, or of the paths in a list; default: audio, and in lists also path or file_name"
+    )
+    tokenize.add_argument("--dataset-config", help="of a dataset on the Hub")
+    tokenize.add_argument("--dataset-revision", help="of a dataset on the Hub")
+    tokenize.add_argument("--split", default="train", help="of a dataset (default train)")
+    tokenize.add_argument("--device", help="cpu, cuda, cuda:1; default: each process has a GPU, if there is one")
+    tokenize.add_argument(
+        "--num-processes",
+        type=int,
+        help="with a model each; default: one for each GPU, or for two processors, and 2 with Ray",
+    )
+    tokenize.add_argument(
+        "--num-readers",
+        type=int,
+        help="threads in each process that decode and resample ahead; default: its processors",
+    )
+    tokenize.add_argument(
+        "--batch-seconds", type=float, default=120, help="of sound that are encoded at once (default 120)"
+    )
+    tokenize.add_argument(
+        "--part-size",
+        type=int,
+        help="clips in a Parquet file, which is what a crash costs for each process; default: up to 2000",
+    )
+    tokenize.add_argument(
+        "--shard", default="0/1", metavar="I/N", help="only shard I of N, from 0; all may write to one OUTPUT at once"
+    )
+    tokenize.add_argument(
+        "--on-error", choices=("record", "fail"), default="record", help="list failed clips, or stop at the first"
+    )
+    tokenize.add_argument("--retry-failed", action="store_true", help="try again what failed in earlier runs")
+    tokenize.add_argument("--engine", choices=("processes", "ray"), default="processes", help="default processes")
+    tokenize.add_argument("--ray-address", help="of a Ray cluster; default: Ray is started on this machine")
+    tokenize.add_argument("--push-to-hub", metavar="NAME", help="upload OUTPUT to this dataset on the Hub in the end")
+
+
+def _tokenize(arguments) -> int:
+    from ..bulk import tokenize
+
+    index, slash, number = arguments.shard.partition("/")
+    if not (slash and index.isdecimal() and number.isdecimal()):
+        raise ValueError(f"Got --shard {arguments.shard}, expected I/N, for example 0/8.")
+    options = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in ("command", "run", "json", "source", "model", "output", "shard")
+    }
+    result = tokenize(
+        arguments.source,
+        find_model(arguments.model),
+        arguments.output,
+        shard=(int(index), int(number)),
+        progress=True,
+        **options,
+    )
+    facts = {
+        "output": arguments.output,
+        "clips": result.total.num_clips,
+        "clips_done_now": result.done_now.num_clips,
+        "clips_failed": len(result.failures),
+        "hours": result.total.num_samples / result.sampling_rate / 3600,
+        "tokens": result.total.num_codes,
+        "hours_per_hour": result.done_now.num_samples / result.sampling_rate / result.seconds,
+    }
+    print_facts(facts, arguments.json)
+    for clip, reason in list(result.failures.items())[:10]:
+        print(f"{clip}: failed: {reason}", file=sys.stderr)
+    if result.failures:
+        print(
+            f"wavtokenizer tokenize: {len(result.failures)} clips failed; all of them are in "
+            f"{Path(arguments.output, 'failures.jsonl')}",
+            file=sys.stderr,
+        )
+    return 1 if result.failures else 0

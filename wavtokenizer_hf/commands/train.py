@@ -1,0 +1,29 @@
+"""`wavtokenizer train`: a new model, or more training for one that is there."""
+
+from ..training import settings
+from .arguments import add_command, print_facts
+
+
+def add(commands) -> None:
+    train = add_command(commands, "train", _train, "a new model, or more training for a converted one")
+    train.description += (
+        " Every setting can stand in a recipe, here, or in both, where what stands here counts; output, train_data and "
+        "validation_data are always needed. On several GPUs: accelerate launch -m wavtokenizer_hf train ... "
+        "Needs the extra `training`."
+    )
+    settings.add_arguments(train)
+
+
+def _train(arguments) -> int:
+    from ..training import train
+
+    state = train(settings.read_arguments(arguments))
+    facts = {
+        "output": state.settings.output,
+        "steps": state.step,
+        "best_validation_score": state.best_score,
+        "clips_skipped": len(state.skipped),
+    }
+    if state.accelerator.is_main_process:
+        print_facts(facts, arguments.json)
+    return 0
