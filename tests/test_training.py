@@ -678,7 +678,7 @@ def two_processes(code: str, *arguments):
             process.kill()
 
 
-ACCUMULATED = {"gradient_accumulation": 2, "steps": 3, "mel_only_steps": 1, "validate_every": 3}
+ACCUMULATED = {"gradient_accumulation": 2, "steps": 2, "mel_only_steps": 1}
 WORKER = f"""
 import sys
 from pathlib import Path
