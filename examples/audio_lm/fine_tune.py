@@ -75,7 +75,7 @@ def main() -> None:
     metrics = trainer.evaluate()
     model.config.use_cache = True  # which Trainer switched off, and generation wants
     trainer.save_model()
-    trainer.save_metrics("eval", metrics)
+    trainer.save_metrics("eval", {**metrics, "num_processes": settings.world_size})
 
 
 def add_audio(arguments: Arguments, tokenizer, model) -> AudioVocabulary:
@@ -108,7 +108,8 @@ def template(task: str, tokenizer, arguments: Arguments) -> Template:
 
 def packed(arguments: Arguments, rows: TrainingRows, seed: int):
     """Rows to train on, and rows that are held out."""
-    dataset = datasets.load_dataset(arguments.tokens, split="train")
+    # by its files: load_dataset of a folder (5.2) keeps what it read of another folder of that name, or before it grew
+    dataset = datasets.Dataset.from_parquet(sorted(map(str, Path(arguments.tokens).glob("data/*.parquet"))))
     pad_token_id = rows.tokenizer.eos_token_id if rows.tokenizer.pad_token_id is None else rows.tokenizer.pad_token_id
     pack = PackedRows(arguments.row_size, pad_token_id, too_long="drop")
     splits = dataset.train_test_split(arguments.validation_share, seed=seed)

@@ -58,7 +58,6 @@ from wavtokenizer_hf.llm import (
     span_arguments,
     stream_audio,
 )
-from wavtokenizer_hf.plots import plot_reconstruction
 
 
 @dataclass
@@ -73,10 +72,20 @@ class Size:
     row_size: int = 1024
     batch_size: int = 8
     steps: int = 1500
+    learning_rate: float = 1e-3
 
 
-QUICK = Size(sentences=60, validation=8, spoken=3, hidden_size=64, num_layers=2, row_size=512, batch_size=4, steps=60)
-LEARNING_RATE = 1e-3
+QUICK = Size(
+    sentences=60,
+    validation=8,
+    spoken=3,
+    hidden_size=64,
+    num_layers=2,
+    row_size=512,
+    batch_size=4,
+    steps=150,
+    learning_rate=3e-3,
+)
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 50}
 
 
@@ -149,7 +158,9 @@ def make_speech(folder: Path, size: Size, seed: int) -> dict[str, str]:
 
 def read_tokens(folder: Path, texts: dict[str, str]) -> datasets.DatasetDict:
     """What bulk work wrote, with the text of each clip, in the splits that the clips' folders name."""
-    dataset = datasets.load_dataset(str(folder), split="train", cache_dir=str(folder.parent / "cache"))
+    # by its files: load_dataset of a folder (5.2) keeps what it read of another folder of that name, or before it grew
+    files = sorted(map(str, folder.glob("data/*.parquet")))
+    dataset = datasets.Dataset.from_parquet(files, cache_dir=str(folder.parent / "cache"))
     dataset = dataset.select_columns(["id", "audio_codes", "duration", "codebook_fingerprint"]).sort("id")
     dataset = dataset.add_column("text", [texts[name] for name in dataset["id"]])
     splits = {name.split("/")[0] for name in texts}
@@ -196,7 +207,7 @@ def train(folder: Path, size: Size, tokenizer, rows: TrainingRows, tokens: datas
         max_steps=size.steps,
         per_device_train_batch_size=size.batch_size,
         per_device_eval_batch_size=size.batch_size,
-        learning_rate=LEARNING_RATE,
+        learning_rate=size.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=size.steps // 15,
         weight_decay=0.1,
@@ -247,7 +258,7 @@ def validate(model: LlamaForCausalLM, vocabulary: AudioVocabulary, dataset: data
 
 
 def longest(rows: TrainingRows, text: str, codec: WavTokenizerModel) -> int:
-    """Codes after which a span is ended: at 160 words a minute a letter takes some 0.07 s; this is twice that."""
+    """Codes after which a span is ended. A letter took espeak-ng 0.06 s on average and 0.08 s at most; this leaves room."""
     return math.ceil(0.15 * len(text) * codec.config.frame_rate)
 
 
@@ -323,13 +334,7 @@ def stream(
     seconds = time.perf_counter() - started
     said = np.concatenate(pieces)
     truth = audio.load(output / "speech" / name, codec.config.sampling_rate)
-    length = max(len(said), len(truth))
-    padded = [np.pad(sound, (0, length - len(sound))) for sound in (truth, said)]
-    with torch.inference_mode():
-        codes = codec.encode(torch.from_numpy(padded[1])[None, None].to(codec.device)).audio_codes[0, 0].cpu().numpy()
-    plot_reconstruction(
-        output / "said.png", *padded, codes, codec.config.sampling_rate, f"espeak-ng, and the model: {text}"
-    )
+    draw(output / "said.png", text, {"espeak-ng": truth, "the language model": said}, codec.config.sampling_rate)
     return {
         "said": text,
         "said_seconds": len(said) / codec.config.sampling_rate,
@@ -337,6 +342,20 @@ def stream(
         "seconds_to_first_sound": first,
         "real_time_factor": seconds * codec.config.sampling_rate / len(said),
     }
+
+
+def draw(path: Path, title: str, sounds: dict[str, np.ndarray], sampling_rate: int) -> None:
+    """Spectrograms of several sounds, one above the other, on one time axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    for axes, (name, sound) in zip(figure.subplots(len(sounds), 1, sharex=True), sounds.items(), strict=True):
+        # the quietest noise under it: the logarithm of exact silence does not exist
+        axes.specgram(sound + 1e-6, NFFT=1024, noverlap=768, Fs=sampling_rate, vmin=-150, vmax=-40, cmap="magma")
+        axes.set(title=name, ylabel="Hz", facecolor="black")
+    axes.set(xlabel="seconds")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
