@@ -25,6 +25,7 @@ from wavtokenizer_hf.training import Settings, train
 from wavtokenizer_hf.training.checkpoints import read_state
 from wavtokenizer_hf.training.data import Batch
 from wavtokenizer_hf.training.losses import WEIGHTS
+from wavtokenizer_hf.training.settings import read_arguments
 from wavtokenizer_hf.training.state import build, restore, save
 from wavtokenizer_hf.training.train import train_step, validate
 
@@ -576,7 +577,7 @@ def test_the_command_line_goes_before_the_recipe(tmp_path, capsys):
     recipe.write_text("steps: 7\nlearning_rate: 1e-4\nconfig: {num_filters: 8, hidden_size: 64}\n")
     parser = cli._parser()
     arguments = ["train", str(recipe), "--steps", "3", "--config", "num_filters=16", "codebook_size=32", "--resume"]
-    settings = cli.settings.read_arguments(parser.parse_args([*arguments, "--max_gradient_norm", "none"]))
+    settings = read_arguments(parser.parse_args([*arguments, "--max_gradient_norm", "none"]))
     assert (settings.steps, settings.learning_rate, settings.resume, settings.max_gradient_norm) == (
         3,
         1e-4,
