@@ -78,7 +78,7 @@ def test_its_card_says_what_it_does_to_the_held_out_utterances(tmp_path):
     result, card = report.to_dict()["systems"][0], (bundled_model() / "README.md").read_text()
     assert len(list((tmp_path / "held_out").iterdir())) == 50
     assert result["metrics"]["stoi"]["mean"] >= 0.8
-    assert result["all_codes"]["codebook_utilisation"] >= 0.6
+    assert result["all_codes"]["codebook_utilization"] >= 0.6
     assert f"| stoi | {result['metrics']['stoi']['mean']:.3f}" in card
     assert f"{agreement:.1%}" in card
 

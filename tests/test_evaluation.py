@@ -281,7 +281,7 @@ def test_what_cannot_run_says_why(monkeypatch, tmp_path):
 def test_codebook_figures_of_known_distributions(codes, used, perplexity, bits_per_second):
     usage = CodebookUsage.of(codes, codebook_size=16, frame_rate=75)
     assert usage.figures() == pytest.approx(
-        {"codebook_utilisation": used, "codebook_perplexity": perplexity, "codebook_entropy": bits_per_second}
+        {"codebook_utilization": used, "codebook_perplexity": perplexity, "codebook_entropy": bits_per_second}
     )
 
 
@@ -289,7 +289,7 @@ def test_codebook_use_of_several_files_is_that_of_their_codes_together():
     parts = [CodebookUsage.of(np.array(codes), 8, 40) for codes in ([0, 0, 1], [1, 2, 3, 3, 2])]
     together = sum(parts[1:], parts[0])
     assert together.num_codes == 8 and together.bits_per_second == 80  # four entries, two of each: 2 bits
-    assert together.utilisation == 0.5
+    assert together.utilization == 0.5
 
 
 def test_the_interval_is_students_and_what_is_missing_is_counted_not_averaged():
@@ -412,7 +412,7 @@ def test_a_model_is_measured_on_what_it_decodes_and_on_its_codes(corpus, model_f
     system = report["systems"][0]
     assert system["metrics"]["stoi"]["mean"] == pytest.approx(np.mean(scores))
     assert system["all_codes"]["num_codes"] == sum(map(len, codes))
-    assert system["all_codes"]["codebook_utilisation"] == len(shares) / 64
+    assert system["all_codes"]["codebook_utilization"] == len(shares) / 64
     assert system["all_codes"]["codebook_entropy"] == pytest.approx(-(shares * np.log2(shares)).sum() * 1500)
     assert system["metrics"]["codebook_entropy"]["count"] == 3
     assert system["codebook_fingerprint"] == model.codebook_fingerprint

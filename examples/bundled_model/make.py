@@ -199,7 +199,7 @@ def card(
         codebook_size=model.config.codebook_size,
         num_codes=codes["num_codes"],
         num_used=codes["num_used"],
-        use=f"{codes['codebook_utilisation']:.1%}",
+        use=f"{codes['codebook_utilization']:.1%}",
         agreement=f"{agreement:.1%}",
         frame_rate=f"{model.config.frame_rate:g}",
         bit_rate=f"{model.config.bit_rate:g}",

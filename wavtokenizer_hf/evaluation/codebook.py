@@ -35,7 +35,7 @@ class CodebookUsage:
         return int((self.counts > 0).sum())
 
     @property
-    def utilisation(self) -> float:
+    def utilization(self) -> float:
         """Share of the entries that occur at least once."""
         return self.num_used / len(self.counts)
 
@@ -57,7 +57,7 @@ class CodebookUsage:
     def figures(self) -> dict[str, float]:
         """The three that are reported for each file."""
         return {
-            "codebook_utilisation": self.utilisation,
+            "codebook_utilization": self.utilization,
             "codebook_perplexity": self.perplexity,
             "codebook_entropy": self.bits_per_second,
         }

@@ -19,7 +19,7 @@ from .metrics import METRICS
 
 
 CODEBOOK_FIGURES = {
-    "codebook_utilisation": ("codebook use", ""),
+    "codebook_utilization": ("codebook use", ""),
     "codebook_perplexity": ("perplexity", ""),
     "codebook_entropy": ("entropy", "bit/s"),
 }
@@ -201,7 +201,7 @@ class Report:
             if (usage := system.codes) is not None:
                 lines.append(
                     f"  all {usage.num_codes} codes together: {usage.num_used} of {len(usage.counts)} entries in use "
-                    f"({usage.utilisation:.1%}), perplexity {usage.perplexity:.1f}, {usage.bits_per_second:.1f} of "
+                    f"({usage.utilization:.1%}), perplexity {usage.perplexity:.1f}, {usage.bits_per_second:.1f} of "
                     f"{math.log2(len(usage.counts)) * usage.frame_rate:.1f} bit/s"
                 )
             if system.num_cut:
