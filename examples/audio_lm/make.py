@@ -350,8 +350,8 @@ def draw(path: Path, title: str, sounds: dict[str, np.ndarray], sampling_rate: i
 
     figure = Figure(figsize=(10, 5), layout="constrained")
     for axes, (name, sound) in zip(figure.subplots(len(sounds), 1, sharex=True), sounds.items(), strict=True):
-        # the quietest noise under it: the logarithm of exact silence does not exist
-        axes.specgram(sound + 1e-6, NFFT=1024, noverlap=768, Fs=sampling_rate, vmin=-150, vmax=-40, cmap="magma")
+        floor = 1e-6 * np.random.default_rng(0).standard_normal(len(sound))  # exact silence has no logarithm
+        axes.specgram(sound + floor, NFFT=1024, noverlap=768, Fs=sampling_rate, vmin=-150, vmax=-40, cmap="magma")
         axes.set(title=name, ylabel="Hz", facecolor="black")
     axes.set(xlabel="seconds")
     figure.suptitle(title)
