@@ -215,4 +215,5 @@ def test_public_names():
         "WavTokenizerFeatureExtractor",
         "WavTokenizerModel",
         "WavTokenizerOutput",
+        "bundled_model",
     }

@@ -6,7 +6,7 @@
 It makes the sound (sound.py), trains on it with recipe.yaml, measures the model on 50 utterances that were held out, draws
 the curves, and writes the card from what was measured. In the output folder:
 
-    model/          the best checkpoint with its card as README.md: what becomes wavtokenizer_hf/bundled
+    model/          the last checkpoint with its card as README.md: what becomes wavtokenizer_hf/bundled
     curves.csv, curves.png, report/        what training and evaluation found
     sound/, run/    the sound, and the run with its TensorBoard log
 
@@ -64,7 +64,7 @@ def main() -> None:
 
     facts = make_sound(output / "sound", hours, arguments.seed)
     settings = train(output, {**changes, "seed": arguments.seed})
-    model = WavTokenizerModel.from_pretrained(output / "run" / "best").eval()
+    model = WavTokenizerModel.from_pretrained(output / "run" / "last").eval()
     report, agreement = measure(output / "sound" / "held_out", output / "report", model)
     points = read_curves(output / "run" / "log")
     write_curves(output, points)
@@ -222,13 +222,16 @@ def card(
 
 
 def write_model(output: Path, text: str) -> None:
-    """The best checkpoint and its card, beside it first, then in its place; without the code, which it lies beside."""
+    """The last checkpoint and its card, beside it first, then in its place; without the code, which it lies beside.
+
+    Not the best by the validation score: that counts the commitment loss, which grows while codes become easier to tell apart.
+    """
     partial, model = output / "model.partial", output / "model"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    shutil.copy(output / "run" / "best" / "model.safetensors", partial)
+    shutil.copy(output / "run" / "last" / "model.safetensors", partial)
     for name in ("config.json", "preprocessor_config.json"):
-        values = json.loads((output / "run" / "best" / name).read_text())
+        values = json.loads((output / "run" / "last" / name).read_text())
         del values["auto_map"]  # where the code would be
         (partial / name).write_text(json.dumps(values, indent=2) + "\n")
     (partial / "README.md").write_text(text, encoding="utf-8")
