@@ -545,6 +545,26 @@ def test_the_output_is_read_by_load_dataset_as_it_is(run, alone, tmp_path, strea
     assert {row["id"]: row["audio_codes"] for row in loaded} == alone
 
 
+def test_load_dataset_tells_folders_of_one_name_apart_and_sees_them_grow(run, place, alone, tmp_path):
+    """With `configs` in the card, datasets 5.2 took what it had read of another folder of that name."""
+    import datasets
+
+    def ids(folder) -> set[str]:
+        loaded = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+        return set(loaded["id"])
+
+    clips = [place / "corpus" / clip for clip in sorted(alone)[:2]]
+    for name, clip in zip(("one", "other"), clips, strict=True):
+        (tmp_path / name / "corpus").mkdir(parents=True)
+        shutil.copy(clip, tmp_path / name / "corpus")
+        run(tmp_path / name / "corpus", output=tmp_path / name / "tokens")
+    first, second = (clip.name for clip in clips)
+    assert (ids(tmp_path / "one" / "tokens"), ids(tmp_path / "other" / "tokens")) == ({first}, {second})
+    shutil.copy(clips[1], tmp_path / "one" / "corpus")
+    run(tmp_path / "one" / "corpus", output=tmp_path / "one" / "tokens")
+    assert ids(tmp_path / "one" / "tokens") == {first, second}
+
+
 def test_the_schema_says_what_the_codes_are(run, place, model, tmp_path):
     run()
     part = next((tmp_path / "out" / "data").iterdir())

@@ -108,8 +108,7 @@ def template(task: str, tokenizer, arguments: Arguments) -> Template:
 
 def packed(arguments: Arguments, rows: TrainingRows, seed: int):
     """Rows to train on, and rows that are held out."""
-    # by its files: load_dataset of a folder (5.2) keeps what it read of another folder of that name, or before it grew
-    dataset = datasets.Dataset.from_parquet(sorted(map(str, Path(arguments.tokens).glob("data/*.parquet"))))
+    dataset = datasets.load_dataset(arguments.tokens, split="train")
     pad_token_id = rows.tokenizer.eos_token_id if rows.tokenizer.pad_token_id is None else rows.tokenizer.pad_token_id
     pack = PackedRows(arguments.row_size, pad_token_id, too_long="drop")
     splits = dataset.train_test_split(arguments.validation_share, seed=seed)

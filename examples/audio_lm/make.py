@@ -158,9 +158,7 @@ def make_speech(folder: Path, size: Size, seed: int) -> dict[str, str]:
 
 def read_tokens(folder: Path, texts: dict[str, str]) -> datasets.DatasetDict:
     """What bulk work wrote, with the text of each clip, in the splits that the clips' folders name."""
-    # by its files: load_dataset of a folder (5.2) keeps what it read of another folder of that name, or before it grew
-    files = sorted(map(str, folder.glob("data/*.parquet")))
-    dataset = datasets.Dataset.from_parquet(files, cache_dir=str(folder.parent / "cache"))
+    dataset = datasets.load_dataset(str(folder), split="train", cache_dir=str(folder.parent / "cache"))
     dataset = dataset.select_columns(["id", "audio_codes", "duration", "codebook_fingerprint"]).sort("id")
     dataset = dataset.add_column("text", [texts[name] for name in dataset["id"]])
     splits = {name.split("/")[0] for name in texts}

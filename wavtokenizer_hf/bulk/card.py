@@ -30,9 +30,6 @@ def card(settings: "Settings", schema, total: "Summary", complete: bool) -> str:
     peak = "" if settings.peak_dbfs is None else f", each clip scaled to a peak of {settings.peak_dbfs:g} dBFS"
     revision = "" if settings.revision is None else f" at revision `{settings.revision}`"
     return f"""---
-configs:
-- config_name: default
-  data_files: data/*.parquet
 tags:
 - audio
 - audio-tokens
