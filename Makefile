@@ -16,8 +16,9 @@ setup: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py --output demo_output $(if $(AUDIO),--audio $(AUDIO))
 
+# two files at a time, on one thread each: threads that wait for each other take longer than the small models of the tests
 test: $(VENV)/installed $(TRANSFORMERS_TESTS)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(VENV)/installed $(TRANSFORMERS_TESTS)
 	$(BIN)/python -m pytest -m slow

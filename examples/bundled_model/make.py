@@ -191,6 +191,7 @@ def card(
         value = f"not measured: {figure['not_run']}" if figure["mean"] is None else f"{figure['mean']:.3f}{unit}"
         low = f" ({figure['low']:.3f} to {figure['high']:.3f})" if figure["low"] is not None else ""
         rows.append(f"| {name.replace('_', ' ')} | {value}{low} |")
+    threads = torch.get_num_threads()
     codes, critics = result["all_codes"], used_discriminators(settings.loss_weights)
     template = string.Template((HERE / "card.md").read_text(encoding="utf-8"))
     return template.substitute(
@@ -215,7 +216,7 @@ def card(
         training_hours=f"{points[-1]['hours']:.2f}",
         device=torch.cuda.get_device_name()
         if torch.cuda.is_available()
-        else f"a CPU, {torch.get_num_threads()} threads",
+        else f"{threads} CPU thread{'s' * (threads > 1)}",
         torch=torch.__version__,
         version=__version__,
     )
