@@ -95,6 +95,9 @@ def main() -> None:
     parser.add_argument("--model", help="the WavTokenizer: a folder or a name on the Hub (default: the bundled one)")
     parser.add_argument("--steps", type=int, help=f"of training (default {Size.steps})")
     parser.add_argument("--seed", type=int, default=0, help="of the sentences, the weights and what is spoken")
+    parser.add_argument(
+        "--bf16", action="store_true", help="train in bfloat16, where GPU or processor are faster with it"
+    )
     parser.add_argument("--quick", action="store_true", help="a small try")
     arguments = parser.parse_args()
     size = QUICK if arguments.quick else Size()
@@ -109,7 +112,7 @@ def main() -> None:
     rows = TrainingRows(tokenizer, vocabulary, Template("<s>{text}", "{audio}</s>"))
     tokens = read_tokens(output / "tokens", texts)
     set_seed(arguments.seed)
-    language_model = train(output / "run", size, tokenizer, rows, tokens)
+    language_model = train(output / "run", size, tokenizer, rows, tokens, arguments.bf16)
     language_model.save_pretrained(output / "language_model")
     tokenizer.save_pretrained(output / "language_model")
 
@@ -188,7 +191,9 @@ def packed(dataset: datasets.Dataset, rows: TrainingRows, size: Size, tokenizer)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def train(folder: Path, size: Size, tokenizer, rows: TrainingRows, tokens: datasets.DatasetDict) -> LlamaForCausalLM:
+def train(
+    folder: Path, size: Size, tokenizer, rows: TrainingRows, tokens: datasets.DatasetDict, bf16: bool
+) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.hidden_size,
@@ -210,6 +215,8 @@ def train(folder: Path, size: Size, tokenizer, rows: TrainingRows, tokens: datas
         warmup_steps=size.steps // 15,
         weight_decay=0.1,
         adam_beta2=0.95,
+        bf16=bf16,
+        use_cpu=not torch.accelerator.is_available(),  # said in so many words, else bf16 wants a GPU
         eval_strategy="steps",
         eval_steps=max(1, size.steps // 10),
         save_steps=max(1, size.steps // 10),
