@@ -14,6 +14,7 @@ import soundfile
 import torch
 from conftest import tiny_config
 from language_models import byte_level, tiny_llama
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments
 
 
@@ -72,6 +73,76 @@ def codec(tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     WavTokenizerFeatureExtractor(hop_length=320).save_pretrained(folder)
     return folder
+
+
+def write_manifest(folder: Path, codebook_size: int = 4, codebook_fingerprint: str = "a" * 16) -> None:
+    settings = {"codebook_size": codebook_size, "codebook_fingerprint": codebook_fingerprint}
+    (folder / "manifest.json").write_text(json.dumps({"settings": settings}))
+
+
+def test_a_described_range_takes_the_codebook_of_the_tokens(tmp_path, monkeypatch):
+    import fine_tune
+
+    def tokenizer_with_codes():
+        tokenizer = byte_level()
+        tokenizer.add_tokens([AddedToken(f"<|audio_{code}|>", normalized=False) for code in range(4)])
+        return tokenizer
+
+    tokenizer = tokenizer_with_codes()
+    monkeypatch.setitem(fine_tune.LAYOUTS, "known", AudioVocabulary(len(tokenizer) - 4, 4))
+    arguments = fine_tune.Arguments(language_model="llm", tokens=str(tmp_path), layout="known")
+    write_manifest(tmp_path)
+    vocabulary = fine_tune.add_audio(arguments, tokenizer, tiny_llama(len(tokenizer)))
+    assert vocabulary == AudioVocabulary.from_tokenizer(tokenizer)
+    assert vocabulary.codebook_fingerprint == "a" * 16
+    write_manifest(tmp_path, codebook_size=3)
+    with pytest.raises(ValueError, match=r"codebook of 3, and the layout known has 4"):
+        fine_tune.add_audio(arguments, tokenizer_with_codes(), tiny_llama(len(tokenizer)))
+
+
+def test_flash_attention_is_refused_for_several_packed_rows(tmp_path):
+    import fine_tune
+
+    def settings(rows, more=1):
+        return TrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            per_device_train_batch_size=rows,
+            per_device_eval_batch_size=more,
+        )
+
+    model = tiny_llama(10)
+    fine_tune.check_attention(model, settings(2, 8))
+    model.config._attn_implementation = "flash_attention_2"
+    fine_tune.check_attention(model, settings(1))
+    for rows, more in ((2, 1), (1, 8)):
+        with pytest.raises(ValueError, match=r"flash_attention_2 .*per_device_train_batch_size"):
+            fine_tune.check_attention(model, settings(rows, more))
+
+
+def test_a_tokenizer_without_end_of_text_is_refused():
+    import fine_tune
+
+    tokenizer = byte_level()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no eos_token"):
+        fine_tune.template("speak", tokenizer, fine_tune.Arguments(language_model="llm", tokens="tokens"))
+
+
+def test_sound_is_never_paired_with_texts_of_another_run(tmp_path, monkeypatch):
+    import make
+
+    monkeypatch.setattr(make.subprocess, "run", lambda command, check: Path(command[-2]).write_text(command[-1]))
+    size = make.Size(sentences=3, validation=1, spoken=1)
+    texts = make.make_speech(tmp_path / "speech", size, seed=0)
+    assert texts == make.make_speech(tmp_path / "speech", size, seed=0)  # and goes on where it was
+    for others in ((make.Size(sentences=4, validation=1, spoken=1), 0), (size, 1)):
+        with pytest.raises(SystemExit, match=r"other sentences.*another --output"):
+            make.make_speech(tmp_path / "speech", *others)
+    (tmp_path / "speech" / "texts.json").unlink()
+    with pytest.raises(SystemExit, match=r"other sentences.*another --output"):
+        make.make_speech(tmp_path / "speech", size, seed=0)
+    assert all((tmp_path / "speech" / name).read_text() == text for name, text in texts.items())
 
 
 def run(*command) -> str:

@@ -229,7 +229,11 @@ def refused_tokenizers():
     def code(tokenizer):
         tokenizer.add_tokens(["<|audio_63|>"])
 
-    return [(twice, "already"), (mark, r"'<\|audio_end\|>' \(id 300\) already"), (code, r"'<\|audio_63\|>'")]
+    return [
+        (twice, "an audio vocabulary already.*one only.*load the tokenizer anew"),
+        (mark, r"'<\|audio_end\|>' \(id 300\) already"),
+        (code, r"'<\|audio_63\|>'"),
+    ]
 
 
 @pytest.mark.parametrize(("change", "message"), refused_tokenizers())
@@ -290,6 +294,9 @@ def test_a_tokenizer_that_remembers_nothing_or_something_else_is_refused():
         AudioVocabulary(**{**asdict(vocabulary), "codebook_fingerprint": "b" * 16}).attach(tokenizer)
     tokenizer.init_kwargs["audio_vocabulary"] = {**asdict(vocabulary), "frames": 1}
     with pytest.raises(ValueError, match="unknown field 'frames'"):
+        AudioVocabulary.from_tokenizer(tokenizer)
+    tokenizer.init_kwargs["audio_vocabulary"] = {"first_token_id": 1}
+    with pytest.raises(ValueError, match="no field 'codebook_size'"):
         AudioVocabulary.from_tokenizer(tokenizer)
 
 

@@ -156,6 +156,14 @@ def test_many_spans_are_decoded_as_each_alone_and_in_order(tiny_model, vocabular
     assert decode_spans(tiny_model, vocabulary, []) == []
 
 
+def test_decoded_spans_can_be_kept_and_changed(tiny_model, vocabulary):
+    """They are no part of a padded batch, which each would keep in memory, and no tensors of inference mode."""
+    spans = [AudioSpan(0, length, np.arange(length)) for length in (30, 1)]
+    for audio in decode_spans(tiny_model, vocabulary, spans):
+        assert audio.untyped_storage().nbytes() == 4 * len(audio)
+        assert not audio.is_inference() and not audio.requires_grad
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Streaming
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,9 +197,10 @@ class _WaitForSound(StoppingCriteria):
     """Holds generation up at a length until the listener has heard something."""
 
     def __init__(self, length: int):
-        self.length, self.heard = length, threading.Event()
+        self.length, self.heard, self.reached = length, threading.Event(), 0
 
     def __call__(self, input_ids, scores, **kwargs):
+        self.reached = input_ids.shape[-1]
         assert input_ids.shape[-1] < self.length or self.heard.wait(timeout=30), "no sound came while it generated"
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
@@ -272,10 +281,53 @@ def test_an_error_of_generate_reaches_the_listener(model, tiny_model, tokenizer,
 
 
 def test_whoever_stops_listening_stops_the_generation(model, tiny_model, tokenizer, vocabulary):
-    arguments = span_arguments(vocabulary, tokenizer, min_codes=400)
     threads = threading.active_count()
     inputs = prompts(tokenizer, "say hello")
-    stream = stream_audio(model, tiny_model, vocabulary, **WINDOW, **inputs, **arguments, max_new_tokens=410)
+    wait = _WaitForSound(inputs.input_ids.shape[1] + 12)  # or it might be through before anybody could leave
+    stream = stream_audio(
+        model, tiny_model, vocabulary, **WINDOW, **inputs, **span_arguments(vocabulary, tokenizer, min_codes=400),
+        max_new_tokens=410, stopping_criteria=[wait],
+    )  # fmt: skip
     assert len(next(stream)) > 0
+    wait.heard.set()
     stream.close()
     assert threading.active_count() == threads
+    assert wait.reached < 200  # of 400
+
+
+def test_end_of_text_in_a_prompt_is_read_though_it_is_also_the_padding(model, tiny_model, vocabulary):
+    """As in chats, where it ends every turn."""
+    bare = byte_level()
+    bare.pad_token = None
+    prompt = torch.tensor([[5, bare.eos_token_id, 7, vocabulary.begin_token_id]])
+    arguments = {"input_ids": prompt, **span_arguments(vocabulary, bare, 20, 20), "do_sample": False}
+    arguments["max_new_tokens"] = 21
+    seen = model.generate(**arguments, attention_mask=torch.ones_like(prompt))
+    hidden = model.generate(**arguments, attention_mask=(prompt != bare.eos_token_id).long())
+    assert not torch.equal(seen, hidden)
+    (span,), _ = vocabulary.find_spans(seen[0])
+    sound = torch.cat(list(stream_audio(model, tiny_model, vocabulary, **WINDOW, **arguments)))
+    assert torch.equal(sound, windowed(tiny_model, span.audio_codes))
+
+
+def test_a_generate_that_does_not_end_its_streamer_ends_the_sound(tiny_model, vocabulary):
+    begin, end, first = vocabulary.begin_token_id, vocabulary.end_token_id, vocabulary.first_token_id
+
+    class Forgetful:
+        def get_input_embeddings(self):
+            return torch.nn.Embedding(end + 1, 1)
+
+        get_output_embeddings = get_input_embeddings
+
+        def generate(self, input_ids, attention_mask, streamer, stopping_criteria):
+            for ids in (input_ids, torch.tensor([first + 1]), torch.tensor([end])):
+                streamer.put(ids)
+
+    heard = []
+    prompt = torch.tensor([[begin]])
+    stream = stream_audio(Forgetful(), tiny_model, vocabulary, **WINDOW, input_ids=prompt, stopping_criteria=None)
+    listener = threading.Thread(target=lambda: heard.extend(stream), daemon=True)
+    listener.start()
+    listener.join(timeout=20)
+    assert torch.equal(torch.cat(heard), windowed(tiny_model, [1]))
+    assert not listener.is_alive()

@@ -91,17 +91,17 @@ def test_a_chat_template_has_loss_on_the_answer(tokenizer, vocabulary):
 
 
 def test_a_prompt_to_generate_from_is_how_an_example_begins(tokenizer, vocabulary):
-    speak, transcribe = Template("<s>{text}", " so: {audio}"), Template("{audio}", "it is {text}")
+    speak, transcribe = Template("<s>{text}", " so: {audio}"), Template("{audio} so:", "it is {text}")
     training = TrainingRows(tokenizer, vocabulary, [speak, transcribe])
-    examples = training(rows([7, 8]))["input_ids"]
-    for template, example, rest in zip((speak, transcribe), examples, (3, 3), strict=True):
-        prompt = training.prompt({"text": "say hello", "audio_codes": [7, 8]}, template)
-        assert example[: len(prompt)] == prompt
-        if template is speak:
-            assert prompt[-1] == vocabulary.begin_token_id and len(example) == len(prompt) + rest  # 7, 8, end
-        else:
-            assert tokenizer.decode(prompt).endswith("it is ")
-    assert training.prompt({"text": "say hello"}) == examples[0][:-3]  # no codes are needed
+    row = {"text": "the dog", "audio_codes": [7, 8]}
+    spoken, written = training(rows([7, 8], text="the dog"))["input_ids"]
+    prompt = training.prompt({"text": "the dog"})  # no codes are needed
+    assert prompt == training.prompt(row) == spoken[:-3]  # 7, 8, end
+    assert prompt[-1] == vocabulary.begin_token_id
+    # a token goes across the seam of "it is " and the text, so nothing of them can be given alone
+    assert len(ids(tokenizer, "it is the dog")) < len(ids(tokenizer, "it is ") + ids(tokenizer, "the dog"))
+    prompt = training.prompt(row, transcribe)
+    assert prompt == vocabulary.span([7, 8]) + ids(tokenizer, " so:") == written[: len(prompt)]
 
 
 def test_datasets_map_takes_it_and_knows_it_again(tokenizer, vocabulary):
@@ -124,7 +124,10 @@ class TestRefused:
             ({"text": ["a"], "codes": [[1]]}, "no column 'audio_codes', but codes, text"),
             (rows([64]), "code 64 at place 0, expected 0 to 63"),
             (rows(None), "without codes.*filter"),
+            (rows([]), "without codes.*filter"),
             ({"audio_codes": [1], "text": ["a"]}, "batched=True"),
+            ({"audio_codes": [1], "text": "a", "codebook_fingerprint": "f" * 16}, "batched=True"),
+            ({"audio_codes": None, "text": "a"}, "batched=True"),
             (rows([1], text=None), "NoneType in the column 'text', expected text"),
             (rows([1], text="a <|audio_3|> b"), "finds audio tokens in the text '<s>a <"),
             (rows([1], text="<|audio_end|>"), "finds audio tokens"),

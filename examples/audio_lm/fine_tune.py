@@ -10,7 +10,7 @@ TrainingArguments is one of this program.
 import json
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -56,6 +56,7 @@ def main() -> None:
     set_seed(settings.seed)  # the new rows must be the same in every process
     tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
     model = AutoModelForCausalLM.from_pretrained(arguments.language_model)
+    check_attention(model, settings)
     vocabulary = add_audio(arguments, tokenizer, model)
     rows = TrainingRows(
         tokenizer, vocabulary, [template(task, tokenizer, arguments) for task in TASKS[arguments.task]]
@@ -78,6 +79,17 @@ def main() -> None:
     trainer.save_metrics("eval", {**metrics, "num_processes": settings.world_size})
 
 
+def check_attention(model, settings: TrainingArguments) -> None:
+    """Flash attention tells packed examples apart only in a batch of one row (transformers' _is_packed_sequence)."""
+    most = max(settings.per_device_train_batch_size, settings.per_device_eval_batch_size)
+    implementation = model.config._attn_implementation
+    if "flash" in implementation and most > 1:
+        raise ValueError(
+            f"Got {implementation} and {most} packed rows per device: their examples would see each other. Give "
+            "--per_device_train_batch_size 1 --per_device_eval_batch_size 1, or load the model with sdpa."
+        )
+
+
 def add_audio(arguments: Arguments, tokenizer, model) -> AudioVocabulary:
     """The vocabulary of the codes in `--tokens`: that of a model fine-tuned before, new tokens, or a range that there is."""
     made = json.loads((Path(arguments.tokens) / "manifest.json").read_text())["settings"]
@@ -90,7 +102,12 @@ def add_audio(arguments: Arguments, tokenizer, model) -> AudioVocabulary:
             tokenizer, made["codebook_size"], fingerprint, model=model, pad_to_multiple_of=64
         )
     else:
-        vocabulary = LAYOUTS[arguments.layout]
+        vocabulary = replace(LAYOUTS[arguments.layout], codebook_fingerprint=fingerprint)
+        if made["codebook_size"] != vocabulary.codebook_size:
+            raise ValueError(
+                f"Got codes of a codebook of {made['codebook_size']}, and the layout {arguments.layout} has "
+                f"{vocabulary.codebook_size}. Tokenize with the WavTokenizer whose codes the language model knows."
+            )
         vocabulary.attach(tokenizer)
     vocabulary.check_model(model, writes=arguments.task != "transcribe")
     return vocabulary
@@ -103,6 +120,8 @@ def template(task: str, tokenizer, arguments: Arguments) -> Template:
     if tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return Template.from_chat(tokenizer, messages)
+    if tokenizer.eos_token is None:
+        raise ValueError("The tokenizer has no eos_token, so no answer could end. Set one, and save the tokenizer.")
     return Template(f"{tokenizer.bos_token or ''}{question}\n", answer + tokenizer.eos_token)
 
 

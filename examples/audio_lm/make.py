@@ -144,6 +144,7 @@ def make_speech(folder: Path, size: Size, seed: int) -> dict[str, str]:
         (folder / split).mkdir(parents=True, exist_ok=True)
         texts |= {f"{split}/{place:05d}.wav": text for place, text in enumerate(every[start : start + count])}
         start += count
+    keep_texts(folder, texts)
 
     def say(name: str) -> None:
         if not (folder / name).exists():
@@ -157,6 +158,19 @@ def make_speech(folder: Path, size: Size, seed: int) -> dict[str, str]:
     except FileNotFoundError as error:
         raise SystemExit("There is no program espeak-ng. Install it, as with: apt-get install espeak-ng") from error
     return texts
+
+
+def keep_texts(folder: Path, texts: dict[str, str]) -> None:
+    """Writes down what is said in the folder. What there is must be of the same texts: others have the same names."""
+    path = folder / "texts.json"
+    same = json.loads(path.read_text()) == texts if path.exists() else not any(folder.rglob("*.wav"))
+    if not same:
+        raise SystemExit(
+            f"{folder} has speech of other sentences, as of another --seed or of --quick. Choose another --output."
+        )
+    partial = folder / "texts.json.partial"
+    partial.write_text(json.dumps(texts, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def read_tokens(folder: Path, texts: dict[str, str]) -> datasets.DatasetDict:

@@ -87,7 +87,9 @@ def span_arguments(
     ```
 
     Padding must be given beside the end, since `generate` would else pad the rows that are done with end marks. A batch is
-    padded on the left, as for any generation: `tokenizer.padding_side = "left"`.
+    padded on the left, as for any generation: `tokenizer.padding_side = "left"`. Give `generate` an `attention_mask`, as
+    `inputs` has it here: without one it takes every padding token in the prompt for padding, and where that is the end of
+    text, as for a tokenizer without a pad_token, the ends of the turns of a chat are not read.
 
     Raises:
         ValueError: a vocabulary without marks, or a tokenizer with neither padding nor end of text.
@@ -129,10 +131,10 @@ def decode_spans(
         padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)[:, None]
         lengths = torch.tensor([len(span) for span in batch])
         mask = (torch.arange(padded.shape[-1]) < lengths[:, None])[:, None]
-        with torch.inference_mode():
+        with torch.no_grad():
             values = codec.decode(padded.to(codec.device), audio_codes_mask=mask.to(codec.device)).audio_values
         for row, place in enumerate(places):
-            audio[place] = values[row, 0, : len(batch[row]) * codec.config.hop_length].cpu()
+            audio[place] = values[row, 0, : len(batch[row]) * codec.config.hop_length].cpu().clone()
     return audio
 
 
@@ -262,21 +264,25 @@ def stream_audio(
         play(audio)
     ```
 
-    Whoever stops listening stops the generation too. An error of `generate` is raised here.
+    The generation stops when this generator is closed, or collected because nobody holds it any more: so whoever leaves
+    the loop early, and keeps it, calls its `close()`. An error of `generate` is raised here.
 
     Args:
         model: the language model.
         codec, vocabulary, window_seconds, overlap_seconds: as for `AudioStreamer`.
-        arguments: for `generate`; one row.
+        arguments: for `generate`; one row. All of its `input_ids` are read, unless there is an `attention_mask`.
     """
     vocabulary.check_model(model)
     streamer = AudioStreamer(codec, vocabulary, window_seconds, overlap_seconds)
     left = _NobodyListens()
-    criteria = StoppingCriteriaList([*arguments.pop("stopping_criteria", []), left])
+    criteria = StoppingCriteriaList([*(arguments.pop("stopping_criteria", None) or []), left])
+    if arguments.get("input_ids") is not None:  # else ends of turns may be taken for padding: see span_arguments
+        arguments.setdefault("attention_mask", torch.ones_like(arguments["input_ids"]))
 
     def generate() -> None:
         try:
             model.generate(**arguments, streamer=streamer, stopping_criteria=criteria)
+            streamer.end()  # a generate() of the model's own may forget it; a second end is not read
         except BaseException as error:
             streamer.fail(error)
 

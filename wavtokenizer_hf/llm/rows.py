@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .vocabulary import AudioVocabulary
@@ -137,6 +138,8 @@ class TrainingRows:
             raise ValueError(
                 f"There is no column {missing[0]!r}, but {', '.join(sorted(batch))}. Change the template."
             )
+        if any(isinstance(batch.get(name), str) for name in (*columns, "codebook_fingerprint")):
+            raise ValueError("Got one row, expected a batch. Call dataset.map(..., batched=True).")
         for fingerprint in set(batch.get("codebook_fingerprint", ())) - {None}:
             self.vocabulary.check_codebook_fingerprint(fingerprint)
         input_ids, labels = [], []
@@ -150,8 +153,9 @@ class TrainingRows:
 
     def prompt(self, row: dict, template: Template | None = None) -> list[int]:
         """
-        Ids to generate from: the prompt, and what the response has before its first field, with the begin of a span if
-        that is audio.
+        Ids to generate from, with which an example begins too: the prompt, and, if the first field of the response is
+        audio, what stands before it and the begin of a span. Text before a field of text is left to the model, as in
+        training one token may go across both.
 
         Args:
             row: what the fields of the prompt need.
@@ -160,9 +164,11 @@ class TrainingRows:
         template = template or self.templates[0]
         pieces = _pieces(template.response)
         first = next((place for place, (_, is_field) in enumerate(pieces) if is_field), len(pieces))
-        opening = self._ids("".join(text for text, _ in pieces[:first]), row)
-        if pieces[first : first + 1] == [(AUDIO, True)] and self.vocabulary.has_marks:
-            opening.append(self.vocabulary.begin_token_id)
+        opening = []
+        if pieces[first : first + 1] == [(AUDIO, True)]:
+            opening = self._ids("".join(text for text, _ in pieces[:first]), row)
+            if self.vocabulary.has_marks:
+                opening.append(self.vocabulary.begin_token_id)
         return self._ids(template.prompt, row) + opening
 
     def _ids(self, text: str, row: dict) -> list[int]:
@@ -194,13 +200,13 @@ class TrainingRows:
         return token_ids
 
     def _audio(self, audio_codes) -> list[int]:
-        if audio_codes is None:
+        if audio_codes is not None and np.ndim(audio_codes) == 0:
+            raise ValueError("Got a code where a row's codes were expected. Call dataset.map(..., batched=True).")
+        if audio_codes is None or len(audio_codes) == 0:
             raise ValueError(
                 "Got a row without codes, as of a sound that could not be read. Filter first: "
-                f"dataset.filter(lambda row: row[{self.audio_column!r}] is not None)."
+                f"dataset.filter(lambda row: bool(row[{self.audio_column!r}]))."
             )
-        if isinstance(audio_codes, int):
-            raise ValueError("Got a code where a row's codes were expected. Call dataset.map(..., batched=True).")
         return self.vocabulary.span(audio_codes)
 
 
@@ -221,6 +227,9 @@ class PackedRows:
     these boundaries, if they are given no `attention_mask` and no cache: so rows have none, all have one length, and
     `default_data_collator` is theirs. Trainer switches the cache off; a loop of your own calls `model(..., use_cache=False)`.
     Padding at the end is an example of its own without loss.
+
+    Under FlashAttention transformers does so only for a batch of one row, and with more the examples see each other: use it
+    with one row per device, or `attn_implementation="sdpa"` or `"eager"`.
 
     Args:
         size: ids in a row.

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -294,13 +294,17 @@ class AudioVocabulary:
             ValueError: the tokenizer has an audio vocabulary or such tokens already, or does not give them consecutive
                 ids; the model has fewer rows than its tokenizer has ids, or its weights are not here.
         """
+        if KEY in tokenizer.init_kwargs:
+            raise ValueError(
+                "The tokenizer has an audio vocabulary already, and can have one only. Take it with "
+                "AudioVocabulary.from_tokenizer, or load the tokenizer anew, as it was without audio."
+            )
         tokens = [token_format.format(code) for code in range(codebook_size)]
         vocabulary = tokenizer.get_vocab()
         known = [token for token in (*tokens, begin_token, end_token) if token in vocabulary]
-        if KEY in tokenizer.init_kwargs or known:
-            which = f"the token {known[0]!r} (id {vocabulary[known[0]]})" if known else "an audio vocabulary"
+        if known:
             raise ValueError(
-                f"The tokenizer has {which} already. If these are the codes, use AudioVocabulary.from_tokenizer, or describe "
+                f"The tokenizer has the token {known[0]!r} (id {vocabulary[known[0]]}) already. If these are the codes, describe "
                 "them: AudioVocabulary(first_token_id=..., codebook_size=...).attach(tokenizer). If not, choose another "
                 "token_format, begin_token or end_token."
             )
@@ -367,6 +371,12 @@ class AudioVocabulary:
         if unknown:
             raise ValueError(
                 f"The tokenizer's audio vocabulary has the unknown field {min(unknown)!r}. Update wavtokenizer_hf."
+            )
+        missing = {field.name for field in fields(cls) if field.default is MISSING} - set(content)
+        if missing:
+            raise ValueError(
+                f"The tokenizer's audio vocabulary has no field {min(missing)!r}. Load the tokenizer anew from where it was "
+                "saved, or make its tokenizer_config.json whole again."
             )
         return cls(**content)
 
