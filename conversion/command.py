@@ -45,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the discriminators in a second file, so that training can go on from them",
     )
     add("--push-to-hub", metavar="NAME", help="upload the folder; with --all NAME is the user or organization")
-    add("--private", action="store_true", help="make the repository on the Hub private, if it does not exist")
+    add(
+        "--private",
+        action="store_true",
+        help="make the repository on the Hub private; one that exists and is public is refused",
+    )
     add("--create-pr", action="store_true", help="propose the files on the Hub as a pull request")
 
 

@@ -320,6 +320,28 @@ def test_a_private_repository_is_private(hub, small, tmp_path):
     assert hub.repositories["org/codec"].private
 
 
+@pytest.mark.parametrize("options", [["--private"], ["--private", "--create-pr"]], ids=str)
+def test_private_is_refused_where_the_repository_is_public(options, hub, small, tmp_path, capsys):
+    hub.repositories["org/codec"] = Repository()
+    hub.repositories["org/codec"].commit({"README.md": b"theirs"})
+    assert push(small, tmp_path, *options) == 2
+    said = one_line(capsys)
+    assert "org/codec exists and is public" in said and "Make it private in its settings" in said
+    assert hub.repositories["org/codec"].files() == {"README.md": b"theirs"}
+    assert "refs/pr/1" not in hub.repositories["org/codec"].names
+    hub.repositories["org/codec"].private = True
+    assert push(small, tmp_path, *options) == 0
+
+
+def test_discriminators_of_an_earlier_upload_do_not_stay_beside_other_weights(hub, small, tmp_path):
+    repository = hub.repositories["org/codec"] = Repository()
+    repository.commit({"discriminators.safetensors": b"of others", "notes.txt": b"theirs"})
+    commits = len(repository.revisions)
+    assert push(small, tmp_path) == 0
+    assert repository.files() == {"notes.txt": b"theirs", **contents(tmp_path / "folder")}
+    assert len(repository.revisions) == commits + 1
+
+
 def test_a_pull_request_leaves_the_main_branch_alone(hub, small, tmp_path, capsys):
     hub.repositories["org/codec"] = Repository()
     hub.repositories["org/codec"].commit({"README.md": b"theirs"})
