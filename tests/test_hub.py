@@ -416,8 +416,10 @@ def test_all_converts_what_can_be_had_names_what_not_and_goes_on(hub, tmp_path, 
     arguments = ["--all", "--output", str(tmp_path / "all"), "--push-to-hub", "org"]
     assert main(arguments) == 1
     errors = capsys.readouterr().err
+    assert "large-speech-75-v1: skipped: no longer on the Hub" in errors
+    assert "`wavtokenizer convert FILE --checkpoint large-speech-75-v1`" in errors
     # these weights are not trained, so the known answer finds that they are not Apertus's
-    assert "large-unify-40: failed: A sine of 440 Hz" in errors and "large-speech-75-v1: failed" in errors
+    assert "large-unify-40: failed: A sine of 440 Hz" in errors
     assert sorted(os.listdir(tmp_path / "all")) == ["wavtokenizer-small-speech-40", "wavtokenizer-small-speech-75"]
     rates = [
         json.loads(hub.repositories[f"org/wavtokenizer-small-speech-{rate}"].files()["config.json"])[
@@ -428,3 +430,22 @@ def test_all_converts_what_can_be_had_names_what_not_and_goes_on(hub, tmp_path, 
     assert rates == [[6, 5, 5, 4], [8, 5, 4, 2]]
     assert main(arguments) == 1  # again: what is there stays
     assert "already there, and equal" in capsys.readouterr().out
+
+
+def test_all_succeeds_where_all_that_is_still_on_the_hub_was_converted(hub, cache, small, tmp_path, monkeypatch):
+    published = {name: find(name) for name in ("large-speech-75-v1", "small-speech-75")}
+    monkeypatch.setattr("conversion.command.table", lambda: published)
+    put_into_cache(cache, SMALL_75.repository, {SMALL_75.file: small})
+    assert main(["--all", "--output", str(tmp_path / "all")]) == 0
+    assert os.listdir(tmp_path / "all") == ["wavtokenizer-small-speech-75"]
+
+
+def test_all_without_a_token_to_push_with_is_refused_once_and_before_the_work(
+    hub, small, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    assert main(["--all", "--output", str(tmp_path / "all"), "--push-to-hub", "org"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "Log in with `hf auth login`" in said
+    assert not (tmp_path / "all").exists() and not hub.requests
