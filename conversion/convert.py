@@ -27,7 +27,7 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerFeatureExtractor, WavTokenizerModel
 
@@ -205,21 +205,39 @@ def _differences(source: Source, folder: Path, published: Published | None) -> l
     except safetensors.SafetensorError as error:
         return [f"its weights cannot be read ({error})"]
     problems = [f"{kind}: {sorted(names)}" for kind, names in loading.items() if names]
-    loaded = model.state_dict()
-    for name, weight in source.weights.items():
-        # compared as integers, which tell -0.0 from 0.0
-        same_shape = name in loaded and loaded[name].shape == weight.shape and loaded[name].dtype == weight.dtype
-        if not same_shape or not torch.equal(loaded[name].view(torch.int32), weight.view(torch.int32)):
-            problems.append(f"{name} differs from the checkpoint")
+    problems += _different(source.weights, model.state_dict())
     if model.config.codebook_fingerprint != model.codebook_fingerprint:
         problems.append("config.json has the fingerprint of another codebook")
     extractor = WavTokenizerFeatureExtractor.from_pretrained(folder)
     if (extractor.sampling_rate, extractor.hop_length) != (model.config.sampling_rate, model.config.hop_length):
         problems.append("feature extractor and model differ in sampling rate or hop")
-    if source.discriminators and not (folder / "discriminators.safetensors").is_file():
-        problems.append("it has no discriminators")
+    problems += _discriminator_differences(source, folder / "discriminators.safetensors")
     if published is not None and not problems:
         published.check_model(model)
+    return problems
+
+
+def _discriminator_differences(source: Source, file: Path) -> list[str]:
+    if not source.discriminators:
+        return ["it has discriminators, which were not asked for"] if file.exists() else []
+    if not file.is_file():
+        return ["it has no discriminators"]
+    try:
+        loaded = load_file(file)
+    except safetensors.SafetensorError as error:
+        return [f"its discriminators cannot be read ({error})"]
+    problems = [f"unexpected: {name}" for name in sorted(loaded.keys() - source.discriminators.keys())]
+    return [f"{file.name}: {problem}" for problem in problems + _different(source.discriminators, loaded)]
+
+
+def _different(expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> list[str]:
+    """What of the expected tensors is not there in every bit."""
+    problems = []
+    for name, weight in expected.items():
+        # compared as integers, which tell -0.0 from 0.0
+        same_shape = name in loaded and loaded[name].shape == weight.shape and loaded[name].dtype == weight.dtype
+        if not same_shape or not torch.equal(loaded[name].view(torch.int32), weight.view(torch.int32)):
+            problems.append(f"{name} differs from the checkpoint")
     return problems
 
 
