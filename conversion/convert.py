@@ -119,6 +119,8 @@ def load(
 
         published = find(str(name_or_path))
         path = download(published, revision, token, cache_dir)
+    elif revision is not None:
+        raise ValueError(f"Got a revision, {revision!r}, for a file on this machine, {path}. Leave it out.")
     source = read_source([path], published=published)
     # cloned, since a weight that lies in the file would change with it
     weights = {name: weight.clone() for name, weight in source.weights.items()}

@@ -185,6 +185,11 @@ def test_from_original_takes_names_and_paths_and_needs_no_folder(served, small, 
         assert torch.equal(model.decode(codes).audio_values, folder.decode(codes).audio_values)
 
 
+def test_a_revision_of_a_file_is_refused(small):
+    with pytest.raises(ValueError, match="Got a revision, 'main', for a file on this machine"):
+        WavTokenizerModel.from_original(small, revision="main")
+
+
 def test_what_is_in_the_cache_needs_no_network(served, hub, small, tmp_path, monkeypatch):
     WavTokenizerModel.from_original("small-speech-75")
     before = len(hub.requests)
