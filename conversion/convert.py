@@ -63,7 +63,8 @@ def convert(
             24000; all else is read off the tensors, and what the file says of them is compared.
         with_discriminators: also keep the discriminators, in discriminators.safetensors, from which training goes on.
         average: take the mean of the files, which are checkpoints of one training run.
-        published: from `published.find`; the file must be this one, and the card says what is known of it.
+        published: from `published.find`; the file must agree with all that is known of it, which the card says, and whether
+            that tells it from others.
         keep_existing: also accept a folder that holds the result of this very conversion already, and leave it alone.
 
     Returns:
@@ -101,7 +102,7 @@ def convert(
                 raise RuntimeError(
                     f"The folder is not equal to {source.name}: {'; '.join(problems)}. Please report this."
                 )
-    print(_report(source, output, exists))
+    print(_report(source, output, exists, published))
     return output
 
 
@@ -248,12 +249,14 @@ def _different(expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _report(source: Source, output: Path, existed: bool) -> str:
+def _report(source: Source, output: Path, existed: bool, published: Published | None) -> str:
     config = source.config
     numbers = sum(weight.numel() for weight in source.weights.values())
     lines = [
         f"Converted {path} ({path.stat().st_size} bytes, sha256 {digest})" for path, digest in source.files.items()
     ]
+    if published is not None and (doubt := published.doubt(list(source.files))):
+        lines.append(doubt)
     if source.averaged:
         lines.append(f"averaged: {len(source.files)} checkpoints")
     lines += [
