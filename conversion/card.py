@@ -36,7 +36,8 @@ def converted_card(source: Source, name: str, published: Published | None) -> st
     }
     if source.cast:
         rows["weights"] += f", but for {cast_text(source)}"
-    return _card(source.config, name, rows, "the tensors of that file, read by the converter", published)
+    doubt = None if published is None else published.doubt(list(source.files))
+    return _card(source.config, name, rows, "the tensors of that file, read by the converter", published, doubt)
 
 
 def published_card(published: Published) -> str:
@@ -60,7 +61,12 @@ def cast_text(source: Source) -> str:
 
 
 def _card(
-    config: WavTokenizerConfig, path: str, rows: dict[str, str], facts_source: str, published: Published | None
+    config: WavTokenizerConfig,
+    path: str,
+    rows: dict[str, str],
+    facts_source: str,
+    published: Published | None,
+    doubt: str | None = None,
 ) -> str:
     shape = {
         "audio": f"mono, {config.sampling_rate} Hz",
@@ -73,7 +79,7 @@ def _card(
     text = string.Template((CARDS / "template.md").read_text(encoding="utf-8")).substitute(
         title=path,
         path=path,
-        description=_description(published),
+        description=_description(published, doubt),
         facts=facts,
         mirror=_mirror(published),
         sampling_rate=config.sampling_rate,
@@ -95,14 +101,20 @@ def _metadata(published: Published | None) -> ModelCardData:
     )
 
 
-def _description(published: Published | None) -> str:
+def _description(published: Published | None, doubt: str | None) -> str:
     if published is None:
         return "Converted from a checkpoint of the original training code."
     where = "no longer on the Hub"
     if published.repository is not None:
         where = f"in [{published.repository}](https://huggingface.co/{published.repository})"
+    origin = "The weights are those"
+    if doubt is not None:
+        origin = (
+            f"{doubt[0].upper()}{doubt[1:].replace(published.name, f'`{published.name}`', 1)}. What this card says of its "
+            "origin, training and limits holds only if it is that checkpoint.\n\nThen the weights are those"
+        )
     return (
-        f"The weights are those of `{published.file}`, {where}; the settings that go with it are `{published.yaml}`.\n\n"
+        f"{origin} of `{published.file}`, {where}; the settings that go with it are `{published.yaml}`.\n\n"
         f"**Trained on** {published.domain}. Corpus: {published.corpus}. {published.remarks}\n\n"
         f"Source: {', '.join(published.sources)}."
     )

@@ -27,9 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--checkpoint",
         metavar="NAME",
-        help="a published checkpoint (see `wavtokenizer checkpoints`): it is downloaded, or with FILE that is checked and used",
+        help="a published checkpoint (see `wavtokenizer checkpoints`): it is downloaded, or FILE is taken for it. It is checked by "
+        "what is known of that checkpoint; where that is the rate alone, report and card say that a FILE was not verified",
     )
-    add("--all", action="store_true", help="every published checkpoint, each into a folder of its name in OUTPUT")
+    add(
+        "--all",
+        action="store_true",
+        help="every published checkpoint that is still on the Hub, each into a folder of its name in DIR",
+    )
     add("-o", "--output", metavar="DIR", required=True, help="the folder to make; must not exist, or be empty")
     add("--revision", help="branch, tag or commit of the checkpoint's repository on the Hub")
     add(
@@ -45,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the discriminators in a second file, so that training can go on from them",
     )
     add("--push-to-hub", metavar="NAME", help="upload the folder; with --all NAME is the user or organization")
-    add("--private", action="store_true", help="make the repository on the Hub private, if it does not exist")
+    add(
+        "--private",
+        action="store_true",
+        help="make the repository on the Hub private; one that exists and is public is refused",
+    )
     add("--create-pr", action="store_true", help="propose the files on the Hub as a pull request")
 
 
@@ -55,17 +64,28 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict], int]:
 
     Returns:
         For each checkpoint its name (if it has one), and either output and fingerprint, with `url` if it was pushed, or
-        the `error`; and the exit code, 0, or 1 if some of several failed.
+        the `error`, or why it was `skipped`; and the exit code, 0, or 1 if some of several failed.
 
     Raises:
         ValueError, OSError: it cannot be done as given.
     """
+    from .push import check_logged_in
+
     _check(arguments)
+    if arguments.push_to_hub is not None:
+        check_logged_in()
     if not arguments.all:
         published = None if arguments.checkpoint is None else find(arguments.checkpoint)
         return [_convert(arguments, published, Path(arguments.output), arguments.push_to_hub)], 0
     results = []
     for name, published in table().items():
+        if published.repository is None:
+            results.append({"checkpoint": name, "skipped": "no longer on the Hub"})
+            print(
+                f"{name}: skipped: no longer on the Hub. `wavtokenizer convert FILE --checkpoint {name}` converts a copy.",
+                file=sys.stderr,
+            )
+            continue
         hub_name = None if arguments.push_to_hub is None else f"{arguments.push_to_hub}/wavtokenizer-{name}"
         try:
             results.append(_convert(arguments, published, Path(arguments.output, f"wavtokenizer-{name}"), hub_name))
@@ -98,10 +118,8 @@ def _convert(arguments: argparse.Namespace, published: Published | None, output:
 
     from .convert import convert
     from .download import download
-    from .push import check_logged_in, push
+    from .push import push
 
-    if hub_name is not None:
-        check_logged_in()
     folder = convert(
         arguments.files or download(published, arguments.revision),
         output,

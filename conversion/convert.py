@@ -27,7 +27,7 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerFeatureExtractor, WavTokenizerModel
 
@@ -63,7 +63,8 @@ def convert(
             24000; all else is read off the tensors, and what the file says of them is compared.
         with_discriminators: also keep the discriminators, in discriminators.safetensors, from which training goes on.
         average: take the mean of the files, which are checkpoints of one training run.
-        published: from `published.find`; the file must be this one, and the card says what is known of it.
+        published: from `published.find`; the file must agree with all that is known of it, which the card says, and whether
+            that tells it from others.
         keep_existing: also accept a folder that holds the result of this very conversion already, and leave it alone.
 
     Returns:
@@ -101,7 +102,7 @@ def convert(
                 raise RuntimeError(
                     f"The folder is not equal to {source.name}: {'; '.join(problems)}. Please report this."
                 )
-    print(_report(source, output, exists))
+    print(_report(source, output, exists, published))
     return output
 
 
@@ -119,6 +120,8 @@ def load(
 
         published = find(str(name_or_path))
         path = download(published, revision, token, cache_dir)
+    elif revision is not None:
+        raise ValueError(f"Got a revision, {revision!r}, for a file on this machine, {path}. Leave it out.")
     source = read_source([path], published=published)
     # cloned, since a weight that lies in the file would change with it
     weights = {name: weight.clone() for name, weight in source.weights.items()}
@@ -205,21 +208,39 @@ def _differences(source: Source, folder: Path, published: Published | None) -> l
     except safetensors.SafetensorError as error:
         return [f"its weights cannot be read ({error})"]
     problems = [f"{kind}: {sorted(names)}" for kind, names in loading.items() if names]
-    loaded = model.state_dict()
-    for name, weight in source.weights.items():
-        # compared as integers, which tell -0.0 from 0.0
-        same_shape = name in loaded and loaded[name].shape == weight.shape and loaded[name].dtype == weight.dtype
-        if not same_shape or not torch.equal(loaded[name].view(torch.int32), weight.view(torch.int32)):
-            problems.append(f"{name} differs from the checkpoint")
+    problems += _different(source.weights, model.state_dict())
     if model.config.codebook_fingerprint != model.codebook_fingerprint:
         problems.append("config.json has the fingerprint of another codebook")
     extractor = WavTokenizerFeatureExtractor.from_pretrained(folder)
     if (extractor.sampling_rate, extractor.hop_length) != (model.config.sampling_rate, model.config.hop_length):
         problems.append("feature extractor and model differ in sampling rate or hop")
-    if source.discriminators and not (folder / "discriminators.safetensors").is_file():
-        problems.append("it has no discriminators")
+    problems += _discriminator_differences(source, folder / "discriminators.safetensors")
     if published is not None and not problems:
         published.check_model(model)
+    return problems
+
+
+def _discriminator_differences(source: Source, file: Path) -> list[str]:
+    if not source.discriminators:
+        return ["it has discriminators, which were not asked for"] if file.exists() else []
+    if not file.is_file():
+        return ["it has no discriminators"]
+    try:
+        loaded = load_file(file)
+    except safetensors.SafetensorError as error:
+        return [f"its discriminators cannot be read ({error})"]
+    problems = [f"unexpected: {name}" for name in sorted(loaded.keys() - source.discriminators.keys())]
+    return [f"{file.name}: {problem}" for problem in problems + _different(source.discriminators, loaded)]
+
+
+def _different(expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> list[str]:
+    """What of the expected tensors is not there in every bit."""
+    problems = []
+    for name, weight in expected.items():
+        # compared as integers, which tell -0.0 from 0.0
+        same_shape = name in loaded and loaded[name].shape == weight.shape and loaded[name].dtype == weight.dtype
+        if not same_shape or not torch.equal(loaded[name].view(torch.int32), weight.view(torch.int32)):
+            problems.append(f"{name} differs from the checkpoint")
     return problems
 
 
@@ -228,12 +249,14 @@ def _differences(source: Source, folder: Path, published: Published | None) -> l
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _report(source: Source, output: Path, existed: bool) -> str:
+def _report(source: Source, output: Path, existed: bool, published: Published | None) -> str:
     config = source.config
     numbers = sum(weight.numel() for weight in source.weights.values())
     lines = [
         f"Converted {path} ({path.stat().st_size} bytes, sha256 {digest})" for path, digest in source.files.items()
     ]
+    if published is not None and (doubt := published.doubt(list(source.files))):
+        lines.append(doubt)
     if source.averaged:
         lines.append(f"averaged: {len(source.files)} checkpoints")
     lines += [

@@ -2,12 +2,14 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 import yaml
+from huggingface_hub.file_download import repo_folder_name
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
 
@@ -79,6 +81,23 @@ class Published:
         expected = self.sha256 or (kept_as if re.fullmatch("[0-9a-f]{64}", kept_as) else None)
         if expected is not None and sha256 != expected:
             raise ValueError(f"{path} has the sha256 {sha256}, expected {expected} for {self.name}. {what_to_do}")
+
+    def doubt(self, files: Sequence[Path]) -> str | None:
+        """What to say of files that pass for this checkpoint, where nothing known of it tells it from others of its rate."""
+        known = [self.fingerprint, *self.known_answers]
+        if len(files) == 1:
+            known += [self.size, self.sha256, self._is_in_the_hubs_cache(files[0]) or None]
+        if any(fact is not None for fact in known):
+            return None
+        return (
+            f"given as {self.name}, and not verified beyond its rate: nothing is known here that tells it from others"
+        )
+
+    def _is_in_the_hubs_cache(self, path: Path) -> bool:
+        if self.repository is None or path.name != self.file:
+            return False
+        folder = repo_folder_name(repo_id=self.repository, repo_type="model")
+        return [parent.name for parent in path.absolute().parents][1:3] == ["snapshots", folder]
 
     def check_model(self, model: WavTokenizerModel) -> None:
         """

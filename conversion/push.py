@@ -7,6 +7,9 @@ from huggingface_hub import HfApi, get_token
 from .download import HTTP_ERROR
 
 
+OPTIONAL = ("discriminators.safetensors",)  # what some conversions write and others do not
+
+
 def check_logged_in() -> None:
     """Raises OSError if there is no token to upload with; done before the work."""
     if get_token() is None:
@@ -19,25 +22,37 @@ def push(folder: Path, name: str, private: bool = False, create_pr: bool = False
     """
     Uploads all files of a folder in one commit, and asks the Hub whether they are there.
 
+    The same commit deletes what another conversion has put there and this one has not; all else there stays.
+
     The repository is made here and not before the folder is complete, so that a conversion that fails leaves no empty one.
 
     Args:
         folder: made by `convert`; it stays as it is.
         name: of the repository; it is made if there is none.
-        private: make it private; one that exists stays as it is.
+        private: make it private; one that exists and is public is refused.
         create_pr: propose the files as a pull request instead of putting them onto the main branch.
 
     Returns:
         The address of the commit or pull request.
 
     Raises:
-        OSError: the Hub refuses the name or the files, or the connection broke; the same call again finishes it.
+        OSError: the Hub refuses the name or the files, the repository is public and should not be, or the connection
+            broke; the same call again finishes what broke off.
     """
     api = HfApi()
     try:
         api.create_repo(name, private=private or None, exist_ok=True)
+        if private and not api.repo_info(name).private:
+            raise OSError(
+                f"{name} exists and is public, expected a private one. Make it private in its settings, choose another "
+                "name, or leave --private out"
+            )
         commit = api.upload_folder(
-            repo_id=name, folder_path=folder, create_pr=create_pr, commit_message="WavTokenizer, by wavtokenizer_hf"
+            repo_id=name,
+            folder_path=folder,
+            create_pr=create_pr,
+            commit_message="WavTokenizer, by wavtokenizer_hf",
+            delete_patterns=[file for file in OPTIONAL if not (folder / file).is_file()],
         )
         revision = commit.pr_revision or commit.oid  # no pull request is made where nothing would change
         there = set(api.list_repo_files(name, revision=revision))

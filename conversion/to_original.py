@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel, __version__
@@ -54,7 +55,8 @@ def to_original(folder: str | Path, output: str | Path) -> Path:
         The path of the checkpoint; the YAML file lies beside it.
 
     Raises:
-        ValueError: the folder is no WavTokenizer, or of a shape that the original's code cannot build; the output exists.
+        ValueError: the folder is no WavTokenizer, is damaged, or of a shape that the original's code cannot build; the
+            output exists.
         OSError: a file cannot be read or written.
     """
     folder, output = Path(folder).resolve(), Path(output).resolve()
@@ -62,16 +64,21 @@ def to_original(folder: str | Path, output: str | Path) -> Path:
         raise ValueError(
             f"{folder} has no config.json, expected a converted folder. `wavtokenizer convert` makes one."
         )
-    model, loading = WavTokenizerModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    discriminators = folder / "discriminators.safetensors"
+    try:
+        model, loading = WavTokenizerModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        critics = load_file(discriminators) if discriminators.is_file() else {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights in {folder} cannot be read: {error}. A file there is damaged: convert or download it again."
+        ) from error
     if wrong := [f"{kind}: {sorted(names)[:3]}" for kind, names in loading.items() if names]:
         raise ValueError(f"{folder} does not hold one whole WavTokenizer: {'; '.join(wrong)}. Convert it again.")
     _check_built_in(model.config)
     tensors = {original_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     tensors |= _unused_decoder() | {"head.istft.window": torch.hann_window(model.config.n_fft)}
-    discriminators = folder / "discriminators.safetensors"
-    if discriminators.is_file():
-        for name, tensor in load_file(discriminators).items():
-            tensors |= dict.fromkeys(original_discriminator_names(name), tensor)
+    for name, tensor in critics.items():
+        tensors |= dict.fromkeys(original_discriminator_names(name), tensor)
     with folder_at_once(output) as new:
         checkpoint = new / f"{folder.name}.ckpt"
         # llama.cpp's convert_pt_to_hf.py takes the first dictionary in the file, so there must be none before this

@@ -22,9 +22,9 @@ class Repository:
     revisions: dict[str, dict[str, bytes]] = field(default_factory=dict)  # commit -> its files
     names: dict[str, str] = field(default_factory=dict)  # main, refs/pr/1, … -> commit
 
-    def commit(self, files: dict[str, bytes], name: str = "main") -> str:
-        """Adds files to what main holds."""
-        files = {**self.files(), **files}
+    def commit(self, files: dict[str, bytes | None], name: str = "main") -> str:
+        """Adds files to what main holds; None deletes one."""
+        files = {path: content for path, content in {**self.files(), **files}.items() if content is not None}
         oid = hashlib.sha1(f"{len(self.revisions)} {sorted(files)}".encode()).hexdigest()
         self.revisions[oid] = files
         self.names[name] = oid
@@ -170,6 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.state.large_files[value["oid"]]
+            elif line["key"] == "deletedFile":
+                files[value["path"]] = None
         as_pr = "create_pr" in self.url.query
         number = sum(name.startswith("refs/pr/") for name in repository.names) + 1
         oid = repository.commit(files, f"refs/pr/{number}" if as_pr else "main")

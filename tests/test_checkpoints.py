@@ -17,7 +17,7 @@ from test_conversion import CODEBOOK, ENCODER, is_kept, new_name, read_weights, 
 from conversion import card as cards
 from conversion.command import main
 from conversion.convert import convert
-from conversion.published import KnownAnswer, find, table
+from conversion.published import KnownAnswer, Published, find, table
 from model_cards import check
 from wavtokenizer_hf import WavTokenizerModel, cli
 
@@ -207,6 +207,45 @@ def test_a_card_that_conversion_writes_states_no_number_without_a_source(small, 
         assert check.unsourced(text) == []
         assert hashlib.sha256(small.read_bytes()).hexdigest() in text
         assert ("LibriTTS" in text) == (name == "named")
+
+
+def in_the_hubs_cache(folder: Path, published: Published) -> Path:
+    """Where huggingface_hub keeps a published file; the folders for it are made."""
+    snapshot = folder / f"models--{published.repository.replace('/', '--')}" / "snapshots" / "0123456789abcdef"
+    snapshot.mkdir(parents=True)
+    return snapshot / published.file
+
+
+def test_a_file_that_nothing_identifies_is_called_not_verified_in_card_and_report(small, tmp_path, capsys):
+    published = find("small-speech-75")
+    cached = in_the_hubs_cache(tmp_path, published)
+    cached.symlink_to(small)
+    another = cached.with_name("another.ckpt")
+    another.symlink_to(small)
+    fingerprint = WavTokenizerModel.from_original(small).codebook_fingerprint
+    cases = [
+        (small, published, False),
+        (another, published, False),
+        (cached, published, True),
+        (cached, find("medium-speech-75"), False),
+        (small, dataclasses.replace(published, fingerprint=fingerprint), True),
+        (small, dataclasses.replace(published, size=small.stat().st_size), True),
+        (small, dataclasses.replace(published, sha256=hashlib.sha256(small.read_bytes()).hexdigest()), True),
+    ]
+    for number, (file, published, verified) in enumerate(cases):
+        capsys.readouterr()
+        card = (convert(file, tmp_path / str(number), published=published) / "README.md").read_text()
+        said = f"iven as {published.name}, and not verified beyond its rate"
+        assert (said in capsys.readouterr().out, said in card.replace("`", "")) == (not verified, not verified)
+        assert ("\nThe weights are those of `" in card) == verified
+
+
+def test_a_hash_identifies_a_file_and_not_the_parts_of_one(tensors, save, tmp_path):
+    encoder, decoder = halves(tensors)
+    parts = [save(encoder, "encoder.pt"), save(decoder, "decoder.pt")]
+    published = dataclasses.replace(find("small-speech-75"), sha256=64 * "0")
+    card = (convert(parts, tmp_path / "joined", published=published) / "README.md").read_text()
+    assert "not verified beyond its rate" in card
 
 
 UNSOURCED = {

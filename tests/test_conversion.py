@@ -379,6 +379,41 @@ def test_discriminators_that_are_asked_for_must_be_there_and_whole(tensors, disc
     assert not (tmp_path / "converted").exists()
 
 
+def spoil_discriminators(path: Path) -> None:
+    """Changes the last bit of the file."""
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+
+
+def test_written_discriminators_that_differ_in_one_bit_are_found(tensors, discriminators, save, tmp_path, monkeypatch):
+    path = save({**tensors, **discriminators})
+
+    def save_and_spoil(content, file):
+        safetensors.torch.save_file(content, file)
+        spoil_discriminators(file)
+
+    monkeypatch.setattr("conversion.convert.save_file", save_and_spoil)
+    with pytest.raises(RuntimeError, match=r"discriminators\.safetensors: .* differs from the checkpoint"):
+        convert(path, tmp_path / "converted", with_discriminators=True)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_discriminators_in_a_folder_that_exists_are_compared(tensors, discriminators, save, tmp_path):
+    path = save({**tensors, **discriminators})
+    folder = convert(path, tmp_path / "converted", with_discriminators=True)
+    convert(path, folder, with_discriminators=True, keep_existing=True)
+    with pytest.raises(ValueError, match="it has discriminators, which were not asked for"):
+        convert(path, folder, keep_existing=True)
+    file = folder / "discriminators.safetensors"
+    spoil_discriminators(file)
+    with pytest.raises(ValueError, match=r"discriminators\.safetensors: .* differs from the checkpoint"):
+        convert(path, folder, with_discriminators=True, keep_existing=True)
+    file.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="its discriminators cannot be read"):
+        convert(path, folder, with_discriminators=True, keep_existing=True)
+
+
 def test_unusual_shapes_are_inferred(tmp_path):
     fields = {
         "num_filters": 8,
@@ -959,7 +994,8 @@ sys.exit(code)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
-def test_checkpoint_with_optimizer_states_needs_little_memory(checkpoints, tmp_path):
+def test_checkpoint_with_optimizer_states_needs_little_memory_and_less_than_a_minute(checkpoints, tmp_path):
     large = large_checkpoint(checkpoints(75), tmp_path / "large.ckpt")
-    memory, _ = memory_and_seconds([large, "--output", tmp_path / "converted"])
+    memory, seconds = memory_and_seconds([large, "--output", tmp_path / "converted"])
     assert memory < 2 * (tmp_path / "converted" / "model.safetensors").stat().st_size
+    assert seconds < 60  # on two cores

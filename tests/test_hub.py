@@ -141,12 +141,13 @@ def test_a_folder_in_a_cache_made_by_hand_works_offline_with_transformers_alone(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
-def test_a_large_file_by_name_needs_little_memory(checkpoints, tmp_path):
+def test_a_large_file_by_name_needs_little_memory_and_less_than_a_minute(checkpoints, tmp_path):
     large = large_checkpoint(checkpoints(75), tmp_path / SMALL_75.file)
     put_into_cache(tmp_path / "cache", SMALL_75.repository, {SMALL_75.file: large})
     arguments = ["--checkpoint", "small-speech-75", "--output", tmp_path / "folder"]
-    memory, _ = memory_and_seconds(arguments, HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
+    memory, seconds = memory_and_seconds(arguments, HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
     assert memory < 1.2e9
+    assert seconds < 60  # on two cores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,6 +184,11 @@ def test_from_original_takes_names_and_paths_and_needs_no_folder(served, small, 
         state, expected = model.state_dict(), folder.state_dict()
         assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
         assert torch.equal(model.decode(codes).audio_values, folder.decode(codes).audio_values)
+
+
+def test_a_revision_of_a_file_is_refused(small):
+    with pytest.raises(ValueError, match="Got a revision, 'main', for a file on this machine"):
+        WavTokenizerModel.from_original(small, revision="main")
 
 
 def test_what_is_in_the_cache_needs_no_network(served, hub, small, tmp_path, monkeypatch):
@@ -320,6 +326,28 @@ def test_a_private_repository_is_private(hub, small, tmp_path):
     assert hub.repositories["org/codec"].private
 
 
+@pytest.mark.parametrize("options", [["--private"], ["--private", "--create-pr"]], ids=str)
+def test_private_is_refused_where_the_repository_is_public(options, hub, small, tmp_path, capsys):
+    hub.repositories["org/codec"] = Repository()
+    hub.repositories["org/codec"].commit({"README.md": b"theirs"})
+    assert push(small, tmp_path, *options) == 2
+    said = one_line(capsys)
+    assert "org/codec exists and is public" in said and "Make it private in its settings" in said
+    assert hub.repositories["org/codec"].files() == {"README.md": b"theirs"}
+    assert "refs/pr/1" not in hub.repositories["org/codec"].names
+    hub.repositories["org/codec"].private = True
+    assert push(small, tmp_path, *options) == 0
+
+
+def test_discriminators_of_an_earlier_upload_do_not_stay_beside_other_weights(hub, small, tmp_path):
+    repository = hub.repositories["org/codec"] = Repository()
+    repository.commit({"discriminators.safetensors": b"of others", "notes.txt": b"theirs"})
+    commits = len(repository.revisions)
+    assert push(small, tmp_path) == 0
+    assert repository.files() == {"notes.txt": b"theirs", **contents(tmp_path / "folder")}
+    assert len(repository.revisions) == commits + 1
+
+
 def test_a_pull_request_leaves_the_main_branch_alone(hub, small, tmp_path, capsys):
     hub.repositories["org/codec"] = Repository()
     hub.repositories["org/codec"].commit({"README.md": b"theirs"})
@@ -356,14 +384,17 @@ def test_a_conversion_that_fails_makes_no_repository(hub, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("where", ["/lfs/", "/commit/"])
+@pytest.mark.parametrize("fault", [403, "cut"])
 def test_an_upload_that_breaks_off_leaves_both_sides_whole_and_the_same_command_finishes(
-    where, hub, small, tmp_path, capsys
+    fault, where, hub, small, tmp_path, capsys, monkeypatch
 ):
-    hub.fault = lambda method, path: 403 if where in path else None
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the attempts of huggingface_hub
+    hub.fault = lambda method, path: fault if where in path else None
     assert push(small, tmp_path) == 2
     assert "is complete: run this again" in one_line(capsys)
     before = contents(tmp_path / "folder")
-    assert set(hub.repositories["org/codec"].files()) == {".gitattributes"}  # one commit, or none
+    arrived = (fault, where) == ("cut", "/commit/")  # what is cut there is the answer
+    assert set(hub.repositories["org/codec"].files()) == {".gitattributes", *(before if arrived else ())}
     hub.fault = lambda method, path: None
     assert push(small, tmp_path) == 0
     assert contents(tmp_path / "folder") == before
@@ -394,8 +425,10 @@ def test_all_converts_what_can_be_had_names_what_not_and_goes_on(hub, tmp_path, 
     arguments = ["--all", "--output", str(tmp_path / "all"), "--push-to-hub", "org"]
     assert main(arguments) == 1
     errors = capsys.readouterr().err
+    assert "large-speech-75-v1: skipped: no longer on the Hub" in errors
+    assert "`wavtokenizer convert FILE --checkpoint large-speech-75-v1`" in errors
     # these weights are not trained, so the known answer finds that they are not Apertus's
-    assert "large-unify-40: failed: A sine of 440 Hz" in errors and "large-speech-75-v1: failed" in errors
+    assert "large-unify-40: failed: A sine of 440 Hz" in errors
     assert sorted(os.listdir(tmp_path / "all")) == ["wavtokenizer-small-speech-40", "wavtokenizer-small-speech-75"]
     rates = [
         json.loads(hub.repositories[f"org/wavtokenizer-small-speech-{rate}"].files()["config.json"])[
@@ -406,3 +439,22 @@ def test_all_converts_what_can_be_had_names_what_not_and_goes_on(hub, tmp_path, 
     assert rates == [[6, 5, 5, 4], [8, 5, 4, 2]]
     assert main(arguments) == 1  # again: what is there stays
     assert "already there, and equal" in capsys.readouterr().out
+
+
+def test_all_succeeds_where_all_that_is_still_on_the_hub_was_converted(hub, cache, small, tmp_path, monkeypatch):
+    published = {name: find(name) for name in ("large-speech-75-v1", "small-speech-75")}
+    monkeypatch.setattr("conversion.command.table", lambda: published)
+    put_into_cache(cache, SMALL_75.repository, {SMALL_75.file: small})
+    assert main(["--all", "--output", str(tmp_path / "all")]) == 0
+    assert os.listdir(tmp_path / "all") == ["wavtokenizer-small-speech-75"]
+
+
+def test_all_without_a_token_to_push_with_is_refused_once_and_before_the_work(
+    hub, small, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    assert main(["--all", "--output", str(tmp_path / "all"), "--push-to-hub", "org"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "Log in with `hf auth login`" in said
+    assert not (tmp_path / "all").exists() and not hub.requests

@@ -3,6 +3,7 @@
 import json
 import os
 import pickletools
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -140,12 +141,13 @@ def test_no_two_tensors_share_memory(written):
 
 
 def test_the_decoder_that_is_never_used_is_silent_and_finite(written):
-    tensors = read(written)
-    for name in tensors:
-        if name.startswith("feature_extractor.encodec.decoder.") and name.endswith("weight_v"):
-            direction, gain = tensors[name], tensors[name.replace("weight_v", "weight_g")]
-            weight = gain * direction / direction.norm(dim=(1, 2), keepdim=True)  # weight norm's definition
-            assert (weight == 0).all()
+    tensors = {name: tensor for name, tensor in read(written).items() if "encodec.decoder." in name}
+    convolutions = [name for name in tensors if name.endswith("weight_v")]
+    assert len(convolutions) == 2 + 4 * 4  # first, last, and four in each of four stages
+    for name in convolutions:
+        direction, gain = tensors[name], tensors[name.replace("weight_v", "weight_g")]
+        weight = gain * direction / direction.norm(dim=(1, 2), keepdim=True)  # weight norm's definition
+        assert (weight == 0).all()
 
 
 @pytest.mark.slow  # they are larger than the model
@@ -197,6 +199,17 @@ def test_a_shape_that_the_originals_code_cannot_build_is_refused(field, value, t
 def test_what_is_no_folder_of_a_model_is_refused_in_one_line(tmp_path, capsys):
     assert main([str(tmp_path), "--output", str(tmp_path / "back")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path} has no config.json")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "discriminators.safetensors"])
+def test_a_damaged_file_is_refused_in_one_line(name, small, tmp_path, capsys):
+    folder = tmp_path / "codec"
+    shutil.copytree(small, folder)
+    (folder / name).write_bytes((small / "model.safetensors").read_bytes()[:-100])
+    assert main([str(folder), "--output", str(tmp_path / "back")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]  # behind transformers' progress bars
+    assert said.startswith(f"error: The weights in {folder} cannot be read") and "again" in said
+    assert os.listdir(tmp_path) == ["codec"]
 
 
 def test_an_output_that_exists_is_left_alone(small, tmp_path, capsys):
