@@ -5,6 +5,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach the network
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -75,6 +76,14 @@ def models(folders):
         return loaded[rate]
 
     return model
+
+
+def load_script(path: Path):
+    """A script of examples/ as a module; by its path, since two of them have the same name."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def tiny_config(**changes) -> WavTokenizerConfig:

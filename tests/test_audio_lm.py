@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import tiny_config
+from conftest import load_script, tiny_config
 from language_models import byte_level, tiny_llama
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments
@@ -130,7 +130,7 @@ def test_a_tokenizer_without_end_of_text_is_refused():
 
 
 def test_sound_is_never_paired_with_texts_of_another_run(tmp_path, monkeypatch):
-    import make
+    make = load_script(EXAMPLE / "make.py")
 
     monkeypatch.setattr(make.subprocess, "run", lambda command, check: Path(command[-2]).write_text(command[-1]))
     size = make.Size(sentences=3, validation=1, spoken=1)

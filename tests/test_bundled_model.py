@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import load_script
 from transformers import AutoFeatureExtractor, AutoModel
 
 
@@ -70,7 +71,7 @@ def test_decoded_speech_keeps_most_of_its_codes():
 @pytest.mark.slow
 @needs_espeak
 def test_its_card_says_what_it_does_to_the_held_out_utterances(tmp_path):
-    import make
+    make = load_script(RECIPE / "make.py")
 
     sound.make_held_out(tmp_path / "held_out", seed=0)
     model = WavTokenizerModel.from_pretrained(bundled_model()).eval()
