@@ -41,7 +41,7 @@ from wavtokenizer_hf.training.losses import used_discriminators
 
 
 RECIPE = HERE / "recipe.yaml"
-QUICK = {"steps": 20, "continuous_steps": 5, "kmeans_iterations": 5, "validate_every": 10}
+QUICK = {"steps": 20, "continuous_steps": 5, "kmeans_iterations": 5, "validate_every": 10, "log_every": 10}
 MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 """Tells glibc to keep memory that it once got. Else every step of training gives it back and asks for it again, at one page
 fault for every 4 kB; see benchmarks/training.py."""
