@@ -11,6 +11,10 @@ import torch
 import yaml
 
 
+STATE_DICTS = ("state_dict", "model_state_dict")
+"""Where a file keeps its tensors, if it holds more than them: Lightning's, and the decoders that OuteTTS splits off."""
+
+
 def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """
     Opens a Lightning checkpoint or a bare state dict. Tensors stay in the file until they are used, if it allows that.
@@ -32,11 +36,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     if not isinstance(content, dict):
         raise ValueError(_no_tensors(path, f"holds one {type(content).__name__}"))
     others = []
-    if "state_dict" in content:
-        others = [str(name) for name in content if name != "state_dict"]
-        content = content["state_dict"]
+    if key := next((key for key in STATE_DICTS if key in content), None):
+        others = [str(name) for name in content if name != key]
+        content = content[key]
         if not isinstance(content, dict):
-            raise ValueError(_no_tensors(path, f"holds a state_dict of type {type(content).__name__}"))
+            raise ValueError(_no_tensors(path, f"holds a {key} of type {type(content).__name__}"))
     if not any(isinstance(value, torch.Tensor) for value in content.values()):
         names = ", ".join(repr(name) for name in list(content)[:10])
         raise ValueError(_no_tensors(path, f"holds no tensors, but {names}" if content else "holds nothing"))

@@ -13,12 +13,13 @@ from wavtokenizer_hf.training.discriminators import Discriminators
 
 from .architecture import check_yaml, infer_config, yaml_sampling_rate
 from .checkpoint import read_checkpoint, read_yaml
-from .mapping import discriminator_names, sort_names
+from .mapping import discriminator_names, original_name, sort_names
 from .published import Published
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 EMBED = "encoder_model.quantizer.codebook.embed"
+EMBED_COPY = "codebook_weights"  # the decoder that OuteTTS splits off has the codebook under a name of its own
 
 
 @dataclass
@@ -85,6 +86,7 @@ def _join(opened: dict[Path, tuple[dict[str, torch.Tensor], list[str]]]) -> tupl
     """One checkpoint of the parts that others have split it into; what two parts share must be the same in both."""
     content, others, came_from = {}, [], {}
     for file, (part, beside) in opened.items():
+        part = {original_name(EMBED) if name == EMBED_COPY else name: tensor for name, tensor in part.items()}
         others += [name for name in beside if name not in others]
         for name, tensor in part.items():
             if name in content and not _equal(content[name], tensor):

@@ -352,6 +352,34 @@ def test_parts_make_the_folder_that_the_whole_makes(tensors, small, save, tmp_pa
     assert (tmp_path / "joined" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+def outetts_halves(tensors: dict[str, torch.Tensor], folder: Path) -> list[str]:
+    """As outetts/wav_tokenizer/model.py of github.com/edwko/OuteTTS saves them, and OuteAI publishes them on the Hub."""
+    encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("feature_extractor.")}
+    decoder = {name: tensor for name, tensor in tensors.items() if name.startswith(("backbone.", "head."))}
+    codebook = tensors[CODEBOOK + "embed"].clone()
+    torch.save(encoder, folder / "encoder_model.pt")
+    torch.save(
+        {"model_state_dict": {**decoder, "codebook_weights": codebook}, "codebook_weights": codebook},
+        folder / "decoder_model.pt",
+    )
+    return [str(folder / "encoder_model.pt"), str(folder / "decoder_model.pt")]
+
+
+def test_the_parts_of_outetts_make_the_folder_that_the_whole_makes(tensors, small, tmp_path):
+    assert main([*outetts_halves(tensors, tmp_path), "--output", str(tmp_path / "joined")]) == 0
+    whole = convert(small, tmp_path / "whole")
+    assert (tmp_path / "joined" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_decoder_of_outetts_with_another_codebook_is_refused(tensors, tmp_path):
+    files = outetts_halves(tensors, tmp_path)
+    decoder = torch.load(files[1], weights_only=True)
+    decoder["model_state_dict"]["codebook_weights"][5, 5] += 1e-3
+    torch.save(decoder, files[1])
+    with pytest.raises(ValueError, match=r"both hold .*_codebook\.embed, and differ in it"):
+        convert(files, tmp_path / "joined")
+
+
 def test_parts_of_two_checkpoints_are_refused(tensors, save, tmp_path):
     encoder, decoder = halves(tensors)
     decoder[CODEBOOK + "embed"] = decoder[CODEBOOK + "embed"].clone()
