@@ -208,7 +208,7 @@ def _differences(source: Source, folder: Path, published: Published | None) -> l
     except safetensors.SafetensorError as error:
         return [f"its weights cannot be read ({error})"]
     problems = [f"{kind}: {sorted(names)}" for kind, names in loading.items() if names]
-    problems += _different(source.weights, model.state_dict())
+    problems += differing(source.weights, model.state_dict())
     if model.config.codebook_fingerprint != model.codebook_fingerprint:
         problems.append("config.json has the fingerprint of another codebook")
     extractor = WavTokenizerFeatureExtractor.from_pretrained(folder)
@@ -230,10 +230,10 @@ def _discriminator_differences(source: Source, file: Path) -> list[str]:
     except safetensors.SafetensorError as error:
         return [f"its discriminators cannot be read ({error})"]
     problems = [f"unexpected: {name}" for name in sorted(loaded.keys() - source.discriminators.keys())]
-    return [f"{file.name}: {problem}" for problem in problems + _different(source.discriminators, loaded)]
+    return [f"{file.name}: {problem}" for problem in problems + differing(source.discriminators, loaded)]
 
 
-def _different(expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> list[str]:
+def differing(expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> list[str]:
     """What of the expected tensors is not there in every bit."""
     problems = []
     for name, weight in expected.items():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel, __version__
 
-from .convert import folder_at_once
+from .convert import differing, folder_at_once
 from .mapping import original_discriminator_names, original_name
 from .source import read_source
 
@@ -163,16 +163,9 @@ def _settings(config: WavTokenizerConfig) -> dict:
 def _check(checkpoint: Path, model: WavTokenizerModel) -> None:
     """Reads the files as conversion does; a difference is a fault of this program."""
     source = read_source([checkpoint], checkpoint.with_suffix(".yaml"))
-    expected = model.state_dict()
-    different = [
-        name
-        for name, weight in source.weights.items()
-        # compared as integers, which tell -0.0 from 0.0
-        if not torch.equal(weight.view(torch.int32), expected[name].view(torch.int32))
-    ]
-    if different or source.weights.keys() != expected.keys():
+    if problems := differing(model.state_dict(), source.weights):
         raise RuntimeError(
-            f"{checkpoint.name} would not hold the folder's weights: {different[:3]}. Please report this."
+            f"{checkpoint.name} would not hold the folder's weights: {problems[:3]}. Please report this."
         )
 
 

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 from conftest import load_script
+from tiny_training import write_clips
 from transformers import AutoFeatureExtractor, AutoModel
 
 
@@ -22,6 +23,7 @@ import sound
 import texts
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel, audio, bundled_model
+from wavtokenizer_hf.cli import main
 from wavtokenizer_hf.evaluation import Model, evaluate
 from wavtokenizer_hf.training import Settings
 
@@ -48,6 +50,16 @@ def test_its_fingerprint_is_in_its_config_and_its_card():
     model = WavTokenizerModel.from_pretrained(bundled_model())
     assert model.config.codebook_fingerprint == model.codebook_fingerprint
     assert f"`{model.codebook_fingerprint}`" in (bundled_model() / "README.md").read_text()
+
+
+def test_commands_that_take_a_model_take_it_by_its_name(tmp_path):
+    """Beside those that the README shows."""
+    clips = str(write_clips(tmp_path / "clips", count=2, seconds=0.2))
+    assert main(["tokenize", clips, "--model", "bundled", "--output", str(tmp_path / "tokens")]) == 0
+    tiny = ["--steps=1", "--mel_only_steps=1", "--batch_size=1", "--segment_seconds=0.1", "--num_workers=0"]
+    data = ["--train_data", clips, "--validation_data", clips, "--num_validation_clips=1"]
+    assert main(["train", "--model", "bundled", *data, "--output", str(tmp_path / "run"), *tiny]) == 0
+    assert WavTokenizerModel.from_pretrained(tmp_path / "run" / "last").config.codebook_size == 2048
 
 
 def test_speech_that_it_never_heard_comes_back_intelligible():

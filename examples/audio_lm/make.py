@@ -47,8 +47,7 @@ sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 
 from sentences import sentences
 
-import wavtokenizer_hf
-from wavtokenizer_hf import WavTokenizerModel, audio, bulk
+from wavtokenizer_hf import WavTokenizerModel, audio, bulk, bundled_model
 from wavtokenizer_hf.llm import (
     AudioVocabulary,
     PackedRows,
@@ -102,7 +101,7 @@ def main() -> None:
     arguments = parser.parse_args()
     size = QUICK if arguments.quick else Size()
     size.steps = arguments.steps or size.steps
-    output, model = arguments.output, arguments.model or bundled_model()
+    output, model = arguments.output, arguments.model or str(bundled_model())
 
     texts = make_speech(output / "speech", size, arguments.seed)
     bulk.tokenize(output / "speech", model, output / "tokens", on_error="fail", progress=True)
@@ -122,12 +121,6 @@ def main() -> None:
     result |= stream(output, language_model, codec, tokenizer, rows, tokens["spoken"])
     (output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-
-
-def bundled_model() -> str:
-    if not hasattr(wavtokenizer_hf, "bundled_model"):
-        raise SystemExit("This version of wavtokenizer_hf comes without a model. Name one with --model.")
-    return str(wavtokenizer_hf.bundled_model())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,7 +269,7 @@ def validate(model: LlamaForCausalLM, vocabulary: AudioVocabulary, dataset: data
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def longest(rows: TrainingRows, text: str, codec: WavTokenizerModel) -> int:
+def longest(text: str, codec: WavTokenizerModel) -> int:
     """Codes after which a span is ended. A letter took espeak-ng 0.06 s on average and 0.08 s at most; this leaves room."""
     return math.ceil(0.15 * len(text) * codec.config.frame_rate)
 
@@ -292,7 +285,7 @@ def speak(
     """All held-out texts in one batch: their sound, how long it is, and whether it is recognized by it."""
     prompts = [rows.prompt({"text": text}) for text in spoken["text"]]
     batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
-    most = max(longest(rows, text, codec) for text in spoken["text"])
+    most = max(longest(text, codec) for text in spoken["text"])
     arguments = span_arguments(rows.vocabulary, tokenizer, max_codes=most)
     written = model.generate(**batch, **arguments, **SAMPLING, max_new_tokens=most + 1)
     spans = [rows.vocabulary.find_spans(row)[0][0] for row in written]
@@ -339,7 +332,7 @@ def stream(
 ) -> dict:
     """The first held-out text once more, as sound that is written while it is generated."""
     text, name = spoken["text"][0], spoken["id"][0]
-    arguments = span_arguments(rows.vocabulary, tokenizer, max_codes=longest(rows, text, codec))
+    arguments = span_arguments(rows.vocabulary, tokenizer, max_codes=longest(text, codec))
     prompt = torch.tensor([rows.prompt({"text": text})], device=model.device)
     pieces, started, first = [], time.perf_counter(), None
     with audio.writing(output / "said.wav", codec.config.sampling_rate) as write:

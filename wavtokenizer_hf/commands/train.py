@@ -1,7 +1,7 @@
 """`wavtokenizer train`: a new model, or more training for one that is there."""
 
 from ..training import settings
-from .arguments import add_command, print_facts
+from .arguments import add_command, find_model, print_facts
 
 
 def add(commands) -> None:
@@ -17,7 +17,9 @@ def add(commands) -> None:
 def _train(arguments) -> int:
     from ..training import train
 
-    state = train(settings.read_arguments(arguments))
+    wanted = settings.read_arguments(arguments)
+    wanted.model = wanted.model and find_model(wanted.model)
+    state = train(wanted)
     facts = {
         "output": state.settings.output,
         "steps": state.step,
