@@ -6,7 +6,8 @@
 
 Prints seconds of audio per second for both and the ratio of ours to theirs (over 1: ours is faster), the median of
 several rounds, and how far the results are apart: how many codes differ, and how many of them are more than a tie, in that the
-two nearest entries differ by at least 1e-6 of their distance. Weights are the reference formula's, so nothing is downloaded.
+two nearest entries differ by at least 1e-6 of their distance. Nothing is downloaded: weights are random, as training starts from
+them, or the reference formula's.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import formula
 import original
 
 from conversion.convert import convert
+from conversion.mapping import original_name
 from wavtokenizer_hf import WavTokenizerModel
 
 
@@ -34,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", help="a checkout of jishengpeng/WavTokenizer")
     parser.add_argument("--rate", type=int, choices=(40, 75), default=75, help="tokens per second (default 75)")
+    parser.add_argument("--weights", choices=("random", "formula"), default="random", help="(default random)")
     parser.add_argument("--seconds", type=float, nargs="+", default=[1, 3, 10, 30, 60], help="lengths of clips")
     parser.add_argument("--batch-size", type=int, default=1, help="clips at once, of equal length (default 1)")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default 5)")
@@ -43,8 +46,14 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    theirs = original.load_original(arguments.checkout, arguments.rate, build_checkpoint.state_dict(arguments.rate))
     ours = WavTokenizerModel.from_pretrained(reference_folder(arguments.work, arguments.rate)).eval()
+    weights = build_checkpoint.state_dict(arguments.rate)
+    if arguments.weights == "random":
+        torch.manual_seed(0)
+        ours = WavTokenizerModel(ours.config).eval()
+        ours.quantizer.codebook.inited.fill_(1)
+        weights.update({original_name(name): tensor for name, tensor in ours.state_dict().items()})
+    theirs = original.load_original(arguments.checkout, arguments.rate, weights)
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rate} tokens/s, float32")
     print(

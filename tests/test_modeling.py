@@ -1,5 +1,6 @@
 """The model against the original's golden data, and against itself: rows of batches, dtypes, compiled graphs."""
 
+import copy
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -600,6 +601,49 @@ def test_an_encoder_says_that_it_cannot_decode():
 def test_a_shape_that_is_no_wavtokenizer_is_refused(changes, message):
     with pytest.raises(Exception, match=message):  # huggingface_hub wraps the ValueError in its own class
         tiny_config(**changes)
+
+
+def change_in_place(tensor: torch.Tensor) -> None:
+    tensor.mul_(1.5)
+
+
+def change_data(tensor: torch.Tensor) -> None:
+    tensor.data.mul_(1.5)
+
+
+def change_by_another(tensor: torch.Tensor) -> None:
+    tensor.data = 1.5 * tensor
+
+
+@pytest.mark.parametrize("change", [change_in_place, change_data, change_by_another])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.1.block.1.conv.parametrizations.weight.original0",
+        "lstm.weight_hh_l1",
+        "lstm.bias_ih_l0",
+        "codebook.embed",
+    ],
+)
+@torch.no_grad()
+def test_what_is_kept_of_weights_follows_them(tiny_model, name, change):
+    audio = torch.randn(1, 1, 16 * 100)
+    before = tiny_model.encode(audio, output_latents=True)
+    (tensor,) = (tensor for key, tensor in tiny_model.state_dict(keep_vars=True).items() if key.endswith(name))
+    change(tensor)
+    after = tiny_model.encode(audio, output_latents=True)
+    fresh = WavTokenizerModel(tiny_model.config).eval()
+    fresh.load_state_dict(tiny_model.state_dict())
+    expected = fresh.encode(audio, output_latents=True)
+    assert not all(torch.equal(before[field], after[field]) for field in ("audio_codes", "latents"))
+    assert torch.equal(after.audio_codes, expected.audio_codes) and torch.equal(after.latents, expected.latents)
+
+
+@torch.no_grad()
+def test_a_model_that_has_encoded_can_be_copied(tiny_model):
+    audio = torch.randn(1, 1, 16 * 100)
+    expected = tiny_model.encode(audio).audio_codes
+    assert torch.equal(copy.deepcopy(tiny_model).encode(audio).audio_codes, expected)
 
 
 def test_codes_are_the_same_with_and_without_gradients(models, rate):

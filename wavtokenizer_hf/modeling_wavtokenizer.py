@@ -34,6 +34,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_wavtokenizer import WavTokenizerConfig
 from .modeling_wavtokenizer_encoder import (
     EncoderState,
+    Kept,
     WavTokenizerEncoder,
     WavTokenizerLSTMLayers,
     pays_by_onednn,
@@ -229,25 +230,39 @@ class WavTokenizerQuantizer(nn.Module):
     def __init__(self, config: WavTokenizerConfig):
         super().__init__()
         self.codebook = WavTokenizerCodebook(config)
+        self._kept_bias = Kept()
+
+    def _nearness(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents (B, D, L) -> (B, L, K): what is larger, the smaller the Euclidean distance to an entry is.
+
+        |x - e|^2 = |x|^2 - 2 (x.e - |e|^2 / 2), so it is the number in the parentheses.
+        """
+        entries = self.codebook.embed
+
+        def bias() -> torch.Tensor:
+            return -0.5 * torch.linalg.vector_norm(entries, dim=1).square()
+
+        inference = pays_by_onednn(latents)
+        return product(
+            latents.transpose(1, 2),
+            entries,
+            self._kept_bias.get([entries], entries[:, 0], bias) if inference else bias(),
+        )
 
     def encode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents (B, D, L) -> codes (B, 1, L), int64: the entry at the smallest Euclidean distance."""
-        entries = self.codebook.embed
-        # |x - e|^2 = |x|^2 - 2 (x.e - |e|^2 / 2), so the nearest entry has the largest x.e - |e|^2 / 2
-        half_squares = 0.5 * torch.linalg.vector_norm(entries, dim=1).square()
-        nearness = product(latents.transpose(1, 2), entries, -half_squares)
-        return nearness.argmax(dim=-1)[:, None]
+        return self._nearness(latents).max(dim=-1).indices[:, None]  # several times as fast as argmax on a CPU
 
     def near_ties(self, latents: torch.Tensor) -> torch.Tensor:
         """latents (B, D, L) -> (B, 1, L) bool: where another order of the encoder's float32 sums might change the code.
 
         Latents of rows together and alone were at most 1.4e-6 of their length apart; 1e-5 is allowed for here.
         """
-        entries, latents = self.codebook.embed, latents.transpose(1, 2)
-        half_squares = 0.5 * torch.linalg.vector_norm(entries, dim=1).square()
-        nearness, nearest = product(latents, entries, -half_squares).topk(2)  # (B, L, 2)
+        entries = self.codebook.embed
+        nearness, nearest = self._nearness(latents).topk(2)  # (B, L, 2)
         between = (entries[nearest[..., 0]] - entries[nearest[..., 1]]).norm(dim=-1)
-        return (nearness[..., 0] - nearness[..., 1] < 1e-5 * latents.norm(dim=-1) * between)[:, None]
+        length = torch.linalg.vector_norm(latents, dim=1)
+        return (nearness[..., 0] - nearness[..., 1] < 1e-5 * length * between)[:, None]
 
     def decode(self, audio_codes: torch.Tensor) -> torch.Tensor:
         """codes (B, 1, L) -> quantized (B, D, L)."""

@@ -7,6 +7,7 @@ This file is copied unchanged into every Hub repository that we write: it import
 transformers and its sibling configuration, and nothing else.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,12 @@ from .configuration_wavtokenizer import WavTokenizerConfig
 
 # torch's usual products on a CPU, MKL's, are far slower on AMD's processors than oneDNN's, and as fast on Intel's. These are
 # the operators that torch.compile's own CPU backend calls; builds of torch for other processors may lack them.
-_HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+_HAS_ONEDNN = all(
+    hasattr(torch.ops.mkldnn, name)
+    for name in ("_linear_pointwise", "_reorder_linear_weight", "_reorder_mkldnn_rnn_layer_weight")
+)
+
+_ONEDNN_LSTM = 2  # among oneDNN's kinds of recurrent layers
 
 
 def pays_by_onednn(values: torch.Tensor) -> bool:
@@ -45,6 +51,26 @@ def product(
         activation, algorithm = ("gelu", "none") if gelu else ("none", "")
         return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, activation, [], algorithm)
     return torch.ops.mkldnn._linear_pointwise.binary(inputs, onto, weight, bias, "add")
+
+
+class Kept:
+    """What is computed of tensors and kept until they change; copied or pickled, it is empty and computed again.
+
+    A change through `.data` counts nowhere, so `telltale` is compared as well: a small tensor that would hardly stay the same.
+    """
+
+    def __init__(self):
+        self._kept = None
+
+    def get(self, tensors: Iterable[torch.Tensor], telltale: torch.Tensor, compute: Callable):
+        versions = [(tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in tensors]
+        kept = self._kept
+        if kept is None or kept[0] != versions or not torch.equal(kept[1], telltale):
+            kept = self._kept = versions, telltale.clone(), compute()
+        return kept[2]
+
+    def __reduce__(self):
+        return Kept, ()
 
 
 def _reflect(values: torch.Tensor, left: int, right: int) -> torch.Tensor:
@@ -91,7 +117,7 @@ class WavTokenizerConv1d(nn.Module):
         self.stride = stride
         self.right = total // 2
         self.left = total - self.right  # an odd total pads one more on the left
-        self._folded = None  # see _taps
+        self._kept_taps = Kept()
 
     def forward(
         self,
@@ -130,12 +156,13 @@ class WavTokenizerConv1d(nn.Module):
         A block of `stride` time steps is one run of memory there, and a window is a few blocks. So the convolution is one
         product for each block of the window, of all blocks from that one on, and no window has to be copied.
         """
-        steps = hidden_states[0].t()  # (N, C)
-        padded = steps.new_empty(self.left + len(steps) + right, steps.shape[1])
-        inside = padded[self.left : self.left + len(steps)]
-        torch.ops.aten.elu.out(steps, out=inside) if elu else inside.copy_(steps)
-        padded[: self.left] = inside[1 : 1 + self.left].flip(0)
-        padded[self.left + len(steps) :] = inside[-1 - right : -1].flip(0)
+        steps = padded = hidden_states[0].t().contiguous()  # (N, C)
+        if elu or self.left + right > 0:
+            padded = steps.new_empty(self.left + len(steps) + right, steps.shape[1])
+            inside = padded[self.left : self.left + len(steps)]
+            torch.ops.aten.elu.out(steps, out=inside) if elu else inside.copy_(steps)
+            padded[: self.left] = inside[1 : 1 + self.left].flip(0)
+            padded[self.left + len(steps) :] = inside[-1 - right : -1].flip(0)
         taps = self._taps()
         if steps.shape[1] == 1:  # windows as small as these are worth a copy
             blocks = padded[:, 0].unfold(0, self.conv.kernel_size[0], self.stride)
@@ -148,22 +175,17 @@ class WavTokenizerConv1d(nn.Module):
         return output.t()[None]
 
     def _taps(self) -> list[torch.Tensor]:
-        """The weight, folded and cut into blocks of `stride` time steps (C', stride * C), as oneDNN wants them.
-
-        Kept until it changes. A change through `.data` counts nowhere, but shows in the gains.
-        """
+        """The weight, folded and cut into blocks of `stride` time steps (C', stride * C), as oneDNN wants them."""
         parametrization = self.conv.parametrizations.weight
         gain, direction = parametrization.original0, parametrization.original1
-        versions = [
-            (tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in (gain, direction)
-        ]
-        if self._folded is None or self._folded[0] != versions or not torch.equal(self._folded[1], gain):
+
+        def fold() -> list[torch.Tensor]:
             weight = self.conv.weight.transpose(1, 2)  # (C', K, C)
             size = weight.shape[1] if weight.shape[2] == 1 else self.stride
             taps = [tap.flatten(1).contiguous() for tap in weight.split(size, dim=1)]
-            taps = [torch.ops.mkldnn._reorder_linear_weight(tap, None) for tap in taps]
-            self._folded = versions, gain.clone(), taps
-        return self._folded[2]
+            return [torch.ops.mkldnn._reorder_linear_weight(tap, None) for tap in taps]
+
+        return self._kept_taps.get((gain, direction), telltale=gain, compute=fold)
 
 
 class WavTokenizerResidualBlock(GradientCheckpointingLayer):
@@ -193,16 +215,45 @@ class WavTokenizerLSTMLayers(nn.RNNBase):
 
     def __init__(self, channels: int, num_layers: int):
         super().__init__("LSTM", channels, channels, num_layers)
+        self._kept_weights = Kept()
 
     def forward(self, inputs: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None = None):
         if state is None:
             zeros = inputs.new_zeros(self.num_layers, inputs.shape[1], self.hidden_size)
             state = (zeros, zeros)
+        if pays_by_onednn(inputs):
+            return self._by_onednn(inputs, state)
         weights = [weight for layer in self.all_weights for weight in layer]
         output, *state = torch.lstm(
             inputs, state, weights, self.bias, self.num_layers, 0.0, self.training, False, False
         )
         return output, tuple(state)
+
+    def _by_onednn(self, inputs: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]):
+        """What torch.lstm calls on a CPU, but that the weights are not reordered for oneDNN each time, which takes
+        longer than 20 frames of audio."""
+        inputs, size, states = inputs.contiguous(), self.hidden_size, []
+        for layer, weights in enumerate(self._packed_weights()):
+            hidden, cell = (values[layer : layer + 1].contiguous() for values in state)
+            inputs, hidden, cell, _ = torch.ops.aten.mkldnn_rnn_layer(
+                inputs, *weights, hidden, cell, False, [], _ONEDNN_LSTM, size, 1, True, False, False, False
+            )
+            states.append((hidden, cell))
+        return inputs, tuple(torch.cat(values) for values in zip(*states, strict=True))
+
+    def _packed_weights(self) -> list[tuple[torch.Tensor, ...]]:
+        """For each layer the weights of inputs and state, as oneDNN wants them, and their biases."""
+
+        def pack() -> list[tuple[torch.Tensor, ...]]:
+            reorder = torch.ops.mkldnn._reorder_mkldnn_rnn_layer_weight
+            return [
+                (*reorder(by_input, by_state, self.hidden_size, False, True, False), input_bias, state_bias)
+                for by_input, by_state, input_bias, state_bias in self.all_weights
+            ]
+
+        weights = [weight for layer in self.all_weights for weight in layer]
+        telltale = torch.cat([weight.flatten()[:: self.hidden_size] for weight in weights])
+        return self._kept_weights.get(weights, telltale, pack)
 
 
 class WavTokenizerLSTM(nn.Module):
