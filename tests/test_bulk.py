@@ -18,12 +18,14 @@ import pyarrow
 import pytest
 import soundfile
 import torch
-from bulk_corpus import DAMAGED, codes_alone, codes_of, rows_of, save_model, write_corpus
+from bulk_corpus import DAMAGED, codes_alone, codes_of, rows_of, save_model, train_encoder, write_corpus
 from conftest import REFERENCE, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
+from test_checkpoints import SINE_75
 
+from conversion.published import KnownAnswer, find
 from wavtokenizer_hf import WavTokenizerModel, audio
 from wavtokenizer_hf.bulk import encoding, hub, output, processes, sources, tokenize
 from wavtokenizer_hf.bulk import run as bulk_run
@@ -167,6 +169,31 @@ def test_golden_codes_come_out_of_the_parquet_unchanged(folders, tmp_path):
         data = np.load(REFERENCE / f"{name.removesuffix('.wav')}_75.npz")
         clear = data["margin"] >= 1e-6  # below that, float32 does not tell which entry is nearest
         np.testing.assert_array_equal(np.array(row["audio_codes"])[clear], data["codes"][0, clear])
+
+
+def codes_of_sine(answer: KnownAnswer, model: str, tmp_path) -> list[int]:
+    """The codes of a known answer's sine, by way of a WAV file and Parquet."""
+    soundfile.write(tmp_path / "sine.wav", answer.audio()[0, 0].numpy(), 24000, subtype="FLOAT")
+    tokenize(tmp_path / "sine.wav", model, tmp_path / "tokens", num_processes=1)
+    (row,) = rows_of(tmp_path / "tokens").values()
+    return list(row["audio_codes"])
+
+
+def test_the_originals_codes_of_a_sine_of_440_hertz_come_out_of_the_parquet(folders, tmp_path):
+    codes = codes_of_sine(SINE_75, str(folders(75)), tmp_path)
+    assert (len(codes), codes[:10]) == (SINE_75.num_codes, SINE_75.first_codes)
+
+
+@pytest.mark.slow
+def test_the_known_answer_of_published_weights_comes_out_of_the_parquet(tmp_path):
+    try:
+        model = WavTokenizerModel.from_original("large-unify-40")
+    except OSError as error:
+        pytest.skip(f"large-unify-40 is not in the cache of the Hub: {error}")
+    save_model(model, tmp_path / "model")
+    (answer,) = find("large-unify-40").known_answers
+    codes = codes_of_sine(answer, str(tmp_path / "model"), tmp_path)
+    assert (len(codes), codes[:10]) == (answer.num_codes, answer.first_codes)
 
 
 def test_the_peak_level_that_the_model_asks_for_is_kept(place, model, run, tmp_path):
@@ -325,6 +352,7 @@ def test_a_folder_at_which_another_run_works_on_the_same_clips_is_refused(run, t
     [
         ("model", "made with model .*model'.*other"),
         ("codebook", "codebook_fingerprint"),
+        ("encoder", "encoder_fingerprint"),
         ("source", "made with source"),
     ],
 )
@@ -340,6 +368,8 @@ def test_a_folder_of_another_run_is_refused(place, run, tmp_path, change, messag
     elif change == "codebook":
         shutil.rmtree(tmp_path / "model")
         shutil.copytree(place / "other", tmp_path / "model")
+    elif change == "encoder":
+        train_encoder(tmp_path / "model")
     else:
         options["source"] = str(corpus / "a")
     with pytest.raises(ValueError, match=message):

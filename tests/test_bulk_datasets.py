@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 import soundfile
 import torch
-from bulk_corpus import save_model
+from bulk_corpus import save_model, train_encoder
 from conftest import tiny_config
 from datasets.fingerprint import Hasher
 
@@ -167,6 +167,14 @@ def test_folders_that_do_not_name_their_codebook_are_told_apart_too(folder, tmp_
         hashes.add(Hasher.hash(AudioTokenizer(str(tmp_path / "model"))))
         shutil.rmtree(tmp_path / "model")
     assert len(hashes) == 2
+
+
+@pytest.mark.parametrize("kind", [AudioTokenizer, AudioDetokenizer])
+def test_weights_that_were_trained_on_are_told_apart_though_their_codebook_stayed(folder, tmp_path, kind):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    before = Hasher.hash(kind(str(tmp_path / "model")))
+    train_encoder(tmp_path / "model")
+    assert Hasher.hash(kind(str(tmp_path / "model"))) != before
 
 
 def test_a_model_that_cannot_be_loaded_is_said_at_once():

@@ -1,6 +1,8 @@
 """Long and live audio: chunks and streams give the codes of the whole; windows of codes fade into each other."""
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +100,27 @@ def test_five_minutes_have_the_same_codes_in_chunks_and_streams_of_any_size(mode
         print(f"{rate} tokens/s, {kind}, {name}: {int(differ.sum())} of {len(expected)} codes differ")
         assert (margins < 1e-6).all(), name  # float32 cannot tell which of the two entries is nearer
     assert len(expected.unique()) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is another one elsewhere")
+def test_an_hour_is_encoded_in_250_megabytes():
+    code = """
+import resource, torch
+from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerEncoderModel
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+
+model = WavTokenizerEncoderModel(WavTokenizerConfig(upsampling_ratios=[8, 5, 4, 2])).eval()
+audio = torch.empty(1, 1, 3600 * 24000).uniform_(-0.1, 0.1)
+before = peak()
+with torch.inference_mode():
+    assert model.encode(audio).audio_codes.shape == (1, 1, 3600 * 75)
+print(peak() - before)
+"""
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert 0 < int(output) < 250, f"{output} MB"
 
 
 def five_minutes(kind: str, rng: np.random.Generator) -> np.ndarray:

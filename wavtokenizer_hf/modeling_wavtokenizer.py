@@ -230,7 +230,7 @@ class WavTokenizerQuantizer(nn.Module):
     def __init__(self, config: WavTokenizerConfig):
         super().__init__()
         self.codebook = WavTokenizerCodebook(config)
-        self._kept_bias = Kept()
+        self._kept_operands = Kept()
 
     def _nearness(self, latents: torch.Tensor) -> torch.Tensor:
         """latents (B, D, L) -> (B, L, K): what is larger, the smaller the Euclidean distance to an entry is.
@@ -238,16 +238,14 @@ class WavTokenizerQuantizer(nn.Module):
         |x - e|^2 = |x|^2 - 2 (x.e - |e|^2 / 2), so it is the number in the parentheses.
         """
         entries = self.codebook.embed
-
-        def bias() -> torch.Tensor:
-            return -0.5 * torch.linalg.vector_norm(entries, dim=1).square()
-
         inference = pays_by_onednn(latents)
-        return product(
-            latents.transpose(1, 2),
-            entries,
-            self._kept_bias.get([entries], entries[:, 0], bias) if inference else bias(),
-        )
+
+        def operands() -> tuple[torch.Tensor, torch.Tensor]:
+            bias = -0.5 * torch.linalg.vector_norm(entries, dim=1).square()
+            return torch.ops.mkldnn._reorder_linear_weight(entries, None) if inference else entries, bias
+
+        weight, bias = self._kept_operands.get([entries], entries[:, 0], operands) if inference else operands()
+        return product(latents.transpose(1, 2), weight, bias)
 
     def encode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents (B, D, L) -> codes (B, 1, L), int64: the entry at the smallest Euclidean distance."""

@@ -1,6 +1,7 @@
 """The work itself, the same whatever drives it: sound is read in threads ahead of the model, and encoded in micro-batches."""
 
 import ctypes
+import hashlib
 import os
 import sys
 import threading
@@ -76,6 +77,15 @@ def load_encoder(
         return encoder.eval().to(device or default_device()), feature_extractor
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without that device
         raise ValueError(f"Cannot use the device {device!r}: {error}") from error
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """16 hex digits that tell weights apart: an encoder can be trained on while its codebook stays the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensor.detach().cpu().float().numpy()))
+    return digest.hexdigest()[:16]
 
 
 def default_device(rank: int = 0) -> str:

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from .. import audio
 from ..configuration_wavtokenizer import WavTokenizerConfig
+from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 from ..modeling_wavtokenizer import WavTokenizerModel
 from . import encoding
 from .encoding import Failure
@@ -24,7 +26,7 @@ class _Mapped:
     """What `datasets.Dataset.map` calls: small when pickled, with a model of its own in each process.
 
     The fingerprint that `map` caches by is made of the pickled object, so it names the weights: by the commit of a model from
-    the Hub, by its codebook in a folder.
+    the Hub, by a hash of those in a folder.
     """
 
     def __init__(self, model: str, revision: str | None, device: str | None):
@@ -35,18 +37,18 @@ class _Mapped:
         self.model = str(model)
         commit = getattr(config, "_commit_hash", None)
         self.revision = commit or revision
-        self.codebook_fingerprint = config.codebook_fingerprint
-        if commit is None and self.codebook_fingerprint is None:  # a folder that another package wrote
-            self.codebook_fingerprint = encoding.load_encoder(model, device="cpu")[0].codebook_fingerprint
         self.sampling_rate = config.sampling_rate
         self.device = device
         self._loaded = None
+        self.weights_fingerprint = None
+        if commit is None:
+            self.weights_fingerprint = encoding.weights_fingerprint(self._load("cpu")[0])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None}
 
     def _ready(self, rank: int | None):
-        """The model of this process, loaded when it is first needed."""
+        """The model and feature extractor of this process, loaded when they are first needed."""
         if self._loaded is None:
             if _in_child() and not torch.cuda.is_available():
                 # `map` does not say how many processes there are; as many threads in each make them up to 30 times as slow
@@ -54,7 +56,7 @@ class _Mapped:
             self._loaded = self._load(self.device or encoding.default_device(rank or 0))
         return self._loaded
 
-    def _load(self, device: str):
+    def _load(self, device: str) -> tuple[PreTrainedModel, WavTokenizerFeatureExtractor | None]:
         raise NotImplementedError
 
 
@@ -197,10 +199,10 @@ class AudioDetokenizer(_Mapped):
         )
         if info["missing_keys"]:
             raise ValueError(f"The model {self.model!r} lacks tensors, such as {sorted(info['missing_keys'])[0]}.")
-        return model.eval().to(device)
+        return model.eval().to(device), None
 
     def __call__(self, batch: dict[str, Sequence], rank: int | None = None) -> dict[str, list]:
-        model = self._ready(rank)
+        model, _ = self._ready(rank)
         for fingerprint in set(batch.get("codebook_fingerprint", ())) - {None}:
             model.check_codebook_fingerprint(fingerprint)
         rows = list(batch[self.column])

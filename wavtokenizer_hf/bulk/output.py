@@ -44,6 +44,7 @@ class Settings:
     model: str
     revision: str | None  # the commit, for a model from the Hub
     codebook_fingerprint: str
+    encoder_fingerprint: str
     codebook_size: int
     hop_length: int
     sampling_rate: int

@@ -119,6 +119,7 @@ def tokenize(
         model=_plain(model),
         revision=commit,
         codebook_fingerprint=encoder.codebook_fingerprint,
+        encoder_fingerprint=encoding.weights_fingerprint(encoder.encoder),
         codebook_size=encoder.config.codebook_size,
         hop_length=encoder.config.hop_length,
         sampling_rate=encoder.config.sampling_rate,

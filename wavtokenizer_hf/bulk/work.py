@@ -51,10 +51,13 @@ class Worker:
         self.job = job
         device = job.device or encoding.default_device(rank)
         self.encoder, self.feature_extractor = encoding.load_encoder(job.model, job.revision, device)
-        if self.encoder.codebook_fingerprint != job.output.settings.codebook_fingerprint:
+        settings = job.output.settings
+        here = self.encoder.codebook_fingerprint, encoding.weights_fingerprint(self.encoder.encoder)
+        if here != (settings.codebook_fingerprint, settings.encoder_fingerprint):
             raise ValueError(
-                f"The model {job.model!r} has the codebook {self.encoder.codebook_fingerprint} here, and "
-                f"{job.output.settings.codebook_fingerprint} where the work began. It changed meanwhile; begin anew."
+                f"The model {job.model!r} has the codebook {here[0]} and the encoder {here[1]} here, and the codebook "
+                f"{settings.codebook_fingerprint} and the encoder {settings.encoder_fingerprint} where the work began. It "
+                "changed meanwhile; begin anew."
             )
 
     def make_part(self, items: Sequence[Item], report: Callable[[Summary], None] = lambda summary: None) -> None:
