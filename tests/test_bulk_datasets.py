@@ -177,6 +177,14 @@ def test_weights_that_were_trained_on_are_told_apart_though_their_codebook_staye
     assert Hasher.hash(kind(str(tmp_path / "model"))) != before
 
 
+def test_models_of_another_peak_level_are_told_apart(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    before = Hasher.hash(AudioTokenizer(str(tmp_path / "model")))
+    config = json.loads((tmp_path / "model" / "preprocessor_config.json").read_text())
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps({**config, "peak_dbfs": -3}))
+    assert Hasher.hash(AudioTokenizer(str(tmp_path / "model"))) != before
+
+
 def test_a_model_that_cannot_be_loaded_is_said_at_once():
     with pytest.raises(ValueError, match="Cannot load the model 'no/such-model'"):
         AudioTokenizer("no/such-model")

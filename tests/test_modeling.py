@@ -611,15 +611,24 @@ def change_data(tensor: torch.Tensor) -> None:
     tensor.data.mul_(1.5)
 
 
+def change_a_part_of_data(tensor: torch.Tensor) -> None:
+    tensor.data[..., 1:].mul_(1.5) if tensor.shape[-1] > 1 else tensor.data[1:].mul_(1.5)
+
+
+def clip_data(tensor: torch.Tensor) -> None:
+    tensor.data.clamp_(-0.01, 0.01)
+
+
 def change_by_another(tensor: torch.Tensor) -> None:
     tensor.data = 1.5 * tensor
 
 
-@pytest.mark.parametrize("change", [change_in_place, change_data, change_by_another])
+@pytest.mark.parametrize("change", [change_in_place, change_data, change_a_part_of_data, clip_data, change_by_another])
 @pytest.mark.parametrize(
     "name",
     [
         "layers.1.block.1.conv.parametrizations.weight.original0",
+        "layers.1.block.1.conv.parametrizations.weight.original1",
         "lstm.weight_hh_l1",
         "lstm.bias_ih_l0",
         "codebook.embed",

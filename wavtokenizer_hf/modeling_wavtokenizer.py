@@ -244,7 +244,7 @@ class WavTokenizerQuantizer(nn.Module):
             bias = -0.5 * torch.linalg.vector_norm(entries, dim=1).square()
             return torch.ops.mkldnn._reorder_linear_weight(entries, None) if inference else entries, bias
 
-        weight, bias = self._kept_operands.get([entries], entries[:, 0], operands) if inference else operands()
+        weight, bias = self._kept_operands.get([entries], operands) if inference else operands()
         return product(latents.transpose(1, 2), weight, bias)
 
     def encode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ This file is copied unchanged into every Hub repository that we write: it import
 transformers and its sibling configuration, and nothing else.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,19 +54,20 @@ def product(
 
 
 class Kept:
-    """What is computed of tensors and kept until they change; copied or pickled, it is empty and computed again.
+    """What is computed of weights and kept until they change; copied or pickled, it is empty, and computed again.
 
-    A change through `.data` counts nowhere, so `telltale` is compared as well: a small tensor that would hardly stay the same.
+    A change through `.data` counts in no tensor's version, so a number of each row is compared as well.
     """
 
     def __init__(self):
         self._kept = None
 
-    def get(self, tensors: Iterable[torch.Tensor], telltale: torch.Tensor, compute: Callable):
-        versions = [(tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in tensors]
+    def get(self, weights: Sequence[torch.Tensor], compute: Callable):
+        versions = [(weight.data_ptr(), None if weight.is_inference() else weight._version) for weight in weights]
+        sample = torch.cat([weight.detach().flatten()[:: max(1, weight[0].numel() - 1)] for weight in weights])
         kept = self._kept
-        if kept is None or kept[0] != versions or not torch.equal(kept[1], telltale):
-            kept = self._kept = versions, telltale.clone(), compute()
+        if kept is None or kept[0] != versions or not torch.equal(kept[1], sample):
+            kept = self._kept = versions, sample, compute()
         return kept[2]
 
     def __reduce__(self):
@@ -185,7 +186,7 @@ class WavTokenizerConv1d(nn.Module):
             taps = [tap.flatten(1).contiguous() for tap in weight.split(size, dim=1)]
             return [torch.ops.mkldnn._reorder_linear_weight(tap, None) for tap in taps]
 
-        return self._kept_taps.get((gain, direction), telltale=gain, compute=fold)
+        return self._kept_taps.get([gain, direction], fold)
 
 
 class WavTokenizerResidualBlock(GradientCheckpointingLayer):
@@ -252,8 +253,7 @@ class WavTokenizerLSTMLayers(nn.RNNBase):
             ]
 
         weights = [weight for layer in self.all_weights for weight in layer]
-        telltale = torch.cat([weight.flatten()[:: self.hidden_size] for weight in weights])
-        return self._kept_weights.get(weights, telltale, pack)
+        return self._kept_weights.get(weights, pack)
 
 
 class WavTokenizerLSTM(nn.Module):

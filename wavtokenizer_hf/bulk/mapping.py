@@ -26,7 +26,7 @@ class _Mapped:
     """What `datasets.Dataset.map` calls: small when pickled, with a model of its own in each process.
 
     The fingerprint that `map` caches by is made of the pickled object, so it names the weights: by the commit of a model from
-    the Hub, by a hash of those in a folder.
+    the Hub, by a hash of those in a folder, and the peak level that is asked for there.
     """
 
     def __init__(self, model: str, revision: str | None, device: str | None):
@@ -40,9 +40,11 @@ class _Mapped:
         self.sampling_rate = config.sampling_rate
         self.device = device
         self._loaded = None
-        self.weights_fingerprint = None
+        self.folder_contents = None
         if commit is None:
-            self.weights_fingerprint = encoding.weights_fingerprint(self._load("cpu")[0])
+            model, feature_extractor = self._load("cpu")
+            peak_dbfs = None if feature_extractor is None else feature_extractor.peak_dbfs
+            self.folder_contents = encoding.weights_fingerprint(model), peak_dbfs
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None}

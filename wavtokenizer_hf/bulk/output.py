@@ -25,7 +25,7 @@ from .encoding import Failure, Tokens
 from .extra import library
 
 
-FORMAT = 1  # of the folder; another number is refused
+FORMAT = 2  # of the folder; another number is refused
 METADATA = b"wavtokenizer"  # key in the schema's metadata
 OWN_COLUMNS = (
     "id", "audio_codes", "num_samples", "duration", "source_sampling_rate", "source_channels", "codebook_fingerprint",

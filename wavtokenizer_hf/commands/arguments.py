@@ -15,16 +15,17 @@ def add_command(commands, name: str, run: Callable, help: str) -> argparse.Argum
     return parser
 
 
-def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
+def add_model(parser: argparse.ArgumentParser, required: bool = True, decoder: bool = True) -> None:
     parser.add_argument("-m", "--model", required=required, help=MODEL_HELP)
     parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the decoder (default float32); tokens are always computed in float32",
-    )
+    if decoder:
+        parser.add_argument(
+            "--dtype",
+            choices=("float32", "bfloat16", "float16"),
+            default="float32",
+            help="of the decoder (default float32); tokens are always computed in float32",
+        )
 
 
 def load_model(arguments, encoder_only: bool = False):
@@ -38,9 +39,8 @@ def load_model(arguments, encoder_only: bool = False):
     except RuntimeError as error:
         raise ValueError(f"Got the device {device!r}: {error}") from error
     model_class = WavTokenizerEncoderModel if encoder_only else WavTokenizerModel
-    model = from_pretrained(
-        model_class, arguments.model, revision=arguments.revision or "main", dtype=getattr(torch, arguments.dtype)
-    )
+    dtype = torch.float32 if encoder_only else getattr(torch, arguments.dtype)
+    model = from_pretrained(model_class, arguments.model, revision=arguments.revision or "main", dtype=dtype)
     try:
         return model.eval().to(device)
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without that device

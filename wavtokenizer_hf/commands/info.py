@@ -8,6 +8,7 @@ from .arguments import add_command, from_pretrained, print_facts
 def add(commands) -> None:
     info = add_command(commands, "info", _info, "what a model, or a token file, is")
     info.add_argument("source", help="name or folder of a model, bundled, or a token file (.safetensors, .json)")
+    info.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
 
 
 def _info(arguments) -> int:
@@ -27,7 +28,7 @@ def _info(arguments) -> int:
     else:
         from .. import WavTokenizerModel
 
-        model = from_pretrained(WavTokenizerModel, arguments.source)
+        model = from_pretrained(WavTokenizerModel, arguments.source, revision=arguments.revision or "main")
         config = model.config
         facts = {
             "model": arguments.source,

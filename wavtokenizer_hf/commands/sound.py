@@ -20,7 +20,7 @@ _RAW = "raw samples (16-bit little-endian integers, mono)"
 def add(commands) -> None:
     encode = add_command(commands, "encode", _encode, "sound files to token files")
     add_files(encode, f"sound files, or folders to search for them; {_SOUND_PIPE}")
-    add_model(encode)
+    add_model(encode, decoder=False)
     encode.add_argument(
         "--format",
         choices=FORMATS,
