@@ -7,6 +7,7 @@ This file is copied unchanged into every Hub repository that we write: it import
 transformers and its sibling configuration, and nothing else.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -100,15 +101,21 @@ def _reflect_rows(values: torch.Tensor, lengths: torch.Tensor, left: int, right:
     return F.pad(values, (left, most_right)).scatter_(-1, places, around)
 
 
-def _within(lengths: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor | None:
-    """Lengths of rows as far as they lie within (B, C, N); a row that has ended counts as 1, and nobody looks at it."""
-    return None if lengths is None else lengths.clamp(1, values.shape[-1])
+def _one_of_few_sizes(size: int, second: float) -> int:
+    """The next of sizes that are an eighth of an octave apart, at most an eighth larger; 1, 2, 3 and 4 seconds are among them.
+
+    For each size that oneDNN has not met yet it makes new code, which takes as long as a second of audio.
+    """
+    octave = second * 2.0 ** math.floor(math.log2(size / second))
+    return math.ceil(octave * math.ceil(8 * size / octave) / 8)
 
 
 class WavTokenizerConv1d(nn.Module):
     """Weight-normalised convolution (B, C, N) -> (B, C', ceil(N / stride)) that reflects the signal at its ends.
 
-    With `elu`, of the ELU of its input; `onto` (B, C', ceil(N / stride)) is added to what comes out.
+    `lengths` are those of the rows. One number stands for a single clip, whose rest nobody looks at, that is to be computed
+    as products (`can_be_products`). With `elu`, of the ELU of its input; `onto` (B, C', ceil(N / stride)) is added to what
+    comes out.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, dilation: int = 1):
@@ -123,47 +130,47 @@ class WavTokenizerConv1d(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        lengths: torch.Tensor | None = None,
+        lengths: torch.Tensor | int | None = None,
         elu: bool = False,
         onto: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        right = self.right + -hidden_states.shape[-1] % self.stride  # so that the last window is full
-        if lengths is None and self._pays_as_products(hidden_states, right):
-            return self._as_products(hidden_states, right, elu, onto)
+        if isinstance(lengths, int):
+            return self._as_products(hidden_states, lengths, elu, onto)
         padded = hidden_states
         if lengths is not None and self.left + self.right > 0:
             padded = _reflect_rows(hidden_states, lengths, self.left, self.right, self.stride)
-        elif self.left + right > 0:
+        elif self.left + self.right > 0:
+            right = self.right + -hidden_states.shape[-1] % self.stride  # so that the last window is full
             padded = _reflect(hidden_states, self.left, right)
         if elu:
             padded = F.elu(padded, inplace=padded is not hidden_states)
         output = self.conv(padded)
         return output if onto is None else onto + output
 
-    def _pays_as_products(self, hidden_states: torch.Tensor, right: int) -> bool:
-        return (
-            pays_by_onednn(hidden_states)
-            and len(hidden_states) == 1
-            and hidden_states.shape[-1] > max(self.left, right)  # long enough to be reflected
-            and self.conv.dilation == (1,)
-            and not self.conv.bias.is_meta  # offloaded by accelerate, which loads it when self.conv is called
-        )
+    @property
+    def can_be_products(self) -> bool:
+        # accelerate loads offloaded weights, which are meta until then, when self.conv is called
+        return self.conv.dilation == (1,) and not self.conv.bias.is_meta
 
     def _as_products(
-        self, hidden_states: torch.Tensor, right: int, elu: bool, onto: torch.Tensor | None
+        self, hidden_states: torch.Tensor, real: int, elu: bool, onto: torch.Tensor | None
     ) -> torch.Tensor:
         """The same for one clip (1, C, N) that lies in memory time step after time step, as what comes out then does.
 
         A block of `stride` time steps is one run of memory there, and a window is a few blocks. So the convolution is one
-        product for each block of the window, of all blocks from that one on, and no window has to be copied.
+        product for each block of the window, of all blocks from that one on, and no window has to be copied. The clip is the
+        first `real` time steps, and nothing that comes after them counts.
         """
         steps = padded = hidden_states[0].t().contiguous()  # (N, C)
+        right = self.right + -real % self.stride
         if elu or self.left + right > 0:
-            padded = steps.new_empty(self.left + len(steps) + right, steps.shape[1])
-            inside = padded[self.left : self.left + len(steps)]
-            torch.ops.aten.elu.out(steps, out=inside) if elu else inside.copy_(steps)
-            padded[: self.left] = inside[1 : 1 + self.left].flip(0)
-            padded[self.left + len(steps) :] = inside[-1 - right : -1].flip(0)
+            size = (-(-len(steps) // self.stride) - 1) * self.stride + self.conv.kernel_size[0]
+            padded = steps.new_empty(size, steps.shape[1])
+            before, inside, after, unused = padded.split([self.left, real, right, size - self.left - real - right])
+            torch.ops.aten.elu.out(steps[:real], out=inside) if elu else inside.copy_(steps[:real])
+            before.copy_(inside[1 : 1 + self.left].flip(0))
+            after.copy_(inside[-1 - right : -1].flip(0))
+            unused.zero_()
         taps = self._taps()
         if steps.shape[1] == 1:  # windows as small as these are worth a copy
             blocks = padded[:, 0].unfold(0, self.conv.kernel_size[0], self.stride)
@@ -205,7 +212,7 @@ class WavTokenizerResidualBlock(GradientCheckpointingLayer):
         )
         self.shortcut = WavTokenizerConv1d(channels, channels, 1)
 
-    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor | int | None = None) -> torch.Tensor:
         _, narrow, _, widen = self.block
         inner = narrow(hidden_states, lengths, elu=True)
         return widen(inner, elu=True, onto=self.shortcut(hidden_states))
@@ -304,7 +311,8 @@ class WavTokenizerEncoder(nn.Module):
         layers.append(nn.ELU())
         layers.append(WavTokenizerConv1d(channels, config.hidden_size, config.last_kernel_size))
         self.layers = nn.ModuleList(layers)
-        self.hop_length = config.hop_length
+        self.hop_length, self.frame_rate = config.hop_length, config.frame_rate
+        self.convolutions = [layer for layer in self.modules() if isinstance(layer, WavTokenizerConv1d)]
         self.frames_back, self.frames_ahead = self._reach()
         self.last_reach = self.layers[-1].left  # frames, to either side
 
@@ -336,8 +344,8 @@ class WavTokenizerEncoder(nn.Module):
 
         given, ready = state.num_frames, last if final else last - self.last_reach
         if ready > given:
-            frame_lengths = None if lengths is None else -(-lengths // hop) - state.frames_start
-            latents = self.layers[-1](frames, _within(frame_lengths, frames), elu=True)
+            lengths = None if lengths is None else -(-lengths // hop) - state.frames_start
+            latents = self.layers[-1](frames, self._lengths_within(frames, lengths, self.last_reach), elu=True)
             latents = latents[..., given - state.frames_start : ready - state.frames_start]
         else:
             latents = audio.new_zeros(len(audio), self.layers[-1].conv.out_channels, 0)
@@ -358,14 +366,30 @@ class WavTokenizerEncoder(nn.Module):
 
     def _convolve(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         """The layers before the LSTM: audio (B, 1, T) -> (B, C, ceil(T / hop))."""
-        lengths = _within(lengths, hidden_states)
+        num_frames = -(-hidden_states.shape[-1] // self.hop_length)
+        lengths = self._lengths_within(hidden_states, lengths, self.frames_back * self.hop_length)
+        if isinstance(lengths, int):
+            size = _one_of_few_sizes(num_frames, self.frame_rate) * self.hop_length
+            hidden_states = F.pad(hidden_states, (0, size - lengths))
         for place, layer in enumerate(self.layers[:-3]):
             if isinstance(layer, WavTokenizerResidualBlock):
                 hidden_states = layer(hidden_states, lengths)
             elif isinstance(layer, WavTokenizerConv1d):
                 hidden_states = layer(hidden_states, lengths, elu=place > 0)
                 lengths = None if lengths is None else -(-lengths // layer.stride)
-        return hidden_states
+        return hidden_states[..., :num_frames]
+
+    def _lengths_within(
+        self, values: torch.Tensor, lengths: torch.Tensor | None, reach: int
+    ) -> torch.Tensor | int | None:
+        """Lengths as convolutions that reach `reach` steps take them: those of the rows as far as they lie within (B, C, N),
+        where a row that has ended counts as 1 and nobody looks at it; N for a single clip if products pay; else None.
+        """
+        if lengths is not None:
+            return lengths.clamp(1, values.shape[-1])
+        long_enough = len(values) == 1 and values.shape[-1] > reach
+        pays = pays_by_onednn(values) and long_enough and all(layer.can_be_products for layer in self.convolutions)
+        return values.shape[-1] if pays else None
 
     def _reach(self) -> tuple[int, int]:
         """How many frames the layers before the LSTM reach back and ahead of a frame, mirrored audio at an end included."""
