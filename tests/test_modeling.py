@@ -662,3 +662,26 @@ def test_codes_are_the_same_with_and_without_gradients(models, rate):
         codes = models(rate).encode(audio).audio_codes
     with torch.inference_mode():
         assert torch.equal(codes, models(rate).encode(audio).audio_codes)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(num_samples=st.integers(1, 5000))
+def test_a_clip_of_any_length_gives_by_products_what_it_gives_by_convolutions(tiny_model, num_samples):
+    audio = torch.randn(1, 1, num_samples)
+    by_products = tiny_model.encoder_model.encoder(audio)
+    with torch.enable_grad():
+        by_convolutions = tiny_model.encoder_model.encoder(audio)
+    assert by_products.shape == by_convolutions.shape
+    torch.testing.assert_close(by_products, by_convolutions.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_clips_of_many_lengths_are_computed_in_few_sizes(tiny_model):
+    sizes = []
+    tiny_model.encoder_model.encoder.layers[1].register_forward_hook(
+        lambda module, inputs, output: sizes.append(output.shape[-1])
+    )
+    lengths = range(16 * 16, 256 * 16, 29)  # four octaves
+    for length in lengths:
+        tiny_model.encoder_model.encoder(torch.randn(1, 1, length))
+    assert len(set(sizes)) <= 4 * 8 + 1
+    assert all(length <= size <= 1.125 * length + 2 * 16 for length, size in zip(lengths, sizes, strict=True))

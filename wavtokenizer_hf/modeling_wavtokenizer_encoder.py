@@ -215,7 +215,7 @@ class WavTokenizerResidualBlock(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor | int | None = None) -> torch.Tensor:
         _, narrow, _, widen = self.block
         inner = narrow(hidden_states, lengths, elu=True)
-        return widen(inner, elu=True, onto=self.shortcut(hidden_states))
+        return widen(inner, lengths, elu=True, onto=self.shortcut(hidden_states, lengths))
 
 
 class WavTokenizerLSTMLayers(nn.RNNBase):
