@@ -46,15 +46,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    ours = WavTokenizerModel.from_pretrained(reference_folder(arguments.work, arguments.rate)).eval()
-    weights = build_checkpoint.state_dict(arguments.rate)
-    if arguments.weights == "random":
-        torch.manual_seed(0)
-        ours = WavTokenizerModel(ours.config).eval()
-        ours.quantizer.codebook.inited.fill_(1)
-        weights.update({original_name(name): tensor for name, tensor in ours.state_dict().items()})
-    theirs = original.load_original(arguments.checkout, arguments.rate, weights)
-
+    theirs, ours = load_models(arguments.checkout, arguments.rate, arguments.weights, arguments.work)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rate} tokens/s, float32")
     print(
         "| clip | encode: theirs | ours | ratio | decode: theirs | ours | ratio | codes that differ | no ties "
@@ -89,6 +81,18 @@ def main() -> None:
             cells += [f"{total / their_time:.1f} x", f"{total / our_time:.1f} x", f"**{ratio:.2f}**"]
         cells += [f"{int(differ.sum())} of {codes.numel()}", str(no_ties), f"{apart:.1e}"]
         print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def load_models(checkout: str, rate: int, weights: str, work: Path) -> tuple[torch.nn.Module, WavTokenizerModel]:
+    """The original's model and ours with the same weights, "random" or those of the "formula"."""
+    ours = WavTokenizerModel.from_pretrained(reference_folder(work, rate)).eval()
+    state = build_checkpoint.state_dict(rate)
+    if weights == "random":
+        torch.manual_seed(0)
+        ours = WavTokenizerModel(ours.config).eval()
+        ours.quantizer.codebook.inited.fill_(1)
+        state.update({original_name(name): tensor for name, tensor in ours.state_dict().items()})
+    return original.load_original(checkout, rate, state), ours
 
 
 def _clips(count: int, seconds: float) -> torch.Tensor:

@@ -66,6 +66,18 @@ def test_chunks_of_a_ragged_batch_give_each_row_what_it_gets_alone(
         assert torch.equal(chunked.audio_codes[row][chunked.audio_codes_mask[row]], alone[0, 0])
 
 
+@pytest.mark.parametrize("num_frames", [39, 41, 79, 85, 400])
+def test_chunks_are_as_long_as_asked_for_at_most_and_none_is_short(tiny_model, monkeypatch, num_frames):
+    encoder, sizes = tiny_model.encoder_model.encoder, []
+    convolve = encoder._convolve
+    monkeypatch.setattr(
+        encoder, "_convolve", lambda audio, lengths: sizes.append(audio.shape[-1]) or convolve(audio, lengths)
+    )
+    tiny_model.encode(torch.zeros(1, 1, num_frames * 16), chunk_seconds=40 * 16 / 24000)
+    assert all(20 * 16 - 16 <= size <= 40 * 16 for size in sizes) or len(sizes) == 1
+    assert len(sizes) > 1 or num_frames < 40
+
+
 def test_chunks_give_the_codes_of_the_whole_at_full_size(models, rate):
     torch.manual_seed(0)
     audio = 0.1 * torch.randn(1, 1, 24000 * 10 + 123)

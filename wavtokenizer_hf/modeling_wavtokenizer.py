@@ -672,9 +672,9 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
             padding_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real samples, 0 for padding, which may
                 stand on either side and hold anything.
             output_latents (`bool`): also return the encoder's output before it is quantized.
-            chunk_seconds (`float`, *optional*): work on chunks of this length or up to twice as long, so that memory does
-                not grow with T; the codes are those of the whole. By default 3 s on a CPU for clips above 6 s, which is
-                also faster there, and 60 s elsewhere.
+            chunk_seconds (`float`, *optional*): work on chunks of at most this length, so that memory does not grow with T;
+                the codes are those of the whole. By default 3 s on a CPU for clips above 6 s, which is also faster there,
+                and 60 s elsewhere.
 
         Returns:
             [`WavTokenizerEncoderOutput`]: `audio_codes` and `audio_codes_mask` (B, 1, L) with L = ceil(T / hop). A row
@@ -755,7 +755,8 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
             chunk_seconds = automatic
         if not chunk_seconds > 0:
             raise ValueError(f"Got chunk_seconds={chunk_seconds}, expected more than 0, or None for automatic chunks.")
-        return math.ceil(chunk_seconds * self.config.frame_rate) * self.config.hop_length
+        overlap = self.encoder.frames_back + self.encoder.frames_ahead  # of a chunk with those around it
+        return max(1, math.ceil(chunk_seconds * self.config.frame_rate) - overlap) * self.config.hop_length
 
     def _encode_rows(
         self, audio: torch.Tensor, rows: Rows | None, output_latents: bool, chunk_size: int
@@ -784,10 +785,11 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
         self, audio: torch.Tensor, rows: Rows | None, output_latents: bool, chunk_size: int
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """`_encode_rows` chunk after chunk, each of all rows."""
-        # of one length, to a frame: of a short rest, libraries may order the sums in another way
-        num_pieces = max(1, audio.shape[-1] // chunk_size)
-        num_frames = -(-audio.shape[-1] // self.config.hop_length)
-        cuts = [num_frames * cut // num_pieces * self.config.hop_length for cut in range(1, num_pieces)]
+        hop = self.config.hop_length
+        num_frames, num_pieces = -(-audio.shape[-1] // hop), -(-audio.shape[-1] // chunk_size)
+        cuts = [cut * chunk_size for cut in range(1, num_pieces - 1)]
+        if num_pieces > 1:  # the last two are equally long: of a short rest, sums may be in another order
+            cuts.append((num_frames + (num_pieces - 2) * chunk_size // hop) // 2 * hop)
         pieces = audio.tensor_split(cuts, dim=-1)
         # made before the loop: what outlives a step of it among what does not leaves holes that little fits into (gigabytes an hour)
         audio_codes = torch.empty(len(audio), 1, num_frames, dtype=torch.long, device=audio.device)
