@@ -18,7 +18,16 @@ import pyarrow
 import pytest
 import soundfile
 import torch
-from bulk_corpus import DAMAGED, codes_alone, codes_of, rows_of, save_model, train_encoder, write_corpus
+from bulk_corpus import (
+    DAMAGED,
+    codes_alone,
+    codes_of,
+    own_progress_lock,
+    rows_of,
+    save_model,
+    train_encoder,
+    write_corpus,
+)
 from conftest import REFERENCE, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,6 +104,7 @@ def forked(monkeypatch):
     serve, fork = processes._serve, multiprocessing.get_context("fork")
 
     def serve_as_spawned(connection, job, rank):
+        own_progress_lock()
         serve(connection, pickle.loads(pickle.dumps(job)), rank)  # a fork alone would share it
 
     monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: fork)
@@ -268,6 +278,7 @@ def _num_parts(folder):
 
 
 def _run_on_a_slow_disk(arguments):
+    own_progress_lock()
     sync = os.fsync
     output.os.fsync = lambda descriptor: (time.sleep(0.015), sync(descriptor))
     torch.set_num_threads(1)
@@ -282,7 +293,9 @@ def test_killed_at_random_moments_and_run_again_gives_what_an_uninterrupted_run_
         before = _num_parts(tmp_path / "killed")
         process = multiprocessing.get_context("fork").Process(target=_run_on_a_slow_disk, args=(arguments,))
         process.start()
+        deadline = time.monotonic() + 60
         while kills % 2 and process.is_alive() and _num_parts(tmp_path / "killed") == before:  # else some get nowhere
+            assert time.monotonic() < deadline, "no part in 60 s"
             time.sleep(0.001)
         process.join(timeout=moments.uniform(0, 0.05))
         if not process.is_alive():
