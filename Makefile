@@ -16,9 +16,11 @@ setup: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py --output demo_output $(if $(AUDIO),--audio $(AUDIO))
 
-# two files at a time, on one thread each: threads that wait for each other take longer than the small models of the tests
+# two files at a time, on one thread each: threads that wait for each other take longer than the small models of the tests;
+# a test that hangs for ten minutes ends the run, and says where
 test: $(VENV)/installed $(TRANSFORMERS_TESTS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 \
+		-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
 test-slow: $(VENV)/installed $(TRANSFORMERS_TESTS)
 	$(BIN)/python -m pytest -m slow
