@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import wavtokenizer_hf.modeling_wavtokenizer as modeling
+from wavtokenizer_hf import WavTokenizerModel
 from wavtokenizer_hf.audio import load
 from wavtokenizer_hf.long_audio import DecodeStream, EncodeStream
 
@@ -38,6 +40,30 @@ def test_chunks_of_any_size_give_what_the_whole_gives(tiny_model, length, frames
         chunked.latents / expected.abs().max(), expected / expected.abs().max(), atol=1e-6, rtol=0
     )
     assert torch.equal(chunked.audio_codes, tiny_model.quantizer.encode(expected))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"upsampling_ratios": [1, 4, 2, 2]},
+        {"upsampling_ratios": [2, 1, 3]},
+        {"kernel_size": 4, "residual_kernel_size": 6, "last_kernel_size": 4},
+        {"num_residual_layers": 3, "kernel_size": 1},
+    ],
+    ids=str,
+)
+def test_chunks_give_what_the_whole_gives_in_models_of_other_shapes(shape):
+    torch.manual_seed(0)
+    model = WavTokenizerModel(tiny_config(**shape)).eval()
+    for frames in (1, 2, 7):
+        for length in (1, 50, 333):
+            audio = torch.randn(1, 1, length)
+            chunk_seconds = frames / model.config.frame_rate
+            chunked = model.encode(audio, output_latents=True, chunk_seconds=chunk_seconds).latents
+            expected = whole(model, audio)
+            torch.testing.assert_close(
+                chunked / expected.abs().max(), expected / expected.abs().max(), atol=1e-6, rtol=0
+            )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -189,6 +189,33 @@ def test_rows_encoded_on_a_cpu_are_equal_to_the_last_bit(models, rate):
     assert torch.equal(encoded.audio_codes[1:, :, :frames], alone.audio_codes)
 
 
+def test_a_clip_in_a_batch_is_cut_as_it_is_alone(tiny_model, monkeypatch):
+    encoder, sizes = tiny_model.encoder_model.encoder, []
+    convolve = encoder._convolve
+    monkeypatch.setattr(encoder, "_convolve", lambda *given: sizes.append(given[0].shape[-1]) or convolve(*given))
+    audio, mask = (
+        torch.randn(2, 1, 7 * 24000),
+        torch.ones(2, 7 * 24000),
+    )  # so long that it is cut, unlike its second row
+    mask[1, 5 * 24000 :] = 0
+    tiny_model.encode(audio[1:, :, : 5 * 24000])
+    (alone,) = sizes
+    tiny_model.encode(audio, mask)
+    assert sizes[-1] == alone
+
+
+@torch.no_grad()
+def test_near_ties_are_looked_for_in_float32(tiny_model, monkeypatch):
+    quantizer, seen = tiny_model.quantizer, []
+    near_ties = quantizer.near_ties
+    monkeypatch.setattr(quantizer, "near_ties", lambda latents: seen.append(near_ties(latents)) or seen[-1])
+    audio = torch.randn(8, 1, 10_000)
+    tiny_model.encode(audio)
+    with torch.autocast("cpu", torch.bfloat16):
+        tiny_model.encode(audio)
+    assert torch.equal(*seen)
+
+
 def test_a_mask_without_padding_changes_nothing(tiny_model, way):
     audio = torch.randn(3, 1, 100)
     without, with_mask = tiny_model(audio), tiny_model(audio, torch.ones(3, 100))
@@ -382,6 +409,23 @@ def test_encode_and_decode_compile_to_one_graph(tiny_model):
             expected_audio = tiny_model.decode(expected.audio_codes, 0, expected.audio_codes_mask).audio_values
             compiled_audio = decode(expected.audio_codes, 0, expected.audio_codes_mask).audio_values
             torch.testing.assert_close(compiled_audio, expected_audio, atol=1e-5, rtol=0)
+
+
+def test_the_encoder_can_be_exported_for_batches_of_any_size(tiny_model):
+    class Codes(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny_model.encoder_model
+
+        def forward(self, audio):
+            return self.model.encode(audio).audio_codes
+
+    exported = torch.export.export(
+        Codes(), (torch.randn(3, 1, 1000),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+    ).module()
+    for batch_size in (1, 2, 5):
+        audio = torch.randn(batch_size, 1, 1000)
+        assert torch.equal(exported(audio), tiny_model.encode(audio).audio_codes)
 
 
 def test_eager_attention_equals_sdpa(tiny_model, way):
@@ -590,7 +634,7 @@ def test_an_encoder_says_that_it_cannot_decode():
         ({"codebook_dim": 8}, "codebook_dim"),
         ({"upsampling_ratios": []}, "upsampling_ratios"),
         ({"decoder_hidden_size": 18}, "decoder_hidden_size"),
-        ({"codebook_size": 0}, "codebook_size"),
+        ({"codebook_size": 1}, "codebook_size=1, expected at least 2"),
         ({"kernel_size": 0}, "kernel_size"),
         ({"num_residual_layers": -1}, "num_residual_layers"),
         ({"compress": 8}, "num_filters=4, expected at least 8"),

@@ -126,7 +126,8 @@ class WavTokenizerConfig(PreTrainedConfig):
                 f"Got codebook_dim={self.codebook_dim} and hidden_size={self.hidden_size}; they must be equal, "
                 "since nothing projects the encoder's output onto the codebook."
             )
-        at_least = dict.fromkeys(self._SIZES, 1) | {"num_residual_layers": 0, "num_filters": self.compress}
+        at_least = dict.fromkeys(self._SIZES, 1)
+        at_least |= {"num_residual_layers": 0, "num_filters": self.compress, "codebook_size": 2}
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"Got {name}={getattr(self, name)}, expected at least {least}.")

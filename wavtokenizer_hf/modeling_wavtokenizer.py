@@ -672,9 +672,9 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
             padding_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real samples, 0 for padding, which may
                 stand on either side and hold anything.
             output_latents (`bool`): also return the encoder's output before it is quantized.
-            chunk_seconds (`float`, *optional*): work on chunks of at most this length, so that memory does not grow with T;
-                the codes are those of the whole. By default 3 s on a CPU for clips above 6 s, which is also faster there,
-                and 60 s elsewhere.
+            chunk_seconds (`float`, *optional*): work on chunks of at most this length (but of 4 frames or more), so that
+                memory does not grow with T; the codes are those of the whole. By default 3 s on a CPU for clips above
+                6 s, which is also faster there, and 60 s elsewhere.
 
         Returns:
             [`WavTokenizerEncoderOutput`]: `audio_codes` and `audio_codes_mask` (B, 1, L) with L = ceil(T / hop). A row
@@ -685,9 +685,8 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
                 that is not a single run of ones at the row's beginning or end; `chunk_seconds` not above 0.
         """
         audio, rows = self._read_audio(input_values, padding_mask)
-        chunk_size = self._chunk_size(chunk_seconds, audio)
         with _gradients_for(output_latents):
-            latents, audio_codes = self._encode_rows(audio, rows, output_latents, chunk_size)
+            latents, audio_codes = self._encode_rows(audio, rows, output_latents, chunk_seconds)
         return self._output(WavTokenizerEncoderOutput, latents, audio_codes, rows)
 
     def forward(
@@ -759,41 +758,43 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
         return max(1, math.ceil(chunk_seconds * self.config.frame_rate) - overlap) * self.config.hop_length
 
     def _encode_rows(
-        self, audio: torch.Tensor, rows: Rows | None, output_latents: bool, chunk_size: int
+        self, audio: torch.Tensor, rows: Rows | None, output_latents: bool, chunk_seconds: float | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Audio (B, 1, T), rows at the front -> latents (B, D, L) or None, and codes (B, 1, L), rows at the front."""
         if audio.device.type != "cpu" or torch.compiler.is_compiling() or (len(audio) == 1 and rows is None):
-            return self._encode_together(audio, rows, output_latents, chunk_size)
+            return self._encode_together(audio, rows, output_latents, chunk_seconds)
         if _one_by_one(audio):
             num_frames = -(-audio.shape[-1] // self.config.hop_length)
             latents = audio.new_zeros(len(audio), self.config.hidden_size, num_frames) if output_latents else None
             audio_codes = torch.zeros(len(audio), 1, num_frames, dtype=torch.long)
             unsettled = range(len(audio))
         else:
-            latents, audio_codes = self._encode_together(audio, rows, True, chunk_size)
+            latents, audio_codes = self._encode_together(audio, rows, True, chunk_seconds)
             frames = torch.ones_like(audio_codes) if rows is None else rows.frames(self.config.hop_length).front_mask()
-            unsettled = (self.quantizer.near_ties(latents) & frames.bool()).any(-1).nonzero()[:, 0].tolist()
+            with _full_float32(audio.device):
+                near_ties = self.quantizer.near_ties(latents) & frames.bool()
+            unsettled = near_ties.any(-1).nonzero()[:, 0].tolist()
         for row in unsettled:
             clip = audio[row : row + 1, :, : audio.shape[-1] if rows is None else rows.lengths[row]]
-            clip_latents, clip_codes = self._encode_together(clip, None, output_latents, chunk_size)
+            clip_latents, clip_codes = self._encode_together(clip, None, output_latents, chunk_seconds)
             audio_codes[row, :, : clip_codes.shape[-1]] = clip_codes[0]
             if output_latents:
                 latents[row, :, : clip_codes.shape[-1]] = clip_latents[0]
         return latents if output_latents else None, audio_codes
 
     def _encode_together(
-        self, audio: torch.Tensor, rows: Rows | None, output_latents: bool, chunk_size: int
+        self, audio: torch.Tensor, rows: Rows | None, output_latents: bool, chunk_seconds: float | None
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """`_encode_rows` chunk after chunk, each of all rows."""
-        hop = self.config.hop_length
+        hop, chunk_size = self.config.hop_length, self._chunk_size(chunk_seconds, audio)
         num_frames, num_pieces = -(-audio.shape[-1] // hop), -(-audio.shape[-1] // chunk_size)
         cuts = [cut * chunk_size for cut in range(1, num_pieces - 1)]
         if num_pieces > 1:  # the last two are equally long: of a short rest, sums may be in another order
             cuts.append((num_frames + (num_pieces - 2) * chunk_size // hop) // 2 * hop)
         pieces = audio.tensor_split(cuts, dim=-1)
         # made before the loop: what outlives a step of it among what does not leaves holes that little fits into (gigabytes an hour)
-        audio_codes = torch.empty(len(audio), 1, num_frames, dtype=torch.long, device=audio.device)
-        latents = audio.new_empty(len(audio), self.config.hidden_size, num_frames) if output_latents else None
+        audio_codes = torch.empty(audio.shape[0], 1, num_frames, dtype=torch.long, device=audio.device)
+        latents = audio.new_empty(audio.shape[0], self.config.hidden_size, num_frames) if output_latents else None
         state = EncoderState()
         for index, piece in enumerate(pieces):
             place = state.num_frames
@@ -911,9 +912,8 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         """
         audio, rows = self.encoder_model._read_audio(input_values, padding_mask)
         self._check_bandwidth_id(bandwidth_id)
-        chunk_size = self.encoder_model._chunk_size(None, audio)
         with _gradients_for(output_latents):
-            latents, audio_codes = self.encoder_model._encode_rows(audio, rows, output_latents, chunk_size)
+            latents, audio_codes = self.encoder_model._encode_rows(audio, rows, output_latents)
         frames = None if rows is None else rows.frames(self.config.hop_length)
         audio_values = self._decode_rows(audio_codes, frames, bandwidth_id)[..., : input_values.shape[-1]]
         if rows is not None:

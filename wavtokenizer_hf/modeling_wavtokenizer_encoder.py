@@ -57,7 +57,7 @@ def product(
 class Kept:
     """What is computed of weights and kept until they change; copied or pickled, it is empty, and computed again.
 
-    A change through `.data` counts in no tensor's version, so a number of each row is compared as well.
+    A change through `.data`, or by a fused optimizer, counts in no tensor's version, so a number of each row is compared as well.
     """
 
     def __init__(self):
@@ -102,7 +102,8 @@ def _reflect_rows(values: torch.Tensor, lengths: torch.Tensor, left: int, right:
 
 
 def _one_of_few_sizes(size: int, second: float) -> int:
-    """The next of sizes that are an eighth of an octave apart, at most an eighth larger; 1, 2, 3 and 4 seconds are among them.
+    """The next of sizes that are an eighth of an octave apart, at most an eighth and one larger; 1, 2, 3 and 4 seconds are
+    among them.
 
     For each size that oneDNN has not met yet it makes new code, which takes as long as a second of audio.
     """
@@ -149,8 +150,9 @@ class WavTokenizerConv1d(nn.Module):
 
     @property
     def can_be_products(self) -> bool:
-        # accelerate loads offloaded weights, which are meta until then, when self.conv is called
-        return self.conv.dilation == (1,) and not self.conv.bias.is_meta
+        # not on a GPU of a device_map, nor offloaded: accelerate loads those weights, which are meta until then, when
+        # self.conv is called
+        return self.conv.dilation == (1,) and self.conv.bias.device.type == "cpu"
 
     def _as_products(
         self, hidden_states: torch.Tensor, real: int, elu: bool, onto: torch.Tensor | None
@@ -387,9 +389,9 @@ class WavTokenizerEncoder(nn.Module):
         """
         if lengths is not None:
             return lengths.clamp(1, values.shape[-1])
-        long_enough = len(values) == 1 and values.shape[-1] > reach
-        pays = pays_by_onednn(values) and long_enough and all(layer.can_be_products for layer in self.convolutions)
-        return values.shape[-1] if pays else None
+        if not pays_by_onednn(values) or len(values) > 1 or values.shape[-1] <= reach:
+            return None
+        return values.shape[-1] if all(layer.can_be_products for layer in self.convolutions) else None
 
     def _reach(self) -> tuple[int, int]:
         """How many frames the layers before the LSTM reach back and ahead of a frame, mirrored audio at an end included."""
@@ -399,7 +401,8 @@ class WavTokenizerEncoder(nn.Module):
             for conv in layer.modules():
                 if isinstance(conv, WavTokenizerConv1d):
                     most_right = conv.right + conv.stride - 1
-                    back += max(conv.left, most_right) * rate  # a mirror at the row's end looks back that far
-                    ahead += most_right * rate
+                    # what is mirrored at the end of a row lies so far back, and at its start so far ahead
+                    mirrored = max(conv.left, most_right) * rate
+                    back, ahead = back + mirrored, ahead + mirrored
                     rate *= conv.stride
         return -(-back // self.hop_length), -(-max(ahead + 1 - self.hop_length, 0) // self.hop_length)
