@@ -390,6 +390,17 @@ def test_a_folder_of_another_run_is_refused(place, run, tmp_path, change, messag
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_another_source_of_the_same_name_is_refused(place, run, tmp_path, monkeypatch):
+    for folder in ("one", "other"):
+        write_corpus(tmp_path / folder / "corpus", 2, (0.01, 0.1))
+    monkeypatch.chdir(tmp_path / "one")
+    run("corpus")
+    assert run("./corpus/").done_now.num_clips == run(tmp_path / "one" / "corpus").done_now.num_clips == 0
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"made with source 'corpus .*, and this run has 'corpus "):
+        run("corpus")
+
+
 def test_a_folder_with_other_things_in_it_is_refused(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
@@ -510,6 +521,53 @@ def test_tar_shards_are_read_with_what_lies_beside_the_sounds(run, clips, alone,
     assert all(row["jpg"] == pixels for row in rows_of(tmp_path / "out").values())
 
 
+def test_reasons_of_failures_are_the_same_in_every_run(run, tmp_path):
+    (tmp_path / "noise.wav").write_bytes(b"no sound")
+    with tarfile.open(tmp_path / "x.tar", "w") as shard:
+        shard.add(tmp_path / "noise.wav", "noise.wav")
+    first, again = (run(tmp_path / "x.tar", output=tmp_path / name).failures for name in ("first", "again"))
+    assert (
+        first
+        == again
+        == {
+            "x.tar/noise": "Cannot read the content as sound: Format not recognised. It may be damaged, or of a format that "
+            "libsndfile does not know."
+        }
+    )
+
+
+def test_a_link_in_a_shard_is_refused(run, clips, tmp_path):
+    path, _ = next(iter(clips.values()))
+    with tarfile.open(tmp_path / "x.tar", "w") as shard:
+        shard.add(path, "a.wav")
+        shard.add(path, "b.wav")
+        link = tarfile.TarInfo("link.wav")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.wav"
+        shard.addfile(link)
+    with pytest.raises(ValueError, match=r"x\.tar holds 'link\.wav' as a link"):
+        run(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize("pattern", ["corpus/**/*.wav", "corpus/*/*.wav", "corpus/a*/*"])
+def test_a_folder_that_a_glob_cannot_look_into_is_said(run, tmp_path, monkeypatch, pattern):
+    write_corpus(tmp_path / "corpus", 4, (0.01, 0.1))
+    (tmp_path / "corpus" / "a" / "deeper").mkdir()
+    (tmp_path / "corpus" / ".hidden").mkdir()
+    scandir = os.scandir
+
+    def locked(path="."):
+        if os.path.basename(os.fspath(path)) in (("a", ".hidden") if "**" not in pattern else ("deeper", ".hidden")):
+            raise PermissionError(
+                13, "Permission denied", str(path)
+            )  # root, as which tests may run, may read everything
+        return scandir(path)
+
+    run(str(tmp_path / pattern))
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(PermissionError, match=r"a|deeper"):
+        run(str(tmp_path / pattern))
+
+
 @pytest.mark.parametrize("fault", ["joined", "damaged"])
 def test_a_shard_of_which_a_part_would_be_passed_over_is_refused(run, clips, tmp_path, fault):
     shard = tmp_path / "x.tar"
@@ -570,7 +628,7 @@ def test_datasets_are_read_undecoded_and_keep_the_meaning_of_their_columns(run, 
     elif kind == "of splits":
         datasets.DatasetDict(test=dataset).save_to_disk(tmp_path / "dataset")
     source = dataset if kind == "in memory" else tmp_path / "dataset"
-    result = run(source, split="test" if kind == "of splits" else "train", num_readers=2)
+    result = run(source, split="test" if kind == "of splits" else None, num_readers=2)
     check_clips(result, tmp_path / "out", clips, alone)
     loaded = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded.features["speaker"].names == ["anna", "bert"]
@@ -613,8 +671,20 @@ def test_the_schema_says_what_the_codes_are(run, place, model, tmp_path):
     part = next((tmp_path / "out" / "data").iterdir())
     settings = json.loads(parquet.read_schema(part).metadata[output.METADATA])["settings"]
     assert settings["codebook_fingerprint"] == model.codebook_fingerprint
-    assert settings["model"] == str(place / "model") and settings["hop_length"] == 16
+    assert settings["model"] == "model" and settings["hop_length"] == 16
     assert "revision" in settings
+
+
+def test_what_is_published_names_no_folder_of_this_machine(run, place, tmp_path):
+    run(model="bundled")
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert len(files) > 3
+    package = os.path.dirname(os.path.dirname(bulk_run.__file__))
+    for path in files:
+        content = path.read_bytes() + str(parquet.read_schema(path).metadata if "part-" in path.name else "").encode()
+        assert str(place).encode() not in content.replace(b"Cannot read " + str(place).encode(), b"")
+        assert package.encode() not in content
+    assert 'detokenize_dataset(tokens, "bundled")' in (tmp_path / "out" / "README.md").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -629,6 +699,9 @@ def test_the_schema_says_what_the_codes_are(run, place, model, tmp_path):
         (lambda folder: folder / "missing.wav", "There is no file or folder"),
         (lambda folder: _written(folder / "list.csv", "name,text\na.wav,b\n"), r"columns \['name', 'text'\]"),
         (lambda folder: _written(folder / "list.jsonl", '{"path": "a.wav"\n'), "Cannot read the list"),
+        (lambda folder: _written(folder / "list.csv", 'path,text\na.wav,"' + 200_000 * "x"), "Cannot read the list"),
+        (lambda folder: _written(folder / "list.csv", "path,text\na.wav,b\nc.wav,d,e\n"), "Row 2 .* than the 2 of"),
+        (lambda folder: _written(folder / "list.jsonl", f'{{"path": "a.wav", "n": {10**30}}}\n'), "not of one type"),
         (lambda folder: _written(folder / "list.txt", "a.wav\na.wav\n"), "names two clips"),
         (lambda folder: _written(folder / "list.csv", "path,duration\na.wav,3\n"), "Rename it in the source"),
         (lambda folder: _written(folder / "x.parquet", "no Parquet"), "Cannot read .* as Parquet"),
@@ -669,12 +742,17 @@ def _written(path, text):
         ({"ray_address": "auto"}, "Ray address 'auto' for the engine 'processes'"),
         ({"on_error": "ignore"}, "on_error='ignore'"),
         ({"model": "no/such-model"}, "Cannot load the model"),
+        ({"model": "/no/such/folder"}, "there is no such folder"),
+        ({"split": "test"}, "Got the split 'test'"),
+        ({"column": "audio"}, "Got the column 'audio'"),
+        ({"output": "FILE"}, "is a file, expected the name of a folder"),
         ({"device": "cuda:77"}, "Cannot use the device"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_it_begins(run, place, tmp_path, options, message):
+    (tmp_path / "file").write_text("")
     if "output" in options:
-        options = {"output": place / "corpus" / "tokens"}
+        options = {"output": place / "corpus" / "tokens" if options["output"] == "INSIDE" else tmp_path / "file"}
     with pytest.raises(ValueError, match=message):
         run(**options)
     assert not list((tmp_path / "out").rglob("*.parquet"))

@@ -134,6 +134,18 @@ def test_map_takes_the_tokenizer_itself_in_several_processes(folder, dataset, al
     assert tokens["audio_codes"][:] == alone and tokens["text"][:] == list("abcdefghij")
 
 
+def test_each_process_has_the_gpu_of_its_number_with_and_without_with_rank(folder, dataset, tmp_path, monkeypatch):
+    def note(rank=0):
+        (tmp_path / str(rank)).touch()
+        return "cpu"
+
+    tokenizer = AudioTokenizer(str(folder / "model"))
+    monkeypatch.setattr(mapping.encoding, "default_device", note)  # the processes are forked, so they know of it
+    undecoded(dataset).map(tokenizer, batched=True, batch_size=5, num_proc=2, load_from_cache_file=False)
+    first, second = (int(path.name) for path in tmp_path.iterdir())  # counted on from map to map
+    assert abs(first - second) == 1
+
+
 def test_arrays_and_paths_are_taken_too(folder, model, alone, sounds, tmp_path):
     (tmp_path / "clip.wav").write_bytes(sounds[1])
     array = {"array": audio.load(tmp_path / "clip.wav"), "sampling_rate": 24000}
@@ -190,6 +202,15 @@ def test_a_model_that_cannot_be_loaded_is_said_at_once():
         AudioTokenizer("no/such-model")
 
 
+@pytest.mark.parametrize("kind", [AudioTokenizer, AudioDetokenizer])
+def test_a_damaged_model_is_said_at_once(folder, tmp_path, kind):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="Cannot load the model"):
+        kind(str(tmp_path / "model"))
+
+
 def test_the_cache_of_datasets_is_hit(folder, dataset, tmp_path, monkeypatch):
     dataset.save_to_disk(tmp_path / "dataset")
     first = tokenize_dataset(datasets.load_from_disk(tmp_path / "dataset"), str(folder / "model"))
@@ -233,6 +254,7 @@ def test_codes_of_another_codebook_are_refused(folder, dataset):
         (lambda dataset: dataset.rename_column("text", "duration"), {}, "has a column 'duration' already"),
         (lambda dataset: dataset.to_iterable_dataset(), {"num_proc": 2}, "num_proc=2 for an IterableDataset"),
         (lambda dataset: dataset, {"on_error": "ignore"}, "on_error='ignore'"),
+        (lambda dataset: dataset, {"batch_seconds": -1}, "batch_seconds=-1"),
     ],
 )
 def test_what_cannot_be_done_is_refused(folder, dataset, change, options, message):

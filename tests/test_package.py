@@ -28,12 +28,13 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
         "training",
         "evaluation",
         "bulk",
+        "loading",
         "",
     },
     "pipes": {"audio"},  # the same samples from a stream as from a file
     "transcode": {"audio", "long_audio"},  # streams, and the error of audio that is cut off
     "__main__": {"cli"},
-    "bulk": {"audio", ""},
+    "bulk": {"audio", "loading", ""},
     "training": {"audio", ""},  # audio is the only door to sound files
     "evaluation": {"audio", ""},
     "llm": {"long_audio", ""},  # sound while a language model generates

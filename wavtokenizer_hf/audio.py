@@ -46,8 +46,8 @@ def load(path: str | os.PathLike, sampling_rate: int = 24000, backend: str = "so
     if backend != "torchcodec":  # which says it itself, of all formats that it knows
         with _open(path) as file:
             say_what_changes(path, file.channels, file.samplerate, sampling_rate)
-    elif not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. Give the path of a sound file.")
+    else:
+        _check_file(path)
     newer = hasattr(audio_utils, "_load_audio_soundfile")  # transformers 5.23
     if backend == "torchaudio" and not newer:
         raise ImportError(
@@ -61,7 +61,7 @@ def load(path: str | os.PathLike, sampling_rate: int = 24000, backend: str = "so
         else:
             audio = _load_by_soundfile(path, sampling_rate)
     except (RuntimeError, EOFError) as error:  # what the decoders raise for a damaged file
-        raise ValueError(f"Cannot read {path} as sound: {error}. The file may be damaged.") from error
+        raise ValueError(f"Cannot read {path} as sound: {_reason(error)}. The file may be damaged.") from error
     if audio.size == 0:
         raise ValueError(f"{path} holds no samples, expected at least one.")
     return np.asarray(audio, dtype=np.float32)
@@ -95,7 +95,7 @@ def read_blocks(
                 count += len(block)
                 yield block
         except soundfile_module().LibsndfileError as error:
-            raise ValueError(f"Cannot read {path} as sound: {error}. The file may be damaged.") from error
+            raise ValueError(f"Cannot read {path} as sound: {_reason(error)}. The file may be damaged.") from error
         expected = -(-file.frames * sampling_rate // file.samplerate)
     if count == 0:
         raise ValueError(f"{path} holds no samples, expected at least one.")
@@ -135,17 +135,17 @@ def decode(source: str | os.PathLike | bytes, sampling_rate: int = 24000) -> Sou
         ImportError: soundfile or soxr is missing.
     """
     soundfile_module()
-    name = "The content" if isinstance(source, bytes) else str(source)
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise FileNotFoundError(f"There is no file {source}. Give the path of a sound file.")
+    name = "the content" if isinstance(source, bytes) else str(source)
+    if not isinstance(source, bytes):
+        _check_file(Path(source))
     try:
         channels, rate = _channels(BytesIO(source) if isinstance(source, bytes) else source)
     except (RuntimeError, EOFError) as error:  # LibsndfileError among them
         raise ValueError(
-            f"Cannot read {name} as sound: {error}. It may be damaged, or of a format that libsndfile does not know."
+            f"Cannot read {name} as sound: {_reason(error)}. It may be damaged, or of a format that libsndfile does not know."
         ) from error
     if len(channels) == 0:
-        raise ValueError(f"{name} holds no samples, expected at least one.")
+        raise ValueError(f"Got no samples in {name}, expected at least one.")
     return Sound(mono(channels, rate, sampling_rate), rate, channels.shape[1])
 
 
@@ -305,17 +305,28 @@ def _file_blocks(file, size: int) -> Iterator[np.ndarray]:
 
 
 def _open(path: Path):
-    """Opens a sound file with soundfile. Raises FileNotFoundError, or ValueError if it is not one."""
+    """Opens a sound file with soundfile. Raises OSError, or ValueError if it is not one."""
     soundfile = soundfile_module()
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. Give the path of a sound file.")
+    _check_file(path)
     try:
         return soundfile.SoundFile(path)
     except soundfile.LibsndfileError as error:
         raise ValueError(
-            f"Cannot read {path} as sound: {error}. Expected a format that libsndfile knows (WAV, FLAC, MP3, OGG); "
+            f"Cannot read {path} as sound: {_reason(error)}. Expected a format that libsndfile knows (WAV, FLAC, MP3, OGG); "
             "for others install torchcodec and use audio.load(..., backend='torchcodec')."
         ) from error
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. Give the path of a sound file.")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"There is no permission to read {path}. Give it, or choose another file.")
+
+
+def _reason(error: Exception) -> str:
+    """What libsndfile says, without what soundfile puts before it: of content in memory that is its address, new each time."""
+    return str(getattr(error, "error_string", error)).rstrip(".")
 
 
 def _load_by_torchcodec(path: Path, sampling_rate: int) -> np.ndarray:

@@ -42,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="wavtokenizer",
         description="24 kHz audio to one stream of 40 or 75 tokens per second, and back.",
         epilog="Exit codes: 0 all went well, 1 some of several files failed, or a pipe was cut "
-        "off, and the rest is done, 2 cannot be done as given.",
+        "off, and the rest is done, 2 cannot be done as given, 130 interrupted, 141 nobody reads the "
+        "output any more.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command in (sound, tokenize, evaluate, convert, train, info):

@@ -41,7 +41,8 @@ class EncodeStream:
         Takes the next samples, and gives the codes that are complete with them.
 
         Args:
-            audio: float array or tensor of shape (n,), n >= 0, at the model's sampling rate, nominally in [-1, 1].
+            audio: float array or tensor of shape (n,), n >= 0, at the model's sampling rate, which nothing here can check,
+                nominally in [-1, 1]; any float dtype, computed in float32.
 
         Returns:
             `(m,)` codes, m >= 0, on the CPU.

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import math
 import os
 import sys
 import threading
@@ -11,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from .. import audio
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
+from ..loading import find_model, load_model
 from ..modeling_wavtokenizer import WavTokenizerEncoderModel
 
 
@@ -46,23 +47,20 @@ def load_encoder(
     """Loads the encoder of a model, and the feature extractor beside it, which may scale clips to a peak.
 
     Args:
-        model: name on the Hub, or folder.
+        model: name on the Hub, folder, or `bundled`.
         revision: branch, tag or commit on the Hub.
         device: default: a GPU if there is one.
 
     Raises:
         ValueError: it cannot be loaded, lacks tensors, has codes that 16 bits cannot hold; or there is no such device.
     """
+    encoder = load_model(WavTokenizerEncoderModel, model, revision, device or default_device())
     try:
-        encoder, info = WavTokenizerEncoderModel.from_pretrained(
-            model, revision=revision or "main", output_loading_info=True
+        feature_extractor = WavTokenizerFeatureExtractor.from_pretrained(
+            find_model(model), revision=revision or "main"
         )
-        feature_extractor = WavTokenizerFeatureExtractor.from_pretrained(model, revision=revision or "main")
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except OSError as error:
         raise ValueError(f"Cannot load the model {model!r}: {error}") from error
-    if info["missing_keys"]:  # transformers would fill them with random numbers
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"The model {model!r} lacks {len(info['missing_keys'])} tensors, such as {missing}.")
     config = encoder.config
     if config.codebook_size > np.iinfo(np.uint16).max + 1:
         raise ValueError(
@@ -73,10 +71,7 @@ def load_encoder(
             f"The model {model!r} is for {config.sampling_rate} Hz, and its preprocessor_config.json says "
             f"{feature_extractor.sampling_rate} Hz. Correct the wrong one."
         )
-    try:
-        return encoder.eval().to(device or default_device()), feature_extractor
-    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without that device
-        raise ValueError(f"Cannot use the device {device!r}: {error}") from error
+    return encoder, feature_extractor
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
@@ -91,6 +86,12 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 def default_device(rank: int = 0) -> str:
     """The GPU of that number, counted around if there are fewer, or the CPU."""
     return f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+
+
+def check_batch_seconds(batch_seconds: float) -> None:
+    """Raises ValueError if no sound could be encoded at once."""
+    if not 0 < batch_seconds < math.inf:
+        raise ValueError(f"Got batch_seconds={batch_seconds}, expected more than 0.")
 
 
 def read_sound(value: Any, sampling_rate: int) -> audio.Sound:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .. import audio
 from ..configuration_wavtokenizer import WavTokenizerConfig
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
+from ..loading import find_model, load_model
 from ..modeling_wavtokenizer import WavTokenizerModel
 from . import encoding
 from .encoding import Failure
@@ -31,7 +32,7 @@ class _Mapped:
 
     def __init__(self, model: str, revision: str | None, device: str | None):
         try:
-            config = WavTokenizerConfig.from_pretrained(model, revision=revision or "main")
+            config = WavTokenizerConfig.from_pretrained(find_model(model), revision=revision or "main")
         except OSError as error:
             raise ValueError(f"Cannot load the model {model!r}: {error}") from error
         self.model = str(model)
@@ -55,11 +56,17 @@ class _Mapped:
             if _in_child() and not torch.cuda.is_available():
                 # `map` does not say how many processes there are; as many threads in each make them up to 30 times as slow
                 torch.set_num_threads(1)
-            self._loaded = self._load(self.device or encoding.default_device(rank or 0))
+            self._loaded = self._load(self.device or encoding.default_device(_number() if rank is None else rank))
         return self._loaded
 
     def _load(self, device: str) -> tuple[PreTrainedModel, WavTokenizerFeatureExtractor | None]:
         raise NotImplementedError
+
+
+def _number() -> int:
+    """Of this process among those of `map(num_proc=...)`, which says it only `with_rank=True`; 0 if there are no others."""
+    identity = library("multiprocess").current_process()._identity
+    return identity[-1] - 1 if identity else 0
 
 
 def _in_child() -> bool:
@@ -76,7 +83,7 @@ class AudioTokenizer(_Mapped):
     `tokenize_dataset` is the comfortable way to this.
 
     Args:
-        model: name on the Hub, or folder.
+        model: name on the Hub, folder, or `bundled`.
         revision: branch, tag or commit on the Hub; it is resolved here, once.
         column: of the sounds: an Audio column, decoded or not, or paths.
         device: default: the GPU of the process's number, or the CPU.
@@ -95,6 +102,7 @@ class AudioTokenizer(_Mapped):
     ):
         if on_error not in ("record", "fail"):
             raise ValueError(f"Got on_error={on_error!r}, expected 'record' or 'fail'.")
+        encoding.check_batch_seconds(batch_seconds)
         super().__init__(model, revision, device)
         self.column, self.batch_seconds, self.on_error = column, batch_seconds, on_error
 
@@ -196,12 +204,7 @@ class AudioDetokenizer(_Mapped):
         self.column = column
 
     def _load(self, device: str):
-        model, info = WavTokenizerModel.from_pretrained(
-            self.model, revision=self.revision or "main", output_loading_info=True
-        )
-        if info["missing_keys"]:
-            raise ValueError(f"The model {self.model!r} lacks tensors, such as {sorted(info['missing_keys'])[0]}.")
-        return model.eval().to(device), None
+        return load_model(WavTokenizerModel, self.model, self.revision, device), None
 
     def __call__(self, batch: dict[str, Sequence], rank: int | None = None) -> dict[str, list]:
         model, _ = self._ready(rank)

@@ -25,7 +25,7 @@ from .encoding import Failure, Tokens
 from .extra import library
 
 
-FORMAT = 2  # of the folder; another number is refused
+FORMAT = 3  # of the folder; another number is refused
 METADATA = b"wavtokenizer"  # key in the schema's metadata
 OWN_COLUMNS = (
     "id", "audio_codes", "num_samples", "duration", "source_sampling_rate", "source_channels", "codebook_fingerprint",
@@ -40,7 +40,7 @@ class Settings:
     column: str | None
     dataset_config: str | None
     dataset_revision: str | None
-    split: str
+    split: str | None
     model: str
     revision: str | None  # the commit, for a model from the Hub
     codebook_fingerprint: str
@@ -101,6 +101,8 @@ class Output:
         """
         filelock = library("filelock")
 
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file, expected the name of a folder.")
         manifest = self.folder / "manifest.json"
         if not manifest.exists() and self.folder.is_dir():
             strange = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))

@@ -2,10 +2,12 @@
 
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from .extra import library
 from .output import Summary
 from .sources import Item
 from .work import Job, Worker
@@ -62,6 +64,8 @@ def run_in_processes(
 
 
 def _serve(connection: Connection, job: Job, rank: int) -> None:
+    # tqdm's own is one between processes, which Python calls leaked when this one is killed
+    library("tqdm.auto").tqdm.set_lock(threading.RLock())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the keyboard is for the process that drives
     try:
         worker = Worker(job, rank)

@@ -1,5 +1,6 @@
 """A corpus in, Parquet of tokens out, resumable."""
 
+import glob
 import hashlib
 import math
 import os
@@ -50,7 +51,7 @@ def tokenize(
     revision: str | None = None,
     column: str | None = None,
     dataset_config: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     dataset_revision: str | None = None,
     device: str | None = None,
     engine: str = "processes",
@@ -73,7 +74,7 @@ def tokenize(
 
     Args:
         source, column, dataset_config, split, dataset_revision: the clips, see `sources.open_source`.
-        model: name on the Hub, or folder. Its preprocessor_config.json may ask for a peak level, as Apertus 1.5 does.
+        model: name on the Hub, folder, or `bundled`. Its preprocessor_config.json may ask for a peak level, as Apertus 1.5 does.
         output: a folder, new or of an earlier run with the same source and model.
         revision: of the model on the Hub.
         device: default: each process has the GPU of its number, or the CPU.
@@ -110,13 +111,14 @@ def tokenize(
     encoder, feature_extractor = encoding.load_encoder(model, revision, "cpu")
     commit = getattr(encoder.config, "_commit_hash", None)
     clips = open_source(source, column, dataset_config, split, dataset_revision)
+    selection = clips.selection
     settings = Settings(
-        source=_plain(source) if is_path else f"datasets.Dataset {source._fingerprint}",
-        column=column,
-        dataset_config=dataset_config,
-        dataset_revision=dataset_revision,
-        split=split,
-        model=_plain(model),
+        source=_name(source) if is_path else f"datasets.Dataset {source._fingerprint}",
+        column=selection.get("column"),
+        dataset_config=selection.get("config"),
+        dataset_revision=selection.get("revision"),
+        split=selection.get("split"),
+        model=Path(model).absolute().name if os.path.isdir(model) else str(model),
         revision=commit,
         codebook_fingerprint=encoder.codebook_fingerprint,
         encoder_fingerprint=encoding.weights_fingerprint(encoder.encoder),
@@ -127,9 +129,9 @@ def tokenize(
         columns={field.name: str(field.type) for field in clips.schema},
     )
     del encoder
-    if push_to_hub is not None:
-        hub.prepare(push_to_hub)
     with Output(output, settings, clips.schema, shard).open() as folder:
+        if push_to_hub is not None:
+            hub.prepare(push_to_hub)
         done, failures, _ = folder.finished()
         if not retry_failed:
             done |= failures.keys()
@@ -171,9 +173,12 @@ def tokenize(
     return Result(total, failures, watch.total, time.monotonic() - started, settings.sampling_rate)
 
 
-def _plain(path: str | os.PathLike) -> str:
-    """A folder is the same with and without a slash at the end."""
-    return os.fspath(path).rstrip("/" + os.sep) or "/"
+def _name(source: str | os.PathLike) -> str:
+    """Of a source by path: the last part, for people, and a hash of the whole, which is nobody's business where it is published."""
+    if not os.path.exists(source) and not glob.has_magic(os.fspath(source)):
+        return os.fspath(source)  # on the Hub
+    path = os.path.abspath(source)
+    return f"{os.path.basename(path) or path} (path {hashlib.sha256(path.encode()).hexdigest()[:8]})"
 
 
 def in_shard(id: str, shard: tuple[int, int]) -> bool:
@@ -218,8 +223,7 @@ def _check(engine, ray_address, num_processes, num_readers, batch_seconds, part_
     for name, value in (("num_processes", num_processes), ("num_readers", num_readers), ("part_size", part_size)):
         if value is not None and value < 1:
             raise ValueError(f"Got {name}={value}, expected at least 1.")
-    if not 0 < batch_seconds < math.inf:
-        raise ValueError(f"Got batch_seconds={batch_seconds}, expected more than 0.")
+    encoding.check_batch_seconds(batch_seconds)
     index, number = shard
     if not 0 <= index < number:
         raise ValueError(f"Got the shard {index}/{number}, expected i/n with i from 0 to n - 1.")

@@ -9,9 +9,11 @@ import json
 import os
 import tarfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .. import audio
@@ -36,10 +38,12 @@ class Item:
 
 
 class Source:
-    """Clips. `schema` (of pyarrow) is of the columns that are carried along; `items` are the clips in a fixed order."""
+    """Clips. `schema` (of pyarrow) is of the columns that are carried along; `items` are the clips in a fixed order;
+    `selection` says what was taken of a source that has more: the column, config, split, revision, as far as it has them."""
 
     schema: Any
     items: Sequence[Item]
+    selection: Mapping[str, str | None] = MappingProxyType({})
 
     def sound(self, place: Any) -> Any:
         """What `read_sound` takes. Raises ValueError or OSError if it cannot be read."""
@@ -60,7 +64,7 @@ def open_source(
     source: str | os.PathLike | Any,
     column: str | None = None,
     config: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     revision: str | None = None,
 ) -> Source:
     """
@@ -69,11 +73,12 @@ def open_source(
             line; .csv or .jsonl with a column of paths, others are carried along; paths are relative to the list); a
             folder of `Dataset.save_to_disk`; the name of a dataset on the Hub; a `datasets.Dataset`.
         column: of the sound, or of the paths in a list; default: `audio`, and in lists also `path` or `file_name`.
-        config, split, revision: of a dataset on the Hub or on disk.
+        config, revision: of a dataset on the Hub.
+        split: of a dataset on the Hub, or of several on disk; default: `train`.
 
     Raises:
-        ValueError: there is no such source, no clip in it, no such column; columns with names of the output's own; or an
-            id twice.
+        ValueError: there is no such source, no clip in it, no such column; a column, config, split or revision of a source
+            that has none; columns with names of the output's own; or an id twice.
         OSError: a folder or file cannot be read.
     """
     if not isinstance(source, (str, os.PathLike)):
@@ -85,6 +90,11 @@ def open_source(
             f"Found no sound in {source}, expected files that end in {', '.join(audio.SUFFIXES)}, tar shards, Parquet, or a "
             "list or dataset of them."
         )
+    for name, value in {"column": column, "config": config, "split": split, "revision": revision}.items():
+        if value is not None and name not in opened.selection:
+            raise ValueError(
+                f"Got the {name} {value!r} for {source}, of which there is only one. Leave it out; files are chosen by a glob."
+            )
     taken = sorted(set(opened.schema.names) & set(OWN_COLUMNS))
     if taken:
         raise ValueError(
@@ -102,23 +112,24 @@ def open_source(
     return opened
 
 
-def _open_path(source: str, column: str | None, config: str | None, split: str, revision: str | None) -> Source:
+def _open_path(source: str, column: str | None, config: str | None, split: str | None, revision: str | None) -> Source:
     path = Path(source)
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return Dataset(_from_disk(path, split), column or "audio")
+            return _from_disk(path, column or "audio", split)
         files, base = _walk(path), path
     elif path.is_file() and path.suffix.lower() in LISTS:
         return _list_file(path, column)
     elif path.is_file():
         files, base = [source], path.parent
     elif glob.has_magic(source):
-        files = sorted(file for file in glob.glob(source, recursive=True) if os.path.isfile(file))
         base = Path(_before_magic(source))
+        _check_folders(base, Path(source).parts[len(base.parts) :])
+        files = sorted(file for file in glob.glob(source, recursive=True) if os.path.isfile(file))
     elif path.is_absolute() or source.startswith(".") or source.count("/") > 1 or path.suffix.lower() in _KNOWN:
         raise FileNotFoundError(f"There is no file or folder {source}.")
     else:
-        return Dataset(_from_hub(source, config, split, revision), column or "audio")
+        return _from_hub(source, column or "audio", config, split or "train", revision)
     return _of_files(files, base, source, column or "audio")
 
 
@@ -143,12 +154,27 @@ def _of_files(files: list[str], base: Path, source: str, column: str) -> Source:
 _KNOWN = (*SOUNDS, *LISTS, ".tar", ".parquet")
 
 
-def _walk(folder: Path) -> list[str]:
-    def refuse(error: OSError):
-        raise error
+def _refuse(error: OSError):
+    raise error
 
+
+def _check_folders(base: Path, parts: Sequence[str]) -> None:
+    """Raises OSError if a folder that the glob of these parts looks into cannot be read: glob passes over it silently."""
+    for parent, folders, _ in os.walk(base, onerror=_refuse, followlinks=True):
+        depth = len(Path(parent).relative_to(base).parts)
+        pattern = "*" if "**" in parts[: depth + 1] else parts[depth] if depth < len(parts) - 1 else ""
+        folders[:] = [
+            name
+            for name in folders
+            if fnmatch(name, pattern)
+            and (pattern.startswith(".") or not name.startswith("."))
+            and not _holds(os.path.join(parent, name), parent)
+        ]
+
+
+def _walk(folder: Path) -> list[str]:
     files = []
-    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         # a link to a folder above has no end, and what it holds is found without it
         folders[:] = sorted(name for name in folders if not _holds(os.path.join(parent, name), parent))
         files += [os.path.join(parent, name) for name in sorted(names)]
@@ -182,8 +208,9 @@ def _beginnings(parts: tuple[str, ...]) -> list[str]:
 class Files(Source):
     """Sound files; a place is a path and the carried columns."""
 
-    def __init__(self, items: list[Item], schema=None):
+    def __init__(self, items: list[Item], schema=None, column: str | None = None):
         self.items = items
+        self.selection = {} if column is None else {"column": column}
         self.schema = library("pyarrow").schema([]) if schema is None else schema
 
     def sound(self, place: tuple[str, dict]) -> str:
@@ -193,22 +220,28 @@ class Files(Source):
         return place[1]
 
 
+_TOO_MANY = "more fields than the header"  # csv's key for them
+
+
 def _list_file(path: Path, column: str | None) -> Files:
     pyarrow = library("pyarrow")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin it with a mark of UTF-8
             if path.suffix.lower() == ".txt":
-                rows, column = [{"audio": line.strip()} for line in file if line.strip()], "audio"
+                rows = [{"audio": line.strip()} for line in file if line.strip()]
             elif path.suffix.lower() == ".csv":
-                rows = list(csv.DictReader(file))
+                rows = list(csv.DictReader(file, restkey=_TOO_MANY))
             else:
                 rows = [json.loads(line) for line in file if line.strip()]
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are
+    except (ValueError, csv.Error) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise ValueError(f"Cannot read the list {path}: {error}") from error
     names = list(dict.fromkeys(name for row in rows for name in row)) if all(isinstance(r, dict) for r in rows) else []
     if rows and column is None:
         column = next((name for name in PATH_COLUMNS if name in names), None)
-    if rows and (column not in names or None in names):
+    if _TOO_MANY in names:
+        number = next(number for number, row in enumerate(rows, start=1) if _TOO_MANY in row)
+        raise ValueError(f"Row {number} of {path} has more fields than the {len(names) - 1} of its header.")
+    if rows and column not in names:
         raise ValueError(
             f"The list {path} has the columns {names}, expected one of paths: {', '.join(PATH_COLUMNS)}, or another that you "
             "name as the column."
@@ -223,10 +256,10 @@ def _list_file(path: Path, column: str | None) -> Files:
     carried_names = [name for name in names if name not in (column, "id")]
     try:
         table = pyarrow.Table.from_pylist([item.place[1] for item in items], schema=None) if carried_names else None
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OverflowError) as error:
         raise ValueError(f"The columns of {path} are not of one type each: {error}") from error
     fields = [] if table is None else [_typed(table.schema.field(name)) for name in carried_names]
-    return Files(items, pyarrow.schema(fields))
+    return Files(items, pyarrow.schema(fields), column)
 
 
 def _typed(field):
@@ -272,6 +305,10 @@ class TarShards(Source):
         try:
             with tarfile.open(shard, "r:") as file:
                 for member in file:
+                    if member.issym() or member.islnk():
+                        raise ValueError(
+                            f"{shard} holds {member.name!r} as a link. Expected files (tar --dereference --hard-dereference)."
+                        )
                     folder, name = os.path.split(member.name)
                     key, _, ending = name.partition(".")
                     if member.isfile() and key:
@@ -332,6 +369,7 @@ class Parquet(Source):
     def __init__(self, files: list[str], base: Path, column: str):
         parquet, pyarrow = library("pyarrow.parquet"), library("pyarrow")
         self.column, self.items, schema = column, [], None
+        self.selection = {"column": column}
         self._lock, self._held = threading.Lock(), (None, None)
         for file in files:
             try:
@@ -377,7 +415,7 @@ class Parquet(Source):
 class Dataset(Source):
     """A `datasets.Dataset`, read as it is stored: nothing is decoded by it. A place is a row's number."""
 
-    def __init__(self, dataset, column: str):
+    def __init__(self, dataset, column: str, **selection: str | None):
         if not isinstance(dataset, library("datasets").Dataset):
             raise ValueError(
                 f"Got a {type(dataset).__name__} as the source, expected a path or a datasets.Dataset. Of a dictionary take a "
@@ -387,6 +425,7 @@ class Dataset(Source):
         ids = [_id(id, "the dataset") for id in dataset["id"]] if "id" in dataset.column_names else None
         self.items = [Item(f"{row:09d}" if ids is None else ids[row], row) for row in range(len(dataset))]
         self.column, self.dataset = column, dataset.with_format("arrow")
+        self.selection = {"column": column, **selection}
         kept = {name: feature for name, feature in dataset.features.items() if name not in (column, "id")}
         self.schema = type(dataset.features)(kept).arrow_schema
 
@@ -421,26 +460,28 @@ def _from_folder(value: Any, folder: str) -> Any:
     return value
 
 
-def _from_disk(path: Path, split: str):
+def _from_disk(path: Path, column: str, split: str | None) -> Dataset:
     datasets = library("datasets")
     try:
         dataset = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"Cannot read {path} as a dataset on disk: {error}") from error
     if isinstance(dataset, datasets.DatasetDict):
+        split = split or "train"
         if split not in dataset:
             raise ValueError(
                 f"The dataset {path} has the splits {', '.join(dataset)}, and no {split!r}. Name one of them."
             )
-        return dataset[split]
-    return dataset
+        return Dataset(dataset[split], column, split=split)
+    return Dataset(dataset, column)
 
 
-def _from_hub(name: str, config: str | None, split: str, revision: str | None):
+def _from_hub(name: str, column: str, config: str | None, split: str, revision: str | None) -> Dataset:
     datasets = library("datasets")
     try:
-        return datasets.load_dataset(name, config, split=split, revision=revision)
+        dataset = datasets.load_dataset(name, config, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"There is no file or folder {name}, and it cannot be loaded as a dataset of the Hub either: {error}"
         ) from error
+    return Dataset(dataset, column, config=config, split=split, revision=revision)

@@ -31,7 +31,7 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True, decoder: b
 def load_model(arguments, encoder_only: bool = False):
     import torch
 
-    from .. import WavTokenizerEncoderModel, WavTokenizerModel
+    from .. import WavTokenizerEncoderModel, WavTokenizerModel, loading
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -40,31 +40,7 @@ def load_model(arguments, encoder_only: bool = False):
         raise ValueError(f"Got the device {device!r}: {error}") from error
     model_class = WavTokenizerEncoderModel if encoder_only else WavTokenizerModel
     dtype = torch.float32 if encoder_only else getattr(torch, arguments.dtype)
-    model = from_pretrained(model_class, arguments.model, revision=arguments.revision or "main", dtype=dtype)
-    try:
-        return model.eval().to(device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without that device
-        raise ValueError(f"Cannot use the device {device}: {error}") from error
-
-
-def from_pretrained(model_class, name: str, **arguments):
-    from safetensors import SafetensorError
-
-    try:
-        model, info = model_class.from_pretrained(find_model(name), output_loading_info=True, **arguments)
-    except (OSError, SafetensorError, RuntimeError) as error:  # damaged files, and not every message names the model
-        raise ValueError(f"Cannot load the model {name!r}: {error}") from error
-    if info["missing_keys"]:  # transformers would fill them with random numbers
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"The model {name!r} lacks {len(info['missing_keys'])} tensors, such as {missing}.")
-    return model
-
-
-def find_model(name: str) -> str:
-    """`bundled` -> where that is; any other name as it came."""
-    from .. import bundled_model
-
-    return str(bundled_model()) if name == "bundled" else name
+    return loading.load_model(model_class, arguments.model, arguments.revision, device, dtype=dtype)
 
 
 def print_facts(facts: dict, as_json: bool) -> None:

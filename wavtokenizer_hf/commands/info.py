@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .arguments import add_command, from_pretrained, print_facts
+from .arguments import add_command, print_facts
 
 
 def add(commands) -> None:
@@ -27,8 +27,9 @@ def _info(arguments) -> int:
         }
     else:
         from .. import WavTokenizerModel
+        from ..loading import load_model
 
-        model = from_pretrained(WavTokenizerModel, arguments.source, revision=arguments.revision or "main")
+        model = load_model(WavTokenizerModel, arguments.source, arguments.revision)
         config = model.config
         facts = {
             "model": arguments.source,

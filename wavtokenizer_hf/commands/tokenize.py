@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from .arguments import MODEL_HELP, add_command, find_model, print_facts
+from .arguments import MODEL_HELP, add_command, print_facts
 
 
 def add(commands) -> None:
@@ -27,7 +27,7 @@ def add(commands) -> None:
     )
     tokenize.add_argument("--dataset-config", help="of a dataset on the Hub")
     tokenize.add_argument("--dataset-revision", help="of a dataset on the Hub")
-    tokenize.add_argument("--split", default="train", help="of a dataset (default train)")
+    tokenize.add_argument("--split", help="of a dataset (default train)")
     tokenize.add_argument("--device", help="cpu, cuda, cuda:1; default: each process has a GPU, if there is one")
     tokenize.add_argument(
         "--num-processes",
@@ -72,7 +72,7 @@ def _tokenize(arguments) -> int:
     }
     result = tokenize(
         arguments.source,
-        find_model(arguments.model),
+        arguments.model,
         arguments.output,
         shard=(int(index), int(number)),
         progress=True,

@@ -1,7 +1,7 @@
 """`wavtokenizer train`: a new model, or more training for one that is there."""
 
 from ..training import settings
-from .arguments import add_command, find_model, print_facts
+from .arguments import add_command, print_facts
 
 
 def add(commands) -> None:
@@ -15,6 +15,7 @@ def add(commands) -> None:
 
 
 def _train(arguments) -> int:
+    from ..loading import find_model
     from ..training import train
 
     wanted = settings.read_arguments(arguments)
