@@ -244,6 +244,20 @@ def test_a_stream_refuses_and_can_go_on(tiny_model, audio, message):
         stream.flush()
 
 
+def test_a_stream_at_another_rate_is_refused(tiny_model):
+    stream = EncodeStream(tiny_model)
+    with pytest.raises(ValueError, match="Got audio at 16000 Hz, expected 24000 Hz"):
+        stream.push(torch.randn(100), sampling_rate=16000)
+    assert len(stream.push(torch.randn(1600), sampling_rate=24000)) > 0
+
+
+def test_a_stream_that_was_flushed_before_anything_came_is_at_its_end(tiny_model):
+    stream = EncodeStream(tiny_model)
+    assert len(stream.flush()) == 0
+    with pytest.raises(ValueError, match="has been flushed"):
+        stream.push(torch.randn(100))
+
+
 @pytest.mark.parametrize("chunk_seconds", [0, -1, float("nan")])
 def test_chunks_of_no_length_are_refused(tiny_model, chunk_seconds):
     with pytest.raises(ValueError, match="chunk_seconds"):

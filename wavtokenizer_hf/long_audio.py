@@ -36,20 +36,24 @@ class EncodeStream:
         encoder = self.encoder_model.encoder
         return (1 + encoder.frames_ahead + encoder.last_reach) * encoder.hop_length
 
-    def push(self, audio) -> torch.LongTensor:
+    def push(self, audio, sampling_rate: int | None = None) -> torch.LongTensor:
         """
         Takes the next samples, and gives the codes that are complete with them.
 
         Args:
-            audio: float array or tensor of shape (n,), n >= 0, at the model's sampling rate, which nothing here can check,
-                nominally in [-1, 1]; any float dtype, computed in float32.
+            audio: float array or tensor of shape (n,), n >= 0, at the model's sampling rate, nominally in [-1, 1]; any float
+                dtype, computed in float32.
+            sampling_rate: Hz of `audio`, to have it compared with the model's.
 
         Returns:
             `(m,)` codes, m >= 0, on the CPU.
 
         Raises:
-            ValueError: audio of another shape or dtype or not finite, or a stream that has been flushed.
+            ValueError: audio of another shape or dtype, at another rate or not finite, or a stream that has been flushed.
         """
+        expected = self.encoder_model.config.sampling_rate
+        if sampling_rate not in (None, expected):
+            raise ValueError(f"Got audio at {sampling_rate} Hz, expected {expected} Hz. Resample it first.")
         audio = torch.as_tensor(audio)
         if audio.ndim != 1 or not audio.is_floating_point():
             raise ValueError(f"Got audio of shape {tuple(audio.shape)}, {audio.dtype}; expected floats of shape (n,).")
@@ -59,10 +63,9 @@ class EncodeStream:
 
     def flush(self) -> torch.LongTensor:
         """Ends the stream: the codes of what is still inside, `(m,)`, with the right end of the audio where it is."""
-        if self.state.audio is None:
-            self._check_open()
-            return torch.zeros(0, dtype=torch.long)
-        codes = self._continue(torch.zeros(0), final=True)
+        self._check_open()
+        some = self.state.audio is not None
+        codes = self._continue(torch.zeros(0), final=True) if some else torch.zeros(0, dtype=torch.long)
         self._flushed = True
         return codes
 
