@@ -9,7 +9,9 @@ files in the system's cache; the median of the ratios is printed, over 1 if ours
 
 import argparse
 import os
+import re
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -70,17 +72,18 @@ def main() -> None:
 
 
 def _run(command: list[str]) -> tuple[float, float]:
-    """Seconds from start to end, and megabytes at the peak."""
+    """Seconds from start to end, and megabytes at the peak, looked at every 10 ms: what wait4 gives begins with our own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    null = os.open(os.devnull, os.O_WRONLY)
-    started = time.perf_counter()
-    process = os.posix_spawn(command[0], command, environment, file_actions=[(os.POSIX_SPAWN_DUP2, null, 1)])
-    _, status, usage = os.wait4(process, 0)
+    started, peak = time.perf_counter(), 0
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+        peak = max(peak, int(found[1]) if found else 0)  # none once it has ended
+        time.sleep(0.01)
     seconds = time.perf_counter() - started
-    os.close(null)
-    if status:
+    if process.returncode:
         raise SystemExit(f"{' '.join(command[:4])} … failed")
-    return seconds, usage.ru_maxrss / 1000
+    return seconds, peak / 1000
 
 
 if __name__ == "__main__":
