@@ -56,7 +56,11 @@ def main() -> None:
     )  # fmt: skip
     ours = [sys.executable, "-m", "wavtokenizer_hf", "reconstruct", str(source), "-m", str(folder)]
     ours += ["-o", str(arguments.work / "ours.wav"), "--window-seconds"]
-    ways = {"theirs": [sys.executable, "-c", theirs], "ours, exact": [*ours, "0"], "ours, windows of 10 s": [*ours, "10"]}
+    ways = {
+        "theirs": [sys.executable, "-c", theirs],
+        "ours, exact": [*ours, "0"],
+        "ours, windows of 10 s": [*ours, "10"],
+    }
     times, memory = {name: [] for name in ways}, {}
     for _ in range(arguments.rounds):
         for name, command in ways.items():
