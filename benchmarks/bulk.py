@@ -11,7 +11,7 @@ tells where the time goes.
 
 import argparse
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -153,7 +153,9 @@ def bulk(model: str, clips: str, processes: str, seconds: str, output: str) -> d
     assert not result.failures
     done = result.done_now.num_samples
     working = (time.perf_counter() - first[0]) * done / (done - first[1])
-    return {"working": working, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    # not ru_maxrss, which begins with that of the process that started this one
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return {"working": working, "peak": int(peak)}
 
 
 ONE = {"loop": loop, "loop_original": loop_original, "bulk": bulk}

@@ -18,6 +18,14 @@ def tone():
     return (0.5 * np.sin(2 * np.pi * 440 * np.arange(12000) / 24000)).astype(np.float32)
 
 
+@pytest.mark.parametrize("read", [audio.load, audio.decode, audio.seconds])
+def test_a_file_that_may_not_be_read_is_said(tmp_path, monkeypatch, read):
+    path = audio.save(tmp_path / "a.wav", np.zeros(10, np.float32))
+    monkeypatch.setattr(audio.os, "access", lambda path, mode: False)  # tests may run as root, who may read everything
+    with pytest.raises(PermissionError, match="no permission to read"):
+        read(path)
+
+
 def test_a_file_at_the_models_rate_is_read_as_it_is(tone, tmp_path):
     soundfile.write(tmp_path / "tone.wav", tone, 24000, subtype="FLOAT")
     loaded = audio.load(tmp_path / "tone.wav")

@@ -134,14 +134,16 @@ def test_map_takes_the_tokenizer_itself_in_several_processes(folder, dataset, al
     assert tokens["audio_codes"][:] == alone and tokens["text"][:] == list("abcdefghij")
 
 
-def test_each_process_has_the_gpu_of_its_number_with_and_without_with_rank(folder, dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("with_rank", [True, False])
+def test_each_process_has_the_gpu_of_its_number(folder, dataset, tmp_path, monkeypatch, with_rank):
     def note(rank=0):
         (tmp_path / str(rank)).touch()
         return "cpu"
 
     tokenizer = AudioTokenizer(str(folder / "model"))
     monkeypatch.setattr(mapping.encoding, "default_device", note)  # the processes are forked, so they know of it
-    undecoded(dataset).map(tokenizer, batched=True, batch_size=5, num_proc=2, load_from_cache_file=False)
+    options = {"batch_size": 5, "num_proc": 2, "load_from_cache_file": False, "with_rank": with_rank}
+    undecoded(dataset).map(tokenizer, batched=True, **options)
     first, second = (int(path.name) for path in tmp_path.iterdir())  # counted on from map to map
     assert abs(first - second) == 1
 

@@ -107,6 +107,8 @@ def test_chunks_are_as_long_as_asked_for_at_most_and_none_is_short(tiny_model, m
 def test_chunks_give_the_codes_of_the_whole_at_full_size(models, rate):
     torch.manual_seed(0)
     audio = 0.1 * torch.randn(1, 1, 24000 * 10 + 123)
+    encoder = models(rate).encoder_model.encoder
+    assert encoder.frames_back + 1 + encoder.frames_ahead == 4  # the shortest chunk, as `encode` says
     expected = whole(models(rate), audio)
     for chunk_seconds in (None, 2.5):  # None: automatic, above 10 s
         chunked = models(rate).encode(audio, output_latents=True, chunk_seconds=chunk_seconds)

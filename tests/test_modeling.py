@@ -193,10 +193,7 @@ def test_a_clip_in_a_batch_is_cut_as_it_is_alone(tiny_model, monkeypatch):
     encoder, sizes = tiny_model.encoder_model.encoder, []
     convolve = encoder._convolve
     monkeypatch.setattr(encoder, "_convolve", lambda *given: sizes.append(given[0].shape[-1]) or convolve(*given))
-    audio, mask = (
-        torch.randn(2, 1, 7 * 24000),
-        torch.ones(2, 7 * 24000),
-    )  # so long that it is cut, unlike its second row
+    audio, mask = torch.randn(2, 1, 7 * 24000), torch.ones(2, 7 * 24000)  # above 6 s, from which on clips are cut
     mask[1, 5 * 24000 :] = 0
     tiny_model.encode(audio[1:, :, : 5 * 24000])
     (alone,) = sizes
@@ -204,7 +201,6 @@ def test_a_clip_in_a_batch_is_cut_as_it_is_alone(tiny_model, monkeypatch):
     assert sizes[-1] == alone
 
 
-@torch.no_grad()
 def test_near_ties_are_looked_for_in_float32(tiny_model, monkeypatch):
     quantizer, seen = tiny_model.quantizer, []
     near_ties = quantizer.near_ties

@@ -3,6 +3,7 @@
 import os
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -48,7 +49,12 @@ def load_model(
         model, info = model_class.from_pretrained(
             find_model(name), revision=revision or "main", output_loading_info=True, **arguments
         )
-    except (OSError, SafetensorError, RuntimeError) as error:  # damaged files, and not every message names the model
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+        StrictDataclassError,
+    ) as error:  # not every message names the model
         raise ValueError(f"Cannot load the model {os.fspath(name)!r}: {error}") from error
     if info["missing_keys"]:  # transformers would fill them with random numbers
         missing = ", ".join(sorted(info["missing_keys"])[:3])

@@ -118,7 +118,7 @@ def tokenize(
         dataset_config=selection.get("config"),
         dataset_revision=selection.get("revision"),
         split=selection.get("split"),
-        model=Path(model).absolute().name if os.path.isdir(model) else str(model),
+        model=os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else str(model),
         revision=commit,
         codebook_fingerprint=encoder.codebook_fingerprint,
         encoder_fingerprint=encoding.weights_fingerprint(encoder.encoder),
