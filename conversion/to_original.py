@@ -7,6 +7,7 @@ writes DIR/NAME.ckpt and DIR/NAME.yaml, where NAME is that of the folder. `conve
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel, __version__
 
-from .convert import differing, folder_at_once
+from .convert import differing, new_folder
 from .mapping import original_discriminator_names, original_name
 from .source import read_source
 
@@ -59,6 +60,8 @@ def to_original(folder: str | Path, output: str | Path) -> Path:
             output exists.
         OSError: a file cannot be read or written.
     """
+    if not os.fspath(output):
+        raise ValueError("Got an empty output. Name the folder to make.")
     folder, output = Path(folder).resolve(), Path(output).resolve()
     if not (folder / "config.json").is_file():
         raise ValueError(
@@ -79,7 +82,7 @@ def to_original(folder: str | Path, output: str | Path) -> Path:
     tensors |= _unused_decoder() | {"head.istft.window": torch.hann_window(model.config.n_fft)}
     for name, tensor in critics.items():
         tensors |= dict.fromkeys(original_discriminator_names(name), tensor)
-    with folder_at_once(output) as new:
+    with new_folder(output) as new:
         checkpoint = new / f"{folder.name}.ckpt"
         # llama.cpp's convert_pt_to_hf.py takes the first dictionary in the file, so there must be none before this
         torch.save({"epoch": 0, "global_step": 0, "state_dict": tensors}, checkpoint)

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as deserialize
 from safetensors.numpy import save as serialize
 
+from .atomic_files import write_bytes
+
 
 @dataclass
 class TokenFile:
@@ -61,14 +63,7 @@ class TokenFile:
         (one number a line) keep the codes alone. Raises ValueError for another format.
         """
         path = Path(path)
-        content = self.to_bytes(format or path.suffix[1:])
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return path
+        return write_bytes(path, self.to_bytes(format or path.suffix[1:]))
 
     def to_bytes(self, format: str) -> bytes:
         """The content of a file of that format: `safetensors`, `json`, `npy` or `txt`."""
