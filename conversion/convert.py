@@ -254,6 +254,7 @@ def _report(source: Source, output: Path, existed: bool, published: Published | 
         if source.discriminators and prefix in DISCRIMINATOR_PREFIXES:
             continue
         lines.append(f"dropped: {prefix}{'*' * prefix.endswith('.')} ({len(names)}): {DROPPED[prefix]}")
+    lines += source.notes
     if source.others:
         lines.append(f"dropped: {', '.join(source.others)}: not weights")
     lines += [

@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel, __version__
+from wavtokenizer_hf.limited_files import one_line
+from wavtokenizer_hf.loading import check_files, check_finite
 
 from .convert import differing, new_folder
 from .mapping import original_discriminator_names, original_name
@@ -69,14 +71,16 @@ def to_original(folder: str | Path, output: str | Path) -> Path:
         )
     discriminators = folder / "discriminators.safetensors"
     try:
+        check_files(WavTokenizerModel, str(folder))
         model, loading = WavTokenizerModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         critics = load_file(discriminators) if discriminators.is_file() else {}
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(
-            f"The weights in {folder} cannot be read: {error}. A file there is damaged: convert or download it again."
+            f"The weights in {folder} cannot be read: {one_line(error)}. A file there is damaged: convert or download it again."
         ) from error
     if wrong := [f"{kind}: {sorted(names)[:3]}" for kind, names in loading.items() if names]:
         raise ValueError(f"{folder} does not hold one whole WavTokenizer: {'; '.join(wrong)}. Convert it again.")
+    check_finite(model, str(folder))
     _check_built_in(model.config)
     tensors = {original_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     tensors |= _unused_decoder() | {"head.istft.window": torch.hann_window(model.config.n_fft)}

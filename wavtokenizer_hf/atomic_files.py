@@ -59,11 +59,11 @@ def atomic_write(path: str | os.PathLike, prefix: str = ".") -> Iterator[Path]:
         return
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {target.parent} to write {path} in. Make it, or name another file.")
+        raise FileNotFoundError(f"Cannot write {path}: there is no folder {target.parent}. Make it first.")
     if target.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, expected the name of a file to write. Name a file in it.")
+        raise IsADirectoryError(f"Cannot write {path}: it is a folder, expected a file. Name a file in it.")
     if target.exists() and not os.access(target, os.W_OK):
-        raise PermissionError(f"{path} exists and may not be written. Change its permissions, or name another file.")
+        raise PermissionError(f"Cannot write {path}: it is read-only. Change its permissions, or name another file.")
     partial = target.with_name(_temporary_name(prefix))
     descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:

@@ -15,7 +15,7 @@ import torch
 
 from .. import audio
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
-from ..loading import find_model, load_model
+from ..loading import load_feature_extractor, load_model
 from ..modeling_wavtokenizer import WavTokenizerEncoderModel
 
 
@@ -55,12 +55,7 @@ def load_encoder(
         ValueError: it cannot be loaded, lacks tensors, has codes that 16 bits cannot hold; or there is no such device.
     """
     encoder = load_model(WavTokenizerEncoderModel, model, revision, device or default_device())
-    try:
-        feature_extractor = WavTokenizerFeatureExtractor.from_pretrained(
-            find_model(model), revision=revision or "main"
-        )
-    except OSError as error:
-        raise ValueError(f"Cannot load the model {model!r}: {error}") from error
+    feature_extractor = load_feature_extractor(model, revision)
     config = encoder.config
     if config.codebook_size > np.iinfo(np.uint16).max + 1:
         raise ValueError(

@@ -6,7 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from .arguments import add_command, add_model, load_model
+from ..atomic_files import refuse_inputs
+from .arguments import add_command, add_model, load_model, not_empty
 from .files import find_sources
 
 
@@ -20,16 +21,25 @@ def add(commands) -> None:
         "number that cannot be computed are listed with the reason, count as failures, and are left out of the means. "
         "Needs the extra `evaluation`."
     )
-    evaluate.add_argument("--audio", nargs="+", required=True, metavar="INPUT", help="sound files, or folders of them")
+    evaluate.add_argument(
+        "--audio", nargs="+", required=True, metavar="INPUT", type=not_empty, help="sound files, or folders of them"
+    )
     add_model(evaluate, required=False)
-    evaluate.add_argument("--compare", metavar="MODEL", help="a second model, measured on the same files")
+    evaluate.add_argument(
+        "--compare", metavar="MODEL", type=not_empty, help="a second model, measured on the same files"
+    )
     evaluate.add_argument(
         "--decoded",
         metavar="FOLDER",
+        type=not_empty,
         help="what any other codec decoded: sound files with the names and sub-folders of those in INPUT, in any format",
     )
     evaluate.add_argument(
-        "-o", "--output", metavar="FOLDER", help="for report.json, files.csv, metrics.png and codebook.png"
+        "-o",
+        "--output",
+        metavar="FOLDER",
+        type=not_empty,
+        help="for report.json, files.csv, metrics.png and codebook.png",
     )
     evaluate.add_argument(
         "--metrics",
@@ -55,10 +65,13 @@ def add(commands) -> None:
 def _evaluate(arguments) -> int:
     from .. import audio
     from ..evaluation import DecodedFolder, Model, evaluate
+    from ..evaluation.report import REPORT_FILES
 
     if arguments.num_workers < 0:
         raise ValueError(f"Got --num-workers {arguments.num_workers}, expected 0 or more.")
     references = find_sources(arguments.audio, audio.SUFFIXES)
+    if arguments.output is not None:
+        refuse_inputs([Path(arguments.output, name) for name in REPORT_FILES], [file for file, _ in references])
     systems = [
         Model(name, load_model(argparse.Namespace(**{**vars(arguments), "model": name, "revision": revision})))
         for name, revision in ((arguments.model, arguments.revision), (arguments.compare, None))

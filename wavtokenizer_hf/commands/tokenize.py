@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from .arguments import MODEL_HELP, add_command, print_facts
+from .arguments import MODEL_HELP, add_command, not_empty, print_facts
 
 
 def add(commands) -> None:
@@ -16,12 +16,13 @@ def add(commands) -> None:
     tokenize.add_argument(
         "source",
         metavar="SOURCE",
+        type=not_empty,
         help="a folder of sound files, tar shards or Parquet, or a glob of them in quotes; a list of paths (.txt, or .csv or "
         ".jsonl with further columns); a dataset on disk, or its name on the Hub",
     )
-    tokenize.add_argument("-m", "--model", required=True, help=MODEL_HELP)
+    tokenize.add_argument("-m", "--model", required=True, type=not_empty, help=MODEL_HELP)
     tokenize.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
-    tokenize.add_argument("-o", "--output", required=True, help="folder, new or of an earlier run")
+    tokenize.add_argument("-o", "--output", required=True, type=not_empty, help="folder, new or of an earlier run")
     tokenize.add_argument(
         "--column", help="of the sound, or of the paths in a list; default: audio, and in lists also path or file_name"
     )

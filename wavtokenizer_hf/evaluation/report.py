@@ -26,6 +26,8 @@ CODEBOOK_FIGURES = {
 }
 """Per file, beside the metrics, for systems that are models: title and unit."""
 
+REPORT_FILES = ("report.json", "files.csv", "metrics.png", "codebook.png")
+
 INTERVAL = "95 % interval of the mean over files, Student's t"
 
 
