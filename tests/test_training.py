@@ -463,12 +463,11 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_intact(tmp_path):
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     state = started(tiny_settings(tmp_path))
     save(state, tmp_path / "run", improved=False)
-    os.rename(tmp_path / "run" / "last", tmp_path / "run" / "last.old")
-    (tmp_path / "run" / "last.partial").mkdir()
+    os.rename(tmp_path / "run" / "last", tmp_path / "run" / "previous")
     state_module.check_output(tiny_settings(tmp_path, resume=True), tmp_path / "run")
     restore(state, tmp_path / "run")
     save(state, tmp_path / "run", improved=True)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best", "last"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best", "last", "previous"]
 
 
 def test_a_segment_too_short_for_the_losses_spectrograms_is_refused(tmp_path):
