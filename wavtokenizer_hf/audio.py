@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from transformers import audio_utils
@@ -41,6 +41,13 @@ CANCELLED_DB = 30
 
 LARGEST_SAMPLE = 8.0
 """What lies beyond is reported: integers in a float file, most likely."""
+
+NO_SAMPLE = 1e10
+"""What lies beyond is refused: no format has such numbers, and they overflow in the model."""
+
+
+MAX_CLIP_SECONDS = 6 * 3600.0
+"""How long a clip may be where it is held whole: in bulk work, training and evaluation."""
 
 
 def load(
@@ -158,6 +165,54 @@ def decode(
         return Sound(audio, reader.source_sampling_rate, reader.source_channels, reader.warnings)
 
 
+def load_clip(
+    value: Any, sampling_rate: int, channel: str | int = "mean", max_seconds: float | None = MAX_CLIP_SECONDS
+) -> Sound:
+    """
+    Reads a clip as a dataset or another source gives it, to the samples of `load`; arrays are resampled likewise.
+
+    Args:
+        value: path, content of a sound file, or row of an Audio column of the datasets library (decoded or not).
+        sampling_rate, channel, max_seconds: as in `load`.
+
+    Raises:
+        AudioError: it is not sound, or is refused for another reason of `audio_errors.FAILURE_KINDS`.
+        OSError: its file cannot be read.
+    """
+    if hasattr(value, "as_py"):  # a scalar of pyarrow, in the format "arrow" of datasets
+        value = value.as_py()
+    encoded = getattr(value, "_hf_encoded", None)  # what the decoder objects of the datasets library are made of
+    value = value if encoded is None else encoded
+    if isinstance(value, dict) and value.get("array") is not None:
+        return _read_array(value["array"], value.get("sampling_rate"), sampling_rate, channel, max_seconds)
+    if isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    value = bytes(value) if isinstance(value, (bytearray, memoryview)) else value
+    if not isinstance(value, (str, os.PathLike, bytes)):
+        raise AudioError(
+            f"Got {type(value).__name__} as sound, expected a path, bytes, or a row of an Audio column.", "no-audio"
+        )
+    return decode(value, sampling_rate, channel, max_seconds)
+
+
+def _read_array(array, rate, sampling_rate: int, channel, max_seconds: float | None) -> Sound:
+    try:
+        samples = np.asarray(array, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise AudioError(f"Got an array that holds no numbers: {error}.", "no-audio") from error
+    rate = check_sampling_rate(rate, "the array")
+    if samples.ndim != 1 or samples.size == 0:
+        raise AudioError(
+            f"Got an array of shape {samples.shape}, expected mono audio (T,) with a sample or more.",
+            "empty" if samples.size == 0 else "no-audio",
+        )
+    if max_seconds is not None and len(samples) > max_seconds * rate:
+        raise AudioError(
+            f"The array lasts {len(samples) / rate:.0f} s, expected at most {max_seconds:g} s.", "too-long"
+        )
+    return mono(samples[:, None], rate, sampling_rate, channel, "the array")
+
+
 class AudioReader:
     """
     An opened sound file, or the content of one: every reader of this package is made of it.
@@ -195,6 +250,8 @@ class AudioReader:
         self.sampling_rate, self._max_seconds = sampling_rate, max_seconds
         self._file = _open_file(path) if path is not None else BytesIO(source) if isinstance(source, bytes) else source
         try:
+            if self._file.seek(0, 2) == 0:
+                raise AudioError(f"Cannot read {self.name} as sound: it is empty (0 bytes).", "empty")
             self._decoder = open_decoder(self._file, self.name, path)
             self.source_sampling_rate = check_sampling_rate(self._decoder.sampling_rate, self.name)
             self.source_channels = self._decoder.num_channels
@@ -227,8 +284,7 @@ class AudioReader:
         return self._mixer.warnings
 
     def log_warnings(self) -> None:
-        for text in self.warnings.values():
-            logger.warning("%s: %s", self.name, text)
+        log_warnings(self.name, self.warnings)
 
     def _joined(self, size: int) -> Iterator[np.ndarray]:
         """The decoder's blocks, mono, `size` samples at a time. What comes before a cut is given before its error."""
@@ -287,7 +343,9 @@ class Mixer:
         self._index = check_channel(channel)
         self._name = name
         if self._index is not None and self._index >= num_channels:
-            raise AudioError(f"{name} has {num_channels} channels, expected one of number {self._index}.", "no-channel")
+            raise AudioError(
+                f"{name} has {num_channels} channels, expected one of number {self._index}.", "no-channel"
+            )
         self._peak = self._energy = self._channel_energy = 0.0
         self._num_samples = 0
 
@@ -298,14 +356,14 @@ class Mixer:
             mono = channels[:, self._index]
         else:
             mono = channels.mean(axis=1)
-            scale = max(1.0, float(np.abs(channels).max(initial=0)))  # squares of large numbers would be infinite
-            self._channel_energy += float(np.square(channels / scale).sum()) / channels.shape[1] * scale * scale
-            self._energy += float(np.square(mono / scale).sum()) * scale * scale
-        if not np.isfinite(mono).all():
-            first = self._num_samples + int(np.flatnonzero(~np.isfinite(mono))[0])
+            self._channel_energy += float(np.einsum("nc,nc->", channels, channels)) / channels.shape[1]
+            self._energy += float(np.dot(mono, mono))
+        is_bad = ~(np.abs(mono) <= NO_SAMPLE)
+        if is_bad.any():
+            first = int(np.flatnonzero(is_bad)[0])
             raise AudioError(
-                f"{self._name} holds NaN or infinite samples, the first at sample {first} of its own, expected finite "
-                "numbers. Repair or drop it.",
+                f"{self._name} holds NaN or infinite samples, or some beyond ±{NO_SAMPLE:g}: the first is {mono[first]:g}, at "
+                f"sample {self._num_samples + first} of its own. Expected finite numbers; repair or drop it.",
                 "not-finite",
             )
         self._num_samples += len(mono)
@@ -479,6 +537,14 @@ def say_what_changes(name, channels: int, rate: int, sampling_rate: int, channel
         logger.info("%s: resampled from %d to %d Hz", name, rate, sampling_rate)
 
 
+def log_warnings(name, warnings: dict[str, str]) -> None:
+    """Logs the warnings of a clip, kind -> text."""
+    for kind, text in warnings.items():
+        logger.warning(
+            f"%s: {kind}: %s", name, text
+        )  # one message for each kind, so that a filter can tell them apart
+
+
 def mono_blocks(blocks: Iterator[np.ndarray], rate: int, sampling_rate: int) -> Iterator[np.ndarray]:
     """Mono blocks (n,) at `rate` -> blocks (m,), m > 0, float32, at `sampling_rate`.
 
@@ -552,6 +618,5 @@ def _load_by_other_backend(path: Path, sampling_rate: int, backend: str, channel
         raise AudioError(f"{path} holds no samples, expected at least one.", "empty")
     mixer = Mixer(channel, audio.shape[1], str(path))
     audio = np.ascontiguousarray(mixer(np.asarray(audio, dtype=np.float32)))
-    for text in mixer.warnings.values():
-        logger.warning("%s: %s", path, text)
+    log_warnings(path, mixer.warnings)
     return audio

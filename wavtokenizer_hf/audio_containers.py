@@ -270,9 +270,12 @@ def _mpeg(file: BinaryIO, start: int, size: int) -> Container | None:
         first = _frame(_read(file, position, 4))
     found = Container("mpeg", position, estimates_length=True)
     content = _read(file, position, first.size)
-    tag = 4 + {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[
-        first.kind[0] == 3, first.is_mono
-    ]
+    tag = (
+        4
+        + {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[
+            first.kind[0] == 3, first.is_mono
+        ]
+    )
     declared = None
     if content[tag : tag + 4] in (b"Xing", b"Info") and int.from_bytes(content[tag + 4 : tag + 8], "big") & 1:
         declared = int.from_bytes(content[tag + 8 : tag + 12], "big")

@@ -58,7 +58,9 @@ class SoundfileDecoder:
         # SoundFile.read (0.14) seeks to where it already is, after every block; an MP3 decoder then gives other samples
         self._file.seekable = lambda: False
         self.sampling_rate, self.num_channels = self._file.samplerate, self._file.channels
-        self.num_frames = self._file.frames if self._file.frames < 2**62 else None  # FLAC that was streamed says "unknown"
+        self.num_frames = (
+            self._file.frames if self._file.frames < 2**62 else None
+        )  # FLAC that was streamed says "unknown"
         if container.format == "mpeg" and (container.estimates_length or container.patch):
             self.num_frames = None
 
@@ -72,7 +74,9 @@ class SoundfileDecoder:
                 yield block
         except RuntimeError as error:
             if num_read == 0 or not self._is_cut(num_read):
-                raise AudioError(f"Cannot read {self._name} as sound: {reason(error)}. The file may be damaged.") from error
+                raise AudioError(
+                    f"Cannot read {self._name} as sound: {reason(error)}. The file may be damaged."
+                ) from error
         if self._view is not None and self._view.error is not None:
             raise self._view.error
         if self._is_cut(num_read):
@@ -80,7 +84,9 @@ class SoundfileDecoder:
         counted = self._container.num_frames
         # an MP3 decoder drops the delay of the encoder and what fills the last frame up, 12 bits each, and waits for its bits
         if counted is not None and num_read < counted - 2**14:
-            raise AudioError(f"The decoder ended after {num_read} of {counted} samples of {self._name}. The file may be damaged.")
+            raise AudioError(
+                f"The decoder ended after {num_read} of {counted} samples of {self._name}. The file may be damaged."
+            )
 
     def _is_cut(self, num_read: int) -> bool:
         return self._container.num_missing > 0 or (self.num_frames is not None and num_read < self.num_frames)
@@ -123,7 +129,9 @@ class TorchcodecDecoder:
         try:
             samples = self._decoder.get_all_samples().data.T.numpy()
         except (RuntimeError, ValueError) as error:
-            raise AudioError(f"Cannot read {self._name} as sound: {reason(error)}. The file may be damaged.") from error
+            raise AudioError(
+                f"Cannot read {self._name} as sound: {reason(error)}. The file may be damaged."
+            ) from error
         for start in range(0, len(samples), UNIT):
             yield np.ascontiguousarray(samples[start : start + UNIT])
         if self._container.num_missing > 0:

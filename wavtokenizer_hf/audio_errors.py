@@ -2,9 +2,9 @@
 
 FAILURE_KINDS = {
     "unreadable": "not audio, damaged, or in a format that no installed decoder reads",
-    "truncated": "ends before its header says; what is left could be read",
+    "truncated": "ends before its header says, since it was cut off, or damaged so that decoding ends there",
     "empty": "holds no samples",
-    "not-finite": "holds NaN or infinite samples, or gives such numbers inside the model",
+    "not-finite": "holds NaN, infinite or absurdly large samples, or gives such numbers inside the model",
     "sampling-rate": "has a sampling rate outside of 1 kHz to 768 kHz, or none",
     "too-long": "is longer than the limit (--max-clip-seconds)",
     "no-channel": "lacks the channel that was asked for (--channel)",
