@@ -7,8 +7,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from wavtokenizer_hf.commands.arguments import not_empty
-
 from .published import Published, find, table
 
 
@@ -23,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="*",
         metavar="FILE",
-        type=not_empty,
         help="the original's Lightning .ckpt, or a state dict (.ckpt, .pt, .bin, .safetensors); several: the parts into which "
         "somebody has split one",
     )
@@ -43,14 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         metavar="DIR",
         required=True,
-        type=not_empty,
         help="the folder to make; must not exist, or be empty",
     )
     add("--revision", help="branch, tag or commit of the checkpoint's repository on the Hub")
     add(
         "--config",
         metavar="YAML",
-        type=not_empty,
         help="the YAML file that FILE was trained with: what it says of the shape is compared with the tensors, and its "
         "sampling rate replaces 24000 Hz (all else is read off the tensors)",
     )

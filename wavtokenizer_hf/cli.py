@@ -20,7 +20,10 @@ from .commands import convert, evaluate, info, sound, tokenize, train
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. `argv` are the arguments without the program's name; default: those of the process."""
     arguments = _parser().parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
     try:
+        _refuse_empty(arguments)
         with _cleanup_on_sigterm():
             code = arguments.run(arguments)
         sys.stdout.flush()  # here, where an error is still met
@@ -61,6 +64,14 @@ def _cleanup_on_sigterm():
         yield
     finally:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+def _refuse_empty(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for an empty argument, as `"$UNSET"` is: as a path it would mean the current folder."""
+    for name, value in vars(arguments).items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            name = name.replace("inputs", "input").replace("_", "-").upper()
+            raise ValueError(f"Got an empty {name}, expected a value. Is a variable of the shell not set?")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from . import bundled_model
+from .configuration_wavtokenizer import WavTokenizerConfig
 from .feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 from .limited_files import FLOAT_DTYPES, MAX_HEADER_BYTES, one_line, read_json_object, read_safetensors_header
 
@@ -71,24 +72,36 @@ def load_model(
         raise ValueError(f"Cannot use the device {str(device)!r}: {one_line(error)}") from error
 
 
-def load_feature_extractor(name: str | os.PathLike, revision: str | None = None) -> WavTokenizerFeatureExtractor:
+def load_feature_extractor(
+    name: str | os.PathLike, revision: str | None, config: WavTokenizerConfig
+) -> WavTokenizerFeatureExtractor:
     """
-    Load the feature extractor beside a model.
+    Load the feature extractor beside a model, which may scale clips to a peak. A folder may lack it: then nothing is scaled.
 
     Args:
-        name, revision: As in `load_model`.
+        name: `bundled`, a folder, or a name on the Hub.
+        revision: branch, tag or commit on the Hub.
+        config: of the model.
 
     Raises:
-        ValueError: There is none, it cannot be read, or a value in it makes no sense.
+        ValueError: it cannot be loaded, a value in it makes no sense, or it is for another sampling rate than the model.
     """
     name = os.fspath(name)
-    source, revision = find_model(name), revision or "main"
+    folder, revision = find_model(name), revision or "main"
+    if os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "preprocessor_config.json")):
+        return WavTokenizerFeatureExtractor(sampling_rate=config.sampling_rate, hop_length=config.hop_length)
     try:
-        if path := _file(source, "preprocessor_config.json", revision):
+        if path := _file(folder, "preprocessor_config.json", revision):
             read_json_object(path)
-        return WavTokenizerFeatureExtractor.from_pretrained(source, revision=revision)
+        feature_extractor = WavTokenizerFeatureExtractor.from_pretrained(folder, revision=revision)
     except (*UNREADABLE, TypeError, AttributeError) as error:
         raise ValueError(f"Cannot load the feature extractor of {name!r}: {one_line(_reason(error))}") from error
+    if feature_extractor.sampling_rate != config.sampling_rate:
+        raise ValueError(
+            f"The model {name!r} is for {config.sampling_rate} Hz, and its preprocessor_config.json says "
+            f"{feature_extractor.sampling_rate} Hz. Correct the wrong one."
+        )
+    return feature_extractor
 
 
 def check_files(model_class: type[PreTrainedModel], source: str, revision: str = "main") -> None:

@@ -15,15 +15,8 @@ def add_command(commands, name: str, run: Callable, help: str) -> argparse.Argum
     return parser
 
 
-def not_empty(text: str) -> str:
-    """For paths and names: an empty one would mean the current folder, as `"$UNSET"` in a shell does."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("got an empty name, expected a path; is a variable of the shell unset?")
-    return text
-
-
 def add_model(parser: argparse.ArgumentParser, required: bool = True, decoder: bool = True) -> None:
-    parser.add_argument("-m", "--model", required=required, type=not_empty, help=MODEL_HELP)
+    parser.add_argument("-m", "--model", required=required, help=MODEL_HELP)
     parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
     if decoder:
@@ -48,6 +41,15 @@ def load_model(arguments, encoder_only: bool = False):
     model_class = WavTokenizerEncoderModel if encoder_only else WavTokenizerModel
     dtype = torch.float32 if encoder_only else getattr(torch, arguments.dtype)
     return loading.load_model(model_class, arguments.model, arguments.revision, device, dtype=dtype)
+
+
+def add_channel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--channel",
+        default="mean",
+        metavar="mean|left|right|N",
+        help="of audio with several channels (default: their mean; N counts from 0)",
+    )
 
 
 def print_facts(facts: dict, as_json: bool) -> None:

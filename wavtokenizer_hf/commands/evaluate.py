@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ..atomic_files import refuse_inputs
-from .arguments import add_command, add_model, load_model, not_empty
+from .arguments import add_channel, add_command, add_model, load_model
 from .files import find_sources
 
 
@@ -21,24 +21,19 @@ def add(commands) -> None:
         "number that cannot be computed are listed with the reason, count as failures, and are left out of the means. "
         "Needs the extra `evaluation`."
     )
-    evaluate.add_argument(
-        "--audio", nargs="+", required=True, metavar="INPUT", type=not_empty, help="sound files, or folders of them"
-    )
+    evaluate.add_argument("--audio", nargs="+", required=True, metavar="INPUT", help="sound files, or folders of them")
     add_model(evaluate, required=False)
-    evaluate.add_argument(
-        "--compare", metavar="MODEL", type=not_empty, help="a second model, measured on the same files"
-    )
+    add_channel(evaluate)
+    evaluate.add_argument("--compare", metavar="MODEL", help="a second model, measured on the same files")
     evaluate.add_argument(
         "--decoded",
         metavar="FOLDER",
-        type=not_empty,
         help="what any other codec decoded: sound files with the names and sub-folders of those in INPUT, in any format",
     )
     evaluate.add_argument(
         "-o",
         "--output",
         metavar="FOLDER",
-        type=not_empty,
         help="for report.json, files.csv, metrics.png and codebook.png",
     )
     evaluate.add_argument(
@@ -62,18 +57,29 @@ def add(commands) -> None:
     )
 
 
+def _model(arguments):
+    from ..evaluation import Model
+    from ..loading import load_feature_extractor
+
+    model = load_model(arguments)
+    return Model(
+        arguments.model, model, load_feature_extractor(arguments.model, arguments.revision, model.config).peak_dbfs
+    )
+
+
 def _evaluate(arguments) -> int:
     from .. import audio
-    from ..evaluation import DecodedFolder, Model, evaluate
+    from ..evaluation import DecodedFolder, evaluate
     from ..evaluation.report import REPORT_FILES
 
     if arguments.num_workers < 0:
         raise ValueError(f"Got --num-workers {arguments.num_workers}, expected 0 or more.")
+    audio.check_channel(arguments.channel)
     references = find_sources(arguments.audio, audio.SUFFIXES)
     if arguments.output is not None:
         refuse_inputs([Path(arguments.output, name) for name in REPORT_FILES], [file for file, _ in references])
     systems = [
-        Model(name, load_model(argparse.Namespace(**{**vars(arguments), "model": name, "revision": revision})))
+        _model(argparse.Namespace(**{**vars(arguments), "model": name, "revision": revision}))
         for name, revision in ((arguments.model, arguments.revision), (arguments.compare, None))
         if name is not None
     ]
@@ -90,6 +96,7 @@ def _evaluate(arguments) -> int:
         utmos_weights=arguments.utmos,
         num_workers=min(arguments.num_workers, len(references)),
         progress=sys.stderr.isatty(),
+        channel=arguments.channel,
     )
     written = [] if arguments.output is None else report.save(arguments.output)
     if arguments.json:

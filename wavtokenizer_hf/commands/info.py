@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-from .arguments import add_command, not_empty, print_facts
+from .arguments import add_command, print_facts
 
 
 def add(commands) -> None:
     info = add_command(commands, "info", _info, "what a model, or a token file, is")
-    info.add_argument(
-        "source", type=not_empty, help="name or folder of a model, bundled, or a token file (.safetensors, .json)"
-    )
+    info.add_argument("source", help="name or folder of a model, bundled, or a token file (.safetensors, .json)")
     info.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
 
 
