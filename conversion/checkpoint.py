@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from wavtokenizer_hf import limited_files
-from wavtokenizer_hf.limited_files import check_archive, one_line, read_safetensors_header, short_repr
+from wavtokenizer_hf.limited_files import BoundedReader, check_archive, one_line, read_safetensors_header, short_repr
 
 
 STATE_DICTS = ("state_dict", "model_state_dict", "module", "model", "ema_state_dict", "ema", "model_ema")
@@ -201,10 +201,12 @@ def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def _open_pickle(path: Path, start: bytes) -> Any:
     is_zip = start.startswith(b"PK\x03\x04")  # files older than torch 1.6 are not, and cannot be mapped into memory
     try:
-        if is_zip:
-            check_archive(path)
         with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            if is_zip:
+                check_archive(path)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with BoundedReader(path) as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # there is no end to the ways in which a damaged file makes torch.load fail
         foreign = _foreign_imports(path, is_zip)
         if not foreign:
@@ -246,7 +248,18 @@ _HARMLESS_NAMES = (
     "datetime.datetime", "datetime.date", "datetime.timedelta",
 )  # fmt: skip
 
-HARMLESS = [(type(name.rpartition(".")[2], (Ignored,), {}), name) for name in _HARMLESS_NAMES]
+
+def _dictionary(*arguments) -> dict:
+    return {}
+
+
+def _list(*arguments) -> list:
+    return []
+
+
+_BY_HAND = {"collections.defaultdict": _dictionary, "collections.deque": _list}  # torch fills only plain ones
+
+HARMLESS = [(_BY_HAND.get(name) or type(name.rpartition(".")[2], (Ignored,), {}), name) for name in _HARMLESS_NAMES]
 """The closed list of what may lie beside tensors in a pickle, each with the stand-in that is built in its place. Everything
 else that torch does not allow itself is refused."""
 
@@ -270,7 +283,7 @@ def _foreign_imports(path: Path, is_zip: bool) -> list[str]:
     """What a pickle would import besides torch's own pieces; its instructions are listed, not followed."""
     try:
         if not is_zip:
-            with path.open("rb") as file:
+            with BoundedReader(path) as file:
                 return _imports(file)
         check_archive(path)
         with zipfile.ZipFile(path) as archive:
@@ -295,5 +308,6 @@ def _imports(file: BinaryIO) -> list[str]:
     return [
         name
         for name in found
-        if not name.startswith(("torch.", "collections.OrderedDict")) and name not in _HARMLESS_NAMES
+        if not name.startswith(("torch.", "collections.OrderedDict", "collections.Counter"))
+        and name not in _HARMLESS_NAMES
     ]

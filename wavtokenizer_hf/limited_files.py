@@ -4,14 +4,15 @@ Each looks at declared sizes before it takes memory for them, executes nothing, 
 line for every file that it cannot take.
 """
 
+import io
 import json
 import math
 import os
 import reprlib
 import stat
 import struct
+import tokenize
 import zipfile
-from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +20,7 @@ import numpy as np
 
 
 MAX_CONFIG_BYTES = 2**20  # config.json and the like; real ones have a few kilobytes
-MAX_YAML_BYTES = 2**18  # PyYAML reads about 100 kB a second
+MAX_YAML_BYTES = 2**16  # PyYAML reads about 100 kB a second; real ones have a few kilobytes
 MAX_YAML_NODES = 20_000  # after aliases are expanded
 MAX_DEPTH = 100  # of nested JSON or YAML
 MAX_BRACKETS = 1_000_000  # in one JSON text; 100,000 tensors need 600,000
@@ -108,20 +109,21 @@ def parse_yaml(content: bytes) -> Any:
 
     if len(content) > MAX_YAML_BYTES:
         raise ValueError(_too_large(len(content), MAX_YAML_BYTES))
+    if _depth(content) > MAX_DEPTH:  # PyYAML would look far ahead for the end of each bracket
+        raise ValueError(f"brackets are nested more than {MAX_DEPTH} deep")
     try:
+        _check_depth(yaml.parse(content, yaml.SafeLoader))
         loader = yaml.SafeLoader(content)  # not CSafeLoader, whose recursion can overflow the stack
         try:
             node = loader.get_single_node()
             if node is None:
                 return None
-            _count_nodes(node, {}, 0)
+            _count_nodes(node, {})
             return loader.construct_document(node)
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
         raise ValueError(f"not plain YAML: {one_line(error)}") from error
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError) as error:
         # PyYAML raises these for values such as 2001-99-99 and for bytes that are no text
         raise ValueError(one_line(error)) from error
@@ -139,14 +141,14 @@ def parse_npy(content: bytes) -> np.ndarray:
     Raises:
         ValueError: Not a .npy file, objects or structures in it, or a shape that its size does not hold.
     """
-    stream = BytesIO(content)
+    stream = io.BytesIO(content)
     try:
         version = np.lib.format.read_magic(stream)
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version not in readers:
             raise ValueError(f"version {version} of the format is not known")
         shape, fortran_order, dtype = readers[version](stream, max_header_size=MAX_NPY_HEADER_BYTES)
-    except (SyntaxError, RecursionError, MemoryError, TypeError, EOFError, OverflowError) as error:
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError, EOFError, tokenize.TokenError) as error:
         raise ValueError(f"its header cannot be read: {one_line(error)}") from error
     if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None or dtype.itemsize == 0:
         raise ValueError(f"it holds {dtype}, expected plain numbers")
@@ -214,6 +216,19 @@ def read_safetensors_header(path: str | os.PathLike) -> tuple[dict[str, tuple[st
             return parse_safetensors_header(start + file.read(safetensors_header_size(start, size)), size)
     except ValueError as error:
         raise ValueError(f"{path} is damaged or cut short: {one_line(error)}. Get the file again.") from error
+
+
+class BoundedReader(io.BufferedReader):
+    """A file that refuses to take memory for more bytes than it has, as a damaged pickle asks for."""
+
+    def __init__(self, path: str | os.PathLike):
+        super().__init__(io.FileIO(path))
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > max(self._size, 2**16):  # small reads look ahead
+            raise EOFError(f"it asks for {size} bytes, and the file has {self._size}")
+        return super().read(size)
 
 
 def check_archive(path: Path) -> None:
@@ -291,10 +306,18 @@ def _depth(content: bytes) -> int:
     return deepest
 
 
-def _count_nodes(node, counts: dict[int, int], depth: int) -> int:
-    """Nodes below and with this one, each alias counted as what it stands for. Raises ValueError beyond the limits."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+def _check_depth(events) -> None:
+    """Raise ValueError if YAML is nested too deep: events come without recursion, and PyYAML's time grows with the depth."""
+    depth = 0
+    for event in events:
+        name = type(event).__name__
+        depth += name.endswith("StartEvent") - name.endswith("EndEvent")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+
+
+def _count_nodes(node, counts: dict[int, int]) -> int:
+    """Nodes below and with this one, each alias counted as what it stands for. Raises ValueError beyond the limit."""
     if id(node) in counts:
         if counts[id(node)] == 0:
             raise ValueError("an anchor holds itself")
@@ -304,7 +327,7 @@ def _count_nodes(node, counts: dict[int, int], depth: int) -> int:
     total = 1
     for child in children:
         for each in child if isinstance(child, tuple) else (child,):
-            total += _count_nodes(each, counts, depth + 1)
+            total += _count_nodes(each, counts)
             if total > MAX_YAML_NODES:
                 raise ValueError(
                     f"it has more than {MAX_YAML_NODES} values, aliases counted as often as they are used"

@@ -134,12 +134,14 @@ def _tokenize(arguments) -> int:
             file=sys.stderr,
         )
     if result.changed:
-        what = "were done again" if arguments.refresh else "keep their rows; --refresh does them again"
+        what = "done again" if arguments.refresh else "their rows are kept, --refresh does them again"
         print(
-            f"wavtokenizer tokenize: {_some(result.changed)} changed since they were read, and {what}", file=sys.stderr
+            f"wavtokenizer tokenize: clips whose file changed since: {_some(result.changed)}; {what}", file=sys.stderr
         )
     if result.without_source:
-        print(f"wavtokenizer tokenize: {_some(result.without_source)} have no source any more", file=sys.stderr)
+        print(
+            f"wavtokenizer tokenize: clips without a source any more: {_some(result.without_source)}", file=sys.stderr
+        )
     if result.passed_over:
         print(f"wavtokenizer tokenize: {describe_passed_over(result.passed_over)}", file=sys.stderr)
     print(
@@ -172,4 +174,4 @@ def _verify(arguments) -> int:
 
 def _some(ids: list[str]) -> str:
     """Their number, and the first of them."""
-    return f"{len(ids)} clips ({ids[0]}{', …' if len(ids) > 1 else ''})"
+    return f"{len(ids)} ({ids[0]}{', …' if len(ids) > 1 else ''})"
