@@ -133,7 +133,6 @@ def tokenize(
     encoder, feature_extractor = encoding.load_encoder(model, revision, "cpu")
     commit = getattr(encoder.config, "_commit_hash", None)
     clips = open_source(source, column, dataset_config, split, dataset_revision, tar_names)
-    _refuse_own_files(clips, output)
     selection = clips.selection
     settings = Settings(
         source=_name(source) if is_path else f"datasets.Dataset {source._fingerprint}",
@@ -220,14 +219,6 @@ def _compare_with_files(clips: Source, folder: Output, shard: tuple[int, int]) -
         elif now != before and in_shard(id, shard):
             changed.append(id)
     return changed, without_source
-
-
-def _refuse_own_files(clips: Source, output: str | os.PathLike) -> None:
-    """Raises ValueError if the source holds files of the output, which a glob may find."""
-    folder = os.path.realpath(output)
-    for file in {clips.file(item.place) for item in clips.items} - {None}:
-        if os.path.realpath(file).startswith(os.path.join(folder, "")):
-            raise ValueError(f"The source holds {file}, which lies in the output {output}. Name another output.")
 
 
 def _name(source: str | os.PathLike) -> str:

@@ -244,8 +244,8 @@ def _list_file(path: Path, column: str | None) -> Files:
                 rows = list(csv.DictReader(file, restkey=_TOO_MANY))
             else:
                 rows = [json.loads(line) for line in file if line.strip()]
-    except (ValueError, csv.Error) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise ValueError(f"Cannot read the list {path}: {error}") from error
+    except (ValueError, RecursionError, csv.Error) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"Cannot read the list {path}: {' '.join(str(error).split())[:300]}") from error
     names = list(dict.fromkeys(name for row in rows for name in row)) if all(isinstance(r, dict) for r in rows) else []
     if rows and column is None:
         column = next((name for name in PATH_COLUMNS if name in names), None)

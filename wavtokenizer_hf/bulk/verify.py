@@ -95,7 +95,10 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     with parquet.ParquetFile(path, page_checksum_verification=True) as file:
         table = file.read()
         part = json.loads((file.schema_arrow.metadata or {}).get(METADATA, b"null"))
-    if not isinstance(part, dict) or not {"settings", "failures", "summary", "digest"} <= part.keys():
+    if (
+        not isinstance(part, dict)
+        or not {"settings", "failures", "failure_stamps", "summary", "digest"} <= part.keys()
+    ):
         raise ValueError("it has no metadata of this command")
     table.validate(full=True)
     return table, part
@@ -105,7 +108,7 @@ def _row_problems(table, part: dict[str, Any], settings: dict[str, Any]) -> Iter
     compute = library("pyarrow.compute")
     if part["settings"] != settings:
         yield "was made with other settings than manifest.json says"
-    if part["digest"] != digest_of(table):
+    if part["digest"] != digest_of(table, part):
         yield "has rows that do not fit their digest"
     if part["summary"] != asdict(summary_of(table, len(part["failures"]))):
         yield "has other totals in its metadata than its rows"

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..audio import check_channel
+from ..limited_files import MAX_YAML_BYTES, one_line, parse_yaml, read_file
 from .losses import WEIGHTS
 
+
+NEEDS_YAML = "Recipes need PyYAML: pip install 'wavtokenizer_hf[training]'"
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -212,12 +215,13 @@ def _find(recipe: str) -> Path:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    yaml = _yaml()
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
+        values = parse_yaml(read_file(path, MAX_YAML_BYTES))
+    except ValueError as error:
+        raise ValueError(f"{path} is not plain YAML: {one_line(error)}") from error
+    except ImportError as error:
+        raise ImportError(NEEDS_YAML) from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{path} holds {type(values).__name__}, expected settings, one `name: value` a line.")
     return values
 
@@ -226,7 +230,12 @@ def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=VALUE")
-    return name, _yaml().safe_load(value)
+    try:
+        return name, parse_yaml(value.encode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text[:100]!r}: {one_line(error)}") from error
+    except ImportError as error:
+        raise ImportError(NEEDS_YAML) from error
 
 
 def _number(value: Any) -> Any:
@@ -260,11 +269,3 @@ def _typed(name: str, value: Any, type_: Any) -> Any:
             if number is not None and (kind is float or number.is_integer()):
                 return kind(number)
     raise ValueError(f"Got {name}={value!r}, expected {getattr(type_, '__name__', type_)}.")
-
-
-def _yaml():
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError("Recipes need PyYAML: pip install 'wavtokenizer_hf[training]'") from error
-    return yaml
