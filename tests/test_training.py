@@ -474,11 +474,13 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
 
 @pytest.fixture(scope="module")
 def two_checkpoints(tmp_path_factory):
-    """The folder of a run with last/ after step 2, with discriminators, and previous/ after step 1; and its settings."""
+    """A run with last/ after step 2, with discriminators, and previous/ after step 1; and a state to restore into."""
     folder = tmp_path_factory.mktemp("two")
     settings = {"steps": 2, "mel_only_steps": 1, "validate_every": 1}
     train(tiny_settings(folder, **settings))
-    return folder, settings
+    state = build(tiny_settings(folder, **settings, resume=True))
+    state.num_clips = 6
+    return folder, state
 
 
 def _cut(path):
@@ -511,13 +513,11 @@ DAMAGES = {
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_it_in_one_line(
     damage, two_checkpoints, tmp_path, caplog, monkeypatch
 ):
-    folder, settings = two_checkpoints
+    folder, state = two_checkpoints
     shutil.copytree(folder / "run", tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     name, do = DAMAGES[damage]
     do(tmp_path / "run" / "last" / name)
-    state = build(tiny_settings(folder, output=str(tmp_path / "run"), **settings, resume=True))
-    state.num_clips = 6
     restore(state, tmp_path / "run")
     assert state.step == 1
     expected = load_file(folder / "run" / "previous" / "model.safetensors")
@@ -533,12 +533,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_it_in_one_line(
 
 
 def test_two_damaged_checkpoints_are_refused_in_one_line(two_checkpoints, tmp_path, capsys):
-    folder, settings = two_checkpoints
+    folder, state = two_checkpoints
     shutil.copytree(folder / "run", tmp_path / "run")
     for name in ("last", "previous"):
         _cut(tmp_path / "run" / name / "model.safetensors")
-    state = build(tiny_settings(folder, output=str(tmp_path / "run"), **settings, resume=True))
-    state.num_clips = 6
     with pytest.raises(ValueError, match=r"no checkpoint in .* to go on from: .*last.*previous") as error:
         restore(state, tmp_path / "run")
     assert "\n" not in str(error.value)

@@ -30,7 +30,7 @@ def _field(help: str, default: Any = dataclasses.MISSING, *, factory: Any = data
 class Settings:
     """What a training run does. The defaults are the published training at 40 tokens/s, but for the number of GPUs."""
 
-    output: str = _field("folder of the run: best/, last/ and log/ appear in it", "", free=True)
+    output: str = _field("folder of the run: best/, last/, previous/ and log/ appear in it", "", free=True)
     train_data: str = _field(
         "sound to train on: a folder to search, a text file with one path a line (relative to the file), or a folder "
         "saved by datasets' save_to_disk",
@@ -99,7 +99,10 @@ class Settings:
     num_validation_clips: int = _field("clips of a validation, at most; of each the first segment_seconds", 200)
     num_logged_clips: int = _field("clips of the validation that the log lets hear and see", 4, free=True)
     resume: bool = _field(
-        "go on from last/ in the output folder, after an interruption, with the same settings", False, free=True
+        "go on from last/ in the output folder, after an interruption, with the same settings; from previous/, the one before, if "
+        "last/ is damaged",
+        False,
+        free=True,
     )
     push_to_hub: str | None = _field("repository on the Hub to which best/ is uploaded at the end", None, free=True)
 
