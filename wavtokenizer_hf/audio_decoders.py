@@ -46,7 +46,8 @@ class SoundfileDecoder:
         self._soundfile = soundfile_module()
         self._name, self._container = name, container
         self._view = None
-        is_plain = container.format not in ("", "mpeg") and container.start == 0 and container.end is None
+        is_plain = container.format not in ("", "mpeg") and container.start == 0
+        is_plain = is_plain and container.end is None and container.patch is None
         if path is not None and is_plain:
             source = os.fspath(path) if sys.platform == "win32" else os.fsencode(path)
         else:
@@ -73,7 +74,7 @@ class SoundfileDecoder:
                 num_read += len(block)
                 yield block
         except RuntimeError as error:
-            if num_read == 0 or not self._is_cut(num_read):
+            if not self._is_cut(num_read):
                 raise AudioError(
                     f"Cannot read {self._name} as sound: {reason(error)}. The file may be damaged."
                 ) from error

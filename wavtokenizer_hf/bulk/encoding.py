@@ -3,7 +3,6 @@
 import ctypes
 import hashlib
 import math
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
