@@ -111,7 +111,7 @@ class TorchcodecDecoder:
         file.seek(0)
         try:
             self._decoder = decoder_class(file.getvalue() if isinstance(file, io.BytesIO) else file)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # FFmpeg's errors come as RuntimeError, ValueError or OSError
             raise AudioError(reason(error)) from error
         metadata = self._decoder.metadata
         self.sampling_rate, self.num_channels = metadata.sample_rate, metadata.num_channels
