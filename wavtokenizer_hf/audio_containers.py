@@ -55,7 +55,7 @@ def inspect(file: BinaryIO) -> Container:
     if head == _W64_RIFF:
         return _w64(file, start, size)
     if head[:4] == b"fLaC":
-        return Container("flac", start, has_more=_holds(file, start + 4, b"fLaC\x00\x00\x00\x22"))
+        return Container("flac", start)
     if head[:4] == b"OggS":
         return _ogg(file, start, size)
     if head[4:8] == b"ftyp":
@@ -68,8 +68,10 @@ def _read(file: BinaryIO, position: int, size: int) -> bytes:
     return file.read(size)
 
 
-def _holds(file: BinaryIO, position: int, pattern: bytes) -> bool:
-    file.seek(position)
+def holds_another_flac(file: BinaryIO, start: int) -> bool:
+    """Whether a second FLAC file begins after the one at `start`. Reads the whole file, so it is for after decoding."""
+    pattern = b"fLaC\x00\x00\x00\x22"  # the first 8 bytes of every one
+    file.seek(start + 4)
     tail = b""
     while block := file.read(2**20):
         if pattern in tail + block:

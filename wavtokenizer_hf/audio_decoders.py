@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .audio_containers import Container, inspect
+from .audio_containers import Container, holds_another_flac, inspect
 from .audio_errors import AudioError, CutOffError
 
 
@@ -23,6 +23,9 @@ UNIT = 4096
 
 LARGEST_WHOLE = 2**34
 """Bytes of samples that torchcodec may give at once."""
+
+
+_SEVERAL = "several files follow each other in it, of which the first alone would be read"
 
 
 class SoundfileDecoder:
@@ -44,7 +47,7 @@ class SoundfileDecoder:
 
     def __init__(self, file: BinaryIO, container: Container, name: str, path: Path | None):
         self._soundfile = soundfile_module()
-        self._name, self._container = name, container
+        self._name, self._container, self._content = name, container, file
         self._view = None
         is_plain = container.format not in ("", "mpeg") and container.start == 0
         is_plain = is_plain and container.end is None and container.patch is None
@@ -82,6 +85,8 @@ class SoundfileDecoder:
             raise self._view.error
         if self._is_cut(num_read):
             raise CutOffError(self._how_cut(num_read))
+        if self._container.format == "flac" and holds_another_flac(self._content, self._container.start):
+            raise AudioError(f"Cannot read {self._name} as sound: {_SEVERAL}. Split it.")
         counted = self._container.num_frames
         # an MP3 decoder drops the delay of the encoder and what fills the last frame up, 12 bits each, and waits for its bits
         if counted is not None and num_read < counted - 2**14:
@@ -159,7 +164,7 @@ def open_decoder(file: BinaryIO, name: str, path: Path | None = None) -> Soundfi
     """
     container = inspect(file)
     if container.has_more:
-        error = AudioError("several files follow each other in it, of which the first alone would be read")
+        error = AudioError(_SEVERAL)
         hint = "Split it"
     else:
         try:
