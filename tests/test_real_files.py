@@ -212,7 +212,7 @@ def test_training_and_evaluation_agree_with_them(corpus, model, capsys, caplog):
     ]
     assert main(line) == 1
     captured = capsys.readouterr()
-    assert [file["file"] for file in json.loads(captured.out)["systems"][0]["files"]] == FOUND
+    assert json.loads(captured.out)["num_files"] == len(FOUND)
     assert PASSED_OVER in captured.err and "talk.m4a" in captured.err
 
 
@@ -313,7 +313,7 @@ KINDS = [None, "sampling-rate", "sampling-rate", "sampling-rate", "empty", "not-
 @pytest.mark.parametrize("format", [None, "arrow", "numpy", "pandas"])
 def test_bad_rows_fail_alone_in_every_format_of_a_dataset(format, model):
     rows = tokenize_dataset(rows_of_a_dataset().with_format(format), model.folder).with_format(None)
-    assert rows["failure_kind"] == KINDS and list(rows["text"]) == list("abcdefg")
+    assert list(rows["failure_kind"]) == KINDS and list(rows["text"]) == list("abcdefg")
     assert rows["audio_codes"][0] == codes_alone(model, SOUND[:, 0])
 
 

@@ -70,10 +70,13 @@ class SoundfileDecoder:
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Gives all samples, (n, C) float32, n > 0. Raises AudioError, or CutOffError where they end too early."""
-        unit = max(1, min(UNIT, 2**22 // self.num_channels))
-        num_read = 0
+        unit, num_read = max(1, min(UNIT, 2**22 // self.num_channels)), 0
         try:
-            while len(block := self._file.read(unit, dtype="float32", always_2d=True)) > 0:
+            # not beyond the end, where libFLAC would take a tag for a frame
+            while (size := unit if self.num_frames is None else min(unit, self.num_frames - num_read)) > 0:
+                block = self._file.read(size, dtype="float32", always_2d=True)
+                if len(block) == 0:
+                    break
                 num_read += len(block)
                 yield block
         except RuntimeError as error:
