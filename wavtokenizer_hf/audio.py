@@ -356,9 +356,8 @@ class Mixer:
         elif self._index is not None:
             mono = channels[:, self._index]
         else:
-            mono = channels.mean(axis=1)
-            self._channel_energy += float(np.einsum("nc,nc->", channels, channels)) / channels.shape[1]
-            self._energy += float(np.dot(mono, mono))
+            with np.errstate(all="ignore"):  # what is not finite is refused below
+                mono = channels.mean(axis=1)
         is_bad = ~(np.abs(mono) <= NO_SAMPLE)
         if is_bad.any():
             first = int(np.flatnonzero(is_bad)[0])
@@ -367,6 +366,10 @@ class Mixer:
                 f"sample {self._num_samples + first} of its own. Expected finite numbers; repair or drop it.",
                 "not-finite",
             )
+        if channels.shape[1] > 1 and self._index is None:
+            with np.errstate(all="ignore"):
+                self._channel_energy += float(np.einsum("nc,nc->", channels, channels)) / channels.shape[1]
+                self._energy += float(np.dot(mono, mono))
         self._num_samples += len(mono)
         self._peak = max(self._peak, float(np.abs(mono).max(initial=0)))
         return mono

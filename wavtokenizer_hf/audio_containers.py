@@ -24,7 +24,7 @@ class Container:
         num_missing: bytes that the header promises and the file lacks.
         num_frames: samples of each channel by a count of the frames, for "mpeg".
         estimates_length: whether libsndfile would estimate the length, and stop there.
-        patch: bytes to put over those of the file, and their position from `start`: a number of frames that is right.
+        patch: position from `start`, and bytes to put over those of the file: a length that is right.
         has_more: whether another file of the same format follows the first; libsndfile does not read it.
         end: where the audio ends, from `start`, if libsndfile would take what follows it for audio.
     """
@@ -55,7 +55,7 @@ def inspect(file: BinaryIO) -> Container:
     if head == _W64_RIFF:
         return _w64(file, start, size)
     if head[:4] == b"fLaC":
-        return Container("flac", start, has_more=_holds(file, start + 4, b"fLaC\x00\x00\x00\x22"))
+        return Container("flac", start)
     if head[:4] == b"OggS":
         return _ogg(file, start, size)
     if head[4:8] == b"ftyp":
@@ -68,8 +68,10 @@ def _read(file: BinaryIO, position: int, size: int) -> bytes:
     return file.read(size)
 
 
-def _holds(file: BinaryIO, position: int, pattern: bytes) -> bool:
-    file.seek(position)
+def holds_another_flac(file: BinaryIO, start: int) -> bool:
+    """Whether a second FLAC file begins after the one at `start`. Reads the whole file, so it is for after decoding."""
+    pattern = b"fLaC\x00\x00\x00\x22"  # the first 8 bytes of every one
+    file.seek(start + 4)
     tail = b""
     while block := file.read(2**20):
         if pattern in tail + block:
@@ -114,12 +116,27 @@ def _wav(file: BinaryIO, start: int, size: int) -> Container:
         elif name == b"data" and long_size is not None and length == 0xFFFFFFFF:
             found.num_missing = max(0, position + long_size - size)
             return found
+        elif name == b"data" and length == 0 and not _is_last_chunk(file, position, size, kind):
+            # whoever wrote it did not come back to fill the size in; libsndfile would find no samples
+            found.patch = (position - 4 - start, min(size - position, 2**32 - 1).to_bytes(4, _ORDER[kind == b"RIFX"]))
+            return found
         elif name == b"data":
             found.num_missing = _missing(position, length, size)
             end = position + length + length % 2
             found.has_more = 0 < length < UNKNOWN_SIZE and _read(file, end, 4) in (b"RIFF", b"RIFX", b"RF64")
             return found
+    found.num_missing = 1  # it ends before its samples begin
     return found
+
+
+_ORDER = {True: "big", False: "little"}
+
+
+def _is_last_chunk(file: BinaryIO, position: int, size: int, kind: bytes) -> bool:
+    """Whether nothing but one whole chunk, or nothing at all, lies from there to the end."""
+    head = _read(file, position, 8)
+    length = int.from_bytes(head[4:], _ORDER[kind == b"RIFX"])
+    return len(head) == 0 or (len(head) == 8 and position + 8 + length + length % 2 == size)
 
 
 def _aiff(file: BinaryIO, start: int, size: int) -> Container:
@@ -285,19 +302,22 @@ def _mpeg(file: BinaryIO, start: int, size: int) -> Container | None:
         declared = int.from_bytes(content[50:54], "big")
         position += first.size
         found.start = position
-    count = 0
+    count, end = 0, position
     while position + 4 <= size:
         frame = _frame(_read(file, position, 4))
         if frame is not None and frame.kind == first.kind:
-            count, position = count + 1, position + frame.size
+            position += frame.size
+            if position <= size:
+                count, end = count + 1, position
             continue
         after = _end_of_tag(file, position) or _find_frame(file, position + 1, size, first.kind, num_frames=2)
         if after is None:
             break
         position = after
     found.num_frames = count * first.num_samples
-    if declared is None:
-        return found  # a recording may end within a frame, and nothing promised the rest of it
+    if declared is None:  # a recording may end within a frame, and nothing promised the rest of it
+        found.end = end - found.start
+        return found
     if count < declared - 1 or position > size:  # some encoders count the frame of the header too
         found.num_missing = max(1, position - size)
     elif count > declared + 1 and not found.estimates_length:  # files that were joined

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .audio_containers import Container, inspect
+from .audio_containers import Container, holds_another_flac, inspect
 from .audio_errors import AudioError, CutOffError
 
 
@@ -23,6 +23,9 @@ UNIT = 4096
 
 LARGEST_WHOLE = 2**34
 """Bytes of samples that torchcodec may give at once."""
+
+
+_SEVERAL = "several files follow each other in it, of which the first alone would be read"
 
 
 class SoundfileDecoder:
@@ -44,9 +47,10 @@ class SoundfileDecoder:
 
     def __init__(self, file: BinaryIO, container: Container, name: str, path: Path | None):
         self._soundfile = soundfile_module()
-        self._name, self._container = name, container
+        self._name, self._container, self._content = name, container, file
         self._view = None
-        is_plain = container.format not in ("", "mpeg") and container.start == 0 and container.end is None
+        is_plain = container.format not in ("", "mpeg") and container.start == 0
+        is_plain = is_plain and container.end is None and container.patch is None
         if path is not None and is_plain:
             source = os.fspath(path) if sys.platform == "win32" else os.fsencode(path)
         else:
@@ -66,14 +70,17 @@ class SoundfileDecoder:
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Gives all samples, (n, C) float32, n > 0. Raises AudioError, or CutOffError where they end too early."""
-        unit = max(1, min(UNIT, 2**22 // self.num_channels))
-        num_read = 0
+        unit, num_read = max(1, min(UNIT, 2**22 // self.num_channels)), 0
         try:
-            while len(block := self._file.read(unit, dtype="float32", always_2d=True)) > 0:
+            # not beyond the end, where libFLAC would take a tag for a frame
+            while (size := unit if self.num_frames is None else min(unit, self.num_frames - num_read)) > 0:
+                block = self._file.read(size, dtype="float32", always_2d=True)
+                if len(block) == 0:
+                    break
                 num_read += len(block)
                 yield block
         except RuntimeError as error:
-            if num_read == 0 or not self._is_cut(num_read):
+            if not self._is_cut(num_read):
                 raise AudioError(
                     f"Cannot read {self._name} as sound: {reason(error)}. The file may be damaged."
                 ) from error
@@ -81,6 +88,8 @@ class SoundfileDecoder:
             raise self._view.error
         if self._is_cut(num_read):
             raise CutOffError(self._how_cut(num_read))
+        if self._container.format == "flac" and holds_another_flac(self._content, self._container.start):
+            raise AudioError(f"Cannot read {self._name} as sound: {_SEVERAL}. Split it.")
         counted = self._container.num_frames
         # an MP3 decoder drops the delay of the encoder and what fills the last frame up, 12 bits each, and waits for its bits
         if counted is not None and num_read < counted - 2**14:
@@ -110,7 +119,7 @@ class TorchcodecDecoder:
         file.seek(0)
         try:
             self._decoder = decoder_class(file.getvalue() if isinstance(file, io.BytesIO) else file)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # FFmpeg's errors come as RuntimeError, ValueError or OSError
             raise AudioError(reason(error)) from error
         metadata = self._decoder.metadata
         self.sampling_rate, self.num_channels = metadata.sample_rate, metadata.num_channels
@@ -158,7 +167,7 @@ def open_decoder(file: BinaryIO, name: str, path: Path | None = None) -> Soundfi
     """
     container = inspect(file)
     if container.has_more:
-        error = AudioError("several files follow each other in it, of which the first alone would be read")
+        error = AudioError(_SEVERAL)
         hint = "Split it"
     else:
         try:

@@ -75,18 +75,9 @@ def read_sound(
 
 
 _KNOWN_STARTS = (
-    b"fLaC",
-    b"OggS",
-    b"FORM",
-    b".snd",
-    b"caff",
-    b"riff",
-    b"RIFX",
-    b"RF64",
-    b"ID3",
+    b"fLaC", b"OggS", b"FORM", b".snd", b"caff", b"riff", b"RIFX", b"RF64", b"ID3", b"NIST", b"Creative Voi", b"#!AMR",
     b"\x1aE\xdf\xa3",
-    b"#!AMR",
-)
+)  # fmt: skip
 
 
 def _begins_wav(start: bytes) -> bool:

@@ -47,6 +47,8 @@ class Tally:
                 yield block
                 tell(len(block))
         except CutOffError as error:
+            if self.num_samples == 0:
+                raise
             self.cut_off = error
 
     def count_codes(self, pieces: Iterable[np.ndarray], tell: Callable[[int], None]) -> Iterator[np.ndarray]:

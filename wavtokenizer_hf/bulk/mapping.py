@@ -296,7 +296,10 @@ def _map(dataset, function: _Mapped, column: str, added: dict, batch_size: int, 
             dataset = dataset.cast_column(name, feature)
     kept = {name: feature for name, feature in features.items() if name != column}
     options = {} if streaming else {"with_rank": True, "num_proc": num_proc}
-    return dataset.map(
+    format = _format(dataset)
+    if format is not None:  # in some formats `map` (datasets 5.2) would empty the columns that stay
+        dataset = dataset.with_format(None)
+    mapped = dataset.map(
         function,
         batched=True,
         batch_size=batch_size,
@@ -304,3 +307,12 @@ def _map(dataset, function: _Mapped, column: str, added: dict, batch_size: int, 
         features=type(features)({**kept, **added}),
         **options,
     )
+    return mapped if format is None else mapped.with_format(format)
+
+
+def _format(dataset) -> str | None:
+    """The format that `with_format` gave a dataset or a stream of one."""
+    if hasattr(dataset, "format"):
+        return dataset.format["type"]
+    formatting = getattr(dataset, "_formatting", None)
+    return None if formatting is None else formatting.format_type

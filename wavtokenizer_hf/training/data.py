@@ -87,7 +87,11 @@ def open_clips(source: str | os.PathLike | Sequence) -> Sequence:
 def read_clip(clips: Sequence, index: int, sampling_rate: int, channel: str | int = "mean") -> np.ndarray:
     """Sound (T,) of one clip, mono, float32, as `audio.load_clip` reads it. Raises what that raises."""
     row = clips[index]
-    if isinstance(row, dict) and COLUMN in row:
+    if isinstance(row, dict) and not {"bytes", "path", "array"} & set(row):
+        if COLUMN not in row:
+            raise audio.AudioError(
+                f"Got a row of {', '.join(row) or 'nothing'}, expected sound as {COLUMN!r}.", "no-audio"
+            )
         row = row[COLUMN]
     clip = audio.load_clip(row, sampling_rate, channel)
     audio.say_what_changes(
