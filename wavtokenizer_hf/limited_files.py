@@ -215,7 +215,9 @@ def read_safetensors_header(path: str | os.PathLike) -> tuple[dict[str, tuple[st
             start = file.read(8)
             return parse_safetensors_header(start + file.read(safetensors_header_size(start, size)), size)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged or cut short: {one_line(error)}. Get the file again.") from error
+        raise ValueError(
+            f"{path} is damaged or cut short: {one_line(error)}. Expected a whole safetensors file: get it again."
+        ) from error
 
 
 class BoundedReader(io.BufferedReader):
