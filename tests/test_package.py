@@ -28,6 +28,7 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
         "training",
         "evaluation",
         "bulk",
+        "export",
         "loading",
         "",
     },
@@ -37,6 +38,7 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
     "bulk": {"audio", "loading", ""},
     "training": {"audio", ""},  # audio is the only door to sound files
     "evaluation": {"audio", ""},
+    "export": {"bulk", "llm", ""},  # token folders, and the sequences that language models are trained on
     "llm": {"long_audio", ""},  # sound while a language model generates
 }
 ROOMS = sorted({path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()})
@@ -101,7 +103,7 @@ def test_everything_imports_without_the_extras_and_says_which_is_missing(tmp_pat
     code = """
 import sys
 for name in ("soundfile", "soxr", "matplotlib", "datasets", "torchaudio", "torchcodec", "accelerate", "tensorboard",
-             "scipy", "librosa", "pesq", "pystoi", "auraloss", "pyarrow", "ray"):
+             "scipy", "librosa", "pesq", "pystoi", "auraloss", "pyarrow", "ray", "onnx", "onnxruntime", "lhotse"):
     sys.modules[name] = None
 import pkgutil, importlib, wavtokenizer_hf, conversion.convert
 for module in pkgutil.walk_packages(wavtokenizer_hf.__path__, "wavtokenizer_hf."):

@@ -77,17 +77,14 @@ def codes_of(model, blocks: Iterable[np.ndarray], whole_seconds: float = WHOLE_S
     if not head:
         raise ValueError("Got no samples, expected at least one.")
     if is_all:
-        with torch.inference_mode():
-            input_values = torch.from_numpy(np.concatenate(head))[None, None].to(model.device)
-            codes = model.encode(input_values).audio_codes[0, 0].cpu().numpy()
-        yield codes  # out here: a generator would leave its caller in inference mode
+        yield _encode(model, np.concatenate(head))
         return
-    stream = EncodeStream(model)
+    stream = EncodeStream(model) if _is_torch(model) else model.encode_stream()
     for block in chain(head, blocks):
         codes = stream.push(block)
         if len(codes) > 0:
-            yield codes.numpy()
-    yield stream.flush().numpy()
+            yield np.asarray(codes)
+    yield np.asarray(stream.flush())
 
 
 def audio_of(model, codes: Iterable[np.ndarray], windows: Windows, tally: Tally) -> Iterator[np.ndarray]:
@@ -99,19 +96,43 @@ def audio_of(model, codes: Iterable[np.ndarray], windows: Windows, tally: Tally)
     if not head:
         raise ValueError("Got no codes, expected at least one.")
     if is_all:
-        with torch.inference_mode():
-            audio_codes = torch.from_numpy(np.concatenate(head).astype(np.int64))[None, None].to(model.device)
-            decoded = model.decode(audio_codes).audio_values[0, 0].cpu().numpy()
-        yield decoded
+        yield _decode(model, np.concatenate(head).astype(np.int64))
         return
-    stream = DecodeStream(model, windows.seconds, windows.overlap_seconds)
+    stream = decode_stream(model, windows.seconds, windows.overlap_seconds)
     num_tokens = 0
     for piece in chain(head, codes):
         num_tokens += len(piece)
         if num_tokens > stream.delay:
             tally.window_seconds, tally.overlap_seconds = windows.seconds, windows.overlap_seconds
-        yield stream.push(piece.astype(np.int64)).numpy()
-    yield stream.flush().numpy()
+        yield np.asarray(stream.push(piece.astype(np.int64)))
+    yield np.asarray(stream.flush())
+
+
+def _is_torch(model) -> bool:
+    """Whether the model is one of torch, and not an exported one, which takes and gives numpy arrays."""
+    return isinstance(model, torch.nn.Module)
+
+
+def decode_stream(model, seconds: float, overlap_seconds: float):
+    """The stream of either kind of model. Raises ValueError for windows that are none."""
+    stream = DecodeStream if _is_torch(model) else type(model).decode_stream
+    return stream(model, seconds, overlap_seconds)
+
+
+@torch.inference_mode()
+def _encode(model, audio: np.ndarray) -> np.ndarray:
+    """Audio (T,) -> codes (L,)."""
+    if not _is_torch(model):
+        return model.encode(audio[None, None]).audio_codes[0, 0]
+    return model.encode(torch.from_numpy(audio)[None, None].to(model.device)).audio_codes[0, 0].cpu().numpy()
+
+
+@torch.inference_mode()
+def _decode(model, audio_codes: np.ndarray) -> np.ndarray:
+    """Codes (L,) -> audio (L * hop,)."""
+    if not _is_torch(model):
+        return model.decode(audio_codes[None, None]).audio_values[0, 0]
+    return model.decode(torch.from_numpy(audio_codes)[None, None].to(model.device)).audio_values[0, 0].cpu().numpy()
 
 
 def cut_to_length(

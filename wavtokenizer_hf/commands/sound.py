@@ -198,8 +198,7 @@ def _whole_seconds(source: Path | None) -> float:
 
 def _windows(arguments, model, live: bool):
     """How to decode, by --window-seconds and --overlap-seconds; refuses what makes no sense."""
-    from ..long_audio import DecodeStream
-    from ..transcode import WHOLE_SECONDS, Windows
+    from ..transcode import WHOLE_SECONDS, Windows, decode_stream
 
     seconds, overlap = arguments.window_seconds, arguments.overlap_seconds
     if seconds == 0:
@@ -211,7 +210,7 @@ def _windows(arguments, model, live: bool):
     overlap = min(0.25, seconds / 3) if overlap is None else overlap
     if not (math.isfinite(seconds) and math.isfinite(overlap)):
         raise ValueError(f"Got a window of {seconds} s and an overlap of {overlap} s, expected finite numbers.")
-    DecodeStream(model, seconds, overlap)  # raises
+    decode_stream(model, seconds, overlap)  # raises
     return Windows(seconds, overlap, above_seconds)
 
 
@@ -224,8 +223,9 @@ def _sound_blocks(source: Path | None, arguments, model, tally):
     if source is None:
         blocks, seconds = pipes.read_sound(sys.stdin.buffer, rate, arguments.raw), 0
     else:
+        on_cpu = not hasattr(model, "device") or model.device.type == "cpu"  # an exported model has none
         # as long as the chunks that the model itself encodes best in
-        blocks = audio.read_blocks(source, rate, block_seconds=5 if model.device.type == "cpu" else 60)
+        blocks = audio.read_blocks(source, rate, block_seconds=5 if on_cpu else 60)
         seconds = audio.seconds(source)
     with _progress(seconds) as bar:
         yield tally.count_audio(blocks, tell=lambda count: bar.update(count / rate))
