@@ -127,7 +127,7 @@ def test_interleaved_sequences_hold_the_clips_of_a_source_in_order(made, tokeniz
 
 
 def test_interleaved_sequences_are_cut_between_clips_at_the_length(made, tokenizer, vocabulary, tmp_path):
-    folder, rows = made
+    folder, _ = made
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     export_tokens(folder, whole, MegatronFormat(Sequences("interleaved", vocabulary, tokenizer)))
     export_tokens(folder, cut, MegatronFormat(Sequences("interleaved", vocabulary, tokenizer, max_length=120)))
@@ -350,7 +350,7 @@ def test_two_processes_write_the_same_bytes(made, tokenizer, vocabulary, tmp_pat
 @pytest.fixture
 def damaged(made, tmp_path):
     """A copy of the folder in which a row has no codes; its id."""
-    folder, rows = made
+    folder, _ = made
     shutil.copytree(folder, tmp_path / "damaged")
     path = sorted((tmp_path / "damaged" / "data").glob("*.parquet"))[0]
     table = parquet.read_table(path)

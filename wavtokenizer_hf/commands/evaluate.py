@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .arguments import add_command, add_model, load_model
 from .files import find_sources
+from .token_folders import DecodedTokens
 
 
 def add(commands) -> None:
@@ -23,6 +24,11 @@ def add(commands) -> None:
     evaluate.add_argument("--audio", nargs="+", required=True, metavar="INPUT", help="sound files, or folders of them")
     add_model(evaluate, required=False)
     evaluate.add_argument("--compare", metavar="MODEL", help="a second model, measured on the same files")
+    evaluate.add_argument(
+        "--tokens",
+        metavar="FOLDER",
+        help="token folder of tokenize, made of INPUT: measure what MODEL decodes of its codes, instead of encoding again",
+    )
     evaluate.add_argument(
         "--decoded",
         metavar="FOLDER",
@@ -64,6 +70,10 @@ def _evaluate(arguments) -> int:
         for name, revision in ((arguments.model, arguments.revision), (arguments.compare, None))
         if name is not None
     ]
+    if arguments.tokens is not None:
+        if arguments.model is None:
+            raise ValueError(f"Got the tokens {arguments.tokens} and no model to decode them. Give --model.")
+        systems[0] = DecodedTokens(arguments.tokens, systems[0].model)
     if arguments.decoded is not None:
         systems.append(DecodedFolder(arguments.decoded))
     if not systems:

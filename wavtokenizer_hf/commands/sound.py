@@ -11,6 +11,7 @@ import numpy as np
 from ..token_file import FORMATS
 from .arguments import add_command, add_model, load_model
 from .files import add_files, do_each, find_jobs
+from .token_folders import token_clips
 
 
 _SOUND_PIPE = "-: a WAV stream on standard input, taken as it comes"
@@ -30,8 +31,11 @@ def add(commands) -> None:
     _add_raw_input(encode)
 
     decode = add_command(commands, "decode", _decode, "token files to sound files")
-    add_files(decode, "token files, or folders to search for them; -: tokens from standard input")
+    add_files(
+        decode, "token files, folders to search for them, or a token folder of tokenize; -: tokens from standard input"
+    )
     add_model(decode)
+    decode.add_argument("--id", nargs="+", metavar="ID", help="only these clips of a token folder (default: all)")
     decode.add_argument(
         "--format", choices=FORMATS, help="of INPUT; default: its ending, or for standard input its first two bytes"
     )
@@ -121,13 +125,20 @@ def _encode(arguments) -> int:
 def _decode(arguments) -> int:
     from ..transcode import Tally, audio_of, cut_to_length
 
-    jobs = _sound_jobs(arguments, tuple(f".{format}" for format in FORMATS))
+    clips = token_clips(arguments)  # of a token folder; else None
+    token_files = tuple(f".{format}" for format in FORMATS)
+    jobs = clips.jobs if clips is not None else _sound_jobs(arguments, token_files)
     model = load_model(arguments)
+    if clips is not None:
+        model.check_codebook_fingerprint(clips.folder.codebook_fingerprint)
     _windows(arguments, model, live=False)  # refuses what makes no sense before any file is met
 
     def work(source: Path | None, target: Path | None) -> Tally:
         tally = Tally()
-        pieces, num_samples = _read_tokens(source, arguments.format, model)
+        if clips is not None:
+            pieces, num_samples = clips.read(source, model)
+        else:
+            pieces, num_samples = _read_tokens(source, arguments.format, model)
         windows = _windows(arguments, model, live=num_samples is None)
         seconds = 0 if num_samples is None else num_samples / model.config.sampling_rate
         with _progress(seconds) as bar:

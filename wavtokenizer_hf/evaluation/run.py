@@ -71,11 +71,16 @@ class Model:
     @torch.inference_mode()
     def reconstruct(self, place: Path, waveform: np.ndarray) -> tuple[np.ndarray, CodebookUsage]:
         """(T,) -> (T,), decoded and cut to the length of the input, and the codes on the way."""
-        config = self.model.config
         audio_codes = self.model.encode(torch.from_numpy(waveform)[None, None].to(self.model.device)).audio_codes
-        estimate = self.model.decode(audio_codes).audio_values[0, 0, : len(waveform)].float().cpu().numpy()
-        usage = CodebookUsage.of(audio_codes[0, 0].cpu().numpy(), config.codebook_size, config.frame_rate)
-        return estimate, usage
+        return self.decode(audio_codes[0, 0].cpu().numpy(), len(waveform))
+
+    @torch.inference_mode()
+    def decode(self, audio_codes: np.ndarray, num_samples: int) -> tuple[np.ndarray, CodebookUsage]:
+        """Codes (L,) int64 -> their audio, cut to `num_samples`, and the use of the codebook."""
+        config = self.model.config
+        decoded = self.model.decode(torch.from_numpy(audio_codes)[None, None].to(self.model.device)).audio_values
+        usage = CodebookUsage.of(audio_codes, config.codebook_size, config.frame_rate)
+        return decoded[0, 0, :num_samples].float().cpu().numpy(), usage
 
 
 class DecodedFolder:
