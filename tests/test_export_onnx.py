@@ -378,6 +378,8 @@ def test_the_command_line_takes_such_a_folder(folder, tmp_path, monkeypatch, cap
     capsys.readouterr()
     assert main([*window, "-o", str(tmp_path / "half.wav"), "--dtype", "bfloat16"]) == 2
     assert "Got --dtype bfloat16 for the ONNX folder" in capsys.readouterr().err
+    assert main(["evaluate", "--audio", str(SPEECH), "-m", str(folder), "--num-workers", "0"]) == 2
+    assert "is an ONNX folder, expected a model" in capsys.readouterr().err
 
 
 def test_export_model_writes_the_folder_and_prints_the_comparison(tmp_path, capsys, short_signals):

@@ -29,13 +29,18 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True, decoder: b
         )
 
 
-def load_model(arguments, encoder_only: bool = False):
+def load_model(arguments, encoder_only: bool = False, allow_exported: bool = True):
     import torch
 
     from .. import WavTokenizerEncoderModel, WavTokenizerModel, loading
     from ..export.wavtokenizer_onnx import CONFIG_NAME
 
     if Path(arguments.model, CONFIG_NAME).is_file():
+        if not allow_exported:
+            raise ValueError(
+                f"{arguments.model} is an ONNX folder, expected a model. Measure what `wavtokenizer reconstruct` makes with it: "
+                "--decoded."
+            )
         return _load_exported(arguments)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -66,7 +66,12 @@ def _evaluate(arguments) -> int:
         raise ValueError(f"Got --num-workers {arguments.num_workers}, expected 0 or more.")
     references = find_sources(arguments.audio, audio.SUFFIXES)
     systems = [
-        Model(name, load_model(argparse.Namespace(**{**vars(arguments), "model": name, "revision": revision})))
+        Model(
+            name,
+            load_model(
+                argparse.Namespace(**{**vars(arguments), "model": name, "revision": revision}), allow_exported=False
+            ),
+        )
         for name, revision in ((arguments.model, arguments.revision), (arguments.compare, None))
         if name is not None
     ]
