@@ -1,7 +1,7 @@
 """The recorded sound that the bundled model is trained on: human speech and music out of Debian's packages, split by speaker.
 
 `make_recordings` downloads the packages by name (apt-get, no root), unpacks them (dpkg -x), and writes 24 kHz clips to
-training/, validation/ and held_out/. No sound of a held-out speaker is in the other two.
+training/, validation/ and held_out_voices/. No sound of a held-out speaker is in the other two.
 """
 
 import json
@@ -38,7 +38,7 @@ class Package:
 _ASTERISK = r".*/sounds/([^/]+)/.*\.g722"
 PACKAGES = (
     *(Package(f"asterisk-core-sounds-{code}-g722", "CC-BY-SA-3.0", _ASTERISK) for code in ("en", "es", "fr")),
-    Package("asterisk-core-sounds-it-g722", "CC-BY-SA-3.0", _ASTERISK),
+    Package("asterisk-core-sounds-it-g722", "CC-BY-3.0", _ASTERISK),
     Package("asterisk-core-sounds-ru-g722", "CC-BY-3.0", _ASTERISK),
     Package("klettres-data", "GPL-2+", r".*/klettres/([^/]+)/(?:alpha|syllab)/.*\.ogg", "klettres_"),
     Package("ktuberling-data", "GPL-2+", r".*/sounds/([^/]+)/.*\.(?:ogg|opus|wav)", "ktuberling_"),
@@ -66,7 +66,7 @@ AUGMENTED_SHARE = 0.6  # of the training recordings have a changed copy beside t
 
 def make_recordings(folder: Path, seed: int, num_workers: int) -> dict:
     """
-    Writes training/, validation/ and held_out/ below `folder`.
+    Writes training/, validation/ and held_out_voices/ below `folder`.
 
     Returns:
         What was taken: by speaker, seconds, number of files and the package.
@@ -75,7 +75,7 @@ def make_recordings(folder: Path, seed: int, num_workers: int) -> dict:
         RuntimeError: no apt-get, dpkg or ffmpeg, or a package cannot be downloaded; the message says which.
     """
     check_programs()
-    for part in ("training", "validation", "held_out"):
+    for part in ("training", "validation", "held_out_voices"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     taken: dict[str, dict] = {}
     for package in PACKAGES:
@@ -93,7 +93,7 @@ def make_recordings(folder: Path, seed: int, num_workers: int) -> dict:
                     entry = taken.setdefault(speaker, {"package": package.name, "files": 0, "seconds": 0.0})
                     entry["files"] += seconds > 0
                     entry["seconds"] = round(entry["seconds"] + seconds, 2)
-    choose_held_out(folder / "held_out", seed)
+    choose_held_out(folder / "held_out_voices", seed)
     return taken
 
 
@@ -170,7 +170,7 @@ def _write(folder: Path, seed: int, music: bool, path: Path, speaker: str, name:
     random = sound.generator(seed, speaker, name)
     if group_of(speaker):
         if HELD_OUT_SECONDS[0] <= seconds <= HELD_OUT_SECONDS[1]:
-            soundfile.write(folder / "held_out" / f"{speaker}__{name}.flac", waveform, sound.SAMPLING_RATE)
+            soundfile.write(folder / "held_out_voices" / f"{speaker}__{name}.flac", waveform, sound.SAMPLING_RATE)
         return seconds
     if seconds < SHORTEST or np.abs(waveform).max() < 0.003:
         return 0.0

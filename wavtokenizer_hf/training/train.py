@@ -144,14 +144,9 @@ def _run(
             save(state, output, improved)
 
 
-def train_step(state: State, batches: list[torch.Tensor], rehearsal: bool = False) -> dict[str, float]:
+def train_step(state: State, batches: list[torch.Tensor]) -> dict[str, float]:
     """
     One step of all optimizers and of the codebook, on batches of audio (B, 1, T) whose gradients are accumulated.
-
-    Args:
-        state: of the run.
-        batches: audio of this process.
-        rehearsal: compute all that a step with discriminators computes, and change nothing.
 
     Returns:
         The step's losses, gradient norms and learning rates, by the names under which they are logged.
@@ -159,6 +154,11 @@ def train_step(state: State, batches: list[torch.Tensor], rehearsal: bool = Fals
     Raises:
         ValueError: a loss or gradient is not finite; its optimizer and the codebook have not moved.
     """
+    return _train_step(state, batches, rehearsal=False)
+
+
+def _train_step(state: State, batches: list[torch.Tensor], rehearsal: bool) -> dict[str, float]:
+    """`train_step`; or, as a rehearsal, all that a step with discriminators computes, which changes nothing."""
     settings, figures = state.settings, {}
     num_embeddings = state.model.config.adanorm_num_embeddings
     bandwidth_id = derived_seed(settings.seed, "bandwidth_id", state.step) % num_embeddings
@@ -254,7 +254,7 @@ def check_memory(state: State, length: int) -> Estimate | None:
     def measure(segments: int) -> int | None:
         audio = 0.1 * torch.randn(segments, 1, length, generator=generator).to(device)
         with PeakMemory(device) as peak:
-            train_step(state, [audio] * min(2, settings.gradient_accumulation), rehearsal=True)
+            _train_step(state, [audio] * min(2, settings.gradient_accumulation), rehearsal=True)
         return peak.bytes
 
     modules = [state.model, *filter(None, [state.critics])]
