@@ -237,8 +237,8 @@ needs_crepe = pytest.mark.skipif("f0_error" in ABSENT, reason="torchcrepe is not
 @needs_crepe
 def test_f0_error_is_the_interval_between_two_tones_in_cents():
     assert value_of("f0_error", tone(200), 0.8 * tone(200)) == 0
-    # 240 cents apart; each pitch is found to the nearest of bins of 20 cents
-    assert value_of("f0_error", tone(200), tone(200 * 2 ** (240 / 1200))) == pytest.approx(240, abs=20)
+    # 240 cents apart; each pitch is found to the nearest of bins of 20 cents, so two may be 20 off
+    assert value_of("f0_error", tone(200), tone(200 * 2 ** (240 / 1200))) == pytest.approx(240, abs=21)
 
 
 @needs_crepe

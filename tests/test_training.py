@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -242,6 +243,18 @@ def test_bfloat16_keeps_latents_and_codes_in_float32(tmp_path):
     assert torch.equal(codes[0][0], codes[1][0])
     assert len(codes[0][0].unique()) > 1
     assert not torch.equal(codes[0][1], codes[1][1])  # and the decoder does run in bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_computes_what_the_step_computes(tmp_path, sound):
+    plain, compiled = (
+        train_step(started(tiny_settings(tmp_path, mel_only_steps=0, dropout=0.0, compile=each)), [sound])
+        for each in (False, True)
+    )
+    assert plain.keys() == compiled.keys()
+    for name, value in plain.items():
+        assert compiled[name] == pytest.approx(value, rel=1e-3), name  # float32 sums in another order
 
 
 def test_loss_falls_and_utilization_rises(tmp_path, sound):

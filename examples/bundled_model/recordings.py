@@ -4,7 +4,6 @@
 training/, validation/ and held_out_voices/. No sound of a held-out speaker is in the other two.
 """
 
-import json
 import re
 import shutil
 import subprocess
@@ -54,7 +53,7 @@ volunteer may have recorded for several programs."""
 HELD_OUT_COUNTS = {"it_IT_m_Carlo": 90, "fr_CA_f_June": 60, "da": 40, "lt": 40}  # utterances to evaluate on
 HELD_OUT_SECONDS = (1.0, 8.0)
 LOWEST_RATE = 16000  # Hz of a file: some are telephone sound
-MUSIC_SECONDS = 4.0
+MUSIC_SECONDS = 60  # of a piece, so that music stays a small part
 VALIDATION_SHARE = 0.01
 SHORTEST, LONGEST = (
     0.35,
@@ -164,8 +163,7 @@ def _write(folder: Path, seed: int, music: bool, path: Path, speaker: str, name:
     waveform = read(path)
     if waveform is None:
         return 0.0
-    if not music:
-        waveform = trim(waveform)
+    waveform = waveform[: MUSIC_SECONDS * sound.SAMPLING_RATE] if music else trim(waveform)
     seconds = len(waveform) / sound.SAMPLING_RATE
     random = sound.generator(seed, speaker, name)
     if group_of(speaker):
@@ -174,14 +172,12 @@ def _write(folder: Path, seed: int, music: bool, path: Path, speaker: str, name:
         return seconds
     if seconds < SHORTEST or np.abs(waveform).max() < 0.003:
         return 0.0
-    if music:
-        waveform = waveform[: 60 * sound.SAMPLING_RATE]
     part = "validation" if random.random() < VALIDATION_SHARE else "training"
     versions = [("", sound.to_peak(waveform, -3.0))]
     if part == "training" and random.random() < AUGMENTED_SHARE:
         versions.append(("_b", augment(waveform, random)))
     for suffix, version in versions:
-        pieces = max(1, round(len(version) / sound.SAMPLING_RATE / (MUSIC_SECONDS if music else LONGEST)))
+        pieces = max(1, round(len(version) / sound.SAMPLING_RATE / LONGEST))
         for index, piece in enumerate(np.array_split(version, pieces)):
             # WAV, since training reads each clip again and again
             audio.save(folder / part / f"{speaker}__{name}{suffix}_{index}.wav", piece, sound.SAMPLING_RATE)
@@ -234,15 +230,13 @@ def augment(waveform: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def summary(taken: dict) -> dict:
-    """Hours to train on and hours held out, and the number of speakers of each."""
-    held_out = {speaker for speaker in taken if group_of(speaker)}
-    return json.loads(
-        json.dumps(
-            {
-                "training_hours": sum(taken[s]["seconds"] for s in taken if s not in held_out) / 3600,
-                "held_out_hours": sum(taken[s]["seconds"] for s in held_out) / 3600,
-                "training_speakers": len(taken) - len(held_out),
-                "held_out_speakers": len(held_out),
-            }
-        )
-    )
+    """Hours to train on and hours held out, and the number of speakers of each, by package and language."""
+    heard = {speaker: entry["seconds"] for speaker, entry in taken.items() if entry["seconds"] > 0}
+    held_out = {speaker for speaker in heard if group_of(speaker)}
+    training = heard.keys() - held_out - {"hedgewars_Music"}
+    return {
+        "training_hours": round(sum(heard[speaker] for speaker in heard.keys() - held_out) / 3600, 2),
+        "held_out_hours": round(sum(heard[speaker] for speaker in held_out) / 3600, 2),
+        "training_speakers": len(training),
+        "held_out_speakers": len(held_out),
+    }
