@@ -291,10 +291,12 @@ def _sound(facts: dict) -> str:
     """What recorded sound the model heard, for the card."""
     if facts["sound"] != "recorded":
         return "No recording of anyone is among it."
-    rows = "\n".join(f"| {package.name} | {package.licence} |" for package in recordings.PACKAGES)
+    heard = [package for package in recordings.PACKAGES if package.name in facts["packages"]]
+    rows = "\n".join(f"| {package.name} | {package.licence} |" for package in heard)
+    music = " and music" if any(package.music for package in heard) else ""
     return (
         f"{facts['training_hours']:.1f} hours of recordings of {facts['training_speakers']} human voices (counted by package and "
-        f"language) and music, out of Debian packages; {facts['held_out_speakers']} voices were held out. The packages' copyright "
+        f"language){music}, out of Debian packages; {facts['held_out_speakers']} voices were held out. The packages' copyright "
         f"files name the speakers and musicians:\n\n| package | licence of its sound |\n|---|---|\n{rows}"
     )
 

@@ -239,4 +239,5 @@ def summary(taken: dict) -> dict:
         "held_out_hours": round(sum(heard[speaker] for speaker in held_out) / 3600, 2),
         "training_speakers": len(training),
         "held_out_speakers": len(held_out),
+        "packages": sorted({entry["package"] for speaker, entry in taken.items() if speaker in heard}),
     }

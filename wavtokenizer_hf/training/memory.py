@@ -51,10 +51,9 @@ def estimate(measure, optimizer_bytes: int, segments: int) -> Estimate | None:
         optimizer_bytes: what the optimizers will add at their first step.
         segments: size of the smaller step; the larger has twice as many.
     """
-    measure(segments)  # the first step of a process also loads libraries
-    small, large = measure(segments), measure(2 * segments)
-    if small is None or large is None:
+    if measure(segments) is None:  # the first step of a process also loads libraries, and is not counted
         return None
+    small, large = measure(segments), measure(2 * segments)
     per_segment = max(large - small, 0) / segments
     return Estimate(small - segments * per_segment + optimizer_bytes, per_segment)
 

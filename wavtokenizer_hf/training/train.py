@@ -56,9 +56,9 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
 
     with one_warning_of_a_kind():
         train_data = _given(settings, "train_data") if train_data is None else train_data
+        clips = open_clips(train_data)
         validation_data = _given(settings, "validation_data") if validation_data is None else validation_data
         check_apart(train_data, validation_data)
-        clips = open_clips(train_data)
         output = Path(_given(settings, "output"))
         check_output(settings, output)
         state = build(settings)
@@ -257,11 +257,17 @@ def check_memory(state: State, length: int) -> Estimate | None:
             _train_step(state, [audio] * min(2, settings.gradient_accumulation), rehearsal=True)
         return peak.bytes
 
-    modules = [state.model, *filter(None, [state.critics])]
-    trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    found = estimate(
-        measure, 2 * sum(parameter.nbytes for parameter in trained), 1
-    )  # AdamW keeps two numbers for each
+    optimizers = [(state.optimizer, state.model), (state.critics_optimizer, state.critics)]
+    # AdamW keeps two numbers for each that it trains; a resumed run holds them already
+    missing = [module for optimizer, module in optimizers if optimizer is not None and not optimizer.state]
+    numbers = [p.nbytes for module in missing for p in module.parameters() if p.requires_grad]
+    try:
+        found = estimate(measure, 2 * sum(numbers), 1)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"A step on two segments of {settings.segment_seconds:g} s does not fit into the memory of {device}. Use a smaller "
+            "--segment-seconds, or a GPU with more memory."
+        ) from error
     available = available_memory(device, settings, state.accelerator.num_processes)
     if found is not None and available is not None and (reason := refusal(found, available, settings)):
         raise ValueError(reason)
