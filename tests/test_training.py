@@ -39,6 +39,13 @@ loop = importlib.import_module("wavtokenizer_hf.training.train")  # the package 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.fixture(autouse=True)
+def without_rehearsal(request, monkeypatch):
+    """Only tests of memory, and those of other processes, make the small steps that estimate it: they take as long as a tiny run."""
+    if "memory" not in request.node.name:
+        monkeypatch.setattr(loop, "check_memory", lambda state, length: None)
+
+
 @pytest.fixture
 def sound() -> torch.Tensor:
     torch.manual_seed(0)
@@ -59,7 +66,7 @@ def started(settings: Settings):
 def finished(tmp_path_factory):
     """A run of four steps, three of them with discriminators, and the folder that it left behind."""
     folder = tmp_path_factory.mktemp("finished")
-    return train(tiny_settings(folder, mel_only_steps=1)), folder
+    return train(tiny_settings(folder, mel_only_steps=1, num_logged_clips=1)), folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -834,7 +841,7 @@ def two_processes(code: str, *arguments):
     try:
         yield
         for process in processes:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=600)
             assert process.returncode == 0, errors[-3000:]
     finally:
         for process in processes:

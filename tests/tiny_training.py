@@ -53,7 +53,7 @@ def tiny_settings(folder: Path, **changes) -> Settings:
         "log_every": 1,
         "validate_every": 2,
         "num_validation_clips": 2,
-        "num_logged_clips": 1,
+        "num_logged_clips": 0,
     }
     return Settings(**{**fields, **changes})
 

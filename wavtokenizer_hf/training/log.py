@@ -62,15 +62,15 @@ def draw_mel(log_mel: torch.Tensor, seconds: float) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3), dpi=100, layout="constrained")
+    figure = Figure(figsize=(6, 3), dpi=100)  # a fixed layout: a computed one takes seconds on a CPU
     canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    axes = figure.add_axes((0.1, 0.17, 0.75, 0.78))
     decibels = log_mel.numpy() * (20 / np.log(10))
     image = axes.imshow(
         decibels, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, len(log_mel)), vmin=-80, vmax=0
     )
     axes.set(xlabel="time (s)", ylabel="mel band")
-    figure.colorbar(image, label="dB")
+    figure.colorbar(image, cax=figure.add_axes((0.87, 0.17, 0.02, 0.78)), label="dB")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
@@ -91,7 +91,8 @@ def write_curves(log: Path, picture: Path) -> None:
         title: {name: label for name, label in lines.items() if name in logged} for title, lines in PANELS.items()
     }
     panels = {title: lines for title, lines in panels.items() if lines}
-    figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
+    figure = Figure(figsize=(4 * len(panels), 3))
+    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.17, top=0.9, wspace=0.25)
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name, label in lines.items():
             points = events.Scalars(name)

@@ -445,5 +445,5 @@ def _share_skipped(state: State) -> None:
 def _given(settings: Settings, name: str) -> str:
     value = getattr(settings, name)
     if not value:
-        raise ValueError(f"Got no {name}. Give --{name}, or set it in the recipe.")
+        raise ValueError(f"Got no {name}. Give --{name.replace('_', '-')}, or set it in the recipe.")
     return value
