@@ -210,8 +210,15 @@ def _worst_clips(report: Report, references, systems: Sequence[System], count: i
     worst = []
     for _, index, number in sorted(scored)[:count]:
         source, place = references[index]
-        waveform = audio.load(source, sampling_rate=SAMPLING_RATE)
-        estimate, _ = systems[number].reconstruct(place, waveform)
+        try:
+            waveform = audio.load(source, sampling_rate=SAMPLING_RATE)
+            estimate, _ = systems[number].reconstruct(place, waveform)
+        except (
+            ValueError,
+            OSError,
+            torch.OutOfMemoryError,
+        ):  # it worked before: a file has changed since; its figures stay
+            continue
         result = report.systems[number]
         worst.append(WorstClip(place.as_posix(), result.name, name, result.column(name)[index], waveform, estimate))
     return worst
