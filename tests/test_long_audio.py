@@ -12,10 +12,10 @@ from conftest import tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import wavtokenizer_hf.modeling_wavtokenizer as modeling
 from wavtokenizer_hf import WavTokenizerModel
 from wavtokenizer_hf.audio import load
 from wavtokenizer_hf.long_audio import DecodeStream, EncodeStream
+from wavtokenizer_hf.modeling_wavtokenizer_batching import CPU_POLICY, TOGETHER_POLICY
 
 
 @pytest.fixture(autouse=True)
@@ -74,30 +74,26 @@ def test_chunks_give_what_the_whole_gives_in_models_of_other_shapes(shape):
     together=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_chunks_of_a_ragged_batch_give_each_row_what_it_gets_alone(
-    tiny_model, monkeypatch, lengths, frames, left, together, seed
-):
+def test_chunks_of_a_ragged_batch_give_each_row_what_it_gets_alone(tiny_model, lengths, frames, left, together, seed):
     rng = np.random.default_rng(seed)
     audio, mask = torch.full((len(lengths), 1, max(lengths)), float("nan")), torch.zeros(len(lengths), max(lengths))
     for row, length in enumerate(lengths):
         place = slice(max(lengths) - length, None) if left else slice(0, length)
         audio[row, 0, place] = torch.from_numpy(rng.standard_normal(length).astype(np.float32))
         mask[row, place] = 1
-    with monkeypatch.context() as patch:
-        if together:
-            patch.setattr(modeling, "_one_by_one", lambda audio: False)
-        chunked = tiny_model.encode(audio, mask, chunk_seconds=frames * 16 / 24000)
+    chunked = tiny_model.encoder_model._encode(
+        audio, mask, chunk_seconds=frames * 16 / 24000, policy=TOGETHER_POLICY if together else CPU_POLICY
+    )
     for row in range(len(lengths)):
         alone = tiny_model.quantizer.encode(whole(tiny_model, audio[row : row + 1, :, mask[row].bool()]))
         assert torch.equal(chunked.audio_codes[row][chunked.audio_codes_mask[row]], alone[0, 0])
 
 
 @pytest.mark.parametrize("num_frames", [39, 41, 79, 85, 400])
-def test_chunks_are_as_long_as_asked_for_at_most_and_none_is_short(tiny_model, monkeypatch, num_frames):
-    encoder, sizes = tiny_model.encoder_model.encoder, []
-    convolve = encoder._convolve
-    monkeypatch.setattr(
-        encoder, "_convolve", lambda audio, lengths: sizes.append(audio.shape[-1]) or convolve(audio, lengths)
+def test_chunks_are_as_long_as_asked_for_at_most_and_none_is_short(tiny_model, num_frames):
+    sizes = []
+    tiny_model.encoder_model.encoder.layers[0].register_forward_hook(
+        lambda layer, inputs, output: sizes.append(inputs[0].shape[-1])
     )
     tiny_model.encode(torch.zeros(1, 1, num_frames * 16), chunk_seconds=40 * 16 / 24000)
     assert all(20 * 16 - 16 <= size <= 40 * 16 for size in sizes) or len(sizes) == 1
@@ -108,7 +104,7 @@ def test_chunks_give_the_codes_of_the_whole_at_full_size(models, rate):
     torch.manual_seed(0)
     audio = 0.1 * torch.randn(1, 1, 24000 * 10 + 123)
     encoder = models(rate).encoder_model.encoder
-    assert encoder.frames_back + 1 + encoder.frames_ahead == 4  # the shortest chunk, as `encode` says
+    assert encoder.left_context + 1 + encoder.right_context == 4  # the shortest chunk, as `encode` says
     expected = whole(models(rate), audio)
     for chunk_seconds in (None, 2.5):  # None: automatic, above 10 s
         chunked = models(rate).encode(audio, output_latents=True, chunk_seconds=chunk_seconds)
@@ -273,13 +269,13 @@ def test_the_reach_of_the_encoder_is_not_underestimated(models, rate):
     hop = encoder.hop_length
     torch.manual_seed(0)
     audio = torch.randn(1, 1, 30 * hop + 1)
-    before = encoder._convolve(audio, None)
+    before = encoder.downsample(audio)
     for place in (10 * hop, 11 * hop - 1, 30 * hop):
         changed = audio.clone()
         changed[..., place] += 1
-        moved = (encoder._convolve(changed, None) != before).any(1)[0].nonzero().flatten()
-        assert place // hop - encoder.frames_ahead <= moved.min()
-        assert moved.max() <= place // hop + encoder.frames_back
+        moved = (encoder.downsample(changed) != before).any(1)[0].nonzero().flatten()
+        assert place // hop - encoder.right_context <= moved.min()
+        assert moved.max() <= place // hop + encoder.left_context
 
 
 HOP, RATE = 16, 24000 / 16  # samples of a code and codes of a second, of the tiny model

@@ -14,9 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel
 
-import wavtokenizer_hf.modeling_wavtokenizer as modeling
-import wavtokenizer_hf.modeling_wavtokenizer_encoder as encoder_module
 from wavtokenizer_hf import WavTokenizerEncoderModel, WavTokenizerFeatureExtractor, WavTokenizerModel
+from wavtokenizer_hf import modeling_wavtokenizer_batching as batching
+from wavtokenizer_hf import modeling_wavtokenizer_cpu as cpu
+from wavtokenizer_hf import modeling_wavtokenizer_padding as padding
+from wavtokenizer_hf.modeling_wavtokenizer_batching import CPU_POLICY, TOGETHER_POLICY, EncodePolicy
+from wavtokenizer_hf.modeling_wavtokenizer_encoder import WavTokenizerConv1d
+from wavtokenizer_hf.modeling_wavtokenizer_precision import full_float32
 
 
 @pytest.fixture(autouse=True)
@@ -86,15 +90,20 @@ def test_clips_shorter_than_the_padding_equal_the_originals(num_samples, models,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows of a padded batch. A CPU encodes longer ones one by one; `together` sends them through the masks, as short ones go.
+# Rows of a padded batch, by each way in which a policy computes them
 # ---------------------------------------------------------------------------------------------------------------------
 
+POLICIES = {
+    "one_by_one": EncodePolicy(together_seconds=0, shared_lstm_seconds=0, block_seconds=3),
+    "shared_lstm": EncodePolicy(together_seconds=0, shared_lstm_seconds=60, block_seconds=3),
+    "cpu": CPU_POLICY,
+    "together": TOGETHER_POLICY,
+}
 
-@pytest.fixture(params=["one_by_one", "together"])
-def way(request, monkeypatch):
-    if request.param == "together":
-        monkeypatch.setattr(modeling, "_one_by_one", lambda values: False)
-    return request.param
+
+@pytest.fixture(params=list(POLICIES))
+def policy(request):
+    return POLICIES[request.param]
 
 
 def margins(model, latents):
@@ -104,23 +113,21 @@ def margins(model, latents):
     return 1 - nearest[:, 0] / nearest[:, 1]
 
 
-def check_rows(model, clips, padding_side, monkeypatch, together):
+def check_rows(model, clips, padding_side, policy):
     """Every row of the batch of `clips` gets the codes, latents and audio that its clip gets alone.
 
-    Through the masks, float32 sums run in another order than alone, so there, and there only, a code may differ where two
-    entries are nearly equally near; benchmarks/README.md says how often that happens.
+    Without a recheck, and only then, a code may differ where two entries are nearly equally near, since float32 sums run in
+    another order than alone; benchmarks/README.md says how often that happens.
     """
     hop = model.config.hop_length
     extractor = WavTokenizerFeatureExtractor(hop_length=hop, padding_side=padding_side)
     batch = extractor(clips, sampling_rate=24000, return_tensors="pt")
     batch["input_values"][~batch["padding_mask"].bool()[:, None]] = float("nan")  # the model must never look there
-    with monkeypatch.context() as patch:
-        if together:
-            patch.setattr(modeling, "_one_by_one", lambda values: False)
-        encoded = model.encode(**batch, output_latents=True)
-        decoded = model.decode(encoded.audio_codes, audio_codes_mask=encoded.audio_codes_mask).audio_values
-        both = model(**batch)
-    assert torch.equal(both.audio_codes, encoded.audio_codes)
+    encoded = model.encoder_model._encode(**batch, output_latents=True, policy=policy)
+    decoded = model.decode(encoded.audio_codes, audio_codes_mask=encoded.audio_codes_mask).audio_values
+    both = model(**batch)
+    if policy is CPU_POLICY:
+        assert torch.equal(both.audio_codes, encoded.audio_codes)
     for row, clip in enumerate(clips):
         real = encoded.audio_codes_mask[row, 0]
         alone = model.encode(torch.from_numpy(clip)[None, None], output_latents=True)
@@ -130,7 +137,7 @@ def check_rows(model, clips, padding_side, monkeypatch, together):
         assert real[place].all() and real.sum() == frames
         codes = encoded.audio_codes[row, :, place]
         differ = codes[0] != alone.audio_codes[0, 0]
-        assert not differ.any() or (together and margins(model, alone.latents)[differ].max() < 1e-5)
+        assert not differ.any() or (policy is TOGETHER_POLICY and margins(model, alone.latents)[differ].max() < 1e-5)
 
         latents = encoded.latents[row][:, place]
         scale = alone.latents.abs().max()
@@ -143,88 +150,125 @@ def check_rows(model, clips, padding_side, monkeypatch, together):
         assert (decoded[row, 0, ~real_samples] == 0).all()
 
         real_samples = batch["padding_mask"][row].bool()
-        torch.testing.assert_close(
-            both.audio_values[row, 0, real_samples], audio_alone[: len(clip)], atol=1e-5, rtol=0
-        )
+        if policy is CPU_POLICY:
+            torch.testing.assert_close(
+                both.audio_values[row, 0, real_samples], audio_alone[: len(clip)], atol=1e-5, rtol=0
+            )
         assert (both.audio_values[row, 0, ~real_samples] == 0).all()
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["one_by_one", "together"])
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     lengths=st.lists(st.integers(1, 200), min_size=1, max_size=5),
     padding_side=st.sampled_from(["left", "right"]),
     seed=st.integers(0, 1000),
 )
-def test_batch_gives_each_row_what_it_gets_alone(tiny_model, monkeypatch, together, lengths, padding_side, seed):
+def test_batch_gives_each_row_what_it_gets_alone(tiny_model, policy, lengths, padding_side, seed):
     rng = np.random.default_rng(seed)
     clips = [rng.standard_normal(length).astype(np.float32) for length in lengths]
-    check_rows(tiny_model, clips, padding_side, monkeypatch, together)
+    check_rows(tiny_model, clips, padding_side, policy)
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["one_by_one", "together"])
-@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     lengths=st.lists(st.integers(1, 72000), min_size=2, max_size=4),
     short=st.lists(st.integers(1, 400), min_size=0, max_size=2),
     padding_side=st.sampled_from(["left", "right"]),
 )
-def test_batch_gives_each_row_what_it_gets_alone_at_full_size(
-    models, rate, monkeypatch, together, lengths, short, padding_side
-):
+def test_batch_gives_each_row_what_it_gets_alone_at_full_size(models, rate, policy, lengths, short, padding_side):
     rng = np.random.default_rng(sum(lengths))
     clips = [(0.1 * rng.standard_normal(length)).astype(np.float32) for length in lengths + short]
-    check_rows(models(rate), clips, padding_side, monkeypatch, together)
+    check_rows(models(rate), clips, padding_side, policy)
 
 
-def test_rows_encoded_on_a_cpu_are_equal_to_the_last_bit(models, rate):
+def test_rows_that_share_the_lstm_get_the_latents_that_they_get_alone(models, rate):
+    """And exactly the same codes, since rows with near ties are computed again, alone."""
     torch.manual_seed(0)
-    model, batch = models(rate), 0.1 * torch.randn(2, 1, 15000)  # longer than rows that go together
-    mask = torch.ones(2, 15000)
-    mask[1, 7001:] = 0
+    model, lengths = models(rate), [15000, 36000, 36001, 7001, 20000]
+    batch, mask = 0.1 * torch.randn(5, 1, 36001), torch.zeros(5, 36001)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
     encoded = model.encode(batch, mask, output_latents=True)
-    alone = model.encode(batch[1:, :, :7001], output_latents=True)
-    frames = alone.audio_codes.shape[-1]
-    assert torch.equal(encoded.latents[1:, :, :frames], alone.latents)
-    assert torch.equal(encoded.audio_codes[1:, :, :frames], alone.audio_codes)
+    for row, length in enumerate(lengths):
+        alone = model.encode(batch[row : row + 1, :, :length], output_latents=True)
+        frames = alone.audio_codes.shape[-1]
+        difference = (encoded.latents[row, :, :frames] - alone.latents[0]).norm(dim=0)
+        assert (difference <= batching.SHARED_LSTM_TOLERANCE / 2 * alone.latents[0].norm(dim=0)).all()
+        assert torch.equal(encoded.audio_codes[row, :, :frames], alone.audio_codes[0])
 
 
-def test_a_clip_in_a_batch_is_cut_as_it_is_alone(tiny_model, monkeypatch):
-    encoder, sizes = tiny_model.encoder_model.encoder, []
-    convolve = encoder._convolve
-    monkeypatch.setattr(encoder, "_convolve", lambda *given: sizes.append(given[0].shape[-1]) or convolve(*given))
-    audio, mask = torch.randn(2, 1, 7 * 24000), torch.ones(2, 7 * 24000)  # above 6 s, from which on clips are cut
-    mask[1, 5 * 24000 :] = 0
-    tiny_model.encode(audio[1:, :, : 5 * 24000])
-    (alone,) = sizes
-    tiny_model.encode(audio, mask)
-    assert sizes[-1] == alone
+def test_a_row_with_a_near_tie_gets_exactly_what_it_gets_alone(tiny_model):
+    """With two entries that are equally near, by construction, everything is a near tie."""
+    torch.manual_seed(0)
+    audio = torch.randn(3, 1, 20 * 16)
+    latents = tiny_model.encode(audio[:1], output_latents=True).latents
+    middle, step = latents[0, :, 3], torch.randn(16)
+    tiny_model.quantizer.codebook.embed[:2] = torch.stack([middle + 1e-2 * step, middle - 1e-2 * step])
+    assert batching.has_near_tie(tiny_model.encoder_model, latents, batching.SHARED_LSTM_TOLERANCE)
+    for policy in (POLICIES["shared_lstm"], POLICIES["cpu"]):
+        encoded = tiny_model.encoder_model._encode(audio, output_latents=True, policy=policy)
+        assert torch.equal(encoded.latents[:1], tiny_model.encode(audio[:1], output_latents=True).latents)
 
 
-def test_near_ties_are_looked_for_in_float32(tiny_model, monkeypatch):
-    quantizer, seen = tiny_model.quantizer, []
-    near_ties = quantizer.near_ties
-    monkeypatch.setattr(quantizer, "near_ties", lambda latents: seen.append(near_ties(latents)) or seen[-1])
-    audio = torch.randn(8, 1, 10_000)
-    tiny_model.encode(audio)
-    with torch.autocast("cpu", torch.bfloat16):
-        tiny_model.encode(audio)
-    assert torch.equal(*seen)
+def test_near_ties_are_found_in_float32_under_autocast(tiny_model):
+    latents = torch.randn(1, 16, 50)
+    gaps = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = [batching.has_near_tie(tiny_model.encoder_model, latents[..., i : i + 1], 2e-2) for i in range(50)]
+        gaps.append(found)
+    assert gaps[0] == gaps[1] and 0 < sum(gaps[0]) < 50
 
 
-def test_a_mask_without_padding_changes_nothing(tiny_model, way):
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_of_equal_entries_the_first_one_wins(models, policy):
+    model = copy.deepcopy(models(75))
+    torch.manual_seed(0)
+    audio = 0.1 * torch.randn(3, 1, 18000)
+    before = model.encoder_model._encode(audio, policy=POLICIES[policy]).audio_codes
+    entries = model.quantizer.codebook.embed
+    used = before.unique()[-20:]
+    unused = torch.tensor([code for code in range(200) if code not in before.unique()])[:20]
+    entries[unused] = entries[used]  # below the codes in use
+    expected = before.clone()
+    for first, second in zip(unused, used, strict=True):
+        expected[before == second] = first
+    assert used.min() > unused.max() and not torch.equal(before, expected)
+    assert torch.equal(model.encoder_model._encode(audio, policy=POLICIES[policy]).audio_codes, expected)
+    with torch.enable_grad():  # plain layers
+        assert torch.equal(model.encode(audio[:1], output_latents=True).audio_codes, expected[:1])
+    compiled = torch.compile(model.quantizer.encode, fullgraph=True, backend="aot_eager")
+    latents = model.encode(audio[:1], output_latents=True).latents
+    assert torch.equal(compiled(latents), expected[:1])
+
+
+def test_latents_that_are_not_finite_are_refused(tiny_model):
+    tiny_model.encoder_model.encoder.layers[0].conv.bias.mul_(0)
+    tiny_model.encoder_model.encoder.layers[0].conv.parametrizations.weight.original0.mul_(100)
+    loud, batch = torch.full((1, 1, 400), 3e38), torch.randn(3, 1, 400)
+    batch[1] = loud
+    for audio, policy in ((loud, "cpu"), (batch, "cpu"), (batch, "shared_lstm"), (batch, "together")):
+        with pytest.raises(ValueError, match="largest sample of the audio is 3e\\+38, expected about 1"):
+            tiny_model.encoder_model._encode(audio, policy=POLICIES[policy])
+    tiny_model.encoder_model.encoder.layers[0].conv.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="weights of the model are damaged"):
+        tiny_model.encode(torch.randn(1, 1, 400))
+
+
+def test_a_mask_without_padding_changes_nothing(tiny_model, policy):
     audio = torch.randn(3, 1, 100)
-    without, with_mask = tiny_model(audio), tiny_model(audio, torch.ones(3, 100))
+    without = tiny_model.encoder_model._encode(audio, policy=policy)
+    with_mask = tiny_model.encoder_model._encode(audio, torch.ones(3, 100), policy=policy)
     assert torch.equal(without.audio_codes, with_mask.audio_codes)
-    assert torch.equal(without.audio_values, with_mask.audio_values)
+    assert torch.equal(tiny_model(audio).audio_values, tiny_model(audio, torch.ones(3, 100)).audio_values)
     assert with_mask.audio_codes_mask.all()
 
 
-def test_each_row_of_a_batch_can_be_padded_on_its_own_side(tiny_model, way):
+def test_each_row_of_a_batch_can_be_padded_on_its_own_side(tiny_model, policy):
     audio, mask = torch.randn(2, 1, 100), torch.ones(2, 100)
     mask[0, :40] = 0
     mask[1, 70:] = 0
-    encoded = tiny_model.encode(audio, mask)
+    encoded = tiny_model.encoder_model._encode(audio, mask, policy=policy)
     assert torch.equal(encoded.audio_codes[0, :, -4:], tiny_model.encode(audio[:1, :, 40:]).audio_codes[0])
     assert torch.equal(encoded.audio_codes[1, :, :5], tiny_model.encode(audio[1:, :, :70]).audio_codes[0])
 
@@ -248,11 +292,11 @@ def test_reflection_follows_the_rule_of_the_architecture(kernel_size, stride):
         mirrored += [longer[-2 - i] for i in range(right + extra)]
         expected = mirrored[: len(mirrored) - zeros]
 
-        alone = encoder_module._reflect(torch.tensor([[signal]], dtype=torch.float), left, right + -length % stride)
+        alone = padding.reflect_pad(torch.tensor([[signal]], dtype=torch.float), None, left, right, stride)
         assert alone[0, 0].tolist() == expected
         row = torch.full((1, 1, 45), 99.0)
         row[0, 0, :length] = torch.tensor(signal)
-        rows = encoder_module._reflect_rows(row, torch.tensor([length]), left, right, stride)
+        rows = padding.reflect_pad(row, torch.tensor([length]), left, right, stride)
         assert rows[0, 0, : len(expected)].tolist() == expected
 
 
@@ -302,8 +346,8 @@ def test_threads_do_not_undo_each_others_float32():
     """One block begins within another and ends after it: the switches stay as long as either needs them."""
     torch.set_float32_matmul_precision("medium")
     try:
-        switch, cpu = torch.backends.mkldnn.matmul, torch.device("cpu")
-        first, second = modeling._full_float32(cpu), modeling._full_float32(cpu)
+        switch, device = torch.backends.mkldnn.matmul, torch.device("cpu")
+        first, second = full_float32(device), full_float32(device)
         first.__enter__()
         second.__enter__()
         assert switch.fp32_precision == "ieee"
@@ -374,7 +418,7 @@ def test_weights_may_be_offloaded(tiny_model):
     expected = tiny_model(audio)
     offloaded = accelerate.cpu_offload(tiny_model, execution_device=torch.device("cpu"))(audio)
     assert torch.equal(offloaded.audio_codes, expected.audio_codes)
-    assert torch.equal(offloaded.audio_values, expected.audio_values)
+    torch.testing.assert_close(offloaded.audio_values, expected.audio_values, atol=1e-6, rtol=0)
 
 
 def test_bfloat16_decodes_close_to_float32(folders, models):
@@ -424,7 +468,7 @@ def test_the_encoder_can_be_exported_for_batches_of_any_size(tiny_model):
         assert torch.equal(exported(audio), tiny_model.encode(audio).audio_codes)
 
 
-def test_eager_attention_equals_sdpa(tiny_model, way):
+def test_eager_attention_equals_sdpa(tiny_model):
     codes, mask = torch.randint(0, 64, (2, 1, 20)), torch.ones(2, 1, 20)
     mask[0, :, 12:] = 0
     audio = {}
@@ -436,7 +480,7 @@ def test_eager_attention_equals_sdpa(tiny_model, way):
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")  # its new name is of 5.23
 @torch.enable_grad()
-def test_gradients_are_the_same_with_checkpointing(tiny_model, way):
+def test_gradients_are_the_same_with_checkpointing(tiny_model):
     audio, mask = torch.randn(2, 1, 100), torch.ones(2, 100)
     mask[1, 60:] = 0
     gradients = []
@@ -484,7 +528,7 @@ def test_weights_that_a_file_lacks_are_initialised(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path, state_dict=kept)
     loaded = WavTokenizerModel.from_pretrained(tmp_path)
     for layer in loaded.encoder_model.encoder.layers:
-        if isinstance(layer, encoder_module.WavTokenizerConv1d):
+        if isinstance(layer, WavTokenizerConv1d):
             gain, direction = (
                 layer.conv.parametrizations.weight.original0,
                 layer.conv.parametrizations.weight.original1,
@@ -572,7 +616,7 @@ def mask_with(value, *places):
         (AUDIO, mask_with(0.5, (0, 3)), "other than 0 and 1"),
         (AUDIO, mask_with(0, (1, 50)), "Row 1 of padding_mask has gaps"),
         (AUDIO, mask_with(0, (1, slice(0, 10)), (1, slice(90, None))), "Row 1 .* padding on both sides"),
-        (AUDIO, mask_with(0, (1, slice(None))), "Row 1 of padding_mask has nothing real"),
+        (AUDIO, mask_with(0, (1, slice(None))), "Row 1 of padding_mask has no valid step"),
     ],
 )
 def test_encode_refuses(tiny_model, input_values, padding_mask, message):
@@ -675,7 +719,7 @@ def change_by_another(tensor: torch.Tensor) -> None:
     ],
 )
 @torch.no_grad()
-def test_what_is_kept_of_weights_follows_them(tiny_model, name, change):
+def test_values_computed_from_weights_follow_them(tiny_model, name, change):
     audio = torch.randn(1, 1, 16 * 100)
     before = tiny_model.encode(audio, output_latents=True)
     (tensor,) = (tensor for key, tensor in tiny_model.state_dict(keep_vars=True).items() if key.endswith(name))
@@ -715,13 +759,8 @@ def test_a_clip_of_any_length_gives_by_products_what_it_gives_by_convolutions(ti
     torch.testing.assert_close(by_products, by_convolutions.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_clips_of_many_lengths_are_computed_in_few_sizes(tiny_model):
-    sizes = []
-    tiny_model.encoder_model.encoder.layers[1].register_forward_hook(
-        lambda module, inputs, output: sizes.append(output.shape[-1])
-    )
-    lengths = range(16 * 16, 256 * 16, 29)  # four octaves
-    for length in lengths:
-        tiny_model.encoder_model.encoder(torch.randn(1, 1, length))
+def test_clips_of_many_lengths_are_computed_in_few_sizes():
+    lengths = range(1000, 16 * 1000, 7)  # four octaves
+    sizes = [cpu._bucket_length(length) for length in lengths]
     assert len(set(sizes)) <= 4 * 8 + 1
-    assert all(length <= size <= 1.125 * length + 2 * 16 for length, size in zip(lengths, sizes, strict=True))
+    assert all(length <= size <= 1.125 * length + 1 for length, size in zip(lengths, sizes, strict=True))

@@ -13,8 +13,14 @@ CORE = (
     "configuration_wavtokenizer",
     "feature_extraction_wavtokenizer",
     "modeling_wavtokenizer",
+    "modeling_wavtokenizer_batching",
+    "modeling_wavtokenizer_cpu",
     "modeling_wavtokenizer_encoder",
+    "modeling_wavtokenizer_padding",
+    "modeling_wavtokenizer_precision",
+    "modeling_wavtokenizer_windows",
 )
+ENCODER_SIBLINGS = (".modeling_wavtokenizer_cpu", ".modeling_wavtokenizer_padding")
 CORE_DEPENDENCIES = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy"}
 ALLOWED_TOGETHER = {  # "" is the package: the core
     "cli": {"commands"},
@@ -69,12 +75,21 @@ def imports(path: Path, everywhere: bool = True) -> set[str]:
 
 @pytest.mark.parametrize("name", CORE)
 def test_the_core_imports_what_every_hub_user_has_and_no_room(name):
+    siblings = {"." + name for name in CORE}
     allowed = {
-        "modeling_wavtokenizer": {".configuration_wavtokenizer", ".modeling_wavtokenizer_encoder"},
-        "modeling_wavtokenizer_encoder": {".configuration_wavtokenizer"},
+        "modeling_wavtokenizer": siblings - {".feature_extraction_wavtokenizer"},
+        "modeling_wavtokenizer_batching": {f".modeling_wavtokenizer_{n}" for n in ("encoder", "padding", "precision")},
+        "modeling_wavtokenizer_encoder": {".configuration_wavtokenizer", *ENCODER_SIBLINGS},
+        "modeling_wavtokenizer_windows": {".modeling_wavtokenizer_padding"},
     }.get(name, set())
     outside = imports(PACKAGE / f"{name}.py") - allowed - set(sys.stdlib_module_names)
     assert outside <= CORE_DEPENDENCIES, f"the core imports {outside - CORE_DEPENDENCIES}"
+
+
+def test_modeling_imports_every_sibling():
+    """transformers copies to a remote-code folder only what the loaded file itself imports."""
+    siblings = {"." + name for name in CORE} - {".modeling_wavtokenizer", ".feature_extraction_wavtokenizer"}
+    assert siblings <= imports(PACKAGE / "modeling_wavtokenizer.py", everywhere=False)
 
 
 @pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.stem)

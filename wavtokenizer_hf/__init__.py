@@ -13,6 +13,8 @@ from .modeling_wavtokenizer import (
     WavTokenizerModel,
     WavTokenizerOutput,
 )
+from .modeling_wavtokenizer_encoder import EncoderState
+from .modeling_wavtokenizer_windows import DecoderState
 
 
 __version__ = "0.1.0"
@@ -69,6 +71,8 @@ WavTokenizerModel.from_original = classmethod(_from_original)
 
 
 __all__ = [
+    "DecoderState",
+    "EncoderState",
     "WavTokenizerConfig",
     "WavTokenizerDecoderOutput",
     "WavTokenizerEncoderModel",

@@ -1,8 +1,13 @@
 """Live streams: audio in pieces of any size -> the codes of the whole, and codes in pieces -> audio."""
 
+from functools import partial
+
 import torch
 
-from .modeling_wavtokenizer import DecoderState, EncoderState, WavTokenizerEncoderModel, WavTokenizerModel
+from .modeling_wavtokenizer import WavTokenizerEncoderModel, WavTokenizerModel
+from .modeling_wavtokenizer_batching import check_latents, encode_chunk
+from .modeling_wavtokenizer_encoder import EncoderState
+from .modeling_wavtokenizer_windows import DecoderState, decode_chunk, window_frames
 
 
 class EncodeStream:
@@ -34,7 +39,7 @@ class EncodeStream:
     def delay(self) -> int:
         """Samples from the first sample of a code to the last one that it depends on, at most."""
         encoder = self.encoder_model.encoder
-        return (1 + encoder.frames_ahead + encoder.last_reach) * encoder.hop_length
+        return (1 + encoder.right_context + encoder.output_context) * encoder.hop_length
 
     def push(self, audio, sampling_rate: int | None = None) -> torch.LongTensor:
         """
@@ -73,7 +78,9 @@ class EncodeStream:
         self._check_open()
         audio = audio.detach()[None, None].to(self.encoder_model.device, torch.float32)
         with torch.no_grad():
-            _, codes, self.state = self.encoder_model.encode_piece(audio, self.state, final)
+            latents, codes, state = encode_chunk(self.encoder_model, audio, self.state, final)
+        check_latents(latents.sum(), state.audio if audio.numel() == 0 else audio)
+        self.state = state
         return codes[0, 0].cpu()
 
     def _check_open(self) -> None:
@@ -119,7 +126,7 @@ class DecodeStream:
     ):
         self.model = model
         self.state = DecoderState() if state is None else state
-        self._window = model._window(window_seconds, overlap_seconds)
+        self._window = window_frames(model.config, window_seconds, overlap_seconds)
         model._check_bandwidth_id(bandwidth_id)
         self._bandwidth_id = bandwidth_id
         self._flushed = False
@@ -161,7 +168,7 @@ class DecodeStream:
         if self._flushed:
             raise ValueError("This stream has been flushed. Start a new DecodeStream for the next codes.")
         with torch.no_grad():
-            audio_values, self.state = self.model.decode_piece(
-                audio_codes.to(self.model.device), self.state, final, self._window, self._bandwidth_id
-            )
+            decode = partial(self.model._decode_rows, bandwidth_id=self._bandwidth_id)
+            audio_codes = audio_codes.to(self.model.device)
+            audio_values, self.state = decode_chunk(decode, audio_codes, self.state, final, self._window)
         return audio_values[0, 0].cpu()
