@@ -2,8 +2,8 @@
 
     python benchmarks/batches.py [--rate 75] [--device cuda]
 
-"padded" is the same batch with rows of half to full length marked in the mask. "one by one" is what the model does by
-itself to encode on a CPU, and for decode a loop over the rows without their padding. Each figure is a time divided by
+"padded" is the same batch with rows of half to full length marked in the mask. "by itself" is what the model does by
+default to encode on a CPU, and for decode a loop over the rows without their padding. Each figure is a time divided by
 that of the unpadded batch that goes through the model together.
 """
 
@@ -20,8 +20,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import wavtokenizer_hf.modeling_wavtokenizer as modeling
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
+from wavtokenizer_hf.modeling_wavtokenizer_batching import TOGETHER_POLICY
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
 
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}, {arguments.rate} tokens/s, {arguments.batch} rows, float32")
-    print("| longest row | job | together | together, padded | one by one | one by one, padded |")
+    print("| longest row | job | together | together, padded | by itself | by itself, padded |")
     print("|---|---|---|---|---|---|")
     for seconds in arguments.seconds:
         size = round(seconds * 24000)
@@ -57,7 +57,8 @@ def main() -> None:
         for job, (function, batch, masks, row_lengths) in jobs.items():
             rows = list(batch.split(1))
             cut_rows = [row[..., :length] for row, length in zip(rows, row_lengths.tolist(), strict=True)]
-            ways = [partial(_together, function, batch), partial(_together, function, batch, **masks)]
+            together = partial(model.encoder_model._encode, policy=TOGETHER_POLICY) if job == "encode" else function
+            ways = [partial(together, batch), partial(together, batch, **masks)]
             if job == "encode" and arguments.device == "cpu":
                 ways += [partial(function, batch), partial(function, batch, **masks)]
             else:
@@ -66,15 +67,6 @@ def main() -> None:
             cells = [f"{arguments.batch * seconds / times[0]:.1f} x real time"]
             cells += [f"{other / times[0]:.2f}" for other in times[1:]]
             print(f"| {seconds:g} s | {job} | " + " | ".join(cells) + " |", flush=True)
-
-
-def _together(function, batch, **masks) -> None:
-    """As on a GPU: all rows at once, and no row a second time."""
-    choice, near_ties = modeling._one_by_one, modeling.WavTokenizerQuantizer.near_ties
-    modeling._one_by_one = lambda audio: False
-    modeling.WavTokenizerQuantizer.near_ties = lambda self, latents: torch.zeros(1, 1, 1, dtype=torch.bool)
-    function(batch, **masks)
-    modeling._one_by_one, modeling.WavTokenizerQuantizer.near_ties = choice, near_ties
 
 
 def _one_after_another(function, rows) -> None:

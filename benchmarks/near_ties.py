@@ -21,8 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures" / "reference"), str(R
 import formula
 from compare_with_original import reference_folder
 
-import wavtokenizer_hf.modeling_wavtokenizer as modeling
 from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel
+from wavtokenizer_hf.modeling_wavtokenizer_batching import TOGETHER_POLICY, default_policy
 
 
 def main() -> None:
@@ -30,13 +30,11 @@ def main() -> None:
     parser.add_argument("--rate", type=int, choices=(40, 75), default=75, help="tokens per second (default 75)")
     parser.add_argument("--batches", type=int, default=20, help="batches of 8 rows (default 20)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--default-policy", action="store_true", help="rows as the model takes them by itself")
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "benchmarks", help="folder for the checkpoint")
     arguments = parser.parse_args()
     model = WavTokenizerModel.from_pretrained(reference_folder(arguments.work, arguments.rate)).eval()
     model = model.to(arguments.device)
-    # through the masks on a CPU too, and no row a second time
-    modeling._one_by_one = lambda audio: False
-    modeling.WavTokenizerQuantizer.near_ties = lambda self, latents: torch.zeros(1, 1, 1, dtype=torch.bool)
     entries = model.quantizer.codebook.embed.double()
     rng, speech = np.random.default_rng(0), formula.waveform("speechlike", 10)
     differ, total, gap = 0, 0, 0.0
@@ -50,7 +48,8 @@ def main() -> None:
         extractor = WavTokenizerFeatureExtractor(padding_side="left" if batch % 2 else "right")
         inputs = extractor(clips, sampling_rate=24000, return_tensors="pt").to(arguments.device)
         with torch.inference_mode():
-            together = model.encode(**inputs)
+            policy = default_policy(inputs["input_values"]) if arguments.default_policy else TOGETHER_POLICY
+            together = model.encoder_model._encode(**inputs, policy=policy)
             for row, clip in enumerate(clips):
                 clip = torch.from_numpy(clip)[None, None].to(arguments.device)
                 alone = model.encode(clip, output_latents=True)

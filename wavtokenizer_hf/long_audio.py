@@ -59,7 +59,7 @@ class EncodeStream:
         expected = self.encoder_model.config.sampling_rate
         if sampling_rate not in (None, expected):
             raise ValueError(f"Got audio at {sampling_rate} Hz, expected {expected} Hz. Resample it first.")
-        audio = torch.as_tensor(audio)
+        audio = audio if isinstance(audio, torch.Tensor) else torch.as_tensor(audio, device="cpu")
         if audio.ndim != 1 or not audio.is_floating_point():
             raise ValueError(f"Got audio of shape {tuple(audio.shape)}, {audio.dtype}; expected floats of shape (n,).")
         if not audio.isfinite().all():
@@ -69,8 +69,10 @@ class EncodeStream:
     def flush(self) -> torch.LongTensor:
         """Ends the stream: the codes of what is still inside, `(m,)`, with the right end of the audio where it is."""
         self._check_open()
-        some = self.state.audio is not None
-        codes = self._continue(torch.zeros(0), final=True) if some else torch.zeros(0, dtype=torch.long)
+        if self.state.audio is None:
+            codes = torch.zeros(0, dtype=torch.long, device="cpu")
+        else:
+            codes = self._continue(torch.zeros(0, dtype=torch.float32, device="cpu"), final=True)
         self._flushed = True
         return codes
 
@@ -149,18 +151,19 @@ class DecodeStream:
         Raises:
             ValueError: codes of another shape or dtype or outside [0, K), or a stream that has been flushed.
         """
-        audio_codes = torch.as_tensor(audio_codes)
+        if not isinstance(audio_codes, torch.Tensor):
+            audio_codes = torch.as_tensor(audio_codes, device="cpu")
         if audio_codes.ndim != 1:
             raise ValueError(f"Got audio_codes of shape {tuple(audio_codes.shape)}, expected (n,).")
         if len(audio_codes) > 0:
             audio_codes, _ = self.model._read_codes(audio_codes[None, None], None)
         else:
-            audio_codes = torch.zeros(1, 1, 0, dtype=torch.long)
+            audio_codes = torch.zeros(1, 1, 0, dtype=torch.long, device="cpu")
         return self._continue(audio_codes, final=False)
 
     def flush(self) -> torch.FloatTensor:
         """Ends the stream: the audio of what is still inside, `(m,)`."""
-        audio_values = self._continue(torch.zeros(1, 1, 0, dtype=torch.long), final=True)
+        audio_values = self._continue(torch.zeros(1, 1, 0, dtype=torch.long, device="cpu"), final=True)
         self._flushed = True
         return audio_values
 

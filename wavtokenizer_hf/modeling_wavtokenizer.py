@@ -451,7 +451,8 @@ class WavTokenizerPreTrainedModel(PreTrainedAudioTokenizerBase):
                 f"Got a {type(self).__name__} whose layers were replaced or resized; only its own layers can be pickled. "
                 "Use save_pretrained, and from_pretrained where the model is needed."
             )
-        return _unpickle, (type(self), self.config, tensors, self.training)
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        return _unpickle, (type(self), self.config, tensors, frozen, self.training)
 
     def __deepcopy__(self, memo):
         copied = memo[id(self)] = type(self).__new__(type(self))
@@ -497,10 +498,12 @@ class WavTokenizerPreTrainedModel(PreTrainedAudioTokenizerBase):
             init.copy_(module.embed_avg, module.embed)
 
 
-def _unpickle(model_class, config, tensors: dict[str, torch.Tensor], training: bool):
+def _unpickle(model_class, config, tensors: dict[str, torch.Tensor], frozen: list[str], training: bool):
     with torch.device("meta"):
         model = model_class(config)
     model.load_state_dict(tensors, assign=True)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     return model.train(training)
 
 

@@ -76,7 +76,7 @@ def encode_rows(
     """
     policy = default_policy(audio) if policy is None else policy
     seconds = audio.shape[-1] / model.config.sampling_rate
-    if policy.together_seconds == math.inf or (lengths is None and len(audio) == 1):
+    if policy.together_seconds == math.inf or (lengths is None and audio.shape[0] == 1):
         return _encode_together(model, audio, lengths, output_latents, chunk_seconds, policy)
     if seconds <= policy.together_seconds:
         return _encode_together_and_recheck(model, audio, lengths, output_latents, chunk_seconds, policy)
@@ -152,8 +152,8 @@ def _encode_together(
     hop = model.config.hop_length
     num_frames = -(-audio.shape[-1] // hop)
     # Preallocate the outputs: mixing long- and short-lived allocations fragments the heap.
-    codes = torch.empty(len(audio), 1, num_frames, dtype=torch.long, device=audio.device)
-    latents = audio.new_empty(len(audio), model.config.hidden_size, num_frames) if output_latents else None
+    codes = torch.empty(audio.shape[0], 1, num_frames, dtype=torch.long, device=audio.device)
+    latents = audio.new_empty(audio.shape[0], model.config.hidden_size, num_frames) if output_latents else None
     ranges = chunk_ranges(num_frames, _chunk_size(model, chunk_seconds, num_frames, policy))
     state, position, total = EncoderState(), 0, audio.new_zeros(())
     for first, last in ranges:

@@ -249,7 +249,7 @@ def fast_convolve(layers: Sequence[nn.Module], signal: torch.Tensor) -> torch.Te
     The signal lies in memory step after step (N, C), so that a block of `stride` steps is one row of a matrix. A window of a
     convolution is a few blocks, and the convolution is one matrix product per block of the window.
     """
-    if len(signal) != 1 or signal.dtype != torch.float32 or not _is_inference(signal):
+    if not _is_inference(signal) or len(signal) != 1 or signal.dtype != torch.float32:
         return None
     if not (_works("linear", torch.float32) and _works("packed_linear", torch.float32)):
         return None

@@ -222,7 +222,7 @@ class WavTokenizerEncoder(nn.Module):
                 own_lengths = (-(-lengths // hop) - state.frames_start).clamp(1, frames.shape[-1])
             latents = self.project(frames, own_lengths)[..., done - state.frames_start : ready - state.frames_start]
         else:
-            latents = audio.new_zeros(len(audio), self.output_layers[-1].conv.out_channels, 0)
+            latents = audio.new_zeros(audio.shape[0], self.output_layers[-1].conv.out_channels, 0)
         ready = max(done, ready)
         frames_start = max(0, ready - self.output_context)
         return (
