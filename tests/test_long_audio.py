@@ -325,7 +325,7 @@ def test_the_last_window_is_as_long_as_the_others(tiny_model):
     assert len(windowed) == 38 * HOP
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     cuts=st.lists(st.integers(0, 30), min_size=1, max_size=10),
     window=st.integers(1, 20),

@@ -18,6 +18,7 @@ from wavtokenizer_hf import WavTokenizerEncoderModel, WavTokenizerFeatureExtract
 from wavtokenizer_hf import modeling_wavtokenizer_batching as batching
 from wavtokenizer_hf import modeling_wavtokenizer_cpu as cpu
 from wavtokenizer_hf import modeling_wavtokenizer_padding as padding
+from wavtokenizer_hf.long_audio import EncodeStream
 from wavtokenizer_hf.modeling_wavtokenizer_batching import CPU_POLICY, TOGETHER_POLICY, EncodePolicy
 from wavtokenizer_hf.modeling_wavtokenizer_encoder import WavTokenizerConv1d
 from wavtokenizer_hf.modeling_wavtokenizer_precision import full_float32
@@ -169,6 +170,7 @@ def test_batch_gives_each_row_what_it_gets_alone(tiny_model, policy, lengths, pa
     check_rows(tiny_model, clips, padding_side, policy)
 
 
+@pytest.mark.parametrize("name", ["cpu", "together"])
 @settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     lengths=st.lists(st.integers(1, 72000), min_size=2, max_size=4),
@@ -178,7 +180,7 @@ def test_batch_gives_each_row_what_it_gets_alone(tiny_model, policy, lengths, pa
 def test_batch_gives_each_row_what_it_gets_alone_at_full_size(models, rate, policy, lengths, short, padding_side):
     rng = np.random.default_rng(sum(lengths))
     clips = [(0.1 * rng.standard_normal(length)).astype(np.float32) for length in lengths + short]
-    check_rows(models(rate), clips, padding_side, policy)
+    check_rows(models(rate), clips, padding_side, POLICIES[name])
 
 
 def test_rows_that_share_the_lstm_get_the_latents_that_they_get_alone(models, rate):
@@ -220,26 +222,37 @@ def test_near_ties_are_found_in_float32_under_autocast(tiny_model):
     assert gaps[0] == gaps[1] and 0 < sum(gaps[0]) < 50
 
 
-@pytest.mark.parametrize("policy", list(POLICIES))
-def test_of_equal_entries_the_first_one_wins(models, policy):
-    model = copy.deepcopy(models(75))
-    torch.manual_seed(0)
-    audio = 0.1 * torch.randn(3, 1, 18000)
-    before = model.encoder_model._encode(audio, policy=POLICIES[policy]).audio_codes
-    entries = model.quantizer.codebook.embed
-    used = before.unique()[-20:]
-    unused = torch.tensor([code for code in range(200) if code not in before.unique()])[:20]
-    entries[unused] = entries[used]  # below the codes in use
-    expected = before.clone()
-    for first, second in zip(unused, used, strict=True):
-        expected[before == second] = first
+@pytest.fixture(scope="module")
+def model_with_equal_entries(models):
+    """A model, audio (3, 1, T) and its codes by hand: some entries are repeated below those that the audio uses."""
+    with torch.no_grad():
+        torch.manual_seed(0)
+        model, audio = copy.deepcopy(models(75)), 0.1 * torch.randn(3, 1, 18000)
+        before = model.encode(audio).audio_codes
+        used = before.unique()[-20:]
+        unused = torch.tensor([code for code in range(200) if code not in before])[:20]
+        model.quantizer.codebook.embed[unused] = model.quantizer.codebook.embed[used]
+        expected = before.clone()
+        for first, second in zip(unused, used, strict=True):
+            expected[before == second] = first
     assert used.min() > unused.max() and not torch.equal(before, expected)
-    assert torch.equal(model.encoder_model._encode(audio, policy=POLICIES[policy]).audio_codes, expected)
+    return model, audio, expected
+
+
+def test_of_equal_entries_the_first_one_wins(model_with_equal_entries, policy):
+    model, audio, expected = model_with_equal_entries
+    assert torch.equal(model.encoder_model._encode(audio, policy=policy).audio_codes, expected)
+
+
+def test_of_equal_entries_the_first_one_wins_in_plain_compiled_and_streamed_encoding(model_with_equal_entries):
+    model, audio, expected = model_with_equal_entries
     with torch.enable_grad():  # plain layers
-        assert torch.equal(model.encode(audio[:1], output_latents=True).audio_codes, expected[:1])
+        encoded = model.encode(audio[:1], output_latents=True)
+    assert torch.equal(encoded.audio_codes, expected[:1])
     compiled = torch.compile(model.quantizer.encode, fullgraph=True, backend="aot_eager")
-    latents = model.encode(audio[:1], output_latents=True).latents
-    assert torch.equal(compiled(latents), expected[:1])
+    assert torch.equal(compiled(encoded.latents.detach()), expected[:1])
+    stream = EncodeStream(model)
+    assert torch.equal(torch.cat([stream.push(audio[0, 0]), stream.flush()]), expected[0, 0])
 
 
 def test_latents_that_are_not_finite_are_refused(tiny_model):

@@ -25,7 +25,9 @@ from .modeling_wavtokenizer_precision import full_float32
 class EncodePolicy:
     """Which rows are computed together, and in what chunks. Measured by benchmarks/batches.py and long_audio.py."""
 
-    together_seconds: float  # rows up to this length go through all layers together; infinity: all rows, near ties included
+    together_seconds: (
+        float  # rows up to this length go through all layers together; infinity: all rows, near ties included
+    )
     shared_lstm_seconds: float  # longer rows up to this length share the steps of the LSTM; the rest go one by one
     block_seconds: float | None  # length of the blocks in which one clip goes through the convolutions
     chunk_seconds: float = 60.0  # longer rows are encoded in chunks of this length, in constant memory
