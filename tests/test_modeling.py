@@ -177,7 +177,7 @@ def test_batch_gives_each_row_what_it_gets_alone(tiny_model, policy, lengths, pa
     short=st.lists(st.integers(1, 400), min_size=0, max_size=2),
     padding_side=st.sampled_from(["left", "right"]),
 )
-def test_batch_gives_each_row_what_it_gets_alone_at_full_size(models, rate, policy, lengths, short, padding_side):
+def test_batch_gives_each_row_what_it_gets_alone_at_full_size(models, rate, name, lengths, short, padding_side):
     rng = np.random.default_rng(sum(lengths))
     clips = [(0.1 * rng.standard_normal(length)).astype(np.float32) for length in lengths + short]
     check_rows(models(rate), clips, padding_side, POLICIES[name])
