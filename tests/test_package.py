@@ -17,6 +17,7 @@ CORE = (
     "modeling_wavtokenizer_cpu",
     "modeling_wavtokenizer_encoder",
     "modeling_wavtokenizer_padding",
+    "modeling_wavtokenizer_pickling",
     "modeling_wavtokenizer_precision",
     "modeling_wavtokenizer_windows",
 )

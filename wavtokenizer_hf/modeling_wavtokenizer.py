@@ -18,12 +18,10 @@ This file is copied unchanged into every Hub repository that we write. It import
 transformers and its siblings, and nothing else.
 """
 
-import copy
 import hashlib
 import math
 from dataclasses import dataclass
 from functools import partial
-from pickle import PicklingError
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +37,7 @@ from .modeling_wavtokenizer_batching import EncodePolicy, encode_rows
 from .modeling_wavtokenizer_cpu import fast_depthwise, fast_feed_forward, fast_linear, fast_scores
 from .modeling_wavtokenizer_encoder import WavTokenizerEncoder, WavTokenizerLSTMLayers
 from .modeling_wavtokenizer_padding import PaddedBatch
+from .modeling_wavtokenizer_pickling import PicklableModel
 from .modeling_wavtokenizer_precision import Float32Module
 from .modeling_wavtokenizer_windows import decode_windows, window_frames
 
@@ -403,7 +402,7 @@ class WavTokenizerISTFTHead(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class WavTokenizerPreTrainedModel(PreTrainedAudioTokenizerBase):
+class WavTokenizerPreTrainedModel(PicklableModel, PreTrainedAudioTokenizerBase):
     config_class = WavTokenizerConfig
     base_model_prefix = "encoder_model"
     main_input_name = "input_values"
@@ -440,24 +439,6 @@ class WavTokenizerPreTrainedModel(PreTrainedAudioTokenizerBase):
         if self.quantizer.codebook.embed.device.type != "meta":  # offloaded weights cannot be read here
             self.config.codebook_fingerprint = self.codebook_fingerprint
         return super().save_pretrained(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol):
-        # torch refuses to pickle layers with weight norm. So a pickle holds the config and the tensors.
-        with torch.device("meta"):
-            unchanged = type(self)(self.config).state_dict()
-        tensors = self.state_dict()
-        if {name: tensor.shape for name, tensor in tensors.items()} != {n: t.shape for n, t in unchanged.items()}:
-            raise PicklingError(
-                f"Got a {type(self).__name__} whose layers were replaced or resized; only its own layers can be pickled. "
-                "Use save_pretrained, and from_pretrained where the model is needed."
-            )
-        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
-        return _unpickle, (type(self), self.config, tensors, frozen, self.training)
-
-    def __deepcopy__(self, memo):
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return copied
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -496,15 +477,6 @@ class WavTokenizerPreTrainedModel(PreTrainedAudioTokenizerBase):
             init.zeros_(module.cluster_size)
             init.kaiming_uniform_(module.embed)
             init.copy_(module.embed_avg, module.embed)
-
-
-def _unpickle(model_class, config, tensors: dict[str, torch.Tensor], frozen: list[str], training: bool):
-    with torch.device("meta"):
-        model = model_class(config)
-    model.load_state_dict(tensors, assign=True)
-    for name in frozen:
-        model.get_parameter(name).requires_grad_(False)
-    return model.train(training)
 
 
 def _gradients_for(latents: bool) -> torch.set_grad_enabled:
