@@ -237,8 +237,7 @@ def normalize_encoder(state: State, stream: Iterator[Batch]) -> None:
     layers = [module for module in encoder.modules() if isinstance(module, nn.Conv1d)]
     hooks = [layer.register_forward_hook(normalize) for layer in layers]
     try:
-        with torch.enable_grad():  # without gradients the encoder may compute its convolutions by other means
-            encoder(next(stream).audio.to(state.accelerator.device))
+        encoder(next(stream).audio.to(state.accelerator.device))
     finally:
         for hook in hooks:
             hook.remove()
