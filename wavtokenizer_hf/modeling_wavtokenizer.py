@@ -31,7 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedAudioTokenizerBase
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_wavtokenizer import WavTokenizerConfig
+from .configuration_wavtokenizer import WavTokenizerConfig, WavTokenizerEncoderConfig
 from .modeling_wavtokenizer_encoder import (
     EncoderState,
     Kept,
@@ -51,14 +51,15 @@ from .modeling_wavtokenizer_encoder import (
 class WavTokenizerEncoderOutput(ModelOutput):
     """
     Args:
-        audio_codes (`torch.LongTensor` of shape `(B, 1, L)`): codes in [0, K); 0 where the mask is False.
-        audio_codes_mask (`torch.BoolTensor` of shape `(B, 1, L)`): True for the codes of real audio.
+        audio_codes (`torch.LongTensor` of shape `(B, 1, L)`): codes in [0, K); 0 where the mask is 0.
+        audio_codes_mask (`torch.Tensor` of shape `(B, 1, L)`, *optional*): 1 for the codes of real audio, 0 for padding,
+            in the dtype of `padding_mask`; with a `padding_mask`.
         latents (`torch.FloatTensor` of shape `(B, D, L)`, *optional*): the encoder's output before it is quantized,
-            0 where the mask is False; with `output_latents=True`.
+            0 where the mask is 0; with `output_latents=True`.
     """
 
     audio_codes: torch.LongTensor | None = None
-    audio_codes_mask: torch.BoolTensor | None = None
+    audio_codes_mask: torch.Tensor | None = None
     latents: torch.FloatTensor | None = None
 
 
@@ -83,7 +84,7 @@ class WavTokenizerOutput(ModelOutput):
 
     audio_values: torch.FloatTensor | None = None
     audio_codes: torch.LongTensor | None = None
-    audio_codes_mask: torch.BoolTensor | None = None
+    audio_codes_mask: torch.Tensor | None = None
     latents: torch.FloatTensor | None = None
 
 
@@ -645,10 +646,13 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
     It stays in float32 whatever dtype the model is loaded in or moved to: bfloat16 changes most codes.
     """
 
+    config_class = WavTokenizerEncoderConfig
     _keep_in_fp32_modules_strict = ["encoder", "quantizer"]
     _keys_to_ignore_on_load_unexpected = [r"^backbone\.", r"^head\."]
 
-    def __init__(self, config: WavTokenizerConfig):
+    def __init__(self, config: WavTokenizerEncoderConfig | WavTokenizerConfig):
+        if config.model_type != self.config_class.model_type:  # or it would save itself as a whole model
+            config = config.encoder_config
         super().__init__(config)
         self.encoder = WavTokenizerEncoder(config)
         self.quantizer = WavTokenizerQuantizer(config)
@@ -669,16 +673,16 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
         Args:
             input_values (`torch.FloatTensor` of shape `(B, 1, T)`): audio at `config.sampling_rate`, nominally in
                 [-1, 1]; any float dtype, computed in float32.
-            padding_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real samples, 0 for padding, which may
-                stand on either side and hold anything.
+            padding_mask (`torch.Tensor` of shape `(B, T)` or `(B, 1, T)`, *optional*): 1 for real samples, 0 for
+                padding, which may stand on either side and hold anything.
             output_latents (`bool`): also return the encoder's output before it is quantized.
             chunk_seconds (`float`, *optional*): work on chunks of at most this length (but of 4 frames or more), so that
                 memory does not grow with T; the codes are those of the whole. By default 3 s on a CPU for clips above
                 6 s, which is also faster there, and 60 s elsewhere.
 
         Returns:
-            [`WavTokenizerEncoderOutput`]: `audio_codes` and `audio_codes_mask` (B, 1, L) with L = ceil(T / hop). A row
-            padded on the left has its codes at the right end.
+            [`WavTokenizerEncoderOutput`]: `audio_codes` and, with a padding mask, `audio_codes_mask` (B, 1, L) with
+            L = ceil(T / hop). A row padded on the left has its codes at the right end.
 
         Raises (but a compiled graph cannot look at values, and checks shapes and dtypes only):
             ValueError: audio of another shape or dtype, without samples or not finite; a mask of another shape, or one
@@ -687,7 +691,7 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
         audio, rows = self._read_audio(input_values, padding_mask)
         with _gradients_for(output_latents):
             latents, audio_codes = self._encode_rows(audio, rows, output_latents, chunk_seconds)
-        return self._output(WavTokenizerEncoderOutput, latents, audio_codes, rows)
+        return self._output(WavTokenizerEncoderOutput, latents, audio_codes, rows, padding_mask)
 
     def forward(
         self,
@@ -719,6 +723,8 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
                 "least one clip of one sample: WavTokenizer is mono. The feature extractor gives this shape."
             )
         batch_size, _, size = input_values.shape
+        if isinstance(padding_mask, torch.Tensor) and padding_mask.shape == input_values.shape:
+            padding_mask = padding_mask[:, 0]
         rows = Rows.from_mask(padding_mask, "padding_mask", (batch_size, size))
         audio = input_values.float() if rows is None else rows.to_front(input_values.float())
         # a sum needs no memory, unlike a mask; it may overflow, so only the mask can tell in the end
@@ -806,13 +812,12 @@ class WavTokenizerEncoderModel(_Float32, WavTokenizerPreTrainedModel):
                 latents[..., place : state.num_frames] = new_latents
         return latents, audio_codes
 
-    def _output(self, output_class, latents, audio_codes, rows: Rows | None, **fields):
+    def _output(self, output_class, latents, audio_codes, rows: Rows | None, padding_mask, **fields):
         """Puts the codes and latents of each row where its audio was, beside a mask that says so."""
-        if rows is None:
-            mask = torch.ones_like(audio_codes, dtype=torch.bool)
-        else:
+        mask = None if padding_mask is None else torch.ones_like(audio_codes, dtype=padding_mask.dtype)
+        if rows is not None:
             frames = rows.frames(self.config.hop_length)
-            audio_codes, mask = frames.to_place(audio_codes), frames.mask()
+            audio_codes, mask = frames.to_place(audio_codes), frames.mask().to(mask.dtype)
             latents = None if latents is None else frames.to_place(latents)
         return output_class(audio_codes=audio_codes, audio_codes_mask=mask, latents=latents, **fields)
 
@@ -832,7 +837,7 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
 
     def __init__(self, config: WavTokenizerConfig):
         super().__init__(config)
-        self.encoder_model = WavTokenizerEncoderModel(config)
+        self.encoder_model = WavTokenizerEncoderModel(config.encoder_config)
         self.backbone = WavTokenizerBackbone(config)
         self.head = WavTokenizerISTFTHead(config)
         self.post_init()
@@ -841,16 +846,16 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
     def quantizer(self) -> WavTokenizerQuantizer:
         return self.encoder_model.quantizer
 
+    @can_return_tuple
     def encode(
         self,
         input_values: torch.Tensor,
         padding_mask: torch.Tensor | None = None,
         output_latents: bool = False,
         chunk_seconds: float | None = None,
-        **kwargs,
     ) -> WavTokenizerEncoderOutput:
         """Audio to codes; see [`WavTokenizerEncoderModel.encode`]."""
-        return self.encoder_model.encode(input_values, padding_mask, output_latents, chunk_seconds, **kwargs)
+        return self.encoder_model.encode(input_values, padding_mask, output_latents, chunk_seconds, return_dict=True)
 
     @can_return_tuple
     def decode(
@@ -918,7 +923,9 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         audio_values = self._decode_rows(audio_codes, frames, bandwidth_id)[..., : input_values.shape[-1]]
         if rows is not None:
             audio_values = rows.to_place(audio_values)
-        return self.encoder_model._output(WavTokenizerOutput, latents, audio_codes, rows, audio_values=audio_values)
+        return self.encoder_model._output(
+            WavTokenizerOutput, latents, audio_codes, rows, padding_mask, audio_values=audio_values
+        )
 
     def _read_codes(self, audio_codes: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, Rows | None]:
         """Checks the caller's codes -> codes (B, 1, L), int64, with their rows at the front, and where those were."""
