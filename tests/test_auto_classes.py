@@ -1,4 +1,4 @@
-"""The three worlds of a Hub folder: this package imported, absent, and beside a transformers that has its own port."""
+"""A Hub folder with this package imported, and absent. Beside transformers' own WavTokenizer: see test_native.py."""
 
 import inspect
 import json
@@ -25,7 +25,7 @@ from wavtokenizer_hf import (
 
 ROOT = Path(__file__).parent.parent
 
-# config.json of the port under review in transformers, as its published folders have it (75 tokens/s)
+# config.json as the native model's published folders have it (75 tokens/s)
 PORT_CONFIG = {
     "adanorm_num_embeddings": 4, "architectures": ["WavTokenizerModel"], "audio_channels": 1, "codebook_dim": 512,
     "codebook_size": 4096, "compress": 2, "decoder_attention_num_groups": 32, "decoder_hidden_size": 768,
@@ -132,22 +132,25 @@ def test_code_files_are_copied_unchanged(saved):
         assert (saved / file).read_bytes() == (ROOT / "wavtokenizer_hf" / file).read_bytes()
 
 
-def test_the_package_imports_where_transformers_has_a_wavtokenizer_of_its_own():
+def test_the_package_imports_twice_and_beside_an_auto_class_to_come(saved):
+    """AutoAudioProcessor is to take the place of AutoFeatureExtractor; here it is one that notes what it is told."""
     code = """
-        from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-        class Native(PreTrainedConfig):
-            model_type = "wavtokenizer"
-        class NativeModel(PreTrainedModel):
-            config_class = Native
-        AutoConfig.register("wavtokenizer", Native)
-        AutoModel.register(Native, NativeModel)
+        import sys, importlib, transformers
+        registered = []
+        class AutoAudioProcessor:
+            def register(*arguments, exist_ok=False):
+                registered.append((*arguments, exist_ok))
+        transformers.AutoAudioProcessor = AutoAudioProcessor
         import wavtokenizer_hf
-        import importlib
         importlib.reload(wavtokenizer_hf)
-        config = AutoConfig.for_model("wavtokenizer")
+        expected = (wavtokenizer_hf.WavTokenizerConfig, wavtokenizer_hf.WavTokenizerFeatureExtractor, True)
+        assert registered.count(expected) == 2, registered
+        config = transformers.AutoConfig.for_model("wavtokenizer")
         assert type(config) is wavtokenizer_hf.WavTokenizerConfig, type(config)
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(sys.argv[1])
+        assert type(extractor) is wavtokenizer_hf.WavTokenizerFeatureExtractor, type(extractor)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(saved)], check=True, cwd=ROOT)
 
 
 def test_a_folder_of_the_port_loads_here_with_nothing_missing_or_unexpected(folders, models, tmp_path):
@@ -210,6 +213,7 @@ def test_public_names():
     assert set(wavtokenizer_hf.__all__) == {
         "WavTokenizerConfig",
         "WavTokenizerDecoderOutput",
+        "WavTokenizerEncoderConfig",
         "WavTokenizerEncoderModel",
         "WavTokenizerEncoderOutput",
         "WavTokenizerFeatureExtractor",

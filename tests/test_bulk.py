@@ -201,11 +201,11 @@ def test_the_known_answer_of_published_weights_comes_out_of_the_parquet(tmp_path
 def test_the_peak_level_that_the_model_asks_for_is_kept(place, model, run, tmp_path):
     shutil.copytree(place / "model", tmp_path / "apertus")
     config = json.loads((tmp_path / "apertus" / "preprocessor_config.json").read_text())
-    (tmp_path / "apertus" / "preprocessor_config.json").write_text(json.dumps({**config, "peak_dbfs": -3}))
+    (tmp_path / "apertus" / "preprocessor_config.json").write_text(json.dumps({**config, "normalize_audio": True}))
     waveform = np.random.default_rng(0).uniform(-0.1, 0.1, 2000).astype(np.float32)
     soundfile.write(tmp_path / "quiet.wav", waveform, 24000, subtype="FLOAT")
     run(tmp_path / "quiet.wav", model=str(tmp_path / "apertus"))
-    scaled = waveform / np.abs(waveform).max() * np.float32(10 ** (-3 / 20))
+    scaled = waveform * np.float32(10 ** (-3 / 20) / np.abs(waveform).max().item())
     with torch.no_grad():
         expected = model.encode(torch.from_numpy(scaled)[None, None]).audio_codes[0, 0].tolist()
         unscaled = model.encode(torch.from_numpy(waveform)[None, None]).audio_codes[0, 0].tolist()

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioTokenization
-
-from .configuration_wavtokenizer import WavTokenizerConfig
+from .auto_classes import register as _register_auto_classes
+from .configuration_wavtokenizer import WavTokenizerConfig, WavTokenizerEncoderConfig
 from .feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 from .modeling_wavtokenizer import (
     WavTokenizerDecoderOutput,
@@ -17,17 +16,7 @@ from .modeling_wavtokenizer import (
 
 __version__ = "0.1.0"
 
-# exist_ok: a transformers with its own "wavtokenizer" must not stop this package from being imported
-AutoConfig.register("wavtokenizer", WavTokenizerConfig, exist_ok=True)
-AutoModel.register(WavTokenizerConfig, WavTokenizerModel, exist_ok=True)
-AutoModelForAudioTokenization.register(WavTokenizerConfig, WavTokenizerModel, exist_ok=True)
-AutoFeatureExtractor.register(WavTokenizerConfig, WavTokenizerFeatureExtractor, exist_ok=True)
-
-# so that save_pretrained writes the code too, and the folder loads with trust_remote_code=True without this package
-WavTokenizerConfig.register_for_auto_class("AutoConfig")
-WavTokenizerModel.register_for_auto_class("AutoModel")
-WavTokenizerEncoderModel.register_for_auto_class("AutoModel")
-WavTokenizerFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
+_register_auto_classes()
 
 
 def bundled_model() -> Path:
@@ -71,6 +60,7 @@ WavTokenizerModel.from_original = classmethod(_from_original)
 __all__ = [
     "WavTokenizerConfig",
     "WavTokenizerDecoderOutput",
+    "WavTokenizerEncoderConfig",
     "WavTokenizerEncoderModel",
     "WavTokenizerEncoderOutput",
     "WavTokenizerFeatureExtractor",

@@ -44,8 +44,8 @@ class _Mapped:
         self.folder_contents = None
         if commit is None:
             model, feature_extractor = self._load("cpu")
-            peak_dbfs = None if feature_extractor is None else feature_extractor.peak_dbfs
-            self.folder_contents = encoding.weights_fingerprint(model), peak_dbfs
+            level = None if feature_extractor is None else encoding.target_peak(feature_extractor)
+            self.folder_contents = encoding.weights_fingerprint(model), level
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None}
