@@ -586,6 +586,24 @@ class WavTokenizerPreTrainedModel(PreTrainedAudioTokenizerBase):
                 "decode them to sound that is not theirs. Load the checkpoint that made them."
             )
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load a model, on the default device of torch unless `device_map` names another.
+
+        Raises:
+            ValueError: there is no such default device.
+        """
+        if kwargs.get("device_map") is None:
+            device = torch.get_default_device()
+            try:
+                torch.empty(0, device=device)
+            except (AssertionError, RuntimeError) as error:  # torch asserts where it was built without that device
+                raise ValueError(
+                    f"Got {str(device)!r} as torch's default device, which cannot be used: {error}. Call "
+                    "torch.set_default_device('cpu'), or pass device_map='cpu'."
+                ) from error
+        return super().from_pretrained(*args, **kwargs)
+
     def save_pretrained(self, *args, **kwargs):
         if self.quantizer.codebook.embed.device.type != "meta":  # offloaded weights cannot be read here
             self.config.codebook_fingerprint = self.codebook_fingerprint
