@@ -196,6 +196,20 @@ def test_after_a_load_every_tensor_is_the_files(saved):
         assert torch.equal(tensor, file[name]), name
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "xpu:99"])
+def test_a_default_device_that_does_not_exist_is_named_with_the_remedy(saved, device):
+    torch.set_default_device(device)
+    try:
+        for load in (WavTokenizerModel.from_pretrained, AutoModel.from_pretrained):
+            with pytest.raises(
+                ValueError, match=rf"'{device}' as torch's default device.*set_default_device\('cpu'\)"
+            ):
+                load(saved)
+        assert WavTokenizerModel.from_pretrained(saved, device_map="cpu").device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+
+
 def test_audio_after_a_load_equals_the_models_in_memory(saved, tiny_model):
     codes = torch.randint(0, 64, (1, 1, 30))
     loaded = WavTokenizerModel.from_pretrained(saved).eval()
@@ -220,4 +234,5 @@ def test_public_names():
         "WavTokenizerModel",
         "WavTokenizerOutput",
         "bundled_model",
+        "upgrade",
     }

@@ -12,6 +12,7 @@ from .modeling_wavtokenizer import (
     WavTokenizerModel,
     WavTokenizerOutput,
 )
+from .upgrade import upgrade
 
 
 __version__ = "0.1.0"
@@ -67,4 +68,5 @@ __all__ = [
     "WavTokenizerModel",
     "WavTokenizerOutput",
     "bundled_model",
+    "upgrade",
 ]
