@@ -59,7 +59,9 @@ def test_a_native_model_becomes_ours_with_its_own_tensors(native_model, tiny_mod
 
     audio, mask = torch.randn(2, 1, 400), torch.ones(2, 400, dtype=torch.long)
     mask[1, 123:] = 0
-    alone = [model.encode(clip[None, :, : int(real.sum())]).audio_codes[0] for clip, real in zip(audio, mask, strict=True)]
+    alone = [
+        model.encode(clip[None, :, : int(real.sum())]).audio_codes[0] for clip, real in zip(audio, mask, strict=True)
+    ]
     together = ours.encode(audio, mask)
     for row, codes in enumerate(alone):
         assert torch.equal(together.audio_codes[row, :, : codes.shape[-1]], codes)
