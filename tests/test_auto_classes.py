@@ -88,6 +88,7 @@ def test_remote_code_gives_the_same_codes_and_survives_being_saved_again(saved, 
     audio = torch.randn(1, 1, 400)
     expected = tiny_model(audio)
     np.save(tmp_path / "audio.npy", audio.numpy())
+    tiny_model.encoder_model.save_pretrained(tmp_path / "encoder")
     run_without_the_package(
         """
         import json, numpy as np, torch
@@ -95,6 +96,10 @@ def test_remote_code_gives_the_same_codes_and_survives_being_saved_again(saved, 
         names = json.loads(sys.argv[1])
         audio = np.load(names["audio"])
         folder = names["saved"]
+        encoder = AutoModel.from_pretrained(names["encoder"], trust_remote_code=True).eval()
+        assert type(encoder).__module__.startswith("transformers_modules"), type(encoder)
+        assert type(encoder.config).__name__ == "WavTokenizerEncoderConfig", type(encoder.config)
+        np.save(names["encoder"] + "/codes.npy", encoder.encode(torch.from_numpy(audio)).audio_codes)
         for times in ("first", "second"):  # load remotely, save, load what was saved, save that
             config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
             model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
@@ -112,8 +117,10 @@ def test_remote_code_gives_the_same_codes_and_survives_being_saved_again(saved, 
         tmp_path,
         audio=tmp_path / "audio.npy",
         saved=saved,
+        encoder=tmp_path / "encoder",
         again=tmp_path / "again_",
     )
+    np.testing.assert_array_equal(np.load(tmp_path / "encoder" / "codes.npy"), expected.audio_codes.numpy())
     for times in ("first", "second"):
         output = np.load(tmp_path / f"again_{times}" / "output.npz")
         np.testing.assert_array_equal(output["codes"], expected.audio_codes.numpy())
