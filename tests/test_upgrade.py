@@ -221,3 +221,41 @@ def test_an_upgraded_apertus_computes_and_saves_as_before(apertus, tmp_path):
     assert loaded.model.audio_tokenizer.dtype == torch.float32 and loaded.lm_head.weight.dtype == torch.bfloat16
     tokens = [model.model.get_audio_tokens(clip, mask)[0].tolist() for model in (apertus, loaded)]
     assert tokens[0] == tokens[1]
+
+
+def test_the_processor_of_apertus_takes_our_extractor_for_the_native_one(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import Apertus1p5Processor, AutoFeatureExtractor, PreTrainedTokenizerFast
+    from transformers.image_processing_base import ImageProcessingMixin
+    from transformers.models.wavtokenizer.feature_extraction_wavtokenizer import (
+        WavTokenizerFeatureExtractor as NativeExtractor,
+    )
+
+    class NoImages(ImageProcessingMixin):  # the real one needs torchvision
+        pass
+
+    marks = {f"{name}_token": f"<|{name}|>" for name in (
+        "image", "audio", "boi", "eoi", "image_wrapper", "eol", "boa", "eoa"
+    )}  # fmt: skip
+    words = ["<unk>", "<pad>", "hello", *marks.values()]
+    text = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    text.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=text, unk_token="<unk>", pad_token="<pad>", extra_special_tokens=marks
+    )
+    clips = [np.random.default_rng(n).uniform(-0.3, 0.3, n).astype(np.float32) for n in (100, 40)]
+    outputs = []
+    for extractor_class in (NativeExtractor, WavTokenizerFeatureExtractor):
+        extractor = extractor_class(hop_length=16, normalize_audio=True)
+        processor = Apertus1p5Processor(NoImages(), extractor, tokenizer)
+        outputs.append(
+            processor(["hello <|audio|>", "<|audio|> hello"], audio=clips, padding=True, return_tensors="pt")
+        )
+        processor.save_pretrained(tmp_path)
+        loaded = AutoFeatureExtractor.from_pretrained(tmp_path)  # from its processor_config.json
+        assert type(loaded) is WavTokenizerFeatureExtractor and loaded.normalize_audio
+    native_output, output = outputs
+    assert native_output.keys() == output.keys()
+    for name, tensor in native_output.items():
+        assert torch.equal(tensor, output[name]), name
+    assert (output["input_ids"] == words.index("<|audio|>")).sum(1).tolist() == [7, 3]
