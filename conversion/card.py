@@ -19,7 +19,7 @@ REPOSITORY_URL = "https://github.com/jishengpeng/WavTokenizer"
 NEXT_TO_APERTUS = """
 Apertus 1.5 scales each clip to a peak of -3 dBFS (`normalize_audio=True`) and gives code c the id 262344 + c.
 
-Source: [Apertus 1.5 in transformers](https://github.com/huggingface/transformers/tree/v5.24.0/src/transformers/models/apertus1p5).
+Source: [Apertus 1.5 in transformers](https://github.com/huggingface/transformers/tree/main/src/transformers/models/apertus1p5).
 """
 
 
