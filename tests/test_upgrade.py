@@ -249,7 +249,7 @@ def test_the_processor_of_apertus_takes_our_extractor_for_the_native_one(tmp_pat
         extractor = extractor_class(hop_length=16, normalize_audio=True)
         processor = Apertus1p5Processor(NoImages(), extractor, tokenizer)
         outputs.append(
-            processor(["hello <|audio|>", "<|audio|> hello"], audio=clips, padding=True, return_tensors="pt")
+            processor(text=["hello <|audio|>", "<|audio|> hello"], audio=clips, padding=True, return_tensors="pt")
         )
         processor.save_pretrained(tmp_path)
         loaded = AutoFeatureExtractor.from_pretrained(tmp_path)  # from its processor_config.json
