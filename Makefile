@@ -1,5 +1,6 @@
 # make demo   set up, then tokenize the bundled speech file, decode it, plot both; your own: make demo AUDIO=voice.wav
 # make test   set up, then run the tests
+# make test-versions  run the tests of the core with the oldest and the newest transformers that pyproject.toml allows
 # make lint   set up, then check style
 # make setup  set up only
 # Everything goes into .venv; `rm -r .venv` undoes it. Another interpreter: make test PYTHON=python3.12
@@ -9,7 +10,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TRANSFORMERS_TESTS := $(VENV)/transformers_tests
 
-.PHONY: setup demo test test-slow lint clean
+# what changes with transformers: the core, the Auto classes, the feature extractor, transformers' own common tests
+VERSION_TESTS := $(addprefix tests/test_, modeling.py auto_classes.py native.py upgrade.py feature_extraction.py \
+	transformers_common.py package.py)
+# the lower bounds of pyproject.toml
+PACKAGES_oldest := $(shell sed -nE 's/^ *"(transformers|huggingface_hub)>=([0-9.]+)".*/\1==\2/p' pyproject.toml)
+PACKAGES_newest := --upgrade transformers huggingface_hub
+
+.PHONY: setup demo test test-versions test-oldest test-newest test-slow lint clean
 
 setup: $(VENV)/installed
 
@@ -21,6 +29,21 @@ demo: $(VENV)/installed
 test: $(VENV)/installed $(TRANSFORMERS_TESTS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 \
 		-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
+
+test-versions: test-oldest test-newest
+
+test-oldest test-newest: test-%: $(VENV)/versions/%/installed
+	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 $(VERSION_TESTS)
+
+# an environment with these packages only; it borrows all others from .venv
+$(VENV)/versions/%/installed: $(VENV)/installed
+	rm -rf $(@D)
+	$(BIN)/python -m venv --without-pip $(@D)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" > \
+		$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth
+	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet $(PACKAGES_$*)
+	$(call unpack_transformers_tests,$(@D)/bin/python,$(@D)/sdist,$(@D)/transformers_tests)
+	touch $@
 
 test-slow: $(VENV)/installed $(TRANSFORMERS_TESTS)
 	$(BIN)/python -m pytest -m slow
@@ -38,11 +61,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 # transformers' own common tests for models are in its source archive only, not in the package that pip installs
+define unpack_transformers_tests
+	rm -rf $(3) $(2)
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers --dest $(2) \
+		transformers==$$($(1) -c 'from importlib.metadata import version; print(version("transformers"))')
+	$(BIN)/python tests/fixtures/unpack_transformers_tests.py $(2) $(3)
+endef
+
 $(TRANSFORMERS_TESTS): $(VENV)/installed
-	rm -rf $@ $(VENV)/sdist
-	$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers --dest $(VENV)/sdist \
-		transformers==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))')
-	$(BIN)/python tests/fixtures/unpack_transformers_tests.py $(VENV)/sdist $@
+	$(call unpack_transformers_tests,$(BIN)/python,$(VENV)/sdist,$@)
 
 clean:
 	rm -rf $(VENV) demo_output

@@ -53,7 +53,8 @@ def main() -> None:
             for row, clip in enumerate(clips):
                 clip = torch.from_numpy(clip)[None, None].to(arguments.device)
                 alone = model.encode(clip, output_latents=True)
-                other = together.audio_codes[row, 0][together.audio_codes_mask[row, 0]] != alone.audio_codes[0, 0]
+                real = together.audio_codes_mask[row, 0].bool()
+                other = together.audio_codes[row, 0][real] != alone.audio_codes[0, 0]
                 differ, total = differ + int(other.sum()), total + other.numel()
                 if other.any():
                     latents = alone.latents[0].T[other].double()

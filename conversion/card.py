@@ -17,9 +17,9 @@ from .source import Source
 CARDS = Path(__file__).parent.parent / "model_cards"
 REPOSITORY_URL = "https://github.com/jishengpeng/WavTokenizer"
 NEXT_TO_APERTUS = """
-Apertus 1.5 scales each clip to a peak of -3 dBFS, `peak_dbfs=-3` here, and gives code c the id 262344 + c.
+Apertus 1.5 scales each clip to a peak of -3 dBFS (`normalize_audio=True`) and gives code c the id 262344 + c.
 
-Source: [the port in transformers](https://github.com/huggingface/transformers/pull/47662).
+Source: [Apertus 1.5 in transformers](https://github.com/huggingface/transformers/tree/main/src/transformers/models/apertus1p5).
 """
 
 

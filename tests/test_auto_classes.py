@@ -1,4 +1,4 @@
-"""The three worlds of a Hub folder: this package imported, absent, and beside a transformers that has its own port."""
+"""A Hub folder with this package imported, and absent. Beside transformers' own WavTokenizer: see test_native.py."""
 
 import inspect
 import json
@@ -25,7 +25,7 @@ from wavtokenizer_hf import (
 
 ROOT = Path(__file__).parent.parent
 
-# config.json of the port under review in transformers, as its published folders have it (75 tokens/s)
+# config.json as the native model's published folders have it (75 tokens/s)
 PORT_CONFIG = {
     "adanorm_num_embeddings": 4, "architectures": ["WavTokenizerModel"], "audio_channels": 1, "codebook_dim": 512,
     "codebook_size": 4096, "compress": 2, "decoder_attention_num_groups": 32, "decoder_hidden_size": 768,
@@ -88,6 +88,7 @@ def test_remote_code_gives_the_same_codes_and_survives_being_saved_again(saved, 
     audio = torch.randn(1, 1, 400)
     expected = tiny_model(audio)
     np.save(tmp_path / "audio.npy", audio.numpy())
+    tiny_model.encoder_model.save_pretrained(tmp_path / "encoder")
     run_without_the_package(
         """
         import json, numpy as np, torch
@@ -95,6 +96,10 @@ def test_remote_code_gives_the_same_codes_and_survives_being_saved_again(saved, 
         names = json.loads(sys.argv[1])
         audio = np.load(names["audio"])
         folder = names["saved"]
+        encoder = AutoModel.from_pretrained(names["encoder"], trust_remote_code=True).eval()
+        assert type(encoder).__module__.startswith("transformers_modules"), type(encoder)
+        assert type(encoder.config).__name__ == "WavTokenizerEncoderConfig", type(encoder.config)
+        np.save(names["encoder"] + "/codes.npy", encoder.encode(torch.from_numpy(audio)).audio_codes)
         for times in ("first", "second"):  # load remotely, save, load what was saved, save that
             config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
             model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
@@ -112,8 +117,10 @@ def test_remote_code_gives_the_same_codes_and_survives_being_saved_again(saved, 
         tmp_path,
         audio=tmp_path / "audio.npy",
         saved=saved,
+        encoder=tmp_path / "encoder",
         again=tmp_path / "again_",
     )
+    np.testing.assert_array_equal(np.load(tmp_path / "encoder" / "codes.npy"), expected.audio_codes.numpy())
     for times in ("first", "second"):
         output = np.load(tmp_path / f"again_{times}" / "output.npz")
         np.testing.assert_array_equal(output["codes"], expected.audio_codes.numpy())
@@ -132,22 +139,25 @@ def test_code_files_are_copied_unchanged(saved):
         assert (saved / file).read_bytes() == (ROOT / "wavtokenizer_hf" / file).read_bytes()
 
 
-def test_the_package_imports_where_transformers_has_a_wavtokenizer_of_its_own():
+def test_the_package_imports_twice_and_beside_an_auto_class_to_come(saved):
+    """AutoAudioProcessor is to take the place of AutoFeatureExtractor; here it is one that notes what it is told."""
     code = """
-        from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-        class Native(PreTrainedConfig):
-            model_type = "wavtokenizer"
-        class NativeModel(PreTrainedModel):
-            config_class = Native
-        AutoConfig.register("wavtokenizer", Native)
-        AutoModel.register(Native, NativeModel)
+        import sys, importlib, transformers
+        registered = []
+        class AutoAudioProcessor:
+            def register(*arguments, exist_ok=False):
+                registered.append((*arguments, exist_ok))
+        transformers.AutoAudioProcessor = AutoAudioProcessor
         import wavtokenizer_hf
-        import importlib
         importlib.reload(wavtokenizer_hf)
-        config = AutoConfig.for_model("wavtokenizer")
+        expected = (wavtokenizer_hf.WavTokenizerConfig, wavtokenizer_hf.WavTokenizerFeatureExtractor, True)
+        assert registered.count(expected) == 2, registered
+        config = transformers.AutoConfig.for_model("wavtokenizer")
         assert type(config) is wavtokenizer_hf.WavTokenizerConfig, type(config)
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(sys.argv[1])
+        assert type(extractor) is wavtokenizer_hf.WavTokenizerFeatureExtractor, type(extractor)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(saved)], check=True, cwd=ROOT)
 
 
 def test_a_folder_of_the_port_loads_here_with_nothing_missing_or_unexpected(folders, models, tmp_path):
@@ -193,6 +203,20 @@ def test_after_a_load_every_tensor_is_the_files(saved):
         assert torch.equal(tensor, file[name]), name
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "xpu:99"])
+def test_a_default_device_that_does_not_exist_is_named_with_the_remedy(saved, device):
+    torch.set_default_device(device)
+    try:
+        for load in (WavTokenizerModel.from_pretrained, AutoModel.from_pretrained):
+            with pytest.raises(
+                ValueError, match=rf"'{device}' as torch's default device.*set_default_device\('cpu'\)"
+            ):
+                load(saved)
+        assert WavTokenizerModel.from_pretrained(saved, device_map="cpu").device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+
+
 def test_audio_after_a_load_equals_the_models_in_memory(saved, tiny_model):
     codes = torch.randint(0, 64, (1, 1, 30))
     loaded = WavTokenizerModel.from_pretrained(saved).eval()
@@ -210,10 +234,12 @@ def test_public_names():
     assert set(wavtokenizer_hf.__all__) == {
         "WavTokenizerConfig",
         "WavTokenizerDecoderOutput",
+        "WavTokenizerEncoderConfig",
         "WavTokenizerEncoderModel",
         "WavTokenizerEncoderOutput",
         "WavTokenizerFeatureExtractor",
         "WavTokenizerModel",
         "WavTokenizerOutput",
         "bundled_model",
+        "upgrade",
     }

@@ -201,15 +201,43 @@ def test_the_known_answer_of_published_weights_comes_out_of_the_parquet(tmp_path
 def test_the_peak_level_that_the_model_asks_for_is_kept(place, model, run, tmp_path):
     shutil.copytree(place / "model", tmp_path / "apertus")
     config = json.loads((tmp_path / "apertus" / "preprocessor_config.json").read_text())
-    (tmp_path / "apertus" / "preprocessor_config.json").write_text(json.dumps({**config, "peak_dbfs": -3}))
+    (tmp_path / "apertus" / "preprocessor_config.json").write_text(json.dumps({**config, "normalize_audio": True}))
     waveform = np.random.default_rng(0).uniform(-0.1, 0.1, 2000).astype(np.float32)
     soundfile.write(tmp_path / "quiet.wav", waveform, 24000, subtype="FLOAT")
     run(tmp_path / "quiet.wav", model=str(tmp_path / "apertus"))
-    scaled = waveform / np.abs(waveform).max() * np.float32(10 ** (-3 / 20))
+    scaled = waveform * np.float32(10 ** (-3 / 20) / np.abs(waveform).max().item())
     with torch.no_grad():
         expected = model.encode(torch.from_numpy(scaled)[None, None]).audio_codes[0, 0].tolist()
         unscaled = model.encode(torch.from_numpy(waveform)[None, None]).audio_codes[0, 0].tolist()
     assert codes_of(tmp_path / "out")["quiet.wav"] == expected != unscaled
+
+
+def written_with_peak_dbfs(folder, level) -> None:
+    """Make an output folder what it was before the peak level had the names of transformers."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["settings"]["target_peak_dB_FS"]
+    manifest["settings"]["peak_dbfs"] = level
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for path in (folder / "data").glob("*.parquet"):
+        table = parquet.read_table(path)
+        part = json.loads(table.schema.metadata[output.METADATA])
+        part["settings"] = manifest["settings"]
+        metadata = {**table.schema.metadata, output.METADATA: json.dumps(part).encode()}
+        parquet.write_table(table.replace_schema_metadata(metadata), path)
+
+
+def test_a_run_from_before_the_level_was_renamed_goes_on(run, place, tmp_path):
+    one = next(path for path in sorted((place / "corpus").rglob("*.wav")) if path.stat().st_size > 100)
+    shutil.copy(one, tmp_path / "one.wav")
+    run(tmp_path / "one.wav")
+    before = codes_of(tmp_path / "out")
+    written_with_peak_dbfs(tmp_path / "out", None)
+    assert run(tmp_path / "one.wav").done_now.num_clips == 0 and codes_of(tmp_path / "out") == before
+
+    # its clips were scaled with another rounding
+    written_with_peak_dbfs(tmp_path / "out", -3)
+    with pytest.raises(ValueError, match=r"made with target_peak_dB_FS '-3 \(as peak_dbfs\)', and this run has None"):
+        run(tmp_path / "one.wav")
 
 
 @given(st.lists(st.integers(1, 1000), max_size=50), st.integers(1, 3000))

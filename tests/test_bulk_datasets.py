@@ -14,7 +14,7 @@ from bulk_corpus import save_model, train_encoder
 from conftest import tiny_config
 from datasets.fingerprint import Hasher
 
-from wavtokenizer_hf import WavTokenizerModel, audio
+from wavtokenizer_hf import WavTokenizerEncoderModel, WavTokenizerFeatureExtractor, WavTokenizerModel, audio
 from wavtokenizer_hf.bulk import (
     AudioDetokenizer,
     AudioTokenizer,
@@ -195,8 +195,19 @@ def test_models_of_another_peak_level_are_told_apart(folder, tmp_path):
     shutil.copytree(folder / "model", tmp_path / "model")
     before = Hasher.hash(AudioTokenizer(str(tmp_path / "model")))
     config = json.loads((tmp_path / "model" / "preprocessor_config.json").read_text())
-    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps({**config, "peak_dbfs": -3}))
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps({**config, "normalize_audio": True}))
     assert Hasher.hash(AudioTokenizer(str(tmp_path / "model"))) != before
+
+
+def test_an_encoder_saved_alone_tokenizes_and_does_not_decode(folder, dataset, tmp_path):
+    encoder = WavTokenizerEncoderModel.from_pretrained(folder / "model")
+    encoder.save_pretrained(tmp_path / "encoder")
+    WavTokenizerFeatureExtractor.from_pretrained(folder / "model").save_pretrained(tmp_path / "encoder")
+    rows = dataset.select(range(3))
+    alone, whole = (tokenize_dataset(rows, str(model)) for model in (tmp_path / "encoder", folder / "model"))
+    assert alone["audio_codes"][:] == whole["audio_codes"][:]
+    with pytest.raises(ValueError, match="holds an encoder only"):
+        AudioDetokenizer(str(tmp_path / "encoder"))
 
 
 def test_a_model_that_cannot_be_loaded_is_said_at_once():

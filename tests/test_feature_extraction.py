@@ -1,5 +1,6 @@
 """The feature extractor: shapes, padding, peak level, and what it refuses."""
 
+import json
 import logging
 
 import numpy as np
@@ -15,7 +16,7 @@ SHORT = CLIP[:300]
 
 
 def extract(audio, **arguments):
-    extractor_arguments = {key: arguments.pop(key) for key in ("padding_side", "peak_dbfs") if key in arguments}
+    extractor_arguments = {key: arguments.pop(key) for key in ("padding_side",) if key in arguments}
     extractor = WavTokenizerFeatureExtractor(hop_length=320, **extractor_arguments)
     return extractor(audio, **{"sampling_rate": 24000, "return_tensors": "pt", **arguments})
 
@@ -65,28 +66,36 @@ def test_without_padding_clips_keep_their_lengths():
 
 def test_the_callers_audio_is_never_changed():
     audio = CLIP.copy()
-    extract([audio, SHORT], peak_dbfs=-3)
+    extract([audio, SHORT], normalize_audio=True)
     np.testing.assert_array_equal(audio, CLIP)
 
 
 @pytest.mark.parametrize("where", ["attribute", "argument"])
-def test_the_peak_gets_the_level_asked_for(where):
-    extractor = WavTokenizerFeatureExtractor(peak_dbfs=-3 if where == "attribute" else None)
-    arguments = {} if where == "attribute" else {"peak_dbfs": -3}
+@pytest.mark.parametrize("level", [-3.0, -10, 0])
+def test_the_peak_gets_the_level_asked_for(where, level):
+    fields = {"normalize_audio": True, "target_peak_dB_FS": level}
+    extractor = WavTokenizerFeatureExtractor(**(fields if where == "attribute" else {}))
+    arguments = fields if where == "argument" else {}
     features = extractor([CLIP, SHORT], sampling_rate=24000, **arguments)
     for row, clip in enumerate((CLIP, SHORT)):
         scaled = features["input_values"][row, 0, : len(clip)]
-        assert 20 * np.log10(np.abs(scaled).max()) == pytest.approx(-3, abs=1e-4)
+        assert 20 * np.log10(np.abs(scaled).max()) == pytest.approx(level, abs=1e-4)
         np.testing.assert_allclose(scaled / np.abs(scaled).max(), clip / np.abs(clip).max(), atol=1e-6)
 
 
-def test_the_faintest_audio_is_scaled_without_overflow():
-    features = extract(np.array([1e-40, 0, 1e-41], np.float32), peak_dbfs=-3)
-    assert features["input_values"].abs().max().item() == pytest.approx(10 ** (-3 / 20), rel=1e-4)
+def test_an_argument_overrides_the_attribute():
+    extractor = WavTokenizerFeatureExtractor(normalize_audio=True, target_peak_dB_FS=-6.0)
+    peaks = [
+        np.abs(extractor(CLIP, sampling_rate=24000, **arguments)["input_values"]).max()
+        for arguments in ({}, {"target_peak_dB_FS": -12.0}, {"normalize_audio": False})
+    ]
+    assert peaks == pytest.approx([10 ** (-6 / 20), 10 ** (-12 / 20), np.abs(CLIP).max()], rel=1e-5)
 
 
-def test_silence_stays_silence_at_any_peak():
-    assert extract(np.zeros(10, np.float32), peak_dbfs=-3)["input_values"].abs().max() == 0
+def test_the_faintest_audio_is_not_blown_up_and_silence_stays_silence():
+    for peak, expected in ((1e-9, 10 ** (-3 / 20)), (1e-40, 0), (0, 0)):
+        features = extract(np.array([peak, 0, peak / 2], np.float32), normalize_audio=True)
+        assert features["input_values"].abs().max().item() == pytest.approx(expected, rel=1e-4, abs=1e-25)
 
 
 def test_levels_stay_as_they_are_unless_asked():
@@ -125,8 +134,16 @@ def test_a_missing_sampling_rate_is_warned_about(caplog, monkeypatch):
         (np.array([0, 0.1, np.nan], np.float32), {}, "audio holds nan at sample 2"),
         ([CLIP, np.array([0, -np.inf])], {}, r"audio\[1\] holds -inf at sample 1"),
         (np.array([0.1, 1e300]), {}, "holds inf at sample 1"),
-        (CLIP, {"peak_dbfs": 3}, "peak_dbfs=3, expected a level of at most 0"),
-        (CLIP, {"peak_dbfs": -np.inf}, "peak_dbfs=-inf, expected a level"),
+        (
+            CLIP,
+            {"normalize_audio": True, "target_peak_dB_FS": 3},
+            "target_peak_dB_FS=3, expected a level of at most 0",
+        ),
+        (CLIP, {"normalize_audio": True, "target_peak_dB_FS": -np.inf}, "target_peak_dB_FS=-inf, expected a level"),
+        (CLIP, {"target_peak_dB_FS": -3}, "target_peak_dB_FS=-3 without normalize_audio"),
+        ([CLIP, SHORT], {"truncation": True}, "Pass max_length"),
+        ([CLIP, SHORT], {"padding": "max_length"}, "Pass max_length"),
+        ([CLIP, SHORT], {"padding": "middle"}, "middle is not a valid PaddingStrategy"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
@@ -138,3 +155,53 @@ def test_refuses(audio, arguments, message):
 def test_more_than_one_feature_is_refused():
     with pytest.raises(ValueError, match="feature_size=2"):
         WavTokenizerFeatureExtractor(feature_size=2)
+
+
+def folder_with(tmp_path, **fields):
+    """A folder with the fields of a preprocessor_config.json as it was before it had the native names, and others."""
+    old = {"feature_extractor_type": "WavTokenizerFeatureExtractor", "hop_length": 320, "sampling_rate": 24000}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**old, **fields}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("fields", "normalize_audio", "level"),
+    [
+        ({"peak_dbfs": None}, False, -3.0),
+        ({"peak_dbfs": -6}, True, -6),
+        ({"peak_dbfs": -3, "normalize_audio": True}, True, -3.0),
+        ({"peak_dbfs": -6, "normalize_audio": True, "target_peak_dB_FS": -6.0}, True, -6),
+        ({"peak_dbfs": None, "normalize_audio": False, "target_peak_dB_FS": -9.0}, False, -9.0),
+    ],
+)
+def test_the_old_name_of_the_level_is_read_and_saved_as_the_new_ones(tmp_path, fields, normalize_audio, level):
+    extractor = WavTokenizerFeatureExtractor.from_pretrained(folder_with(tmp_path, **fields))
+    assert (extractor.normalize_audio, extractor.target_peak_dB_FS) == (normalize_audio, level)
+    extractor.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert (saved["normalize_audio"], saved["target_peak_dB_FS"]) == (normalize_audio, level)
+    assert "peak_dbfs" not in saved
+
+
+@pytest.mark.parametrize(
+    ("fields", "other"),
+    [
+        ({"peak_dbfs": -3, "normalize_audio": False}, "normalize_audio=False"),
+        ({"peak_dbfs": None, "normalize_audio": True}, "normalize_audio=True"),
+        ({"peak_dbfs": -6, "normalize_audio": True, "target_peak_dB_FS": -3.0}, "target_peak_dB_FS=-3.0"),
+        ({"peak_dbfs": -6, "normalize_audio": True}, "target_peak_dB_FS=-3.0"),
+    ],
+)
+def test_an_old_and_a_new_name_that_disagree_are_refused(tmp_path, fields, other):
+    with pytest.raises(ValueError, match=f"peak_dbfs={fields['peak_dbfs']} and {other}, which disagree. Remove"):
+        WavTokenizerFeatureExtractor.from_pretrained(folder_with(tmp_path, **fields))
+
+
+def test_the_old_name_as_an_argument_is_told_the_new_one(tmp_path):
+    for make in (
+        WavTokenizerFeatureExtractor,
+        lambda **a: WavTokenizerFeatureExtractor.from_pretrained(tmp_path, **a),
+    ):
+        folder_with(tmp_path)
+        with pytest.raises(TypeError, match=r"peak_dbfs=-3.*normalize_audio=True and target_peak_dB_FS"):
+            make(peak_dbfs=-3)

@@ -458,7 +458,8 @@ def test_encode_and_decode_compile_to_one_graph(tiny_model):
             expected = tiny_model.encode(*arguments)
             compiled = encode(*arguments)
             assert torch.equal(compiled.audio_codes, expected.audio_codes)
-            assert torch.equal(compiled.audio_codes_mask, expected.audio_codes_mask)
+            if len(arguments) == 2:
+                assert torch.equal(compiled.audio_codes_mask, expected.audio_codes_mask)
             expected_audio = tiny_model.decode(expected.audio_codes, 0, expected.audio_codes_mask).audio_values
             compiled_audio = decode(expected.audio_codes, 0, expected.audio_codes_mask).audio_values
             torch.testing.assert_close(compiled_audio, expected_audio, atol=1e-5, rtol=0)
@@ -624,7 +625,7 @@ def mask_with(value, *places):
         (torch.full((1, 1, 100), float("nan")), None, "Row 0 of input_values holds NaN"),
         (torch.full((1, 1, 100), float("inf")), None, "Row 0 of input_values holds NaN or infinite"),
         (AUDIO, torch.ones(2, 99), r"padding_mask of shape \(2, 99\), expected a tensor of shape \(2, 100\)"),
-        (AUDIO, torch.ones(2, 1, 100), r"padding_mask of shape \(2, 1, 100\)"),
+        (AUDIO, torch.ones(2, 2, 100), r"padding_mask of shape \(2, 2, 100\)"),
         (AUDIO, [[1] * 100] * 2, "padding_mask of shape list"),
         (AUDIO, mask_with(0.5, (0, 3)), "other than 0 and 1"),
         (AUDIO, mask_with(0, (1, 50)), "Row 1 of padding_mask has gaps"),

@@ -10,6 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "wavtokenizer_hf"
 CORE = (
+    "auto_classes",
     "configuration_wavtokenizer",
     "feature_extraction_wavtokenizer",
     "modeling_wavtokenizer",
@@ -82,6 +83,11 @@ def test_the_core_imports_what_every_hub_user_has_and_no_room(name):
         "modeling_wavtokenizer_batching": {f".modeling_wavtokenizer_{n}" for n in ("encoder", "padding", "precision")},
         "modeling_wavtokenizer_encoder": {".configuration_wavtokenizer", *ENCODER_SIBLINGS},
         "modeling_wavtokenizer_windows": {".modeling_wavtokenizer_padding"},
+        "auto_classes": {
+            ".configuration_wavtokenizer",
+            ".feature_extraction_wavtokenizer",
+            ".modeling_wavtokenizer",
+        },
     }.get(name, set())
     outside = imports(PACKAGE / f"{name}.py") - allowed - set(sys.stdlib_module_names)
     assert outside <= CORE_DEPENDENCIES, f"the core imports {outside - CORE_DEPENDENCIES}"
@@ -117,7 +123,7 @@ def test_everything_imports_without_the_extras_and_says_which_is_missing(tmp_pat
     code = """
 import sys
 for name in ("soundfile", "soxr", "matplotlib", "datasets", "torchaudio", "torchcodec", "accelerate", "tensorboard",
-             "scipy", "librosa", "pesq", "pystoi", "auraloss", "pyarrow", "ray"):
+             "scipy", "sklearn", "librosa", "pesq", "pystoi", "auraloss", "pyarrow", "ray"):
     sys.modules[name] = None
 import pkgutil, importlib, wavtokenizer_hf, conversion.convert
 for module in pkgutil.walk_packages(wavtokenizer_hf.__path__, "wavtokenizer_hf."):

@@ -175,7 +175,8 @@ class FeatureExtractionTester:
             "sampling_rate": 24000,
             "padding_value": 0.0,
             "hop_length": 320,
-            "peak_dbfs": -3.0,
+            "normalize_audio": True,
+            "target_peak_dB_FS": -6.0,
         }
 
     def prepare_inputs_for_common(self, equal_length=False, numpify=False):

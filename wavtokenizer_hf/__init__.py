@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioTokenization
-
-from .configuration_wavtokenizer import WavTokenizerConfig
+from .auto_classes import register as _register_auto_classes
+from .configuration_wavtokenizer import WavTokenizerConfig, WavTokenizerEncoderConfig
 from .feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 from .modeling_wavtokenizer import (
     WavTokenizerDecoderOutput,
@@ -15,21 +14,12 @@ from .modeling_wavtokenizer import (
 )
 from .modeling_wavtokenizer_encoder import EncoderState
 from .modeling_wavtokenizer_windows import DecoderState
+from .upgrade import upgrade
 
 
 __version__ = "0.1.0"
 
-# exist_ok: a transformers with its own "wavtokenizer" must not stop this package from being imported
-AutoConfig.register("wavtokenizer", WavTokenizerConfig, exist_ok=True)
-AutoModel.register(WavTokenizerConfig, WavTokenizerModel, exist_ok=True)
-AutoModelForAudioTokenization.register(WavTokenizerConfig, WavTokenizerModel, exist_ok=True)
-AutoFeatureExtractor.register(WavTokenizerConfig, WavTokenizerFeatureExtractor, exist_ok=True)
-
-# so that save_pretrained writes the code too, and the folder loads with trust_remote_code=True without this package
-WavTokenizerConfig.register_for_auto_class("AutoConfig")
-WavTokenizerModel.register_for_auto_class("AutoModel")
-WavTokenizerEncoderModel.register_for_auto_class("AutoModel")
-WavTokenizerFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
+_register_auto_classes()
 
 
 def bundled_model() -> Path:
@@ -75,10 +65,12 @@ __all__ = [
     "EncoderState",
     "WavTokenizerConfig",
     "WavTokenizerDecoderOutput",
+    "WavTokenizerEncoderConfig",
     "WavTokenizerEncoderModel",
     "WavTokenizerEncoderOutput",
     "WavTokenizerFeatureExtractor",
     "WavTokenizerModel",
     "WavTokenizerOutput",
     "bundled_model",
+    "upgrade",
 ]

@@ -17,8 +17,8 @@ class WavTokenizerConfig(PreTrainedConfig):
     Shape of a WavTokenizer: 24 kHz mono audio to one stream of codes and back.
 
     The defaults describe the published 40 tokens/s checkpoints; `upsampling_ratios=[8, 5, 4, 2]` gives the 75 tokens/s
-    ones. Field names and defaults are those of the transformers port of WavTokenizer, so that either side reads the
-    other's config.json; fields that only ever have one value there are checked, not ignored.
+    ones. Field names and defaults are those of the native WavTokenizer of transformers >= 5.24, so that either side
+    reads the other's config.json. A value that this package does not build is refused by name.
 
     Args:
         sampling_rate (`int`, defaults to 24000): Hz of the audio that goes in and comes out.
@@ -106,20 +106,35 @@ class WavTokenizerConfig(PreTrainedConfig):
         """Bits per second of the codes: 900 at 75 codes/s of 4096 entries, 480 at 40."""
         return self.frame_rate * math.log2(self.codebook_size)
 
+    @property
+    def encoder_config(self) -> "WavTokenizerEncoderConfig":
+        """A new config of the encoder alone, with the same fields."""
+        return WavTokenizerEncoderConfig(**_without_classes(self.to_dict()))
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") == WavTokenizerEncoderConfig.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds an encoder only, which cannot make audio. Load it with "
+                "WavTokenizerEncoderModel, its config with WavTokenizerEncoderConfig, or either with the Auto classes."
+            )
+        return config_dict, kwargs
+
     def validate_architecture(self):
-        """Refuses what the model does not implement; part of the `@strict` validation."""
-        implemented = {
+        """Refuses what the model does not build; part of the `@strict` validation."""
+        built = {
             "audio_channels": 1,
             "use_conv_shortcut": True,
             "use_causal_conv": False,
             "pad_mode": "reflect",
             "norm_type": "weight_norm",
         }
-        for name, value in implemented.items():
+        for name, value in built.items():
             if getattr(self, name) != value:
                 raise ValueError(
-                    f"Got {name}={getattr(self, name)!r}; WavTokenizer has {name}={value!r}. "
-                    "Remove the field or use another model class for this checkpoint."
+                    f"Got {name}={getattr(self, name)!r}; wavtokenizer_hf builds {name}={value!r} only. Load such a "
+                    "checkpoint with the WavTokenizer classes of transformers >= 5.24, without wavtokenizer_hf."
                 )
         if self.codebook_dim != self.hidden_size:
             raise ValueError(
@@ -154,6 +169,30 @@ class WavTokenizerConfig(PreTrainedConfig):
         return output
 
 
+@strict
+class WavTokenizerEncoderConfig(WavTokenizerConfig):
+    """
+    Config of [`WavTokenizerEncoderModel`], the encoder and quantizer alone: the fields of [`WavTokenizerConfig`], so
+    that it can be read from the config.json of a whole WavTokenizer. The decoder's fields are not used.
+    """
+
+    model_type = "wavtokenizer_encoder"
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if (
+            config_dict.get("model_type") == WavTokenizerConfig.model_type
+        ):  # a whole WavTokenizer, whose encoder is meant
+            config_dict = _without_classes(config_dict)
+        return config_dict, kwargs
+
+
+def _without_classes(fields: dict) -> dict:
+    """Fields of a whole model's config but for those that name its classes."""
+    return {name: value for name, value in fields.items() if name not in ("model_type", "architectures", "auto_map")}
+
+
 def _plain_auto_map(auto_map: dict) -> dict:
     # transformers takes a class whose name contains "Tokenizer" for a text tokenizer and writes the pair
     # [name, null] instead of the name; its loaders then crash on the pair. (dynamic_module_utils.custom_object_save,
@@ -162,4 +201,4 @@ def _plain_auto_map(auto_map: dict) -> dict:
     return {key: value if isinstance(value, str) else value[0] for key, value in auto_map.items()}
 
 
-__all__ = ["WavTokenizerConfig"]
+__all__ = ["WavTokenizerConfig", "WavTokenizerEncoderConfig"]

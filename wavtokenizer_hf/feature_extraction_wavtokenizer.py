@@ -7,25 +7,31 @@ transformers and nothing else.
 import numpy as np
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.utils import logging
+from transformers.utils import PaddingStrategy, logging
 
 
 logger = logging.get_logger(__name__)
+
+
+_RENAMED = "Got peak_dbfs={}. It has the names of transformers now: normalize_audio=True and target_peak_dB_FS=-3.0."
 
 
 class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
     r"""
     Turns mono waveforms into the model's `input_values` and `padding_mask`.
 
-    It never resamples, mixes channels, clips or rescales by itself: audio that does not fit is refused with a reason.
+    It never resamples, mixes channels or clips: audio that does not fit is refused with a reason. Names, defaults and
+    the scaled samples are those of the native extractor of transformers >= 5.24, and either reads the other's folders.
 
     Args:
         feature_size (`int`, defaults to 1): must be 1, a waveform has one number per time step.
         sampling_rate (`int`, defaults to 24000): Hz that the model was trained on.
         padding_value (`float`, defaults to 0.0): what fills shorter clips of a batch; the model never looks at it.
         hop_length (`int`, defaults to 600): samples per code, 600 for 40 codes/s and 320 for 75 codes/s.
-        peak_dbfs (`float`, *optional*): if given, every clip is scaled so that its largest sample has this level in
-            dBFS (at most 0; full scale is 1.0). The original's inference does not do it; Apertus 1.5 uses -3.
+        normalize_audio (`bool`, defaults to `False`): scale every clip so that its largest sample has the level
+            `target_peak_dB_FS`. The original's inference does not do it; Apertus 1.5 does.
+        target_peak_dB_FS (`float`, defaults to -3.0): level in dBFS, at most 0; full scale is 1.0. Clips with a peak
+            below -200 dBFS count as silence: they are scaled as if their peak were there.
         padding_side (`str`, defaults to `"right"`): `"right"` or `"left"`; codes are the same with both.
     """
 
@@ -37,15 +43,31 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
         sampling_rate: int = 24000,
         padding_value: float = 0.0,
         hop_length: int = 600,
-        peak_dbfs: float | None = None,
+        normalize_audio: bool = False,
+        target_peak_dB_FS: float = -3.0,
         **kwargs,
     ):
         if feature_size != 1:
             raise ValueError(f"Got feature_size={feature_size}; WavTokenizer is mono, so it must be 1.")
-        _check_peak(peak_dbfs)
+        if "peak_dbfs" in kwargs:  # transformers would keep it as an attribute that nothing reads
+            raise TypeError(_RENAMED.format(kwargs["peak_dbfs"]))
+        if normalize_audio:
+            _check_peak(target_peak_dB_FS)
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
         self.hop_length = hop_length
-        self.peak_dbfs = peak_dbfs
+        self.normalize_audio = normalize_audio
+        self.target_peak_dB_FS = target_peak_dB_FS
+
+    @classmethod
+    def from_dict(cls, feature_extractor_dict: dict, **kwargs):
+        """Make an extractor from the fields of a preprocessor_config.json, also one that says `peak_dbfs`.
+
+        Raises:
+            ValueError: `peak_dbfs` and `normalize_audio` or `target_peak_dB_FS` disagree.
+        """
+        if "peak_dbfs" in kwargs:
+            raise TypeError(_RENAMED.format(kwargs["peak_dbfs"]))
+        return super().from_dict(_without_peak_dbfs(feature_extractor_dict), **kwargs)
 
     def get_num_audio_codes(self, num_samples: int) -> int:
         """Number of codes that the model gives for `num_samples` samples of audio: one per started hop."""
@@ -54,13 +76,14 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
     def __call__(
         self,
         audio,
-        sampling_rate: int | None = None,
-        padding=True,
+        padding: bool | str | PaddingStrategy | None = None,
+        truncation: bool | None = False,
         max_length: int | None = None,
-        truncation: bool = False,
-        pad_to_multiple_of: int | None = None,
         return_tensors=None,
-        peak_dbfs: float | None = None,
+        sampling_rate: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        normalize_audio: bool | None = None,
+        target_peak_dB_FS: float | None = None,
     ) -> BatchFeature:
         r"""
         Checks one clip or a batch of clips and pads them to one length.
@@ -68,14 +91,14 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
         Args:
             audio: one clip, or a list or tuple of clips. A clip is a numpy array, a torch tensor or a list of floats,
                 mono, of shape `(T,)` or `(1, T)`, floating point, nominally in [-1, 1], with at least one sample.
+            padding (`bool` or `str`, *optional*): `True` or `"longest"`, which is the default, `"max_length"`, or `False`.
+            truncation (`bool`, defaults to `False`): cut clips longer than `max_length`.
+            max_length (`int`, *optional*): samples, for `padding="max_length"` and `truncation`.
+            return_tensors (`str`, *optional*): `"pt"` or `"np"`; default numpy.
             sampling_rate (`int`): Hz of `audio`; must equal `self.sampling_rate`. Leaving it out is allowed and warned
                 about, since audio at another rate would give wrong codes without any other sign.
-            padding (`bool` or `str`, defaults to `True`): `True` or `"longest"`, `"max_length"`, or `False`.
-            max_length (`int`, *optional*): samples, for `padding="max_length"` and `truncation`.
-            truncation (`bool`, defaults to `False`): cut clips longer than `max_length`.
             pad_to_multiple_of (`int`, *optional*): round the padded length up to a multiple of this.
-            return_tensors (`str`, *optional*): `"pt"` or `"np"`; default numpy.
-            peak_dbfs (`float`, *optional*): overrides the attribute of that name for this call.
+            normalize_audio, target_peak_dB_FS (*optional*): override the attributes of these names for this call.
 
         Returns:
             `BatchFeature` with B clips of T samples each:
@@ -87,28 +110,55 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
 
         Raises:
             ValueError: wrong sampling rate, more than one channel, integer or complex audio, an empty clip, NaN or
-                infinite samples.
+                infinite samples, a level above 0 dBFS or without `normalize_audio`.
         """
         self._check_sampling_rate(sampling_rate)
-        peak_dbfs = self.peak_dbfs if peak_dbfs is None else peak_dbfs
-        _check_peak(peak_dbfs)
+        normalize_audio = self.normalize_audio if normalize_audio is None else normalize_audio
+        if target_peak_dB_FS is not None and not normalize_audio:
+            raise ValueError(
+                f"Got target_peak_dB_FS={target_peak_dB_FS} without normalize_audio, so no clip would be scaled. Pass "
+                "normalize_audio=True too."
+            )
         clips = _clips(audio)
-        if peak_dbfs is not None:
-            clips = [_scale_to_peak(clip, peak_dbfs) for clip in clips]
-
-        padded = self.pad(
-            BatchFeature({"input_values": clips}),
-            padding=padding,
-            max_length=max_length,
-            truncation=truncation,
-            pad_to_multiple_of=pad_to_multiple_of,
-            return_attention_mask=True,
-        )
-        input_values = [clip[None, :] for clip in padded["input_values"]]
-        padding_mask = list(padded["attention_mask"])
-        if len({clip.shape for clip in input_values}) == 1:
-            input_values, padding_mask = np.stack(input_values), np.stack(padding_mask)
+        if normalize_audio:
+            level = self.target_peak_dB_FS if target_peak_dB_FS is None else target_peak_dB_FS
+            _check_peak(level)
+            clips = [_scale_to_peak(clip, level) for clip in clips]
+        input_values, padding_mask = self._pad_clips(clips, padding, truncation, max_length, pad_to_multiple_of)
         return BatchFeature({"input_values": input_values, "padding_mask": padding_mask}, tensor_type=return_tensors)
+
+    def _pad_clips(self, clips, padding, truncation, max_length, multiple):
+        """Clips (T_b,) -> input_values (B, 1, T) and padding_mask (B, T), or lists of each where lengths differ.
+
+        The inherited `pad` would do, but transformers is about to change what it takes (pull request 44394).
+        """
+        named = {True: PaddingStrategy.LONGEST, None: PaddingStrategy.LONGEST, False: PaddingStrategy.DO_NOT_PAD}
+        padding = PaddingStrategy(named.get(padding, padding))
+        if max_length is None and (truncation or padding == PaddingStrategy.MAX_LENGTH):
+            raise ValueError("Truncation and padding='max_length' need max_length, in samples. Pass max_length.")
+        if self.padding_side not in ("right", "left"):
+            raise ValueError(f"Got padding_side={self.padding_side!r}, expected 'right' or 'left'.")
+        multiple = multiple or 1
+        if max_length is not None:
+            max_length = -(-max_length // multiple) * multiple
+        if truncation:
+            clips = [clip[:max_length] for clip in clips]
+        sizes = [len(clip) for clip in clips]
+        if padding == PaddingStrategy.LONGEST:
+            max_length = -(-max(sizes) // multiple) * multiple
+        if padding != PaddingStrategy.DO_NOT_PAD:
+            sizes = [max(size, max_length) for size in sizes]
+        if len(set(sizes)) == 1:
+            input_values = np.full((len(clips), 1, sizes[0]), self.padding_value, np.float32)
+            padding_mask = np.zeros((len(clips), sizes[0]), np.int32)
+        else:
+            input_values = [np.full((1, size), self.padding_value, np.float32) for size in sizes]
+            padding_mask = [np.zeros(size, np.int32) for size in sizes]
+        for clip, values, mask in zip(clips, input_values, padding_mask, strict=True):
+            start = 0 if self.padding_side == "right" else len(mask) - len(clip)
+            values[0, start : start + len(clip)] = clip
+            mask[start : start + len(clip)] = 1
+        return input_values, padding_mask
 
     def _check_sampling_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:
@@ -171,14 +221,36 @@ def _clip(clip, name: str) -> np.ndarray:
     return clip
 
 
-def _check_peak(peak_dbfs: float | None) -> None:
-    if peak_dbfs is not None and not -np.inf < peak_dbfs <= 0:
-        raise ValueError(f"Got peak_dbfs={peak_dbfs}, expected a level of at most 0 dBFS, for example -3.")
+def _check_peak(target_peak_dB_FS: float) -> None:
+    if not -np.inf < target_peak_dB_FS <= 0:
+        raise ValueError(
+            f"Got target_peak_dB_FS={target_peak_dB_FS}, expected a level of at most 0 dBFS, for example -3."
+        )
 
 
-def _scale_to_peak(clip: np.ndarray, peak_dbfs: float) -> np.ndarray:
-    peak = np.abs(clip).max()
-    return clip if peak == 0 else clip / peak * np.float32(10 ** (peak_dbfs / 20))
+def _scale_to_peak(clip: np.ndarray, target_peak_dB_FS: float) -> np.ndarray:
+    # in this order, and with this floor, the samples are those of the native extractor, bit for bit
+    return clip * (10.0 ** (float(target_peak_dB_FS) / 20.0) / max(float(np.abs(clip).max()), 1e-10))
+
+
+def _without_peak_dbfs(fields: dict) -> dict:
+    """The fields of a preprocessor_config.json, with `peak_dbfs`, an older name, put in today's names."""
+    if "peak_dbfs" not in fields:
+        return fields
+    fields = dict(fields)
+    level = fields.pop("peak_dbfs")
+    meant = {"normalize_audio": level is not None}
+    if level is not None:
+        meant["target_peak_dB_FS"] = level
+    if "normalize_audio" in fields:
+        fields.setdefault("target_peak_dB_FS", -3.0)  # what such a file means without peak_dbfs
+    for name, value in meant.items():
+        if fields.setdefault(name, value) != value:
+            raise ValueError(
+                f"The preprocessor config has peak_dbfs={level} and {name}={fields[name]}, which disagree. Remove "
+                "peak_dbfs, the old name, from preprocessor_config.json if the others are right."
+            )
+    return fields
 
 
 __all__ = ["WavTokenizerFeatureExtractor"]

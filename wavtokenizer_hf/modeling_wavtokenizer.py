@@ -32,7 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedAudioTokenizerBase
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_wavtokenizer import WavTokenizerConfig
+from .configuration_wavtokenizer import WavTokenizerConfig, WavTokenizerEncoderConfig
 from .modeling_wavtokenizer_batching import EncodePolicy, encode_rows
 from .modeling_wavtokenizer_cpu import fast_depthwise, fast_feed_forward, fast_linear, fast_scores
 from .modeling_wavtokenizer_encoder import WavTokenizerEncoder, WavTokenizerLSTMLayers
@@ -51,14 +51,15 @@ from .modeling_wavtokenizer_windows import decode_windows, window_frames
 class WavTokenizerEncoderOutput(ModelOutput):
     """
     Args:
-        audio_codes (`torch.LongTensor` of shape `(B, 1, L)`): codes in [0, K); 0 where the mask is False.
-        audio_codes_mask (`torch.BoolTensor` of shape `(B, 1, L)`): True for the codes of real audio.
+        audio_codes (`torch.LongTensor` of shape `(B, 1, L)`): codes in [0, K); 0 where the mask is 0.
+        audio_codes_mask (`torch.Tensor` of shape `(B, 1, L)`, *optional*): 1 for the codes of real audio, 0 for padding,
+            in the dtype of `padding_mask`; with a `padding_mask`.
         latents (`torch.FloatTensor` of shape `(B, D, L)`, *optional*): the encoder's output before it is quantized,
-            0 where the mask is False; with `output_latents=True`.
+            0 where the mask is 0; with `output_latents=True`.
     """
 
     audio_codes: torch.LongTensor | None = None
-    audio_codes_mask: torch.BoolTensor | None = None
+    audio_codes_mask: torch.Tensor | None = None
     latents: torch.FloatTensor | None = None
 
 
@@ -83,7 +84,7 @@ class WavTokenizerOutput(ModelOutput):
 
     audio_values: torch.FloatTensor | None = None
     audio_codes: torch.LongTensor | None = None
-    audio_codes_mask: torch.BoolTensor | None = None
+    audio_codes_mask: torch.Tensor | None = None
     latents: torch.FloatTensor | None = None
 
 
@@ -379,7 +380,8 @@ class WavTokenizerISTFTHead(nn.Module):
             return self._overlap_add(frames) / self._overlap_add(window.square().expand(1, *frames.shape[1:]))
         mask = mask.transpose(1, 2)  # (B, L, 1)
         envelope = self._overlap_add(window.square() * mask)
-        return (self._overlap_add(frames * mask) / envelope.masked_fill(envelope == 0, 1)) * self._samples(mask)
+        samples = mask.expand(-1, -1, self.hop_length).flatten(1)[:, None]  # (B, 1, L * hop)
+        return self._overlap_add(frames * mask) / envelope.masked_fill(envelope == 0, 1) * samples
 
     def _overlap_add(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames (B, L, n_fft), a hop apart -> their sum (B, 1, L * hop), without 1.5 hops at either end."""
@@ -391,10 +393,6 @@ class WavTokenizerISTFTHead(nn.Module):
             total[:, shift : shift + length] += blocks[:, :, shift]
         cut = (self.n_fft - self.hop_length) // 2
         return total.flatten(1)[:, None, cut : cut + length * self.hop_length]
-
-    def _samples(self, mask: torch.Tensor) -> torch.Tensor:
-        """Mask of frames (B, L, 1) -> mask of samples (B, 1, L * hop)."""
-        return mask.expand(-1, -1, self.hop_length).flatten(1)[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,6 +432,24 @@ class WavTokenizerPreTrainedModel(PicklableModel, PreTrainedAudioTokenizerBase):
                 f"These codes were made with the codebook {fingerprint}, this model has the codebook {own}: it would "
                 "decode them to sound that is not theirs. Load the checkpoint that made them."
             )
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load a model, on the default device of torch unless `device_map` names another.
+
+        Raises:
+            ValueError: there is no such default device.
+        """
+        if kwargs.get("device_map") is None:
+            device = torch.get_default_device()
+            try:
+                torch.empty(0, device=device)
+            except (AssertionError, RuntimeError) as error:  # torch asserts where it was built without that device
+                raise ValueError(
+                    f"Got {str(device)!r} as torch's default device, which cannot be used: {error}. Call "
+                    "torch.set_default_device('cpu'), or pass device_map='cpu'."
+                ) from error
+        return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, *args, **kwargs):
         if self.quantizer.codebook.embed.device.type != "meta":  # offloaded weights cannot be read here
@@ -490,10 +506,13 @@ class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):
     It stays in float32 whatever dtype the model is loaded in or moved to: bfloat16 changes most codes.
     """
 
+    config_class = WavTokenizerEncoderConfig
     _keep_in_fp32_modules_strict = ["encoder", "quantizer"]
     _keys_to_ignore_on_load_unexpected = [r"^backbone\.", r"^head\."]
 
-    def __init__(self, config: WavTokenizerConfig):
+    def __init__(self, config: WavTokenizerEncoderConfig | WavTokenizerConfig):
+        if config.model_type != self.config_class.model_type:  # or it would save itself as a whole model
+            config = config.encoder_config
         super().__init__(config)
         self.encoder = WavTokenizerEncoder(config)
         self.quantizer = WavTokenizerQuantizer(config)
@@ -515,7 +534,7 @@ class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):
         Args:
             input_values (`torch.FloatTensor` of shape `(B, 1, T)`):
                 Audio at `config.sampling_rate`, nominally in [-1, 1], of any float dtype. It is computed in float32.
-            padding_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+            padding_mask (`torch.Tensor` of shape `(B, T)` or `(B, 1, T)`, *optional*):
                 1 for valid samples and 0 for padding, on the left or on the right of a row. Padding may hold any values.
             output_latents (`bool`, defaults to `False`):
                 Whether to return the encoder's output before quantization.
@@ -524,8 +543,8 @@ class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):
                 Defaults to 60.
 
         Returns:
-            [`WavTokenizerEncoderOutput`]: `audio_codes` and `audio_codes_mask` (B, 1, L) with L = ceil(T / hop). A row that
-            is padded on the left has its codes at the right end.
+            [`WavTokenizerEncoderOutput`]: `audio_codes` and, with a padding mask, `audio_codes_mask` (B, 1, L) with
+            L = ceil(T / hop). A row that is padded on the left has its codes at the right end.
 
         Raises:
             ValueError: Audio of another shape or dtype, without samples, not finite, or so loud that latents are not finite.
@@ -560,7 +579,7 @@ class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):
     ) -> WavTokenizerEncoderOutput:
         audio, batch = self._read_audio(input_values, padding_mask)
         latents, audio_codes = self._encode_rows(audio, batch, output_latents, chunk_seconds, policy)
-        return self._output(WavTokenizerEncoderOutput, latents, audio_codes, batch)
+        return self._output(WavTokenizerEncoderOutput, latents, audio_codes, batch, padding_mask)
 
     @staticmethod
     def _read_audio(
@@ -578,6 +597,8 @@ class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):
                 "least one clip of one sample: WavTokenizer is mono. The feature extractor gives this shape."
             )
         batch_size, _, size = input_values.shape
+        if isinstance(padding_mask, torch.Tensor) and padding_mask.shape == input_values.shape:
+            padding_mask = padding_mask[:, 0]
         batch = PaddedBatch.from_mask(padding_mask, "padding_mask", (batch_size, size), input_values.device)
         audio = input_values.float() if batch is None else batch.left_align(input_values.float())
         # a sum needs no memory, unlike a mask; but it may overflow, so the mask decides
@@ -599,13 +620,12 @@ class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):
             lengths = None if batch is None else batch.lengths
             return encode_rows(self, audio, lengths, output_latents, chunk_seconds, policy)
 
-    def _output(self, output_class, latents, audio_codes, batch: PaddedBatch | None, **fields):
+    def _output(self, output_class, latents, audio_codes, batch: PaddedBatch | None, padding_mask, **fields):
         """Move the codes and latents of each row to where its audio was, and add their mask."""
-        if batch is None:
-            mask = torch.ones_like(audio_codes, dtype=torch.bool)
-        else:
+        mask = None if padding_mask is None else torch.ones_like(audio_codes, dtype=padding_mask.dtype)
+        if batch is not None:
             frames = batch.frames(self.config.hop_length)
-            audio_codes, mask = frames.restore_padding(audio_codes), frames.mask()
+            audio_codes, mask = frames.restore_padding(audio_codes), frames.mask().to(mask.dtype)
             latents = None if latents is None else frames.restore_padding(latents)
         return output_class(audio_codes=audio_codes, audio_codes_mask=mask, latents=latents, **fields)
 
@@ -625,7 +645,7 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
 
     def __init__(self, config: WavTokenizerConfig):
         super().__init__(config)
-        self.encoder_model = WavTokenizerEncoderModel(config)
+        self.encoder_model = WavTokenizerEncoderModel(config.encoder_config)
         self.backbone = WavTokenizerBackbone(config)
         self.head = WavTokenizerISTFTHead(config)
         self.post_init()
@@ -634,15 +654,15 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
     def quantizer(self) -> WavTokenizerQuantizer:
         return self.encoder_model.quantizer
 
+    @can_return_tuple
     def encode(
         self,
         input_values: torch.Tensor,
         padding_mask: torch.Tensor | None = None,
         output_latents: bool = False,
         chunk_seconds: float | None = None,
-        **kwargs,
     ) -> WavTokenizerEncoderOutput:
-        return self.encoder_model.encode(input_values, padding_mask, output_latents, chunk_seconds, **kwargs)
+        return self.encoder_model.encode(input_values, padding_mask, output_latents, chunk_seconds, return_dict=True)
 
     encode.__doc__ = WavTokenizerEncoderModel.encode.__doc__
 
@@ -714,7 +734,9 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         audio_values = self._decode_rows(audio_codes, frames, bandwidth_id)[..., : input_values.shape[-1]]
         if batch is not None:
             audio_values = batch.restore_padding(audio_values)
-        return self.encoder_model._output(WavTokenizerOutput, latents, audio_codes, batch, audio_values=audio_values)
+        return self.encoder_model._output(
+            WavTokenizerOutput, latents, audio_codes, batch, padding_mask, audio_values=audio_values
+        )
 
     def _read_codes(
         self, audio_codes: torch.Tensor, mask: torch.Tensor | None

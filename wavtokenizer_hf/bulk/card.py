@@ -27,7 +27,8 @@ def card(settings: "Settings", schema, total: "Summary", complete: bool) -> str:
         for field in schema
     ]
     hours = total.num_samples / settings.sampling_rate / 3600
-    peak = "" if settings.peak_dbfs is None else f", each clip scaled to a peak of {settings.peak_dbfs:g} dBFS"
+    level = settings.target_peak_dB_FS
+    peak = "" if level is None else f", each clip scaled to a peak of {level:g} dBFS"
     revision = "" if settings.revision is None else f" at revision `{settings.revision}`"
     return f"""---
 tags:

@@ -83,6 +83,11 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def target_peak(feature_extractor: WavTokenizerFeatureExtractor) -> float | None:
+    """The level in dBFS that clips are scaled to, or None if they are not."""
+    return feature_extractor.target_peak_dB_FS if feature_extractor.normalize_audio else None
+
+
 def default_device(rank: int = 0) -> str:
     """The GPU of that number, counted around if there are fewer, or the CPU."""
     return f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
@@ -183,7 +188,7 @@ def micro_batches(lengths: Sequence[int], budget: float) -> list[list[int]]:
 def _encode_batch(encoder, feature_extractor, waveforms: list[np.ndarray]) -> list[np.ndarray]:
     inputs = feature_extractor(waveforms, sampling_rate=encoder.config.sampling_rate, return_tensors="pt")
     encoded = encoder.encode(**inputs.to(encoder.device))
-    codes, mask = encoded.audio_codes[:, 0].cpu().numpy(), encoded.audio_codes_mask[:, 0].cpu().numpy()
+    codes, mask = encoded.audio_codes[:, 0].cpu().numpy(), encoded.audio_codes_mask[:, 0].bool().cpu().numpy()
     return [row[real].astype(np.uint16) for row, real in zip(codes, mask, strict=True)]
 
 

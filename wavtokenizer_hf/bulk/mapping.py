@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .. import audio
-from ..configuration_wavtokenizer import WavTokenizerConfig
+from ..configuration_wavtokenizer import WavTokenizerEncoderConfig
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 from ..loading import find_model, load_model
 from ..modeling_wavtokenizer import WavTokenizerModel
@@ -32,7 +32,7 @@ class _Mapped:
 
     def __init__(self, model: str, revision: str | None, device: str | None):
         try:
-            config = WavTokenizerConfig.from_pretrained(find_model(model), revision=revision or "main")
+            config = WavTokenizerEncoderConfig.from_pretrained(find_model(model), revision=revision or "main")
         except OSError as error:
             raise ValueError(f"Cannot load the model {model!r}: {error}") from error
         self.model = str(model)
@@ -44,8 +44,8 @@ class _Mapped:
         self.folder_contents = None
         if commit is None:
             model, feature_extractor = self._load("cpu")
-            peak_dbfs = None if feature_extractor is None else feature_extractor.peak_dbfs
-            self.folder_contents = encoding.weights_fingerprint(model), peak_dbfs
+            level = None if feature_extractor is None else encoding.target_peak(feature_extractor)
+            self.folder_contents = encoding.weights_fingerprint(model), level
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None}

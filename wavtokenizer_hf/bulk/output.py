@@ -48,7 +48,7 @@ class Settings:
     codebook_size: int
     hop_length: int
     sampling_rate: int
-    peak_dbfs: float | None
+    target_peak_dB_FS: float | None  # None: clips are not scaled
     columns: dict[str, str]  # carried along: name -> type
     format: int = FORMAT
 
@@ -161,7 +161,7 @@ class Output:
 
     def _compare(self, manifest: Path) -> None:
         try:
-            before = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+            before = _with_todays_names(json.loads(manifest.read_text(encoding="utf-8"))["settings"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{manifest} is damaged: {error}. Name another folder.") from error
         for name, value in asdict(self.settings).items():
@@ -195,7 +195,7 @@ class Output:
             if METADATA not in metadata:
                 raise ValueError(f"{path} is not of this command. Move it away, or name another folder.")
             part = json.loads(metadata[METADATA])
-            if part["settings"] != asdict(self.settings):
+            if _with_todays_names(part["settings"]) != asdict(self.settings):
                 raise ValueError(
                     f"{path} was made with other settings than {self.folder / 'manifest.json'}. Move it away."
                 )
@@ -306,6 +306,16 @@ class Output:
     def _write_text(self, name: str, text: str) -> None:
         with self._replaced(self.folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
+
+
+def _with_todays_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a folder, with `peak_dbfs`, an older name, put in today's."""
+    settings = dict(settings)
+    if "peak_dbfs" in settings:
+        level = settings.pop("peak_dbfs")
+        # scaled samples were rounded in another order then, so rows with a level are of another kind
+        settings["target_peak_dB_FS"] = None if level is None else f"{level} (as peak_dbfs)"
+    return settings
 
 
 def _schema(settings: Settings, carried):

@@ -125,7 +125,7 @@ def tokenize(
         codebook_size=encoder.config.codebook_size,
         hop_length=encoder.config.hop_length,
         sampling_rate=encoder.config.sampling_rate,
-        peak_dbfs=feature_extractor.peak_dbfs,
+        target_peak_dB_FS=encoding.target_peak(feature_extractor),
         columns={field.name: str(field.type) for field in clips.schema},
     )
     del encoder

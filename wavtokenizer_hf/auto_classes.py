@@ -1,0 +1,59 @@
+"""Which classes the Auto classes of transformers give, once `wavtokenizer_hf` is imported."""
+
+import warnings
+
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForAudioTokenization
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .configuration_wavtokenizer import WavTokenizerConfig, WavTokenizerEncoderConfig
+from .feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
+from .modeling_wavtokenizer import WavTokenizerEncoderModel, WavTokenizerModel
+
+
+def register() -> None:
+    """Make the Auto classes give the classes of this package, in place of those that transformers >= 5.24 has itself."""
+    AutoConfig.register("wavtokenizer", WavTokenizerConfig, exist_ok=True)
+    AutoConfig.register("wavtokenizer_encoder", WavTokenizerEncoderConfig, exist_ok=True)
+    AutoModel.register(WavTokenizerConfig, WavTokenizerModel, exist_ok=True)
+    AutoModel.register(WavTokenizerEncoderConfig, WavTokenizerEncoderModel, exist_ok=True)
+    AutoModelForAudioTokenization.register(WavTokenizerConfig, WavTokenizerModel, exist_ok=True)
+    for config_class in dict.fromkeys((WavTokenizerConfig, *_configs_with_native_extractor())):
+        _register_feature_extractor(config_class)
+
+    # so that save_pretrained writes the code too, and the folder loads with trust_remote_code=True without this package
+    WavTokenizerConfig.register_for_auto_class("AutoConfig")
+    WavTokenizerEncoderConfig.register_for_auto_class("AutoConfig")
+    WavTokenizerModel.register_for_auto_class("AutoModel")
+    WavTokenizerEncoderModel.register_for_auto_class("AutoModel")
+    WavTokenizerFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
+
+
+def _register_feature_extractor(config_class: type) -> None:
+    # AutoAudioProcessor is to take the place of AutoFeatureExtractor (transformers, pull request 44394)
+    for name in ("AutoFeatureExtractor", "AutoAudioProcessor"):
+        auto_class = getattr(transformers, name, None)
+        if auto_class is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of the one that is on its way out
+                auto_class.register(config_class, WavTokenizerFeatureExtractor, exist_ok=True)
+
+
+def _configs_with_native_extractor() -> list[type]:
+    """Remove the native extractor from transformers' table; return the configs of the models that it is for.
+
+    AutoFeatureExtractor goes by the class name in preprocessor_config.json and looks for it in this table before it looks
+    among registered classes, so `register` alone never wins. The table is private: where there is none, the native
+    extractor stays. It reads the same fields and gives the same samples.
+    """
+    try:
+        from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
+    except ImportError:
+        return []
+    configs = []
+    for model_type, names in list(FEATURE_EXTRACTOR_MAPPING_NAMES.items()):
+        names = (names,) if isinstance(names, str) else names.values() if isinstance(names, dict) else names
+        if WavTokenizerFeatureExtractor.__name__ in names:
+            del FEATURE_EXTRACTOR_MAPPING_NAMES[model_type]
+            configs.append(CONFIG_MAPPING[model_type])
+    return configs
