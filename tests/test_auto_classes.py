@@ -232,6 +232,8 @@ def test_every_model_input_is_a_parameter_of_forward(model_class):
 
 def test_public_names():
     assert set(wavtokenizer_hf.__all__) == {
+        "DecoderState",
+        "EncoderState",
         "WavTokenizerConfig",
         "WavTokenizerDecoderOutput",
         "WavTokenizerEncoderConfig",

@@ -495,11 +495,6 @@ class WavTokenizerPreTrainedModel(PicklableModel, PreTrainedAudioTokenizerBase):
             init.copy_(module.embed_avg, module.embed)
 
 
-def _gradients_for(latents: bool) -> torch.set_grad_enabled:
-    """Codes have no gradient. So they are computed without, and are the same whether the caller is training or not."""
-    return torch.set_grad_enabled(latents and torch.is_grad_enabled())
-
-
 class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):
     """Encoder and quantizer: audio to codes. Loads from the files of a whole WavTokenizer, or from its own.
 
@@ -616,7 +611,7 @@ class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):
         policy: EncodePolicy | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Audio (B, 1, T) -> latents (B, D, L) or None, and codes (B, 1, L), rows aligned to the left."""
-        with _gradients_for(output_latents):
+        with torch.set_grad_enabled(output_latents and torch.is_grad_enabled()):  # codes have no gradient
             lengths = None if batch is None else batch.lengths
             return encode_rows(self, audio, lengths, output_latents, chunk_seconds, policy)
 

@@ -254,9 +254,7 @@ class WavTokenizerEncoder(nn.Module):
 
 def chunk_ranges(num_frames: int, size: int) -> list[tuple[int, int]]:
     """Split frames into ranges of `size`. The last two are equally long: libraries order the sums of short ones differently."""
-    num_chunks = -(-num_frames // size)
-    cuts = [index * size for index in range(num_chunks - 1)]
-    if num_chunks > 1:
-        cuts.append((num_frames + cuts[-1]) // 2)
-    cuts = cuts or [0]
+    cuts = list(range(0, num_frames, size))
+    if len(cuts) > 1:
+        cuts[-1] = (cuts[-2] + num_frames) // 2
     return list(zip(cuts, [*cuts[1:], num_frames], strict=True))
