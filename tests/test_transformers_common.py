@@ -5,6 +5,7 @@ into the environment. So the installed version of transformers decides which tes
 """
 
 import sys
+import tempfile
 import types
 import unittest
 from pathlib import Path
@@ -147,6 +148,22 @@ class WavTokenizerModelTest(CommonModelTests, unittest.TestCase):
 
     @unittest.skip("The output of the model has no attentions.")
     def test_attention_outputs(self):
+        pass
+
+    def test_an_encoders_folder_is_refused(self):
+        # Two of the mixin's tests load the base model's folder into the whole model, whose other weights are then random.
+        # We refuse that, since a random decoder makes noise.
+        with tempfile.TemporaryDirectory() as folder:
+            WavTokenizerEncoderModel(tiny_config().encoder_config).save_pretrained(folder)
+            with self.assertRaisesRegex(ValueError, "holds an encoder only"):
+                WavTokenizerModel.from_pretrained(folder)
+
+    @unittest.skip("See test_an_encoders_folder_is_refused.")
+    def test_base_model_prefix_loads_base_weights(self):
+        pass
+
+    @unittest.skip("See test_an_encoders_folder_is_refused.")
+    def test_correct_missing_keys(self):
         pass
 
 

@@ -109,7 +109,9 @@ class WavTokenizerConfig(PreTrainedConfig):
     @property
     def encoder_config(self) -> "WavTokenizerEncoderConfig":
         """A new config of the encoder alone, with the same fields."""
-        return WavTokenizerEncoderConfig(**_without_classes(self.to_dict()))
+        config = WavTokenizerEncoderConfig(**_without_classes(self.to_dict()))
+        config._attn_implementation = self._attn_implementation  # to_dict leaves it out
+        return config
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
