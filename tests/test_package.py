@@ -28,6 +28,8 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
     "cli": {"commands"},
     "commands": {
         "audio",
+        "audio_errors",
+        "find_files",
         "pipes",
         "token_file",
         "transcode",
@@ -39,12 +41,15 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
         "loading",
         "",
     },
-    "pipes": {"audio"},  # the same samples from a stream as from a file
+    # what reads audio: its headers, decoders and kinds of errors, of which `audio` alone is for others
+    "audio": {"audio_decoders", "audio_errors", ""},
+    "audio_decoders": {"audio_containers", "audio_errors"},
+    "pipes": {"audio", "audio_containers", "audio_errors"},  # the same samples from a stream as from a file
     "transcode": {"audio", "long_audio"},  # streams, and the error of audio that is cut off
     "__main__": {"cli"},
-    "bulk": {"audio", "loading", ""},
-    "training": {"audio", ""},  # audio is the only door to sound files
-    "evaluation": {"audio", ""},
+    "bulk": {"audio", "audio_errors", "find_files", "loading", ""},
+    "training": {"audio", "find_files", ""},  # audio is the only door to sound files
+    "evaluation": {"audio", "find_files", "transcode", ""},  # transcode scales clips as a model asks
     "llm": {"long_audio", ""},  # sound while a language model generates
 }
 ROOMS = sorted({path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()})

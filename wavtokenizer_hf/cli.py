@@ -16,7 +16,10 @@ from .commands import convert, evaluate, info, sound, tokenize, train
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. `argv` are the arguments without the program's name; default: those of the process."""
     arguments = _parser().parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
     try:
+        _refuse_empty(arguments)
         code = arguments.run(arguments)
         sys.stdout.flush()  # here, where an error is still met
         return code
@@ -35,6 +38,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"wavtokenizer {arguments.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _refuse_empty(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for an empty argument, as `"$UNSET"` is: as a path it would mean the current folder."""
+    for name, value in vars(arguments).items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            name = name.replace("inputs", "input").replace("_", "-").upper()
+            raise ValueError(f"Got an empty {name}, expected a value. Is a variable of the shell not set?")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from . import bundled_model
+from .configuration_wavtokenizer import WavTokenizerConfig
+from .feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 
 
 def find_model(name: str | os.PathLike) -> str:
@@ -65,3 +67,32 @@ def load_model(
         return model.eval().to(device or "cpu")
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without that device
         raise ValueError(f"Cannot use the device {str(device)!r}: {error}") from error
+
+
+def load_feature_extractor(
+    name: str | os.PathLike, revision: str | None, config: WavTokenizerConfig
+) -> WavTokenizerFeatureExtractor:
+    """
+    Load the feature extractor beside a model, which may scale clips to a peak. A folder may lack it: then nothing is scaled.
+
+    Args:
+        name: `bundled`, a folder, or a name on the Hub.
+        revision: branch, tag or commit on the Hub.
+        config: of the model.
+
+    Raises:
+        ValueError: it cannot be loaded, or is for another sampling rate than the model.
+    """
+    folder = find_model(name)
+    if os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "preprocessor_config.json")):
+        return WavTokenizerFeatureExtractor(sampling_rate=config.sampling_rate, hop_length=config.hop_length)
+    try:
+        feature_extractor = WavTokenizerFeatureExtractor.from_pretrained(folder, revision=revision or "main")
+    except OSError as error:
+        raise ValueError(f"Cannot load the model {os.fspath(name)!r}: {error}") from error
+    if feature_extractor.sampling_rate != config.sampling_rate:
+        raise ValueError(
+            f"The model {os.fspath(name)!r} is for {config.sampling_rate} Hz, and its preprocessor_config.json says "
+            f"{feature_extractor.sampling_rate} Hz. Correct the wrong one."
+        )
+    return feature_extractor

@@ -4,8 +4,9 @@ Everything is an iterator of pieces: audio (n,) float32 arrays at the model's ra
 and a live source are one case, and what is chained together runs together.
 """
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
@@ -28,6 +29,7 @@ class Tally:
         num_tokens: codes.
         window_seconds, overlap_seconds: of the windows that the codes were decoded in; None if they were decoded whole.
         cut_off: set if the audio ended before its time.
+        warnings: kinds of what is strange about the audio.
     """
 
     num_samples: int = 0
@@ -35,6 +37,7 @@ class Tally:
     window_seconds: float | None = None
     overlap_seconds: float | None = None
     cut_off: CutOffError | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def count_audio(self, blocks: Iterable[np.ndarray], tell: Callable[[int], None]) -> Iterator[np.ndarray]:
         """Passes audio on, and tells its length. An early end of it is kept in `cut_off`: what came is still worth its codes."""
@@ -44,6 +47,8 @@ class Tally:
                 yield block
                 tell(len(block))
         except CutOffError as error:
+            if self.num_samples == 0:
+                raise
             self.cut_off = error
 
     def count_codes(self, pieces: Iterable[np.ndarray], tell: Callable[[int], None]) -> Iterator[np.ndarray]:
@@ -88,6 +93,26 @@ def codes_of(model, blocks: Iterable[np.ndarray], whole_seconds: float = WHOLE_S
         if len(codes) > 0:
             yield codes.numpy()
     yield stream.flush().numpy()
+
+
+def scale_to_peak(blocks: Iterable[np.ndarray], peak_dbfs: float | None) -> Iterator[np.ndarray]:
+    """Audio as the feature extractor scales it: its largest sample gets this level. None leaves it alone.
+
+    The peak is known at the end only, so that the audio waits in a temporary file, 4 bytes a sample; up to 64 MiB in memory.
+    """
+    if peak_dbfs is None:
+        yield from blocks
+        return
+    peak, sizes = np.float32(0), []
+    with tempfile.SpooledTemporaryFile(2**26) as file:
+        for block in blocks:
+            peak = max(peak, np.abs(block).max(initial=0))
+            sizes.append(len(block))
+            file.write(np.ascontiguousarray(block, np.float32))
+        file.seek(0)
+        for size in sizes:
+            block = np.frombuffer(file.read(4 * size), np.float32)
+            yield block if peak == 0 else block / peak * np.float32(10 ** (peak_dbfs / 20))
 
 
 def audio_of(model, codes: Iterable[np.ndarray], windows: Windows, tally: Tally) -> Iterator[np.ndarray]:

@@ -25,10 +25,11 @@ from .encoding import Failure, Tokens
 from .extra import library
 
 
-FORMAT = 3  # of the folder; another number is refused
+FORMAT = 4  # of the folder; another number is refused
 METADATA = b"wavtokenizer"  # key in the schema's metadata
 OWN_COLUMNS = (
     "id", "audio_codes", "num_samples", "duration", "source_sampling_rate", "source_channels", "codebook_fingerprint",
+    "warnings",
 )  # fmt: skip
 
 
@@ -51,6 +52,8 @@ class Settings:
     target_peak_dB_FS: float | None  # None: clips are not scaled
     columns: dict[str, str]  # carried along: name -> type
     format: int = FORMAT
+    channel: str = "mean"
+    tar_names: str = "ending"
 
 
 @dataclass
@@ -61,6 +64,7 @@ class Summary:
     num_failures: int = 0
     num_samples: int = 0
     num_codes: int = 0
+    num_warned: int = 0  # clips with a row and a warning
 
     def __add__(self, other: "Summary") -> "Summary":
         return Summary(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -175,7 +179,7 @@ class Output:
     # Parts
     # -----------------------------------------------------------------------------------------------------------------
 
-    def finished(self) -> tuple[set[str], dict[str, str], Summary]:
+    def finished(self) -> tuple[set[str], dict[str, Failure], Summary]:
         """
         Ids of the clips that have rows, reasons of those that failed, and totals, over the parts of all shards.
 
@@ -203,9 +207,11 @@ class Output:
                 twice = sorted(done.intersection(ids))[0]
                 raise ValueError(f"{path} holds {twice!r}, which another part holds too. Delete one of them.")
             done.update(ids)
-            failures.update(part["failures"])
+            failures.update({id: Failure(**failure) for id, failure in part["failures"].items()})
             total += Summary(**part["summary"])
-        failures = {id: reason for id, reason in sorted(failures.items()) if id not in done}  # else it went well later
+        failures = {
+            id: failure for id, failure in sorted(failures.items()) if id not in done
+        }  # else it went well later
         total.num_failures = len(failures)
         return done, failures, total
 
@@ -224,10 +230,12 @@ class Output:
         pyarrow, parquet = library("pyarrow"), library("pyarrow.parquet")
 
         good = [place for place, result in enumerate(tokens) if isinstance(result, Tokens)]
-        failures = {ids[place]: result.reason for place, result in enumerate(tokens) if isinstance(result, Failure)}
+        failures = {ids[place]: asdict(result) for place, result in enumerate(tokens) if isinstance(result, Failure)}
         rows = [tokens[place] for place in good]
         num_samples = [row.num_samples for row in rows]
-        summary = Summary(len(rows), len(failures), sum(num_samples), sum(len(row.audio_codes) for row in rows))
+        num_codes = sum(len(row.audio_codes) for row in rows)
+        num_warned = sum(bool(row.warnings) for row in rows)
+        summary = Summary(len(rows), len(failures), sum(num_samples), num_codes, num_warned)
         codes = np.concatenate([row.audio_codes for row in rows]) if rows else np.zeros(0, np.uint16)
         offsets = np.cumsum([0, *(len(row.audio_codes) for row in rows)])
         columns: dict[str, Any] = {
@@ -240,6 +248,7 @@ class Output:
             "source_sampling_rate": [row.source_sampling_rate for row in rows],
             "source_channels": [row.source_channels for row in rows],
             "codebook_fingerprint": [self.settings.codebook_fingerprint] * len(rows),
+            "warnings": [list(row.warnings) for row in rows],
             **{name: [carried[place].get(name) for place in good] for name in self.settings.columns},
         }
         part = {"settings": asdict(self.settings), "failures": failures, "summary": asdict(summary)}
@@ -275,8 +284,8 @@ class Output:
     # What is read by people and by load_dataset
     # -----------------------------------------------------------------------------------------------------------------
 
-    def summarize(self, all_ids: Iterable[str] | None = None) -> tuple[Summary, dict[str, str]]:
-        """Writes manifest.json, failures.jsonl and README.md anew; gives the totals, and the failures with their reasons.
+    def summarize(self, all_ids: Iterable[str] | None = None) -> tuple[Summary, dict[str, Failure]]:
+        """Writes manifest.json, failures.jsonl and README.md anew; gives the totals, and the failures.
 
         `all_ids` are those of the whole source; if all of them have rows or failed, the manifest says "complete".
         """
@@ -285,7 +294,7 @@ class Output:
         with self._alone():
             done, failures, total = self.finished()
             complete = all_ids is not None and all(id in done or id in failures for id in all_ids)
-            lines = [json.dumps({"id": id, "reason": reason}, ensure_ascii=False) for id, reason in failures.items()]
+            lines = [json.dumps({"id": id, **asdict(failure)}, ensure_ascii=False) for id, failure in failures.items()]
             self._write_text("failures.jsonl", "".join(line + "\n" for line in lines))
             readme = self.folder / "README.md"
             if not readme.exists() or MARK in readme.read_text(encoding="utf-8"):
@@ -329,6 +338,7 @@ def _schema(settings: Settings, carried):
         ("source_sampling_rate", pyarrow.int32()),
         ("source_channels", pyarrow.int16()),
         ("codebook_fingerprint", pyarrow.string()),
+        ("warnings", pyarrow.list_(pyarrow.string())),
     ]
     assert tuple(name for name, _ in own) == OWN_COLUMNS
     schema = pyarrow.schema([*own, *((field.name, field.type) for field in carried)])

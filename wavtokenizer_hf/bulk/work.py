@@ -28,6 +28,8 @@ class Job:
         num_readers: threads of a worker that read and decode.
         num_threads: of torch in a worker; None leaves them alone.
         stop_at_failure: the first clip that fails ends the work.
+        channel: of clips that have several.
+        max_clip_seconds: a longer clip fails.
     """
 
     source: Source
@@ -39,6 +41,8 @@ class Job:
     num_readers: int
     num_threads: int | None
     stop_at_failure: bool
+    channel: str = "mean"
+    max_clip_seconds: float = encoding.MAX_CLIP_SECONDS
 
 
 class Worker:
@@ -77,7 +81,13 @@ class Worker:
 
         reads = [partial(read, number) for number in range(len(items))]
         windows = encoding.tokenize_clips(
-            self.encoder, self.feature_extractor, reads, job.batch_seconds, job.num_readers
+            self.encoder,
+            self.feature_extractor,
+            reads,
+            job.batch_seconds,
+            job.num_readers,
+            job.channel,
+            job.max_clip_seconds,
         )
         with closing(windows):  # ends its threads, whatever ends this
             for window in windows:
@@ -88,7 +98,9 @@ class Worker:
                             raise ValueError(f"{item.id}: {result.reason}")
                         summary.num_failures += 1
                     else:
-                        summary += Summary(1, 0, result.num_samples, len(result.audio_codes))
+                        summary += Summary(
+                            1, 0, result.num_samples, len(result.audio_codes), int(bool(result.warnings))
+                        )
                 results += window
                 report(summary)
         job.output.write_part([item.id for item in items], results, carried)

@@ -43,6 +43,15 @@ def load_model(arguments, encoder_only: bool = False):
     return loading.load_model(model_class, arguments.model, arguments.revision, device, dtype=dtype)
 
 
+def add_channel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--channel",
+        default="mean",
+        metavar="mean|left|right|N",
+        help="of audio with several channels (default: their mean; N counts from 0)",
+    )
+
+
 def print_facts(facts: dict, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from .arguments import add_command, add_model, load_model
+from .arguments import add_channel, add_command, add_model, load_model
 from .files import find_sources
 
 
@@ -22,6 +22,7 @@ def add(commands) -> None:
     )
     evaluate.add_argument("--audio", nargs="+", required=True, metavar="INPUT", help="sound files, or folders of them")
     add_model(evaluate, required=False)
+    add_channel(evaluate)
     evaluate.add_argument("--compare", metavar="MODEL", help="a second model, measured on the same files")
     evaluate.add_argument(
         "--decoded",
@@ -52,15 +53,26 @@ def add(commands) -> None:
     )
 
 
+def _model(arguments):
+    from ..evaluation import Model
+    from ..loading import load_feature_extractor
+
+    model = load_model(arguments)
+    return Model(
+        arguments.model, model, load_feature_extractor(arguments.model, arguments.revision, model.config).peak_dbfs
+    )
+
+
 def _evaluate(arguments) -> int:
     from .. import audio
-    from ..evaluation import DecodedFolder, Model, evaluate
+    from ..evaluation import DecodedFolder, evaluate
 
     if arguments.num_workers < 0:
         raise ValueError(f"Got --num-workers {arguments.num_workers}, expected 0 or more.")
+    audio.check_channel(arguments.channel)
     references = find_sources(arguments.audio, audio.SUFFIXES)
     systems = [
-        Model(name, load_model(argparse.Namespace(**{**vars(arguments), "model": name, "revision": revision})))
+        _model(argparse.Namespace(**{**vars(arguments), "model": name, "revision": revision}))
         for name, revision in ((arguments.model, arguments.revision), (arguments.compare, None))
         if name is not None
     ]
@@ -77,6 +89,7 @@ def _evaluate(arguments) -> int:
         utmos_weights=arguments.utmos,
         num_workers=min(arguments.num_workers, len(references)),
         progress=sys.stderr.isatty(),
+        channel=arguments.channel,
     )
     written = [] if arguments.output is None else report.save(arguments.output)
     if arguments.json:

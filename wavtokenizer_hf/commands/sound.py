@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..token_file import FORMATS
-from .arguments import add_command, add_model, load_model
+from .arguments import add_channel, add_command, add_model, load_model
 from .files import add_files, do_each, find_jobs
 
 
@@ -28,6 +28,7 @@ def add(commands) -> None:
         "model and the exact length, npy and txt hold the numbers alone. To standard output txt flows, one number a line",
     )
     _add_raw_input(encode)
+    add_channel(encode)
 
     decode = add_command(commands, "decode", _decode, "token files to sound files")
     add_files(decode, "token files, or folders to search for them; -: tokens from standard input")
@@ -43,6 +44,7 @@ def add(commands) -> None:
     add_files(reconstruct, f"sound files, or folders to search for them; {_SOUND_PIPE}")
     add_model(reconstruct)
     _add_raw_input(reconstruct)
+    add_channel(reconstruct)
     _add_sound(reconstruct)
     reconstruct.add_argument(
         "--plot",
@@ -89,13 +91,15 @@ def _encode(arguments) -> int:
     named_format = Path(arguments.output).suffix[1:]
     known = named_format in FORMATS
     format = arguments.format or (named_format if known and len(arguments.inputs) == 1 else "safetensors")
+    audio.check_channel(arguments.channel)
     jobs = find_jobs(arguments, audio.SUFFIXES, f".{format}")
     model = load_model(arguments, encoder_only=True)
+    peak_dbfs = _peak_dbfs(arguments, model)
     fingerprint = model.codebook_fingerprint
 
     def work(source: Path | None, target: Path | None) -> Tally:
         tally, pieces = Tally(), []
-        with _sound_blocks(source, arguments, model, tally) as blocks:
+        with _sound_blocks(source, arguments, model, tally, peak_dbfs) as blocks:
             for codes in tally.count_codes(codes_of(model, blocks, _whole_seconds(source)), tell=lambda _: None):
                 pieces.append(codes.astype(np.uint16))
                 if target is None and format == "txt":
@@ -151,7 +155,9 @@ def _reconstruct(arguments) -> int:
     jobs = _sound_jobs(arguments, audio.SUFFIXES)
     if arguments.plot and any(None in job for job in jobs):
         raise ValueError("Got --plot for a pipe, expected files: a picture is of a whole clip, and has a name.")
+    audio.check_channel(arguments.channel)
     model = load_model(arguments)
+    peak_dbfs = _peak_dbfs(arguments, model)
     windows = _windows(arguments, model, live=jobs[0][0] is None)
 
     def work(source: Path | None, target: Path | None) -> Tally:
@@ -167,7 +173,7 @@ def _reconstruct(arguments) -> int:
                     kept.append(piece)
                 yield piece
 
-        with _sound_blocks(source, arguments, model, tally) as blocks:
+        with _sound_blocks(source, arguments, model, tally, peak_dbfs) as blocks:
             codes = codes_of(model, keep(blocks, waveform), _whole_seconds(source))
             codes = tally.count_codes(keep(codes, all_codes), tell=lambda _: None)
             decoded = audio_of(model, codes, windows, tally)
@@ -215,20 +221,37 @@ def _windows(arguments, model, live: bool):
     return Windows(seconds, overlap, above_seconds)
 
 
+def _peak_dbfs(arguments, model) -> float | None:
+    """The level that the model's preprocessor_config.json asks for; standard error says that a pipe has to wait for it."""
+    from ..loading import load_feature_extractor
+
+    peak_dbfs = load_feature_extractor(arguments.model, arguments.revision, model.config).peak_dbfs
+    if peak_dbfs is not None and "-" in arguments.inputs:
+        print(
+            f"standard input: read to its end first, since the model scales each clip to a peak of {peak_dbfs:g} dBFS",
+            file=sys.stderr,
+        )
+    return peak_dbfs
+
+
 @contextmanager
-def _sound_blocks(source: Path | None, arguments, model, tally):
-    """The audio of a file, or of standard input, in blocks, counted by `tally` and shown by a bar."""
+def _sound_blocks(source: Path | None, arguments, model, tally, peak_dbfs: float | None):
+    """The audio of a file, or of standard input, in blocks, scaled, counted by `tally` and shown by a bar."""
     from .. import audio, pipes
+    from ..transcode import scale_to_peak
 
     rate = model.config.sampling_rate
+    options = {"channel": arguments.channel, "on_warnings": tally.warnings.extend}
     if source is None:
-        blocks, seconds = pipes.read_sound(sys.stdin.buffer, rate, arguments.raw), 0
+        blocks, seconds = pipes.read_sound(sys.stdin.buffer, rate, arguments.raw, **options), 0
     else:
         # as long as the chunks that the model itself encodes best in
-        blocks = audio.read_blocks(source, rate, block_seconds=5 if model.device.type == "cpu" else 60)
-        seconds = audio.seconds(source)
+        blocks = audio.read_blocks(source, rate, block_seconds=5 if model.device.type == "cpu" else 60, **options)
+        with audio.AudioReader(source, rate, quiet=True) as reader:
+            seconds = reader.source_seconds or 0
     with _progress(seconds) as bar:
-        yield tally.count_audio(blocks, tell=lambda count: bar.update(count / rate))
+        counted = tally.count_audio(blocks, tell=lambda count: bar.update(count / rate))
+        yield scale_to_peak(counted, peak_dbfs)
 
 
 def _progress(seconds: float):

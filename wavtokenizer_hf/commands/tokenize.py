@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from .arguments import MODEL_HELP, add_command, print_facts
+from ..find_files import describe_passed_over
+from .arguments import MODEL_HELP, add_channel, add_command, print_facts
 
 
 def add(commands) -> None:
@@ -53,6 +54,21 @@ def add(commands) -> None:
     tokenize.add_argument(
         "--on-error", choices=("record", "fail"), default="record", help="list failed clips, or stop at the first"
     )
+    add_channel(tokenize)
+    tokenize.add_argument(
+        "--max-clip-seconds",
+        type=float,
+        default=21600,
+        metavar="SECONDS",
+        help="a longer clip fails, before it is read if its header says so (default 21600, 6 hours)",
+    )
+    tokenize.add_argument(
+        "--tar-names",
+        choices=("ending", "webdataset"),
+        default="ending",
+        help="names in tar shards are split before the known ending of a sound, or at the first dot as WebDataset does "
+        "(default ending)",
+    )
     tokenize.add_argument("--retry-failed", action="store_true", help="try again what failed in earlier runs")
     tokenize.add_argument("--engine", choices=("processes", "ray"), default="processes", help="default processes")
     tokenize.add_argument("--ray-address", help="of a Ray cluster, or auto; default: Ray is started here")
@@ -83,17 +99,27 @@ def _tokenize(arguments) -> int:
         "clips": result.total.num_clips,
         "clips_done_now": result.done_now.num_clips,
         "clips_failed": len(result.failures),
+        "clips_with_warnings": result.total.num_warned,
+        "files_passed_over": len(result.passed_over),
+        "silent": len(result.silent),
         "hours": result.total.num_samples / result.sampling_rate / 3600,
         "tokens": result.total.num_codes,
         "hours_per_hour": result.done_now.num_samples / result.sampling_rate / result.seconds,
     }
     print_facts(facts, arguments.json)
-    for clip, reason in list(result.failures.items())[:10]:
-        print(f"{clip}: failed: {reason}", file=sys.stderr)
+    for clip, failure in list(result.failures.items())[:10]:
+        print(f"{clip}: failed: {failure.kind}: {failure.reason}", file=sys.stderr)
     if result.failures:
         print(
             f"wavtokenizer tokenize: {len(result.failures)} clips failed; all of them are in "
             f"{Path(arguments.output, 'failures.jsonl')}",
             file=sys.stderr,
         )
-    return 1 if result.failures else 0
+    if result.passed_over:
+        print(f"wavtokenizer tokenize: {describe_passed_over(result.passed_over)}", file=sys.stderr)
+    print(
+        f"wavtokenizer tokenize: {result.total.num_clips} clips have rows ({result.total.num_warned} of them with warnings), "
+        f"{len(result.failures)} have a reason, {len(result.silent)} silent",
+        file=sys.stderr,
+    )
+    return 1 if result.failures or result.silent else 0

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 
 from .. import __version__, audio
+from ..find_files import utf8_name
+from ..transcode import scale_to_peak
 from .codebook import CodebookUsage
 from .metrics import METRICS, SAMPLING_RATE, Clip, package, score, why_not
 from .report import CODEBOOK_FIGURES, FileResult, Report, SystemResult
@@ -46,15 +48,18 @@ class Model:
     Args:
         name: for the report.
         model: a `WavTokenizerModel` at 24 kHz, on any device.
+        peak_dbfs: level that clips are scaled to before they are encoded, as its feature extractor says; what is decoded is
+            scaled back. Default: none.
     """
 
     gives_codes = True
 
-    def __init__(self, name: str, model):
+    def __init__(self, name: str, model, peak_dbfs: float | None = None):
         if model.config.sampling_rate != SAMPLING_RATE:
             raise ValueError(f"Got a model for {model.config.sampling_rate} Hz, the metrics need {SAMPLING_RATE} Hz.")
         self.name = name
         self.model = model.eval()
+        self.peak_dbfs = peak_dbfs
 
     def describe(self) -> dict:
         config = self.model.config
@@ -71,9 +76,12 @@ class Model:
     @torch.inference_mode()
     def reconstruct(self, place: Path, waveform: np.ndarray) -> tuple[np.ndarray, CodebookUsage]:
         """(T,) -> (T,), decoded and cut to the length of the input, and the codes on the way."""
-        config = self.model.config
-        audio_codes = self.model.encode(torch.from_numpy(waveform)[None, None].to(self.model.device)).audio_codes
+        config, peak = self.model.config, np.abs(waveform).max()
+        (scaled,) = scale_to_peak([waveform], self.peak_dbfs)
+        audio_codes = self.model.encode(torch.from_numpy(scaled)[None, None].to(self.model.device)).audio_codes
         estimate = self.model.decode(audio_codes).audio_values[0, 0, : len(waveform)].float().cpu().numpy()
+        if self.peak_dbfs is not None and peak > 0:
+            estimate = estimate * np.float32(peak / 10 ** (self.peak_dbfs / 20))
         usage = CodebookUsage.of(audio_codes[0, 0].cpu().numpy(), config.codebook_size, config.frame_rate)
         return estimate, usage
 
@@ -98,7 +106,7 @@ class DecodedFolder:
         return {"kind": "decoded files"}
 
     def reconstruct(self, place: Path, waveform: np.ndarray) -> tuple[np.ndarray, None]:
-        return audio.load(self.find(place), sampling_rate=SAMPLING_RATE), None
+        return audio.load(self.find(place), SAMPLING_RATE, max_seconds=audio.MAX_CLIP_SECONDS), None
 
     def find(self, place: Path) -> Path:
         """The decoded file of a reference; the ending may be another one. Raises ValueError if there is not just one."""
@@ -119,6 +127,7 @@ def evaluate(
     utmos_weights: str | Path | None = None,
     num_workers: int = 0,
     progress: bool = False,
+    channel: str | int = "mean",
 ) -> Report:
     """Measures each system on the same files.
 
@@ -133,6 +142,7 @@ def evaluate(
         num_workers: processes for the metrics; 0: none but this one. They are spawned, so a script that asks for some
             needs `if __name__ == "__main__":`.
         progress: shows a progress bar.
+        channel: of references that have several, as `audio.load` takes it.
 
     Returns:
         A report on all files. What fails (a file that cannot be read or has no partner, a metric that gives no number)
@@ -158,7 +168,7 @@ def evaluate(
     runnable = [name for name in metrics if name not in unavailable]
     results = [SystemResult(system.name, system.describe(), [], unavailable) for system in systems]
 
-    jobs = _reconstruct_all(references, systems)
+    jobs = _reconstruct_all(references, systems, channel)
     scored = _score_all(jobs, runnable, utmos_weights, num_workers)
     measured = set()
     for place, seconds, reconstructions, scores in tqdm(
@@ -193,21 +203,28 @@ class _Reconstruction:
     failure: str | None = None
 
 
-def _reconstruct_all(references, systems) -> Iterator[tuple[str, np.ndarray | None, list[_Reconstruction]]]:
+def _reconstruct_all(references, systems, channel) -> Iterator[tuple[str, np.ndarray | None, list[_Reconstruction]]]:
     """(place, waveform or None, one reconstruction for each system), for each reference."""
     for source, place in references:
         try:
-            waveform = audio.load(source, sampling_rate=SAMPLING_RATE)
-        except (ValueError, OSError) as error:
-            yield place.as_posix(), None, [_Reconstruction(failure=str(error)) for _ in systems]
+            waveform = audio.load(source, SAMPLING_RATE, channel=channel, max_seconds=audio.MAX_CLIP_SECONDS)
+        except ImportError:
+            raise
+        except Exception as error:
+            yield utf8_name(place.as_posix()), None, [_Reconstruction(failure=_reason(error)) for _ in systems]
             continue
-        yield place.as_posix(), waveform, [_reconstruct(system, place, waveform) for system in systems]
+        yield utf8_name(place.as_posix()), waveform, [_reconstruct(system, place, waveform) for system in systems]
+
+
+def _reason(error: Exception) -> str:
+    is_known = isinstance(error, (ValueError, OSError))
+    return str(error) if is_known else f"{type(error).__name__}: {error}"
 
 
 def _reconstruct(system: System, place: Path, waveform: np.ndarray) -> _Reconstruction:
     try:
         estimate, usage = system.reconstruct(place, waveform)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         return _Reconstruction(failure=str(error))
     samples_cut = len(estimate) - len(waveform)
     if abs(samples_cut) > MAX_SAMPLES_CUT:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..audio import check_channel
 from .losses import WEIGHTS
 
 
@@ -54,6 +55,7 @@ class Settings:
     batch_size: int = _field("segments in a batch of each process", 40)
     gradient_accumulation: int = _field("batches of each process in a step", 1)
     segment_seconds: float = _field("length of a segment; shorter clips are repeated to it", 3.0)
+    channel: str = _field("of clips with several channels: mean, left, right, or its number from 0", "mean")
     num_workers: int = _field("processes that load sound, for each process that trains; 0: none", 8, free=True)
     seed: int = _field("of all that is random: equal settings give equal runs on a CPU", 0)
 
@@ -132,6 +134,7 @@ class Settings:
             raise ValueError(
                 f"Got continuous_steps={self.continuous_steps} of steps={self.steps}: the codebook would never be chosen."
             )
+        check_channel(self.channel)
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"Got precision={self.precision!r}, expected 'float32' or 'bfloat16'.")
 
@@ -161,9 +164,10 @@ class Settings:
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Settings on which the result of a run depends and that differ from those of another run, in words."""
         return [
-            f"{f.name} was {other.get(f.name)!r} and is now {getattr(self, f.name)!r}"
+            f"{f.name} was {other.get(f.name, f.default)!r} and is now {getattr(self, f.name)!r}"
             for f in dataclasses.fields(self)
-            if not f.metadata["free"] and other.get(f.name) != getattr(self, f.name)
+            if not f.metadata["free"]
+            and other.get(f.name, f.default) != getattr(self, f.name)  # older runs lack fields
         ]
 
 

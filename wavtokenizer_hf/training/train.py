@@ -66,7 +66,7 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
         state.num_clips = len(clips)
         validation = validation_clips(
             _given(settings, "validation_data") if validation_data is None else validation_data,
-            length, config.sampling_rate, settings.num_validation_clips,
+            length, config.sampling_rate, settings.num_validation_clips, settings.channel,
         )  # fmt: skip
         _take(state, validation)
         if settings.resume:
@@ -77,7 +77,7 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
             """Of this process without end, from the given batch of the run on."""
             return training_batches(
                 clips, length, config.sampling_rate, settings.batch_size, settings.seed, settings.num_workers,
-                accelerator.process_index, accelerator.num_processes, start,
+                accelerator.process_index, accelerator.num_processes, start, settings.channel,
             )  # fmt: skip
 
         if settings.normalize_encoder and settings.model is None and state.step == 0:
