@@ -64,7 +64,7 @@ def test_commands_that_take_a_model_take_it_by_its_name(tmp_path):
     assert WavTokenizerModel.from_pretrained(tmp_path / "run" / "last").config.codebook_size == 4096
 
 
-@pytest.mark.parametrize(("name", "least"), [("speech", 0.75), ("synthetic", 0.8)])
+@pytest.mark.parametrize(("name", "least"), [("speech", 0.75), ("synthetic", 0.75)])
 def test_speech_that_it_never_heard_comes_back_intelligible(name, least):
     model = WavTokenizerModel.from_pretrained(bundled_model()).eval()
     file = ROOT / "examples" / f"{name}.flac"
@@ -74,13 +74,15 @@ def test_speech_that_it_never_heard_comes_back_intelligible(name, least):
     assert result["all_codes"]["num_used"] > 150  # of some 430 codes
 
 
-def test_decoded_speech_keeps_many_of_its_codes():
+@pytest.mark.parametrize("name", ["speech", "synthetic"])
+def test_decoded_speech_keeps_many_of_its_codes(name):
     model = WavTokenizerModel.from_pretrained(bundled_model()).eval()
-    waveform = torch.from_numpy(audio.load(ROOT / "examples" / "synthetic.flac"))[None, None]
+    waveform = torch.from_numpy(audio.load(ROOT / "examples" / f"{name}.flac"))[None, None]
     with torch.inference_mode():
         first = model.encode(waveform).audio_codes
         again = model.encode(model.decode(first).audio_values[..., : waveform.shape[-1]]).audio_codes
-    assert (first == again).float().mean() > 0.5
+    # without the loss `reencoding` it is about a tenth
+    assert (first == again).float().mean() > 0.4
 
 
 @pytest.mark.slow
@@ -181,6 +183,9 @@ def packages(tmp_path, monkeypatch):
                 tone = 0.3 * np.sin(2 * np.pi * 100 * pitch * np.arange(int(1.5 * rate)) / rate)
                 soundfile.write(path, np.concatenate([np.zeros(rate), tone, np.zeros(rate)]), rate)
                 path.with_suffix(".txt").write_text("no sound")
+            silence = folder / "sounds" / speaker / "silence" / "1.wav"
+            silence.parent.mkdir()
+            soundfile.write(silence, 1e-3 * np.ones(3 * 44100), 44100)
 
     monkeypatch.setattr(recordings, "unpack", unpack)
     monkeypatch.setattr(recordings, "check_programs", lambda: None)

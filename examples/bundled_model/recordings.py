@@ -126,7 +126,7 @@ def find(package: Package, folder: Path) -> Iterator[tuple[Path, str, str]]:
     for path in sorted(folder.rglob("*")):
         place = path.relative_to(folder).as_posix()
         match = re.fullmatch(package.pattern, place)
-        if match and path.is_file() and not path.is_symlink() and not place.endswith("silence"):
+        if match and path.is_file() and not path.is_symlink() and path.parent.name != "silence":  # prompts of nothing
             speaker = package.prefix + match.group(1)
             name = re.sub(r"[^A-Za-z0-9]+", "-", place.split(f"/{match.group(1)}/", 1)[-1].rsplit(".", 1)[0]).strip(
                 "-"
