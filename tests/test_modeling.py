@@ -130,7 +130,7 @@ def check_rows(model, clips, padding_side, policy):
     if policy is CPU_POLICY:
         assert torch.equal(both.audio_codes, encoded.audio_codes)
     for row, clip in enumerate(clips):
-        real = encoded.audio_codes_mask[row, 0]
+        real = encoded.audio_codes_mask[row, 0].bool()
         alone = model.encode(torch.from_numpy(clip)[None, None], output_latents=True)
         frames = alone.audio_codes.shape[-1]
         padding = real.numel() - frames
