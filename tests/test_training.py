@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from wavtokenizer_hf import WavTokenizerModel, cli
 from wavtokenizer_hf.training import Settings, train
 from wavtokenizer_hf.training.checkpoints import read_state
 from wavtokenizer_hf.training.data import Batch
+from wavtokenizer_hf.training.log import Log
 from wavtokenizer_hf.training.losses import WEIGHTS
 from wavtokenizer_hf.training.settings import read_arguments
 from wavtokenizer_hf.training.state import build, restore, save
@@ -463,12 +465,97 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_intact(tmp_path):
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     state = started(tiny_settings(tmp_path))
     save(state, tmp_path / "run", improved=False)
-    os.rename(tmp_path / "run" / "last", tmp_path / "run" / "last.old")
-    (tmp_path / "run" / "last.partial").mkdir()
+    os.rename(tmp_path / "run" / "last", tmp_path / "run" / "previous")
     state_module.check_output(tiny_settings(tmp_path, resume=True), tmp_path / "run")
     restore(state, tmp_path / "run")
     save(state, tmp_path / "run", improved=True)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best", "last"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best", "last", "previous"]
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """A run with last/ after step 2, with discriminators, and previous/ after step 1; and a state to restore into."""
+    folder = tmp_path_factory.mktemp("two")
+    settings = {"steps": 2, "mel_only_steps": 1, "validate_every": 1}
+    train(tiny_settings(folder, **settings))
+    state = build(tiny_settings(folder, **settings, resume=True))
+    state.num_clips = 6
+    return folder, state
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _pickle_of_a_call(path):
+    path.write_bytes(b"cos\nsystem\n(S'touch executed'\ntR.")
+
+
+DAMAGES = {
+    "weights cut": ("model.safetensors", _cut),
+    "weights gone": ("model.safetensors", os.remove),
+    "discriminators cut": ("discriminators.safetensors", _cut),
+    "discriminators gone": ("discriminators.safetensors", os.remove),
+    "optimizers empty": ("training_state/optimizers.pt", lambda path: path.write_bytes(b"")),
+    "optimizers cut": ("training_state/optimizers.pt", _cut),
+    "optimizers are a list": ("training_state/optimizers.pt", lambda path: torch.save([1, 2], path)),
+    "optimizers of another": ("training_state/optimizers.pt", lambda path: torch.save({"optimizer": {"x": 1}}, path)),
+    "optimizers run code": ("training_state/optimizers.pt", _pickle_of_a_call),
+    "a foreign class": ("training_state/optimizers.pt", lambda path: torch.save({"a": Path("x")}, path)),
+    "state is no JSON": ("training_state/state.json", lambda path: path.write_text("{")),
+    "state is a list": ("training_state/state.json", lambda path: path.write_text("[1]")),
+    "state lacks its step": ("training_state/state.json", lambda path: path.write_text("{}")),
+    "config is a list": ("config.json", lambda path: path.write_text("[]")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_it_in_one_line(
+    damage, two_checkpoints, tmp_path, caplog, monkeypatch
+):
+    folder, state = two_checkpoints
+    shutil.copytree(folder / "run", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    name, do = DAMAGES[damage]
+    do(tmp_path / "run" / "last" / name)
+    restore(state, tmp_path / "run")
+    assert state.step == 1
+    expected = load_file(folder / "run" / "previous" / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.model.state_dict().items())
+    (said,) = [record.getMessage() for record in caplog.records if "Went back to step 1" in record.getMessage()]
+    assert "\n" not in said and len(said) < 800
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best", "last.damaged", "log", "previous"]
+    save(state, tmp_path / "run", improved=False)  # what was good stays beside it
+    assert (
+        read_state(tmp_path / "run" / "last")[0]["step"] == read_state(tmp_path / "run" / "previous")[0]["step"] == 1
+    )
+    assert not (tmp_path / "executed").exists()
+
+
+def test_two_damaged_checkpoints_are_refused_in_one_line(two_checkpoints, tmp_path, capsys):
+    folder, state = two_checkpoints
+    shutil.copytree(folder / "run", tmp_path / "run")
+    for name in ("last", "previous"):
+        _cut(tmp_path / "run" / name / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* to go on from: .*last.*previous") as error:
+        restore(state, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "run" / "last").is_dir()
+
+
+def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, caplog, capfd):
+    log = Log(tmp_path / "log", 24000, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        for step in range(200):
+            log.figures({f"loss/{number}": 0.5 for number in range(10)}, step)
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (said,) = [record.getMessage() for record in caplog.records if "nothing more is logged" in record.getMessage()]
+    assert str(tmp_path / "log") in said and "File too large" in said
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_segment_too_short_for_the_losses_spectrograms_is_refused(tmp_path):

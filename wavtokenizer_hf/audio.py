@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from transformers import audio_utils
 
+from .atomic_files import atomic_write, cannot_write
 from .audio_decoders import open_decoder, soundfile_module, torchcodec_decoder
 from .audio_decoders import reason as _reason
 from .audio_errors import AudioError, CutOffError
@@ -471,7 +472,8 @@ def writing(
 ) -> Iterator[Callable]:
     """`save` for audio that comes block by block: gives a function that takes the next block (n,), float, n >= 0.
 
-    The file gets its name when the `with` block ends well; when it ends in an error, nothing is left. Raises as `save`.
+    The file gets its name when the `with` block ends well and the file reads back with every sample; when it ends in an
+    error, nothing is left. Raises as `save`.
     """
     soundfile = soundfile_module()
     path = Path(path)
@@ -480,27 +482,99 @@ def writing(
         raise ValueError(f"Cannot tell the sound format from the ending of {path}; use .wav, .flac, .ogg or .mp3.")
     subtype = subtype or soundfile.default_subtype(format)
     levels = Levels()
-    partial = path.with_name(path.name + ".partial")
 
     def write(audio: np.ndarray) -> None:
         levels.add(audio)
         try:
-            file.write(audio)
+            for start in range(0, len(audio), WRITE_SAMPLES):
+                file.write(audio[start : start + WRITE_SAMPLES])
         except AssertionError as error:  # so SoundFile.write (0.14) says that not all was written
+            output.check()
             raise OSError(f"Cannot write {path}: not all samples were written. Is the disk full?") from error
-        if format == "WAV" and partial.stat().st_size > MAX_WAV_SIZE:
+        output.check()
+        if format == "WAV" and output.size > MAX_WAV_SIZE:
             raise ValueError(f"{path} would be longer than a WAV file can be, 4 GiB. Name a .flac or .w64 file.")
 
-    try:
-        with soundfile.SoundFile(partial, "w", sampling_rate, 1, subtype=subtype, format=format) as file:
-            yield write
-        os.replace(partial, path)
-    except soundfile.LibsndfileError as error:
-        raise OSError(f"Cannot write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(path) as partial, _CheckedOutput(partial, path) as output:
+        try:
+            with soundfile.SoundFile(output, "w", sampling_rate, 1, subtype=subtype, format=format) as file:
+                yield write
+        except soundfile.LibsndfileError as error:
+            output.check()
+            raise OSError(f"Cannot write {path}: {error}") from error
+        output.finish()
+        if levels.size and format != "RAW":  # which has no header to compare
+            _check_written(partial, path, levels.size)
     if subtype not in ("FLOAT", "DOUBLE"):
         levels.warn_of_clipping(str(path))
+
+
+WRITE_SAMPLES = 2**16
+"""Samples per call of libsndfile, whose OGG encoder crashes on millions at once (libsndfile 1.2.2)."""
+
+
+class _CheckedOutput:
+    """The file that libsndfile writes to. It keeps the first error: libsndfile ignores errors in OGG, MP3 and FLAC."""
+
+    def __init__(self, partial: Path, path: Path):
+        self._file, self._path, self._error = partial.open("r+b"), path, None
+        self.size = 0  # bytes, headers included
+
+    def __enter__(self) -> "_CheckedOutput":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        with suppress(OSError):
+            self._file.close()
+
+    def write(self, content: bytes) -> int:
+        try:
+            self._file.write(content)
+            self.size = max(self.size, self._file.tell())
+        except OSError as error:
+            self._error = self._error or error
+            return 0
+        return len(content)
+
+    def read(self, size: int = -1) -> bytes:
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return self._file.seek(offset, whence)  # writes what is buffered
+        except OSError as error:
+            self._error = self._error or error
+            return -1
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as error:
+            self._error = self._error or error
+
+    def check(self) -> None:
+        """Raise the OSError of the first write that failed."""
+        if self._error is not None:
+            raise cannot_write(self._path, self._error) from self._error
+
+    def finish(self) -> None:
+        """Write what is buffered, then check."""
+        self.flush()
+        self.check()
+
+
+def _check_written(partial: Path, path: Path, num_samples: int) -> None:
+    """Raise OSError unless the header of the written file can be read and promises every sample."""
+    try:
+        with soundfile_module().SoundFile(partial) as file:
+            found = file.frames
+    except soundfile_module().LibsndfileError as error:
+        raise OSError(f"Cannot write {path}: what was written cannot be read back ({_reason(error)}).") from error
+    if found != num_samples:
+        raise OSError(f"Cannot write {path}: {found} of {num_samples} samples can be read back.")
 
 
 MAX_WAV_SIZE = 2**32 - 2**16

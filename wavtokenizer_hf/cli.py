@@ -1,12 +1,16 @@
 """The command line: `wavtokenizer encode | decode | reconstruct | tokenize | evaluate | convert | checkpoints | train | info`.
 
 Exit codes: 0, all went well; 1, some of several files failed, or a pipe was cut off (each is named with its reason, the rest is
-done); 2, the command cannot be carried out as given; 130, interrupted; 141, nobody reads standard output any more.
+done); 2, the command cannot be carried out as given; 130, interrupted; 141, nobody reads standard output any more; 143, ended by
+SIGTERM.
 """
 
 import argparse
 import os
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -20,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
     try:
         _refuse_empty(arguments)
-        code = arguments.run(arguments)
+        with _cleanup_on_sigterm():
+            code = arguments.run(arguments)
         sys.stdout.flush()  # here, where an error is still met
         return code
     except BrokenPipeError:
@@ -40,6 +45,27 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+@contextmanager
+def _cleanup_on_sigterm():
+    """Let SIGTERM raise SystemExit, so that temporary files are removed. Exit code 143, as for any ended process."""
+    if threading.current_thread() is not threading.main_thread():  # where Python sets no handlers
+        yield
+        return
+    process = os.getpid()
+
+    def end(number, frame):
+        if os.getpid() != process:  # a forked worker has nothing to clean up
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
 def _refuse_empty(arguments: argparse.Namespace) -> None:
     """Raises ValueError for an empty argument, as `"$UNSET"` is: as a path it would mean the current folder."""
     for name, value in vars(arguments).items():
@@ -54,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         description="24 kHz audio to one stream of 40 or 75 tokens per second, and back.",
         epilog="Exit codes: 0 all went well, 1 some of several files failed, or a pipe was cut "
         "off, and the rest is done, 2 cannot be done as given, 130 interrupted, 141 nobody reads the "
-        "output any more.",
+        "output any more, 143 ended by SIGTERM.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command in (sound, tokenize, evaluate, convert, train, info):

@@ -160,6 +160,8 @@ def read_codes(stream: BinaryIO, start: bytes = b"") -> Iterator[np.ndarray]:
 
 
 def _codes(numbers: list[bytes]) -> np.ndarray:
+    if strange := next((number for number in numbers if len(number) > 20 or not number.isdigit()), None):
+        raise ValueError(f"Standard input does not hold codes: got {strange[:20]!r}. Expected one number a line.")
     try:
         return np.array([int(number) for number in numbers], np.int64)
     except (ValueError, OverflowError) as error:

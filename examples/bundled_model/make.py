@@ -107,7 +107,7 @@ def train(output: Path, changes: dict) -> Settings:
     }
     command = [sys.executable, "-m", "wavtokenizer_hf", "train", str(RECIPE)]
     command += [f"--{name}={value}" for name, value in changes.items()]
-    if (run / "last").exists() or (run / "last.old").exists():  # the latter after a kill between two renames
+    if (run / "last").exists() or (run / "previous").exists():  # the latter after a kill between two renames
         command.append("--resume")
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     subprocess.run(command, check=True, env={**os.environ, **MEMORY, "PYTHONPATH": paths})

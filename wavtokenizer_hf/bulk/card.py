@@ -16,6 +16,8 @@ MEANINGS = {
     "source_sampling_rate": "Hz of the sound before it was resampled",
     "source_channels": "of the sound before they were averaged to one",
     "codebook_fingerprint": "of the codebook that the codes belong to",
+    "source_size": "bytes of the file that the clip came from (null: it came from no file)",
+    "source_mtime_ns": "when that file was last changed, in ns since 1970",
     "warnings": "what is strange about the sound: silent, cancelled (opposite channels), out-of-range",
 }
 

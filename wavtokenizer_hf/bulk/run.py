@@ -15,9 +15,9 @@ import torch
 from ..audio import check_channel
 from . import encoding, hub, processes, ray_engine
 from .extra import library
-from .output import Output, Settings, Summary
+from .output import NO_FILE, Output, Settings, Summary
 from .progress import Progress
-from .sources import open_source
+from .sources import Source, open_source
 from .work import Job, num_cores
 
 
@@ -36,6 +36,8 @@ class Result:
         seconds: that this run took.
         sampling_rate: Hz of the samples that are counted.
         passed_over: files, and members of shards, that are no clips.
+        changed: clips of this run's shard whose file has another size or time than when it was read; done again with `refresh`.
+        without_source: clips with a row or a failure that the source does not hold any more, or whose file is gone.
         silent: clips of this run's shard that have neither a row nor a failure: none, or there is a fault in this package.
     """
 
@@ -46,6 +48,8 @@ class Result:
     sampling_rate: int
     passed_over: list[str]
     silent: list[str]
+    changed: list[str]
+    without_source: list[str]
 
 
 def tokenize(
@@ -68,6 +72,7 @@ def tokenize(
     shard: tuple[int, int] = (0, 1),
     on_error: str = "record",
     retry_failed: bool = False,
+    refresh: bool = False,
     push_to_hub: str | None = None,
     progress: bool = False,
     channel: str | int = "mean",
@@ -99,6 +104,7 @@ def tokenize(
         shard: `(i, n)`: do only the i-th of n shards of the clips, i from 0; all of them may write to one folder at once.
         on_error: `"record"` lists a clip that fails and goes on, `"fail"` stops at the first.
         retry_failed: try clips again that failed in an earlier run.
+        refresh: do clips again whose file has another size or time than when it was read.
         push_to_hub: name of a dataset on the Hub to which the folder is uploaded in the end.
         progress: shows how far it is, on standard error.
         channel: of clips that have several, as `audio.load` takes it.
@@ -118,6 +124,8 @@ def tokenize(
     encoding.check_max_clip_seconds(max_clip_seconds)
     library("soundfile"), library("soxr"), library("pyarrow")  # or every clip would fail
     is_path = isinstance(source, (str, os.PathLike))
+    if not os.fspath(output):
+        raise ValueError("Got an empty output, which would be the current folder. Name a folder.")
     if is_path and Path(output).resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(
             f"The output {output} lies in the source {source}, whose Parquet it would become. Name another."
@@ -148,6 +156,9 @@ def tokenize(
     with Output(output, settings, clips.schema, shard).open() as folder:
         if push_to_hub is not None:
             hub.prepare(push_to_hub)
+        changed, without_source = _compare_with_files(clips, folder, shard)
+        if refresh and changed:
+            folder.drop(set(changed))
         done, failures, _ = folder.finished()
         if not retry_failed:
             done |= failures.keys()
@@ -191,7 +202,23 @@ def tokenize(
         if push_to_hub is not None:
             hub.push(folder.folder, push_to_hub)
     seconds = time.monotonic() - started
-    return Result(total, failures, watch.total, seconds, settings.sampling_rate, list(clips.passed_over), silent)
+    return Result(
+        total, failures, watch.total, seconds, settings.sampling_rate, list(clips.passed_over), silent, changed,
+        without_source,
+    )  # fmt: skip
+
+
+def _compare_with_files(clips: Source, folder: Output, shard: tuple[int, int]) -> tuple[list[str], list[str]]:
+    """Ids of clips of this shard whose files have changed since they were read, and ids that have no source any more."""
+    places = {item.id: item.place for item in clips.items}
+    changed, without_source = [], []
+    for id, before in folder.stamps().items():
+        now = clips.stamp(places[id]) if id in places else NO_FILE
+        if id not in places or (now == NO_FILE and before != NO_FILE):
+            without_source.append(id)
+        elif now != before and in_shard(id, shard):
+            changed.append(id)
+    return changed, without_source
 
 
 def _name(source: str | os.PathLike) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from .. import audio
 from ..find_files import holds, utf8_name, walk
 from .extra import library
-from .output import OWN_COLUMNS
+from .output import NO_FILE, OWN_COLUMNS, Stamp
 
 
 LISTS = (".txt", ".csv", ".jsonl")
@@ -53,6 +53,18 @@ class Source:
     def carried(self, place: Any) -> dict[str, Any]:
         """The carried columns of a clip."""
         raise NotImplementedError
+
+    def file(self, place: Any) -> str | None:
+        """Path of the file that holds a clip: the sound, or the shard or table that it is in. None for a dataset."""
+        return place[0] if isinstance(place, tuple) else None
+
+    def stamp(self, place: Any) -> Stamp:
+        """Size and time of that file as it is now."""
+        try:
+            status = os.stat(self.file(place) or "")
+        except (OSError, ValueError):
+            return NO_FILE
+        return status.st_size, status.st_mtime_ns
 
     def without_items(self) -> "Source":
         """For workers, which are told the places of their clips."""
@@ -232,8 +244,8 @@ def _list_file(path: Path, column: str | None) -> Files:
                 rows = list(csv.DictReader(file, restkey=_TOO_MANY))
             else:
                 rows = [json.loads(line) for line in file if line.strip()]
-    except (ValueError, csv.Error) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise ValueError(f"Cannot read the list {path}: {error}") from error
+    except (ValueError, RecursionError, csv.Error) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"Cannot read the list {path}: {' '.join(str(error).split())[:300]}") from error
     names = list(dict.fromkeys(name for row in rows for name in row)) if all(isinstance(r, dict) for r in rows) else []
     if rows and column is None:
         column = next((name for name in PATH_COLUMNS if name in names), None)

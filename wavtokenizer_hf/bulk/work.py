@@ -11,7 +11,7 @@ import torch
 
 from . import encoding
 from .encoding import Failure
-from .output import Output, Summary
+from .output import NO_FILE, Output, Stamp, Summary
 from .sources import Item, Source
 
 
@@ -74,8 +74,10 @@ class Worker:
         """
         job, results = self.job, []
         carried: list[dict[str, Any]] = [{} for _ in items]
+        stamps: list[Stamp] = [NO_FILE for _ in items]
 
         def read(number: int) -> Any:
+            stamps[number] = job.source.stamp(items[number].place)  # before it is read: a change meanwhile shows later
             carried[number] = job.source.carried(items[number].place)
             return job.source.sound(items[number].place)
 
@@ -103,7 +105,7 @@ class Worker:
                         )
                 results += window
                 report(summary)
-        job.output.write_part([item.id for item in items], results, carried)
+        job.output.write_part([item.id for item in items], results, carried, stamps)
 
 
 def num_cores() -> int:

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from ..atomic_files import refuse_inputs
 from .arguments import add_channel, add_command, add_model, load_model
 from .files import find_sources
 
@@ -30,7 +31,10 @@ def add(commands) -> None:
         help="what any other codec decoded: sound files with the names and sub-folders of those in INPUT, in any format",
     )
     evaluate.add_argument(
-        "-o", "--output", metavar="FOLDER", help="for report.json, files.csv, metrics.png and codebook.png"
+        "-o",
+        "--output",
+        metavar="FOLDER",
+        help="for report.json, files.csv, metrics.png and codebook.png",
     )
     evaluate.add_argument(
         "--metrics",
@@ -66,11 +70,14 @@ def _model(arguments):
 def _evaluate(arguments) -> int:
     from .. import audio
     from ..evaluation import DecodedFolder, evaluate
+    from ..evaluation.report import REPORT_FILES
 
     if arguments.num_workers < 0:
         raise ValueError(f"Got --num-workers {arguments.num_workers}, expected 0 or more.")
     audio.check_channel(arguments.channel)
     references = find_sources(arguments.audio, audio.SUFFIXES)
+    if arguments.output is not None:
+        refuse_inputs([Path(arguments.output, name) for name in REPORT_FILES], [file for file, _ in references])
     systems = [
         _model(argparse.Namespace(**{**vars(arguments), "model": name, "revision": revision}))
         for name, revision in ((arguments.model, arguments.revision), (arguments.compare, None))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ..atomic_files import is_stream, refuse_inputs, remove_leftovers
 from ..audio_errors import failure_kind
 from ..find_files import describe_passed_over, find_files
 
@@ -62,7 +63,7 @@ def find_jobs(arguments, suffixes: tuple[str, ...], new_suffix: str) -> list[tup
     if from_pipe and is_folder:
         raise ValueError(f"Got the folder {output} for standard input, which has no name. Name a file as OUTPUT.")
     if len(inputs) == 1 and (from_pipe or Path(inputs[0]).is_file()) and not is_folder:
-        return [(sources[0][0], folder)]
+        return _without_overwriting(arguments, [(sources[0][0], folder)])
     jobs, seen = [], {}
     for source, place in sources:
         target = folder / place.with_suffix(new_suffix)
@@ -72,6 +73,24 @@ def find_jobs(arguments, suffixes: tuple[str, ...], new_suffix: str) -> list[tup
             )
         seen[target] = source
         jobs.append((source, target))
+    return _without_overwriting(arguments, jobs)
+
+
+def _without_overwriting(
+    arguments, jobs: list[tuple[Path | None, Path | None]]
+) -> list[tuple[Path | None, Path | None]]:
+    """The jobs. Raises ValueError if an output is a folder, or an input of any of them, under whatever name."""
+    targets = [target for _, target in jobs]
+    if getattr(arguments, "plot", False):
+        targets += [target.with_suffix(".png") for target in targets]
+    for target in targets:
+        if target.is_dir():
+            raise ValueError(
+                f"The output {target} is a folder, expected a file. Move it away, or name another output."
+            )
+    refuse_inputs(targets, [source for source, _ in jobs if source is not None])
+    for folder in {target.parent for target in targets}:
+        remove_leftovers(folder)
     return jobs
 
 
@@ -85,7 +104,7 @@ def do_each(jobs: list[tuple[Path | None, Path | None]], work: Callable, argumen
         name = "standard input" if source is None else str(source)
         started = time.perf_counter()
         try:
-            if target is not None:
+            if target is not None and not is_stream(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
             tally = work(source, target)
         except BrokenPipeError:

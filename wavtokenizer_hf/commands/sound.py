@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..atomic_files import atomic_write, is_stream
+from ..limited_files import read_file
 from ..token_file import FORMATS
 from .arguments import add_channel, add_command, add_model, load_model
 from .files import add_files, do_each, find_jobs
@@ -150,6 +152,7 @@ def _decode(arguments) -> int:
 
 def _reconstruct(arguments) -> int:
     from .. import audio
+    from ..plots import plot_reconstruction
     from ..transcode import WHOLE_SECONDS, Tally, audio_of, codes_of, cut_to_length
 
     jobs = _sound_jobs(arguments, audio.SUFFIXES)
@@ -161,8 +164,6 @@ def _reconstruct(arguments) -> int:
     windows = _windows(arguments, model, live=jobs[0][0] is None)
 
     def work(source: Path | None, target: Path | None) -> Tally:
-        if source is not None and target is not None and target.exists() and source.samefile(target):
-            raise ValueError(f"{target} would be overwritten by its own reconstruction. Name another output.")
         if arguments.plot and audio.seconds(source) > WHOLE_SECONDS:
             raise ValueError(f"Got --plot for {audio.seconds(source):.0f} s, expected at most {WHOLE_SECONDS} s.")
         tally, waveform, all_codes, reconstruction = Tally(), [], [], []
@@ -178,17 +179,30 @@ def _reconstruct(arguments) -> int:
             codes = tally.count_codes(keep(codes, all_codes), tell=lambda _: None)
             decoded = audio_of(model, codes, windows, tally)
             decoded = cut_to_length(decoded, lambda: tally.num_samples, model.config.hop_length)
-            with _writing_sound(target, arguments, model) as write:
+            picture = target.with_suffix(".png") if arguments.plot else None
+            # the sound appears with its picture, or neither does
+            with _picture_file(picture) as partial, _writing_sound(target, arguments, model) as write:
                 for block in keep(decoded, reconstruction):
                     write(block)
-        if arguments.plot:
-            from ..plots import plot_reconstruction
-
-            clips = [np.concatenate(pieces) for pieces in (waveform, reconstruction, all_codes)]
-            plot_reconstruction(target.with_suffix(".png"), *clips, model.config.sampling_rate, source.name)
+                if arguments.plot:
+                    clips = [np.concatenate(pieces) for pieces in (waveform, reconstruction, all_codes)]
+                    try:
+                        plot_reconstruction(partial, *clips, model.config.sampling_rate, source.name, "png")
+                    except OSError as error:
+                        raise OSError(f"Cannot write the picture {picture}: {error.__cause__ or error}") from error
         return tally
 
     return do_each(jobs, work, arguments, model)
+
+
+@contextmanager
+def _picture_file(path: Path | None):
+    """`atomic_write` of a picture that may not have been asked for."""
+    if path is None:
+        yield None
+        return
+    with atomic_write(path) as partial:
+        yield partial
 
 
 def _sound_jobs(arguments, suffixes: tuple[str, ...]) -> list[tuple[Path | None, Path | None]]:
@@ -271,7 +285,9 @@ def _writing_sound(target: Path | None, arguments, model, num_samples: int | Non
 
     rate = model.config.sampling_rate
     if target is not None:
-        return audio.writing(target, rate)
+        # a device or pipe has no ending that could name the format
+        format = arguments.sound_format.upper() if is_stream(target) and not target.suffix else None
+        return audio.writing(target, rate, format=format)
     return pipes.writing_sound(sys.stdout.buffer, rate, num_samples, bool(arguments.raw_output))
 
 
@@ -281,7 +297,7 @@ def _read_tokens(source: Path | None, format: str | None, model) -> tuple:
     The number is None for txt on standard input, which is taken as it comes.
     """
     from .. import pipes
-    from ..token_file import TokenFile, bare_codes_from_bytes, format_of
+    from ..token_file import MAX_BYTES, TokenFile, bare_codes_from_bytes, format_of, read_tokens
 
     stdin = sys.stdin.buffer
     start = stdin.read(2) if source is None else b""
@@ -295,12 +311,13 @@ def _read_tokens(source: Path | None, format: str | None, model) -> tuple:
         )
         if format == "txt" and source is None:
             return pipes.read_codes(stdin, start), None
-    content = start + stdin.read() if source is None else source.read_bytes()
+    content = read_tokens(stdin, format, start) if source is None else read_file(source, MAX_BYTES)
     if format in ("npy", "txt"):
         codes = bare_codes_from_bytes(content, format)
         num_samples = len(codes) * model.config.hop_length
     else:
         tokens = TokenFile.from_bytes(content, format)
         model.check_codebook_fingerprint(tokens.codebook_fingerprint)
+        tokens.check_rate(model.config)
         codes, num_samples = tokens.audio_codes, tokens.num_samples
     return (codes[start : start + 1024] for start in range(0, len(codes), 1024)), num_samples

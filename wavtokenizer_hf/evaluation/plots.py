@@ -1,10 +1,10 @@
 """Pictures of an evaluation. Needs the extra `evaluation` (matplotlib)."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
+from ..plots import save_figure
 from .metrics import METRICS
 
 
@@ -38,7 +38,7 @@ def plot_metrics(path: Path, report) -> Path:
         axes.set(title=metric.title, xlabel=", ".join(filter(None, (metric.unit, better))), ylabel="files")
         axes.yaxis.get_major_locator().set_params(integer=True)
     _legend(figure, report)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_codebook(path: Path, report) -> Path:
@@ -57,7 +57,7 @@ def plot_codebook(path: Path, report) -> Path:
     axes.set(xlabel="codebook entry, most frequent first", ylabel="occurrences", yscale="log")
     axes.set_title("codebook use (dotted: all entries equally often)")
     axes.legend()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _numbers(system, name: str) -> np.ndarray:
@@ -77,13 +77,3 @@ def _figure(figsize: tuple[float, float]):
     except ImportError as error:
         raise ImportError("Pictures need matplotlib: pip install 'wavtokenizer_hf[evaluation]'") from error
     return Figure(figsize=figsize, layout="constrained")
-
-
-def _save(figure, path: Path) -> Path:
-    partial = path.with_name(path.stem + ".partial" + path.suffix)
-    try:
-        figure.savefig(partial, dpi=120)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..atomic_files import write_text
 from .codebook import CodebookUsage
 from .metrics import METRICS
 
@@ -24,6 +25,8 @@ CODEBOOK_FIGURES = {
     "codebook_entropy": ("entropy", "bit/s"),
 }
 """Per file, beside the metrics, for systems that are models: title and unit."""
+
+REPORT_FILES = ("report.json", "files.csv", "metrics.png", "codebook.png")
 
 INTERVAL = "95 % interval of the mean over files, Student's t"
 
@@ -218,8 +221,8 @@ class Report:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         written = [
-            _write(folder / "report.json", json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"),
-            _write(folder / "files.csv", self._csv()),
+            write_text(folder / "report.json", json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"),
+            write_text(folder / "files.csv", self._csv()),
             plot_metrics(folder / "metrics.png", self),
         ]
         if any(system.codes is not None for system in self.systems):
@@ -265,13 +268,3 @@ def _row(name: str, summary: Summary, sign: str = "") -> str:
     failed = f", {summary.failures} failed" if summary.failures else ""
     unit = f" {_unit(name)}" if _unit(name) else ""
     return f"  {_title(name):<24}{mean:>10} {interval + unit:<32}{summary.count:>6} files{failed}"
-
-
-def _write(path: Path, text: str) -> Path:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path

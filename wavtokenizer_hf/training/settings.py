@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..audio import check_channel
+from ..limited_files import MAX_YAML_BYTES, one_line, parse_yaml, read_file
 from .losses import WEIGHTS
 
+
+NEEDS_YAML = "Recipes need PyYAML: pip install 'wavtokenizer_hf[training]'"
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -27,7 +30,7 @@ def _field(help: str, default: Any = dataclasses.MISSING, *, factory: Any = data
 class Settings:
     """What a training run does. The defaults are the published training at 40 tokens/s, but for the number of GPUs."""
 
-    output: str = _field("folder of the run: best/, last/ and log/ appear in it", "", free=True)
+    output: str = _field("folder of the run: best/, last/, previous/ and log/ appear in it", "", free=True)
     train_data: str = _field(
         "sound to train on: a folder to search, a text file with one path a line (relative to the file), or a folder "
         "saved by datasets' save_to_disk",
@@ -96,7 +99,10 @@ class Settings:
     num_validation_clips: int = _field("clips of a validation, at most; of each the first segment_seconds", 200)
     num_logged_clips: int = _field("clips of the validation that the log lets hear and see", 4, free=True)
     resume: bool = _field(
-        "go on from last/ in the output folder, after an interruption, with the same settings", False, free=True
+        "go on from last/ in the output folder, after an interruption, with the same settings; from previous/, the one before, if "
+        "last/ is damaged",
+        False,
+        free=True,
     )
     push_to_hub: str | None = _field("repository on the Hub to which best/ is uploaded at the end", None, free=True)
 
@@ -212,12 +218,13 @@ def _find(recipe: str) -> Path:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    yaml = _yaml()
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
+        values = parse_yaml(read_file(path, MAX_YAML_BYTES))
+    except ValueError as error:
+        raise ValueError(f"{path} is not plain YAML: {one_line(error)}") from error
+    except ImportError as error:
+        raise ImportError(NEEDS_YAML) from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{path} holds {type(values).__name__}, expected settings, one `name: value` a line.")
     return values
 
@@ -226,7 +233,12 @@ def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=VALUE")
-    return name, _yaml().safe_load(value)
+    try:
+        return name, parse_yaml(value.encode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text[:100]!r}: {one_line(error)}") from error
+    except ImportError as error:
+        raise ImportError(NEEDS_YAML) from error
 
 
 def _number(value: Any) -> Any:
@@ -260,11 +272,3 @@ def _typed(name: str, value: Any, type_: Any) -> Any:
             if number is not None and (kind is float or number.is_integer()):
                 return kind(number)
     raise ValueError(f"Got {name}={value!r}, expected {getattr(type_, '__name__', type_)}.")
-
-
-def _yaml():
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError("Recipes need PyYAML: pip install 'wavtokenizer_hf[training]'") from error
-    return yaml

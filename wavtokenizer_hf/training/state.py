@@ -2,6 +2,8 @@
 
 import logging
 import math
+import os
+import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from ..configuration_wavtokenizer import WavTokenizerConfig
+from ..limited_files import one_line, short_repr
+from ..loading import load_model
 from ..modeling_wavtokenizer import WavTokenizerModel
-from .checkpoints import load_discriminators, read_state, recover, save_checkpoint
+from .checkpoints import LAST, PREVIOUS, DamagedError, load_discriminators, read_state, recover, save_checkpoint
 from .codebook import CodebookLearner
 from .discriminators import Discriminators
 from .losses import MelLoss, MelScalesLoss, used_discriminators
@@ -151,47 +155,105 @@ def save(state: State, output: Path, improved: bool) -> None:
         critics = state.critics if state.critics_train else None
         facts = {
             "step": state.step,
-            "best_score": state.best_score,
+            "best_score": state.best_score if math.isfinite(state.best_score) else None,  # JSON has no infinity
             "num_processes": accelerator.num_processes,
             "num_clips": state.num_clips,
             "settings": asdict(state.settings),
             "num_restarts": state.learner.num_restarts,
         }
         tensors = {"usage": state.learner.usage, **{name: part.state_dict() for name, part in _steered(state).items()}}
-        save_checkpoint(output / "last", state.model, critics, facts, tensors)
+        save_checkpoint(output / LAST, state.model, critics, facts, tensors)
         if improved:
             save_checkpoint(output / "best", state.model, critics)
     accelerator.wait_for_everyone()
 
 
 def restore(state: State, output: Path) -> None:
-    """Goes back to last/. Raises ValueError if there is none, or if it was made with other settings."""
-    facts, tensors = read_state(output / "last")
-    differences = state.settings.differences(facts["settings"])
-    if facts["num_processes"] != state.accelerator.num_processes:
-        differences.append(f"processes were {facts['num_processes']} and are now {state.accelerator.num_processes}")
+    """
+    Go back to last/, or to previous/ if last/ is missing or damaged.
+
+    A damaged last/ is renamed to last.damaged/, and the log says why in one line.
+
+    Raises:
+        ValueError: Neither can be read, or they were made with other settings.
+    """
+    reasons = []
+    for folder in (output / LAST, output / PREVIOUS):
+        if not folder.is_dir():
+            continue
+        try:
+            _restore_from(state, folder)
+        except DamagedError as error:
+            reasons.append(str(error))
+            continue
+        state.accelerator.wait_for_everyone()  # until the others have read last/ as well
+        if reasons and state.accelerator.is_main_process:
+            damaged = output / f"{LAST}.damaged"
+            shutil.rmtree(damaged, ignore_errors=True)
+            os.replace(output / LAST, damaged)
+            logger.warning(
+                "%s; it is now %s. Went back to step %d in %s.", reasons[0], damaged.name, state.step, folder
+            )
+        return
+    if not reasons:
+        raise ValueError(f"There is no state of training in {output} to go on from.")
+    raise ValueError(
+        f"There is no checkpoint in {output} to go on from: {'; '.join(reasons)}. Start another run, for example with "
+        f"model={output / 'best'}."
+    )
+
+
+def _restore_from(state: State, folder: Path) -> None:
+    """Raises DamagedError if the checkpoint cannot be read, ValueError if it was made with other settings."""
+    facts, tensors = read_state(folder)
+    try:
+        step, num_processes, best_score = facts["step"], facts["num_processes"], facts["best_score"]
+        differences = state.settings.differences(facts["settings"])
+        num_restarts = facts["num_restarts"]
+    except (KeyError, AttributeError, TypeError) as error:
+        raise DamagedError(f"The state of training in {folder} cannot be read: it lacks {error}") from error
+    if type(step) is not int or step < 0:
+        raise DamagedError(f"The state of training in {folder} cannot be read: it has step={short_repr(step)}")
+    if num_processes != state.accelerator.num_processes:
+        differences.append(f"processes were {num_processes} and are now {state.accelerator.num_processes}")
     if (num_clips := facts.get("num_clips", state.num_clips)) != state.num_clips:
         differences.append(f"clips were {num_clips} and are now {state.num_clips}")
     if differences:
         raise ValueError(
-            f"The run in {output} had other settings: {'; '.join(differences)}. Resume it with its own, or start another "
-            f"from it with model={output / 'last'}."
+            f"The run in {folder.parent} had other settings: {'; '.join(differences)}. Resume it with its own, or start "
+            f"another from it with model={folder}."
         )
-    state.model.load_state_dict(_load_model(str(output / "last")).state_dict())
-    needed = state.critics is not None and facts["step"] >= state.settings.mel_only_steps
-    if needed and not load_discriminators(str(output / "last"), state.critics):
-        raise ValueError(f"{output / 'last'} lacks its discriminators. Start another run from it.")
-    for name, part in _steered(state).items():
-        part.load_state_dict(tensors[name])
-    state.learner.usage.copy_(tensors["usage"])
-    state.learner.num_restarts = facts["num_restarts"]
-    state.step, state.best_score = facts["step"], facts["best_score"]
+    try:
+        state.model.load_state_dict(_load_model(str(folder)).state_dict())
+        needed = state.critics is not None and step >= state.settings.mel_only_steps
+        if needed and not load_discriminators(str(folder), state.critics):
+            raise ValueError("it lacks its discriminators")
+        for name, part in _steered(state).items():
+            _load_part(name, part, tensors[name])
+        state.learner.usage.copy_(tensors["usage"])
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file can make any of these raise anything
+        raise DamagedError(f"The checkpoint {folder} cannot be read: {one_line(error)}") from error
+    state.learner.num_restarts = num_restarts
+    state.step, state.best_score = step, math.inf if best_score is None else best_score
+
+
+def _load_part(name: str, part: Any, values: Any) -> None:
+    """Load an optimizer or schedule. Raises an error where PyTorch would take what belongs to something else."""
+    if not isinstance(values, dict) or set(values) != set(part.state_dict()):
+        raise ValueError(f"optimizers.pt holds no state of the {name}")
+    part.load_state_dict(values)
+    for parameter, numbers in getattr(part, "state", {}).items():
+        for key, tensor in numbers.items():
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape != parameter.shape:
+                raise ValueError(f"optimizers.pt holds {key} of another shape in the {name}")
 
 
 def check_output(settings: Settings, output: Path) -> None:
     """Raises ValueError if a run would overwrite another."""
-    recover(output / "last")
-    if (output / "last").exists() and not settings.resume:
+    recover(output / "best")
+    if ((output / LAST).exists() or (output / PREVIOUS).exists()) and not settings.resume:
         raise ValueError(f"{output} holds a run already. Resume it (--resume), or choose another output.")
 
 
@@ -227,10 +289,7 @@ def _steered(state: State) -> dict[str, Any]:
 
 
 def _load_model(name: str) -> WavTokenizerModel:
-    model, loading = WavTokenizerModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    if loading["missing_keys"]:
-        raise ValueError(f"The model {name!r} lacks tensors, such as {sorted(loading['missing_keys'])[0]}.")
-    return model
+    return load_model(WavTokenizerModel, name, dtype=torch.float32)
 
 
 def _new_config(values: dict[str, Any]) -> WavTokenizerConfig:
