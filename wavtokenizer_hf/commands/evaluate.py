@@ -34,14 +34,33 @@ def add(commands) -> None:
         "-o",
         "--output",
         metavar="FOLDER",
-        help="for report.json, files.csv, metrics.png and codebook.png",
+        help="folder for report.json, files.csv, metrics.png, codebook.png, and worst.md with the ten worst clips to hear",
+    )
+    evaluate.add_argument(
+        "--preset",
+        default="quick",
+        metavar="NAME",
+        help="set of metrics: quick (default), paper (the table of the paper: utmos, pesq_wb, stoi, voicing_f1), or full",
     )
     evaluate.add_argument(
         "--metrics",
         nargs="+",
         metavar="NAME",
-        help="only these of pesq_wb, stoi, si_sdr, mel_distance, stft_distance, f0_error, voicing_f1, utmos; one that "
-        "cannot run here is then an error",
+        help="only these of pesq_wb, stoi, estoi, si_sdr, mel_distance, stft_distance, mcd, visqol, f0_error, voicing_f1, "
+        "dnsmos, speaker_similarity, word_error_rate, utmos; one that cannot run here is then an error",
+    )
+    evaluate.add_argument(
+        "--crepe",
+        default="full",
+        metavar="SIZE",
+        help="size of the pitch tracker of f0_error and voicing_f1: full (default, as in the paper) or tiny, which is about "
+        "fifty times as fast on a CPU",
+    )
+    evaluate.add_argument(
+        "--asr",
+        metavar="MODEL",
+        help="speech recognizer of word_error_rate, by its name or folder for transformers' pipeline; default: pocketsphinx, "
+        "for English",
     )
     evaluate.add_argument(
         "--utmos",
@@ -97,6 +116,9 @@ def _evaluate(arguments) -> int:
         num_workers=min(arguments.num_workers, len(references)),
         progress=sys.stderr.isatty(),
         channel=arguments.channel,
+        crepe=arguments.crepe,
+        asr=arguments.asr,
+        preset=arguments.preset,
     )
     written = [] if arguments.output is None else report.save(arguments.output)
     if arguments.json:

@@ -48,8 +48,13 @@ class Settings:
         factory=dict,
     )
 
-    steps: int = _field("steps in all", 1_000_000)
+    steps: int = _field("steps in all; may grow when the run is resumed", 1_000_000, free=True)
     mel_only_steps: int = _field("first steps without discriminators, on mel and commitment losses alone", 0)
+    freeze: str | None = _field(
+        "part of the model that stays as it is: encoder (with the codebook, so that codes keep their meaning); `none` "
+        "undoes a recipe's",
+        None,
+    )
     continuous_steps: int = _field(
         "first steps without the codebook, in which the decoder gets the encoder's output itself; k-means then chooses the "
         "entries from an encoder that has learned something, which a short run needs",
@@ -71,6 +76,11 @@ class Settings:
     precision: str = _field(
         "float32, or bfloat16 for autocast of decoder and discriminators; encoder and codebook stay in float32",
         "float32",
+    )
+    compile: bool = _field(
+        "compile the decoder and the discriminators with torch.compile: faster on a GPU after a wait at the first step",
+        False,
+        free=True,
     )
     dropout: float = _field("of the residual blocks in the backbone's front", 0.1)
     loss_weights: dict[str, float] = _field(
@@ -99,9 +109,15 @@ class Settings:
     num_validation_clips: int = _field("clips of a validation, at most; of each the first segment_seconds", 200)
     num_logged_clips: int = _field("clips of the validation that the log lets hear and see", 4, free=True)
     resume: bool = _field(
-        "go on from last/ in the output folder, after an interruption, with the same settings; from previous/, the one before, if "
-        "last/ is damaged",
+        "go on from last/ in the output folder, after an interruption, with the same settings but for a larger `steps`; from "
+        "previous/, the one before, if last/ is damaged",
         False,
+        free=True,
+    )
+    memory_gb: float | None = _field(
+        "GB that the run may take. Default: what the GPU, or the machine and its control group, has free. After the first "
+        "step the run stops if its next ones need more",
+        None,
         free=True,
     )
     push_to_hub: str | None = _field("repository on the Hub to which best/ is uploaded at the end", None, free=True)
@@ -129,6 +145,7 @@ class Settings:
                 raise ValueError(f"Got {name}={getattr(self, name)}, expected at least {least}.")
         for name in (
             "segment_seconds", "learning_rate", "discriminator_learning_rate", "discriminator_scale", "max_gradient_norm",
+            "memory_gb",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -141,6 +158,13 @@ class Settings:
                 f"Got continuous_steps={self.continuous_steps} of steps={self.steps}: the codebook would never be chosen."
             )
         check_channel(self.channel)
+        if self.freeze not in (None, "encoder"):
+            raise ValueError(f"Got freeze={self.freeze!r}, expected 'encoder': no other part can be frozen alone.")
+        if self.freeze and self.continuous_steps:
+            raise ValueError(
+                f"Got freeze='encoder' and continuous_steps={self.continuous_steps}. A frozen codebook is used from the first "
+                "step on: set continuous_steps to 0."
+            )
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"Got precision={self.precision!r}, expected 'float32' or 'bfloat16'.")
 
@@ -193,7 +217,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             if f.default not in ("", None):
                 help += f" (default {f.default:g})" if isinstance(f.default, float) else f" (default {f.default})"
         # no default here: what is not given must not go before the recipe's value
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help.replace("%", "%%"), **options)
+        names = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
+        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **options)
 
 
 def read_arguments(arguments: argparse.Namespace) -> Settings:
