@@ -979,3 +979,14 @@ def test_ray_gives_up_a_clip_that_kills_its_actors(place, tmp_path, monkeypatch)
 def test_ray_says_what_went_wrong(place, tmp_path):
     with pytest.raises(ValueError, match="Cannot read"):
         tokenize(place / "corpus", str(place / "model"), tmp_path / "out", engine="ray", on_error="fail")
+
+
+def test_a_dry_run_tells_what_comes_and_writes_nothing(place, run, tmp_path, capsys):
+    command = ["tokenize", str(place / "corpus"), "-m", str(place / "model"), "-o", str(tmp_path / "dry"), "--json"]
+    assert main([*command, "--dry-run"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert not (tmp_path / "dry").exists()
+    total = run().total  # the sample is all of a corpus as small as this
+    assert facts["clips"] == NUM_CLIPS + len(DAMAGED) and facts["clips_failed"] == len(DAMAGED)
+    assert facts["tokens"] == total.num_codes and facts["hours"] == pytest.approx(total.num_samples / 24_000 / 3600)
+    assert facts["hours_of_one_process"] > 0

@@ -39,6 +39,7 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
         "training",
         "evaluation",
         "bulk",
+        "export",
         "loading",
         "",
     },
@@ -51,6 +52,7 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
     "bulk": {"audio", "audio_errors", "find_files", "loading", ""},
     "training": {"audio", "find_files", "loading", ""},  # audio is the only door to sound files
     "evaluation": {"audio", "find_files", "plots", "transcode", ""},  # transcode scales clips as a model asks
+    "export": {"bulk", "llm", ""},  # token folders, and the sequences that language models are trained on
     "llm": {"long_audio", ""},  # sound while a language model generates
 }
 ROOMS = sorted({path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()})
@@ -133,7 +135,7 @@ def test_everything_imports_without_the_extras_and_says_which_is_missing(tmp_pat
     code = """
 import sys
 for name in ("soundfile", "soxr", "matplotlib", "datasets", "torchaudio", "torchcodec", "accelerate", "tensorboard",
-             "scipy", "sklearn", "librosa", "pesq", "pystoi", "auraloss", "pyarrow", "ray"):
+             "scipy", "sklearn", "librosa", "pesq", "pystoi", "auraloss", "pyarrow", "ray", "onnx", "onnxruntime", "lhotse"):
     sys.modules[name] = None
 import pkgutil, importlib, wavtokenizer_hf, conversion.convert
 for module in pkgutil.walk_packages(wavtokenizer_hf.__path__, "wavtokenizer_hf."):

@@ -1,4 +1,5 @@
-"""The command line: `wavtokenizer encode | decode | reconstruct | tokenize | evaluate | convert | checkpoints | train | info`.
+"""The command line: `wavtokenizer encode | decode | reconstruct | tokenize | export | evaluate | convert | checkpoints | export-model |
+train | info`.
 
 Exit codes: 0, all went well; 1, some of several files failed, or a pipe was cut off (each is named with its reason, the rest is
 done); 2, the command cannot be carried out as given; 130, interrupted; 141, nobody reads standard output any more; 143, ended by
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 
 from huggingface_hub.errors import StrictDataclassError
 
-from .commands import convert, evaluate, info, sound, tokenize, train
+from .commands import convert, evaluate, export, export_model, info, sound, tokenize, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,6 +84,6 @@ def _parser() -> argparse.ArgumentParser:
         "output any more, 143 ended by SIGTERM.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command in (sound, tokenize, evaluate, convert, train, info):
+    for command in (sound, tokenize, export, evaluate, convert, export_model, train, info):
         command.add(commands)
     return parser

@@ -104,6 +104,11 @@ def load_feature_extractor(
     return feature_extractor
 
 
+def target_peak(feature_extractor: WavTokenizerFeatureExtractor) -> float | None:
+    """The level in dBFS that clips are scaled to, or None if they are not."""
+    return feature_extractor.target_peak_dB_FS if feature_extractor.normalize_audio else None
+
+
 def check_files(model_class: type[PreTrainedModel], source: str, revision: str = "main") -> None:
     """
     Check config.json and the header of the weights before memory is taken for a model.

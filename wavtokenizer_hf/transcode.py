@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .audio import CutOffError
+from .feature_extraction_wavtokenizer import peak_gain
 from .long_audio import DecodeStream, EncodeStream
 
 
@@ -82,25 +83,22 @@ def codes_of(model, blocks: Iterable[np.ndarray], whole_seconds: float = WHOLE_S
     if not head:
         raise ValueError("Got no samples, expected at least one.")
     if is_all:
-        with torch.inference_mode():
-            input_values = torch.from_numpy(np.concatenate(head))[None, None].to(model.device)
-            codes = model.encode(input_values).audio_codes[0, 0].cpu().numpy()
-        yield codes  # out here: a generator would leave its caller in inference mode
+        yield _encode(model, np.concatenate(head))
         return
-    stream = EncodeStream(model)
+    stream = EncodeStream(model) if _is_torch(model) else model.encode_stream()
     for block in chain(head, blocks):
         codes = stream.push(block)
         if len(codes) > 0:
-            yield codes.numpy()
-    yield stream.flush().numpy()
+            yield np.asarray(codes)
+    yield np.asarray(stream.flush())
 
 
-def scale_to_peak(blocks: Iterable[np.ndarray], peak_dbfs: float | None) -> Iterator[np.ndarray]:
+def scale_to_peak(blocks: Iterable[np.ndarray], peak_level: float | None) -> Iterator[np.ndarray]:
     """Audio as the feature extractor scales it: its largest sample gets this level. None leaves it alone.
 
     The peak is known at the end only, so that the audio waits in a temporary file, 4 bytes a sample; up to 64 MiB in memory.
     """
-    if peak_dbfs is None:
+    if peak_level is None:
         yield from blocks
         return
     peak, sizes = np.float32(0), []
@@ -112,7 +110,7 @@ def scale_to_peak(blocks: Iterable[np.ndarray], peak_dbfs: float | None) -> Iter
         file.seek(0)
         for size in sizes:
             block = np.frombuffer(file.read(4 * size), np.float32)
-            yield block if peak == 0 else block / peak * np.float32(10 ** (peak_dbfs / 20))
+            yield block * np.float32(peak_gain(peak, peak_level))
 
 
 def audio_of(model, codes: Iterable[np.ndarray], windows: Windows, tally: Tally) -> Iterator[np.ndarray]:
@@ -124,19 +122,43 @@ def audio_of(model, codes: Iterable[np.ndarray], windows: Windows, tally: Tally)
     if not head:
         raise ValueError("Got no codes, expected at least one.")
     if is_all:
-        with torch.inference_mode():
-            audio_codes = torch.from_numpy(np.concatenate(head).astype(np.int64))[None, None].to(model.device)
-            decoded = model.decode(audio_codes).audio_values[0, 0].cpu().numpy()
-        yield decoded
+        yield _decode(model, np.concatenate(head).astype(np.int64))
         return
-    stream = DecodeStream(model, windows.seconds, windows.overlap_seconds)
+    stream = decode_stream(model, windows.seconds, windows.overlap_seconds)
     num_tokens = 0
     for piece in chain(head, codes):
         num_tokens += len(piece)
         if num_tokens > stream.delay:
             tally.window_seconds, tally.overlap_seconds = windows.seconds, windows.overlap_seconds
-        yield stream.push(piece.astype(np.int64)).numpy()
-    yield stream.flush().numpy()
+        yield np.asarray(stream.push(piece.astype(np.int64)))
+    yield np.asarray(stream.flush())
+
+
+def _is_torch(model) -> bool:
+    """Whether the model is one of torch, and not an exported one, which takes and gives numpy arrays."""
+    return isinstance(model, torch.nn.Module)
+
+
+def decode_stream(model, seconds: float, overlap_seconds: float):
+    """The stream of either kind of model. Raises ValueError for windows that are none."""
+    stream = DecodeStream if _is_torch(model) else type(model).decode_stream
+    return stream(model, seconds, overlap_seconds)
+
+
+@torch.inference_mode()
+def _encode(model, audio: np.ndarray) -> np.ndarray:
+    """Audio (T,) -> codes (L,)."""
+    if not _is_torch(model):
+        return model.encode(audio[None, None]).audio_codes[0, 0]
+    return model.encode(torch.from_numpy(audio)[None, None].to(model.device)).audio_codes[0, 0].cpu().numpy()
+
+
+@torch.inference_mode()
+def _decode(model, audio_codes: np.ndarray) -> np.ndarray:
+    """Codes (L,) -> audio (L * hop,)."""
+    if not _is_torch(model):
+        return model.decode(audio_codes[None, None]).audio_values[0, 0]
+    return model.decode(torch.from_numpy(audio_codes)[None, None].to(model.device)).audio_values[0, 0].cpu().numpy()
 
 
 def cut_to_length(

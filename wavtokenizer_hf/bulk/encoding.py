@@ -77,11 +77,6 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def target_peak(feature_extractor: WavTokenizerFeatureExtractor) -> float | None:
-    """The level in dBFS that clips are scaled to, or None if they are not."""
-    return feature_extractor.target_peak_dB_FS if feature_extractor.normalize_audio else None
-
-
 def default_device(rank: int = 0) -> str:
     """The GPU of that number, counted around if there are fewer, or the CPU."""
     return f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .. import audio
 from ..configuration_wavtokenizer import WavTokenizerEncoderConfig
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
-from ..loading import find_model, load_model
+from ..loading import find_model, load_model, target_peak
 from ..modeling_wavtokenizer import WavTokenizerModel
 from . import encoding
 from .encoding import Failure
@@ -44,7 +44,7 @@ class _Mapped:
         self.folder_contents = None
         if commit is None:
             model, feature_extractor = self._load("cpu")
-            level = None if feature_extractor is None else encoding.target_peak(feature_extractor)
+            level = None if feature_extractor is None else target_peak(feature_extractor)
             self.folder_contents = encoding.weights_fingerprint(model), level
 
     def __getstate__(self) -> dict[str, Any]:

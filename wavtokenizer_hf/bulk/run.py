@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..audio import check_channel
+from ..loading import target_peak
 from . import encoding, hub, processes, ray_engine
 from .extra import library
 from .output import NO_FILE, Output, Settings, Summary
@@ -147,7 +148,7 @@ def tokenize(
         codebook_size=encoder.config.codebook_size,
         hop_length=encoder.config.hop_length,
         sampling_rate=encoder.config.sampling_rate,
-        target_peak_dB_FS=encoding.target_peak(feature_extractor),
+        target_peak_dB_FS=target_peak(feature_extractor),
         columns={field.name: str(field.type) for field in clips.schema},
         channel=str(channel),
         tar_names=tar_names,

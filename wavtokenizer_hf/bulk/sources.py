@@ -133,10 +133,14 @@ def open_source(
 def _open_path(
     source: str, column: str | None, config: str | None, split: str | None, revision: str | None, tar_names: str
 ) -> Source:
+    from . import segment_sources  # it imports this module
+
     path = Path(source)
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _from_disk(path, column or "audio", split)
+        if segment_sources.is_shar(path):
+            return segment_sources.LhotseShar(path)
         files, base = walk(path), path
     elif path.is_file() and path.suffix.lower() in LISTS:
         return _list_file(path, column)
@@ -257,20 +261,30 @@ def _list_file(path: Path, column: str | None) -> Files:
             f"The list {path} has the columns {names}, expected one of paths: {', '.join(PATH_COLUMNS)}, or another that you "
             "name as the column."
         )
+    has_segments = {"start", "duration"} <= set(names)
     id_column = "id" if "id" in names else column
     items = []
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get(column), str) or row.get(id_column) is None:
             raise ValueError(f"Row {number} of {path} has no text in {column!r} or nothing in {id_column!r}.")
-        carried = {name: row.get(name) for name in names if name not in (column, "id")}
+        carried = {name: row.get(name) for name in names if name not in (column, "id", *_not_carried(has_segments))}
         items.append(Item(str(row[id_column]), (str(path.parent / row[column]), carried)))
-    carried_names = [name for name in names if name not in (column, "id")]
+    carried_names = [name for name in names if name not in (column, "id", *_not_carried(has_segments))]
     try:
         table = pyarrow.Table.from_pylist([item.place[1] for item in items], schema=None) if carried_names else None
     except (pyarrow.ArrowException, OverflowError) as error:
         raise ValueError(f"The columns of {path} are not of one type each: {error}") from error
     fields = [] if table is None else [_typed(table.schema.field(name)) for name in carried_names]
+    if has_segments:
+        from . import segment_sources  # it imports this module
+
+        return segment_sources.Segments(rows, column, pyarrow.schema(fields), path.parent)
     return Files(items, pyarrow.schema(fields), column)
+
+
+def _not_carried(has_segments: bool) -> tuple[str, ...]:
+    """The output has a `duration` of its own."""
+    return ("duration",) if has_segments else ()
 
 
 def _typed(field):

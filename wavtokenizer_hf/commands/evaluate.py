@@ -9,6 +9,7 @@ from pathlib import Path
 from ..atomic_files import refuse_inputs
 from .arguments import add_channel, add_command, add_model, load_model
 from .files import find_sources
+from .token_folders import DecodedTokens
 
 
 def add(commands) -> None:
@@ -25,6 +26,11 @@ def add(commands) -> None:
     add_model(evaluate, required=False)
     add_channel(evaluate)
     evaluate.add_argument("--compare", metavar="MODEL", help="a second model, measured on the same files")
+    evaluate.add_argument(
+        "--tokens",
+        metavar="FOLDER",
+        help="token folder of tokenize, made of INPUT: measure what MODEL decodes of its codes, instead of encoding again",
+    )
     evaluate.add_argument(
         "--decoded",
         metavar="FOLDER",
@@ -78,12 +84,11 @@ def add(commands) -> None:
 
 def _model(arguments):
     from ..evaluation import Model
-    from ..loading import load_feature_extractor
+    from ..loading import load_feature_extractor, target_peak
 
-    model = load_model(arguments)
-    return Model(
-        arguments.model, model, load_feature_extractor(arguments.model, arguments.revision, model.config).peak_dbfs
-    )
+    model = load_model(arguments, allow_exported=False)
+    extractor = load_feature_extractor(arguments.model, arguments.revision, model.config)
+    return Model(arguments.model, model, target_peak(extractor))
 
 
 def _evaluate(arguments) -> int:
@@ -102,6 +107,10 @@ def _evaluate(arguments) -> int:
         for name, revision in ((arguments.model, arguments.revision), (arguments.compare, None))
         if name is not None
     ]
+    if arguments.tokens is not None:
+        if arguments.model is None:
+            raise ValueError(f"Got the tokens {arguments.tokens} and no model to decode them. Give --model.")
+        systems[0] = DecodedTokens(arguments.tokens, systems[0].model)
     if arguments.decoded is not None:
         systems.append(DecodedFolder(arguments.decoded))
     if not systems:

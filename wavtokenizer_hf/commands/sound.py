@@ -13,6 +13,7 @@ from ..limited_files import read_file
 from ..token_file import FORMATS
 from .arguments import add_channel, add_command, add_model, load_model
 from .files import add_files, do_each, find_jobs
+from .token_folders import token_clips
 
 
 _SOUND_PIPE = "-: a WAV stream on standard input, taken as it comes"
@@ -33,8 +34,11 @@ def add(commands) -> None:
     add_channel(encode)
 
     decode = add_command(commands, "decode", _decode, "token files to sound files")
-    add_files(decode, "token files, or folders to search for them; -: tokens from standard input")
+    add_files(
+        decode, "token files, folders to search for them, or a token folder of tokenize; -: tokens from standard input"
+    )
     add_model(decode)
+    decode.add_argument("--id", nargs="+", metavar="ID", help="only these clips of a token folder (default: all)")
     decode.add_argument(
         "--format", choices=FORMATS, help="of INPUT; default: its ending, or for standard input its first two bytes"
     )
@@ -96,12 +100,12 @@ def _encode(arguments) -> int:
     audio.check_channel(arguments.channel)
     jobs = find_jobs(arguments, audio.SUFFIXES, f".{format}")
     model = load_model(arguments, encoder_only=True)
-    peak_dbfs = _peak_dbfs(arguments, model)
+    peak_level = _target_peak(arguments, model)
     fingerprint = model.codebook_fingerprint
 
     def work(source: Path | None, target: Path | None) -> Tally:
         tally, pieces = Tally(), []
-        with _sound_blocks(source, arguments, model, tally, peak_dbfs) as blocks:
+        with _sound_blocks(source, arguments, model, tally, peak_level) as blocks:
             for codes in tally.count_codes(codes_of(model, blocks, _whole_seconds(source)), tell=lambda _: None):
                 pieces.append(codes.astype(np.uint16))
                 if target is None and format == "txt":
@@ -127,13 +131,20 @@ def _encode(arguments) -> int:
 def _decode(arguments) -> int:
     from ..transcode import Tally, audio_of, cut_to_length
 
-    jobs = _sound_jobs(arguments, tuple(f".{format}" for format in FORMATS))
+    clips = token_clips(arguments)  # of a token folder; else None
+    token_files = tuple(f".{format}" for format in FORMATS)
+    jobs = clips.jobs if clips is not None else _sound_jobs(arguments, token_files)
     model = load_model(arguments)
+    if clips is not None:
+        model.check_codebook_fingerprint(clips.folder.codebook_fingerprint)
     _windows(arguments, model, live=False)  # refuses what makes no sense before any file is met
 
     def work(source: Path | None, target: Path | None) -> Tally:
         tally = Tally()
-        pieces, num_samples = _read_tokens(source, arguments.format, model)
+        if clips is not None:
+            pieces, num_samples = clips.read(source, model)
+        else:
+            pieces, num_samples = _read_tokens(source, arguments.format, model)
         windows = _windows(arguments, model, live=num_samples is None)
         seconds = 0 if num_samples is None else num_samples / model.config.sampling_rate
         with _progress(seconds) as bar:
@@ -160,7 +171,7 @@ def _reconstruct(arguments) -> int:
         raise ValueError("Got --plot for a pipe, expected files: a picture is of a whole clip, and has a name.")
     audio.check_channel(arguments.channel)
     model = load_model(arguments)
-    peak_dbfs = _peak_dbfs(arguments, model)
+    peak_level = _target_peak(arguments, model)
     windows = _windows(arguments, model, live=jobs[0][0] is None)
 
     def work(source: Path | None, target: Path | None) -> Tally:
@@ -174,7 +185,7 @@ def _reconstruct(arguments) -> int:
                     kept.append(piece)
                 yield piece
 
-        with _sound_blocks(source, arguments, model, tally, peak_dbfs) as blocks:
+        with _sound_blocks(source, arguments, model, tally, peak_level) as blocks:
             codes = codes_of(model, keep(blocks, waveform), _whole_seconds(source))
             codes = tally.count_codes(keep(codes, all_codes), tell=lambda _: None)
             decoded = audio_of(model, codes, windows, tally)
@@ -218,8 +229,7 @@ def _whole_seconds(source: Path | None) -> float:
 
 def _windows(arguments, model, live: bool):
     """How to decode, by --window-seconds and --overlap-seconds; refuses what makes no sense."""
-    from ..long_audio import DecodeStream
-    from ..transcode import WHOLE_SECONDS, Windows
+    from ..transcode import WHOLE_SECONDS, Windows, decode_stream
 
     seconds, overlap = arguments.window_seconds, arguments.overlap_seconds
     if seconds == 0:
@@ -231,25 +241,25 @@ def _windows(arguments, model, live: bool):
     overlap = min(0.25, seconds / 3) if overlap is None else overlap
     if not (math.isfinite(seconds) and math.isfinite(overlap)):
         raise ValueError(f"Got a window of {seconds} s and an overlap of {overlap} s, expected finite numbers.")
-    DecodeStream(model, seconds, overlap)  # raises
+    decode_stream(model, seconds, overlap)  # raises
     return Windows(seconds, overlap, above_seconds)
 
 
-def _peak_dbfs(arguments, model) -> float | None:
+def _target_peak(arguments, model) -> float | None:
     """The level that the model's preprocessor_config.json asks for; standard error says that a pipe has to wait for it."""
-    from ..loading import load_feature_extractor
+    from ..loading import load_feature_extractor, target_peak
 
-    peak_dbfs = load_feature_extractor(arguments.model, arguments.revision, model.config).peak_dbfs
-    if peak_dbfs is not None and "-" in arguments.inputs:
+    level = target_peak(load_feature_extractor(arguments.model, arguments.revision, model.config))
+    if level is not None and "-" in arguments.inputs:
         print(
-            f"standard input: read to its end first, since the model scales each clip to a peak of {peak_dbfs:g} dBFS",
+            f"standard input: read to its end first, since the model scales each clip to a peak of {level:g} dBFS",
             file=sys.stderr,
         )
-    return peak_dbfs
+    return level
 
 
 @contextmanager
-def _sound_blocks(source: Path | None, arguments, model, tally, peak_dbfs: float | None):
+def _sound_blocks(source: Path | None, arguments, model, tally, peak_level: float | None):
     """The audio of a file, or of standard input, in blocks, scaled, counted by `tally` and shown by a bar."""
     from .. import audio, pipes
     from ..transcode import scale_to_peak
@@ -259,13 +269,14 @@ def _sound_blocks(source: Path | None, arguments, model, tally, peak_dbfs: float
     if source is None:
         blocks, seconds = pipes.read_sound(sys.stdin.buffer, rate, arguments.raw, **options), 0
     else:
+        on_cpu = not hasattr(model, "device") or model.device.type == "cpu"  # an exported model has none
         # as long as the chunks that the model itself encodes best in
-        blocks = audio.read_blocks(source, rate, block_seconds=5 if model.device.type == "cpu" else 60, **options)
+        blocks = audio.read_blocks(source, rate, block_seconds=5 if on_cpu else 60, **options)
         with audio.AudioReader(source, rate, quiet=True) as reader:
             seconds = reader.source_seconds or 0
     with _progress(seconds) as bar:
         counted = tally.count_audio(blocks, tell=lambda count: bar.update(count / rate))
-        yield scale_to_peak(counted, peak_dbfs)
+        yield scale_to_peak(counted, peak_level)
 
 
 def _progress(seconds: float):

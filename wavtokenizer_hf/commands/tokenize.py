@@ -84,6 +84,11 @@ def add(commands) -> None:
     )
     tokenize.add_argument("--engine", choices=("processes", "ray"), default="processes", help="default processes")
     tokenize.add_argument("--ray-address", help="of a Ray cluster, or auto; default: Ray is started here")
+    tokenize.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print clips, hours, tokens, sizes and about how long it takes, from a sample of the clips; writes nothing",
+    )
     tokenize.add_argument("--push-to-hub", metavar="NAME", help="upload OUTPUT to this dataset on the Hub in the end")
 
 
@@ -92,15 +97,24 @@ def _tokenize(arguments) -> int:
 
     if arguments.verify is not None:
         return _verify(arguments)
-    if None in (arguments.source, arguments.model, arguments.output):
+    if None in (arguments.source, arguments.model) or (arguments.output is None and not arguments.dry_run):
         raise ValueError("Got no SOURCE, --model or --output. All three are needed, or --verify OUTPUT alone.")
+    if arguments.dry_run:
+        from ..bulk.dry_run import estimate
+
+        facts = estimate(
+            arguments.source, arguments.model, arguments.revision, arguments.column, arguments.dataset_config,
+            arguments.split, arguments.dataset_revision, arguments.device, arguments.batch_seconds,
+        )  # fmt: skip
+        print_facts(facts, arguments.json)
+        return 0
     index, slash, number = arguments.shard.partition("/")
     if not (slash and index.isdecimal() and number.isdecimal()):
         raise ValueError(f"Got --shard {arguments.shard}, expected I/N, for example 0/8.")
     options = {
         name: value
         for name, value in vars(arguments).items()
-        if name not in ("command", "run", "json", "source", "model", "output", "shard", "verify")
+        if name not in ("command", "run", "json", "source", "model", "output", "shard", "verify", "dry_run")
     }
     result = tokenize(
         arguments.source,

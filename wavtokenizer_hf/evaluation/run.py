@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from .. import __version__, audio
+from ..feature_extraction_wavtokenizer import peak_gain
 from ..find_files import utf8_name
 from ..transcode import scale_to_peak
 from .codebook import CodebookUsage
@@ -48,18 +49,18 @@ class Model:
     Args:
         name: for the report.
         model: a `WavTokenizerModel` at 24 kHz, on any device.
-        peak_dbfs: level that clips are scaled to before they are encoded, as its feature extractor says; what is decoded is
+        peak_level: dBFS that clips are scaled to before they are encoded, as its feature extractor says; what is decoded is
             scaled back. Default: none.
     """
 
     gives_codes = True
 
-    def __init__(self, name: str, model, peak_dbfs: float | None = None):
+    def __init__(self, name: str, model, peak_level: float | None = None):
         if model.config.sampling_rate != SAMPLING_RATE:
             raise ValueError(f"Got a model for {model.config.sampling_rate} Hz, the metrics need {SAMPLING_RATE} Hz.")
         self.name = name
         self.model = model.eval()
-        self.peak_dbfs = peak_dbfs
+        self.peak_level = peak_level
 
     def describe(self) -> dict:
         config = self.model.config
@@ -76,14 +77,21 @@ class Model:
     @torch.inference_mode()
     def reconstruct(self, place: Path, waveform: np.ndarray) -> tuple[np.ndarray, CodebookUsage]:
         """(T,) -> (T,), decoded and cut to the length of the input, and the codes on the way."""
-        config, peak = self.model.config, np.abs(waveform).max()
-        (scaled,) = scale_to_peak([waveform], self.peak_dbfs)
+        peak = np.abs(waveform).max()
+        (scaled,) = scale_to_peak([waveform], self.peak_level)
         audio_codes = self.model.encode(torch.from_numpy(scaled)[None, None].to(self.model.device)).audio_codes
-        estimate = self.model.decode(audio_codes).audio_values[0, 0, : len(waveform)].float().cpu().numpy()
-        if self.peak_dbfs is not None and peak > 0:
-            estimate = estimate * np.float32(peak / 10 ** (self.peak_dbfs / 20))
-        usage = CodebookUsage.of(audio_codes[0, 0].cpu().numpy(), config.codebook_size, config.frame_rate)
+        estimate, usage = self.decode(audio_codes[0, 0].cpu().numpy(), len(waveform))
+        if self.peak_level is not None and peak > 0:
+            estimate = estimate / np.float32(peak_gain(peak, self.peak_level))
         return estimate, usage
+
+    @torch.inference_mode()
+    def decode(self, audio_codes: np.ndarray, num_samples: int) -> tuple[np.ndarray, CodebookUsage]:
+        """Codes (L,) int64 -> their audio, cut to `num_samples`, and the use of the codebook."""
+        config = self.model.config
+        decoded = self.model.decode(torch.from_numpy(audio_codes)[None, None].to(self.model.device)).audio_values
+        usage = CodebookUsage.of(audio_codes, config.codebook_size, config.frame_rate)
+        return decoded[0, 0, :num_samples].float().cpu().numpy(), usage
 
 
 class DecodedFolder:
