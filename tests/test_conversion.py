@@ -201,7 +201,13 @@ def test_folder_holds_weights_configuration_code_and_card_and_nothing_else(folde
         "feature_extraction_wavtokenizer.py",
         "model.safetensors",
         "modeling_wavtokenizer.py",
+        "modeling_wavtokenizer_batching.py",
+        "modeling_wavtokenizer_cpu.py",
         "modeling_wavtokenizer_encoder.py",
+        "modeling_wavtokenizer_padding.py",
+        "modeling_wavtokenizer_pickling.py",
+        "modeling_wavtokenizer_precision.py",
+        "modeling_wavtokenizer_windows.py",
         "preprocessor_config.json",
     ]
 
