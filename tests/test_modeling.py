@@ -206,7 +206,7 @@ def test_a_row_with_a_near_tie_gets_exactly_what_it_gets_alone(tiny_model):
     latents = tiny_model.encode(audio[:1], output_latents=True).latents
     middle, step = latents[0, :, 3], torch.randn(16)
     tiny_model.quantizer.codebook.embed[:2] = torch.stack([middle + 1e-2 * step, middle - 1e-2 * step])
-    assert batching.has_near_tie(tiny_model.encoder_model, latents, batching.SHARED_LSTM_TOLERANCE)
+    assert batching.clear_codes(tiny_model.encoder_model, latents, batching.SHARED_LSTM_TOLERANCE) is None
     for policy in (POLICIES["shared_lstm"], POLICIES["cpu"]):
         encoded = tiny_model.encoder_model._encode(audio, output_latents=True, policy=policy)
         assert torch.equal(encoded.latents[:1], tiny_model.encode(audio[:1], output_latents=True).latents)
@@ -217,7 +217,8 @@ def test_near_ties_are_found_in_float32_under_autocast(tiny_model):
     gaps = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            found = [batching.has_near_tie(tiny_model.encoder_model, latents[..., i : i + 1], 2e-2) for i in range(50)]
+            frames = latents.split(1, dim=-1)
+            found = [batching.clear_codes(tiny_model.encoder_model, frame, 2e-2) is None for frame in frames]
         gaps.append(found)
     assert gaps[0] == gaps[1] and 0 < sum(gaps[0]) < 50
 

@@ -25,9 +25,7 @@ from .modeling_wavtokenizer_precision import full_float32
 class EncodePolicy:
     """Which rows are computed together, and in what chunks. Measured by benchmarks/batches.py and long_audio.py."""
 
-    together_seconds: (
-        float  # rows up to this length go through all layers together; infinity: all rows, near ties included
-    )
+    together_seconds: float  # rows up to this length go through all layers together (infinity: without a recheck)
     shared_lstm_seconds: float  # longer rows up to this length share the steps of the LSTM; the rest go one by one
     block_seconds: float | None  # length of the blocks in which one clip goes through the convolutions
     chunk_seconds: float = 60.0  # longer rows are encoded in chunks of this length, in constant memory
@@ -49,7 +47,7 @@ def default_policy(audio: torch.Tensor) -> EncodePolicy:
 
 ROWS_PER_LSTM = 8  # more rows do not make a step of the LSTM cheaper per row
 
-# Bounds on |latents together - latents alone| / |latents alone|. The largest measured were 1.4e-6 and 3e-7.
+# Bounds on |latents together - latents alone| / |latents alone|. The largest measured were 1.4e-6 and 3e-7 (benchmarks/README.md).
 MASKS_TOLERANCE = 1e-5
 SHARED_LSTM_TOLERANCE = 1e-6
 # Bound on the change of two scores' difference by rounding, over |latents| * |entry|. The largest measured was 5e-7.
@@ -183,7 +181,7 @@ def _encode_together_and_recheck(model, audio, lengths, output_latents, chunk_se
     row_lengths = [audio.shape[-1]] * len(audio) if lengths is None else lengths.tolist()
     for row, length in enumerate(row_lengths):
         num_frames = -(-length // hop)
-        if has_near_tie(model, latents[row : row + 1, :, :num_frames], MASKS_TOLERANCE):
+        if clear_codes(model, latents[row : row + 1, :, :num_frames], MASKS_TOLERANCE) is None:
             clip = audio[row : row + 1, :, :length]
             alone, codes[row, :, :num_frames] = _encode_together(model, clip, None, True, chunk_seconds, policy)
             latents[row, :, :num_frames] = alone[0]
@@ -198,12 +196,14 @@ def _encode_with_shared_lstm(
     encoded = []
     with full_float32(clips[0].device):
         frames = [encoder.downsample(clip, block_size=block_size) for clip in clips]
-        for own_frames, shared in zip(frames, _shared_lstm(encoder.lstm, frames), strict=True):
+        for clip, own_frames, shared in zip(clips, frames, _shared_lstm(encoder.lstm, frames), strict=True):
             latents = encoder.project(shared)
-            if has_near_tie(model, latents, SHARED_LSTM_TOLERANCE):
+            check_latents(latents.sum(), clip)
+            codes = clear_codes(model, latents, SHARED_LSTM_TOLERANCE)
+            if codes is None:
                 latents = encoder.project(encoder.lstm(own_frames)[0])
-            check_latents(latents.sum(), torch.cat(clips, dim=-1))
-            encoded.append((latents, model.quantizer.encode(latents)))
+                codes = model.quantizer.encode(latents)
+            encoded.append((latents, codes))
     return encoded
 
 
@@ -223,15 +223,19 @@ def _shared_lstm(lstm: WavTokenizerLSTM, frames: list[torch.Tensor]) -> list[tor
     return [joined[row : row + 1, :, :length] for row, length in enumerate(lengths)]
 
 
-def has_near_tie(model, latents: torch.Tensor, tolerance: float) -> bool:
-    """Return whether a code of latents (B, D, L) might change if the latents moved by `tolerance` of their length."""
+def clear_codes(model, latents: torch.Tensor, tolerance: float) -> torch.Tensor | None:
+    """Return the codes (B, 1, L) of latents (B, D, L), or None if one is a near tie.
+
+    A near tie might be another code if the latents moved by `tolerance` of their length.
+    """
     entries = model.quantizer.codebook.embed
     with full_float32(latents.device):
         scores, nearest = model.quantizer.scores(latents).topk(2)  # (B, L, 2)
         first, second = entries[nearest[..., 0]], entries[nearest[..., 1]]
         length = torch.linalg.vector_norm(latents, dim=1)
         possible_change = length * (tolerance * (first - second).norm(dim=-1) + SCORE_TOLERANCE * first.norm(dim=-1))
-        return bool((scores[..., 0] - scores[..., 1] < possible_change).any())
+        clear = (scores[..., 0] - scores[..., 1] >= possible_change).all()
+    return nearest[..., 0][:, None] if clear else None
 
 
 def _chunk_size(model, chunk_seconds: float | None, num_frames: int, policy: EncodePolicy) -> int:
