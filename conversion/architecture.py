@@ -8,6 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
+from wavtokenizer_hf.limited_files import short_repr
 
 from .mapping import check_names, several_quantizers
 
@@ -135,17 +136,20 @@ def check_yaml(values: dict[str, dict[str, Any]], config: WavTokenizerConfig, pa
         if got != expected:
             field = YAML_FIELDS.get((part, key), key)
             raise ValueError(
-                f"{path} contradicts the checkpoint: {part}.{key} ({field}) is {got!r}, the checkpoint has "
+                f"{path} contradicts the checkpoint: {part}.{key} ({field}) is {short_repr(got)}, the checkpoint has "
                 f"{expected!r}. Give the YAML file that this checkpoint was trained with; those of 40 and 75 tokens/s "
                 "are easily mixed up."
             )
 
 
 def yaml_sampling_rate(values: dict[str, dict[str, Any]], path: Path) -> int:
-    """The sampling rate that a YAML file names, 24000 if none. Raises ValueError unless it is a positive integer."""
+    """The sampling rate that a YAML file names, 24000 if none. Raises ValueError unless it is 1000 to 768,000 Hz."""
     sampling_rate = values["model"].get("sample_rate", 24000)
-    if type(sampling_rate) is not int or sampling_rate < 1:
-        raise ValueError(f"{path}: got model.sample_rate {sampling_rate!r}, expected Hz, such as 24000. Correct it.")
+    if type(sampling_rate) is not int or not 1000 <= sampling_rate <= 768_000:
+        raise ValueError(
+            f"{path}: got model.sample_rate {short_repr(sampling_rate)}, expected Hz from 1000 to 768000, such as 24000. "
+            "Correct it."
+        )
     return sampling_rate
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from wavtokenizer_hf import WavTokenizerConfig, __version__
+from wavtokenizer_hf.atomic_files import write_text
 
 from .published import Published, table
 from .source import Source
@@ -158,5 +159,5 @@ def _measured(published: Published | None) -> str:
 
 if __name__ == "__main__":
     for name, published in table().items():
-        (CARDS / f"{name}.md").write_text(published_card(published), encoding="utf-8")
+        write_text(CARDS / f"{name}.md", published_card(published))
         print(CARDS / f"{name}.md")

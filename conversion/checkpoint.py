@@ -3,30 +3,56 @@
 import contextlib
 import pickletools
 import zipfile
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
-import yaml
+
+from wavtokenizer_hf import limited_files
+from wavtokenizer_hf.limited_files import BoundedReader, check_archive, one_line, read_safetensors_header, short_repr
 
 
-STATE_DICTS = ("state_dict", "model_state_dict")
-"""Where a file keeps its tensors, if it holds more than them: Lightning's, and the decoders that OuteTTS splits off."""
+STATE_DICTS = ("state_dict", "model_state_dict", "module", "model", "ema_state_dict", "ema", "model_ema")
+"""Where a file keeps its tensors, if it holds more than them, the best first: Lightning's, the decoders that OuteTTS splits
+off, DeepSpeed's, plain training loops', and averages (EMA), which are taken only where there is nothing else."""
+
+WRAPPERS = ("module", "_orig_mod", "_forward_module")
+"""Parts of names that DistributedDataParallel, torch.compile and Fabric insert around a module."""
+
+EMA_PREFIXES = ("ema.", "model_ema.", "ema_model.")
+"""Beginnings of names of a second, averaged copy of the weights in the same state dict."""
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """
-    Opens a Lightning checkpoint or a bare state dict. Tensors stay in the file until they are used, if it allows that.
+@dataclass
+class Checkpoint:
+    """What a file holds.
 
     Args:
-        path: a file of `torch.save`, or a `.safetensors` file.
+        tensors: By their original names, without wrappers.
+        others: What lies beside the state dict, such as "optimizer_states".
+        notes: What was done to get the names, for the report, one sentence each.
+    """
 
-    Returns:
-        The tensors by their original names, and what else lies beside them, such as "optimizer_states".
+    tensors: dict[str, torch.Tensor]
+    others: list[str]
+    notes: list[str]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """
+    Open a Lightning checkpoint or a bare state dict. Tensors stay in the file until they are used, if it allows that.
+
+    Names lose the parts that wrappers of modules insert (`WRAPPERS`), and an averaged copy beside the weights is left out.
+    Plain values of numpy, paths, sets and namespaces in the file are passed over; nothing of them is built.
+
+    Args:
+        path: A file of `torch.save`, or a `.safetensors` file.
 
     Raises:
-        ValueError: not a file, not a checkpoint, damaged, without tensors, or a pickle that would run code.
+        ValueError: Not a file, not a checkpoint, damaged, compressed, without tensors, or a pickle that would run code.
     """
     _check_is_file(path, "checkpoint")
     with path.open("rb") as file:
@@ -35,36 +61,43 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     content = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path, start)
     if not isinstance(content, dict):
         raise ValueError(_no_tensors(path, f"holds one {type(content).__name__}"))
-    others = []
-    if key := next((key for key in STATE_DICTS if key in content), None):
-        others = [str(name) for name in content if name != key]
+    others, notes = [], []
+    for _ in range(3):  # a trainer's file around DeepSpeed's, for example
+        key = next((key for key in STATE_DICTS if key in content and not isinstance(content[key], torch.Tensor)), None)
+        if key is None:
+            break
+        others += [str(name) for name in content if name != key]
         content = content[key]
         if not isinstance(content, dict):
             raise ValueError(_no_tensors(path, f"holds a {key} of type {type(content).__name__}"))
+        if key not in ("state_dict", "model_state_dict"):
+            notes.append(f"taken from {key!r} in the file")
     if not any(isinstance(value, torch.Tensor) for value in content.values()):
-        names = ", ".join(repr(name) for name in list(content)[:10])
+        names = ", ".join(short_repr(name) for name in list(content)[:10])
         raise ValueError(_no_tensors(path, f"holds no tensors, but {names}" if content else "holds nothing"))
-    return {str(name): value for name, value in content.items()}, others
+    _check_sizes(path, content)
+    tensors, more_notes = _plain_names(path, {str(name): value for name, value in content.items()})
+    return Checkpoint(tensors, others, notes + more_notes)
 
 
 def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     """
-    Reads a YAML file of the original (a Lightning CLI file) as data; the classes that it names are never imported.
+    Read a YAML file of the original (a Lightning CLI file) as data; the classes that it names are never imported.
 
     Args:
-        path: the YAML file.
+        path: The YAML file.
 
     Returns:
         The values of the model and its three parts: {"model": …, "feature_extractor": …, "backbone": …, "head": …}.
 
     Raises:
-        ValueError: not a file, not YAML, or not the original's.
+        ValueError: Not a file, not YAML, larger than a settings file can be, or not the original's.
     """
     _check_is_file(path, "YAML file")
     try:
-        content = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not plain YAML: {_one_line(error)}. Give the checkpoint's YAML file.") from error
+        content = limited_files.read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}. Give the checkpoint's YAML file.") from error
     parts = {"model": _init_args(content, "model")}
     for part in ("feature_extractor", "backbone", "head"):
         parts[part] = _init_args(parts["model"], part)
@@ -76,6 +109,56 @@ def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
             "feature_extractor, backbone and head with init_args. Give the checkpoint's own YAML file, or none."
         )
     return parts
+
+
+def _plain_names(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The tensors by names without wrappers and without a leading `model.`; and what was done, in words."""
+    plain, averaged, removed = {}, {}, Counter()
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        kept = [part for part in parts[:-1] if part not in WRAPPERS] + parts[-1:]
+        wrappers = [part for part in parts[:-1] if part in WRAPPERS]
+        if kept[0] == "model" and len(kept) > 1:
+            kept, wrappers = kept[1:], [*wrappers, "model"]
+        new_name, found = ".".join(kept), plain
+        if prefix := next((prefix for prefix in EMA_PREFIXES if new_name.startswith(prefix)), None):
+            new_name, found = new_name.removeprefix(prefix), averaged
+        if new_name in found and not _same(found[new_name], tensor):
+            raise ValueError(f"{path} holds two different tensors for {short_repr(new_name)}. Save the weights once.")
+        found[new_name] = tensor
+        removed.update(wrappers)
+    notes = [f"removed from {count} names: {part}." for part, count in sorted(removed.items())]
+    if averaged and plain:
+        notes.append(f"dropped: {len(averaged)} tensors of an averaged copy (EMA) beside the weights")
+    elif averaged:
+        notes.append("taken from an averaged copy (EMA), the only one in the file")
+    return plain or averaged, notes
+
+
+def _same(left: Any, right: Any) -> bool:
+    tensors = isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor)
+    return tensors and left.dtype == right.dtype and torch.equal(left, right)
+
+
+MAX_EXPANDED_BYTES = 2**31
+"""What tensors may need beyond what the file stores for them: a tensor of stride 0 repeats a few stored numbers."""
+
+
+def _check_sizes(path: Path, tensors: dict[Any, Any]) -> None:
+    """Raise ValueError if tensors would need far more memory than their file holds, before anything copies one."""
+    expanded = 0
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            continue
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{path} holds {short_repr(name)} without its numbers ({tensor.device}). Save it again.")
+        size = tensor.numel() * tensor.element_size()
+        expanded += max(0, size - tensor.untyped_storage().nbytes())
+        if expanded > MAX_EXPANDED_BYTES:
+            raise ValueError(
+                f"{path} holds {short_repr(name)} of shape {tuple(tensor.shape)}, which needs {size} bytes, and stores "
+                f"{tensor.untyped_storage().nbytes()} for it. Save contiguous tensors."
+            )
 
 
 def _init_args(content: Any, part: str) -> dict | None:
@@ -108,51 +191,106 @@ def _no_tensors(path: Path, what: str) -> str:
 
 
 def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    read_safetensors_header(path)
     try:
         return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(_damaged(path, error)) from error
 
 
 def _open_pickle(path: Path, start: bytes) -> Any:
     is_zip = start.startswith(b"PK\x03\x04")  # files older than torch 1.6 are not, and cannot be mapped into memory
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with torch.serialization.safe_globals(HARMLESS):
+            if is_zip:
+                check_archive(path)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with BoundedReader(path) as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # there is no end to the ways in which a damaged file makes torch.load fail
         foreign = _foreign_imports(path, is_zip)
         if not foreign:
             raise ValueError(_damaged(path, error)) from error
         raise ValueError(
             f"{path} holds more than tensors and plain values: opening it in full would run code, namely "
-            f"{', '.join(foreign)}. Nothing was executed. Expected a checkpoint of the original training code; get it "
-            "from its publisher, and do not open this file by other means."
+            f"{', '.join(short_repr(name)[1:-1] for name in foreign[:10])}. Nothing was executed. Expected a checkpoint of "
+            "the original training code; get it from its publisher, and do not open this file by other means."
         ) from error
+
+
+class Ignored:
+    """Stands for a harmless value beside the weights; nothing of the value's own type is imported or built."""
+
+    def __init__(self, *arguments, **options):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+
+_HARMLESS_NAMES = (
+    "numpy.dtype", "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
+    *(f"numpy.{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
+    *(f"numpy.{name}" for name in ("bool_", "bool", "float16", "float32", "float64", "str_", "bytes_")),
+    "_codecs.encode",
+    *(f"pathlib{local}.{pure}{kind}Path" for local in ("", "._local") for pure in ("Pure", "") for kind in ("Posix", "Windows")),
+    "pathlib.Path", "pathlib.PurePath",
+    "argparse.Namespace",
+    "collections.defaultdict", "collections.deque",
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in (
+        "set", "frozenset", "list", "dict", "tuple", "int", "float", "bool", "str", "bytes", "complex", "slice", "range",
+    )),
+    "datetime.datetime", "datetime.date", "datetime.timedelta",
+)  # fmt: skip
+
+
+def _dictionary(*arguments) -> dict:
+    return {}
+
+
+def _list(*arguments) -> list:
+    return []
+
+
+_BY_HAND = {"collections.defaultdict": _dictionary, "collections.deque": _list}  # torch fills only plain ones
+
+HARMLESS = [(_BY_HAND.get(name) or type(name.rpartition(".")[2], (Ignored,), {}), name) for name in _HARMLESS_NAMES]
+"""The closed list of what may lie beside tensors in a pickle, each with the stand-in that is built in its place. Everything
+else that torch does not allow itself is refused."""
 
 
 def _damaged(path: Path, error: Exception) -> str:
     return (
-        f"{path} cannot be read ({_one_line(error)}); nothing in it was executed. Expected a file of torch.save or of "
+        f"{path} cannot be read ({_reason(error)}); nothing in it was executed. Expected a file of torch.save or of "
         "safetensors. It is damaged, cut short or of another kind: download it again and compare its size and sha256."
     )
 
 
-def _one_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     # torch wraps the reason, a line of its own, in advice to load with less care
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[-2] if lines[0].startswith("Weights only load failed") and len(lines) > 2 else " ".join(lines)
+    return one_line(
+        lines[-2] if lines[0].startswith("Weights only load failed") and len(lines) > 2 else " ".join(lines)
+    )
 
 
 def _foreign_imports(path: Path, is_zip: bool) -> list[str]:
     """What a pickle would import besides torch's own pieces; its instructions are listed, not followed."""
     try:
         if not is_zip:
-            with path.open("rb") as file:
+            with BoundedReader(path) as file:
                 return _imports(file)
+        check_archive(path)
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
             with archive.open(name) as file:
                 return _imports(file)
-    except (StopIteration, zipfile.BadZipFile):
+    except (StopIteration, ValueError, OSError, zipfile.BadZipFile):
         return []
 
 
@@ -167,4 +305,9 @@ def _imports(file: BinaryIO) -> list[str]:
                     found[".".join(strings[-2:])] = None
                 elif isinstance(argument, str):
                     strings.append(argument)
-    return [name for name in found if not name.startswith(("torch.", "collections.OrderedDict"))]
+    return [
+        name
+        for name in found
+        if not name.startswith(("torch.", "collections.OrderedDict", "collections.Counter"))
+        and name not in _HARMLESS_NAMES
+    ]

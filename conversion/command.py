@@ -35,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="every published checkpoint that is still on the Hub, each into a folder of its name in DIR",
     )
-    add("-o", "--output", metavar="DIR", required=True, help="the folder to make; must not exist, or be empty")
+    add(
+        "-o",
+        "--output",
+        metavar="DIR",
+        required=True,
+        help="the folder to make; must not exist, or be empty",
+    )
     add("--revision", help="branch, tag or commit of the checkpoint's repository on the Hub")
     add(
         "--config",

@@ -20,9 +20,8 @@ The names and configuration fields are those of transformers' port of WavTokeniz
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -30,6 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerFeatureExtractor, WavTokenizerModel
+from wavtokenizer_hf.atomic_files import atomic_folder
 
 from .architecture import INFERRED, NOT_IN_TENSORS
 from .card import cast_text, converted_card
@@ -76,10 +76,12 @@ def convert(
             code; the files do not fit each other; or the output exists.
         OSError: a file cannot be read or written.
     """
+    if not os.fspath(output):
+        raise ValueError("Got an empty output. Name the folder to make.")
     output = Path(output).resolve()
     exists = keep_existing and (output / "config.json").is_file()
     if not exists:
-        _check_output(output)
+        check_new_folder(output)
     files = [checkpoint] if isinstance(checkpoint, (str, Path)) else checkpoint
     source = read_source(
         [Path(file) for file in files],
@@ -96,8 +98,8 @@ def convert(
             )
         source.config.codebook_fingerprint = WavTokenizerConfig.from_pretrained(output).codebook_fingerprint
     else:
-        with folder_at_once(output) as folder:
-            _write(source, folder, published)
+        with new_folder(output) as folder:
+            _write(source, folder, output, published)
             if problems := _differences(source, folder, published):  # a fault of this program
                 raise RuntimeError(
                     f"The folder is not equal to {source.name}: {'; '.join(problems)}. Please report this."
@@ -144,38 +146,20 @@ def main(argv: list[str] | None = None) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _check_output(output: Path) -> None:
+def check_new_folder(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder. Remove it, or choose another output.")
 
 
 @contextmanager
-def folder_at_once(output: Path) -> Iterator[Path]:
-    """
-    A new folder beside `output`, which takes its place if all goes well and vanishes if not.
-
-    Raises:
-        ValueError: the output exists and is not an empty folder.
-    """
-    _check_output(output)
-    new_parents = [parent for parent in output.parents if not parent.exists()]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".wavtokenizer-", suffix=".partial", dir=output.parent) as temporary:
-            folder = Path(temporary, output.name)  # one level down, since a temporary folder is closed to other users
-            folder.mkdir()
-            yield folder
-            if output.exists():  # empty, or this fails; Windows replaces no folder
-                output.rmdir()
-            os.replace(folder, output)
-    except BaseException:
-        for parent in new_parents:
-            with suppress(OSError):  # not made, or another program has put something in it
-                parent.rmdir()
-        raise
+def new_folder(output: Path) -> Iterator[Path]:
+    """`atomic_folder` for an output that must not exist, or be an empty folder. Raises ValueError if it does."""
+    check_new_folder(output)
+    with atomic_folder(output) as folder:
+        yield folder
 
 
-def _write(source: Source, folder: Path, published: Published | None) -> None:
+def _write(source: Source, folder: Path, output: Path, published: Published | None) -> None:
     with torch.device("meta"):  # no memory of its own: the weights take the places of its tensors
         model = WavTokenizerModel(source.config)
     model.load_state_dict(source.weights, assign=True)
@@ -187,13 +171,13 @@ def _write(source: Source, folder: Path, published: Published | None) -> None:
         if source.discriminators:
             save_file(source.discriminators, folder / "discriminators.safetensors")
     except safetensors.SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(f"Cannot write the weights in {folder.parent.parent}: {error}.") from error
+        raise OSError(f"Cannot write the weights in {output.parent}: {error}.") from error
     # safetensors 0.8 writes a file that its owner alone can read; the others follow the user's umask
     for file in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", file)
     extractor = extractor_class(sampling_rate=model.config.sampling_rate, hop_length=model.config.hop_length)
     extractor.save_pretrained(folder)
-    card = converted_card(source, folder.name, published)
+    card = converted_card(source, output.name, published)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -270,6 +254,7 @@ def _report(source: Source, output: Path, existed: bool, published: Published | 
         if source.discriminators and prefix in DISCRIMINATOR_PREFIXES:
             continue
         lines.append(f"dropped: {prefix}{'*' * prefix.endswith('.')} ({len(names)}): {DROPPED[prefix]}")
+    lines += source.notes
     if source.others:
         lines.append(f"dropped: {', '.join(source.others)}: not weights")
     lines += [

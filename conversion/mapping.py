@@ -28,6 +28,7 @@ DROPPED = {
     "dac.": "training only: DAC-style discriminator",
     "dacdiscriminator.": "training only: DAC-style discriminator, as its loss held it",
     "melspec_loss.": "training only: mel filters and window of the reconstruction loss",
+    "n_averaged": "training only: of how many steps torch's AveragedModel is the mean",
 }
 
 # Where the discriminators lie, for those who want to train on. The original's loss holds one DAC-style discriminator and its

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from wavtokenizer_hf import WavTokenizerConfig
 from wavtokenizer_hf.training.discriminators import Discriminators
 
 from .architecture import check_yaml, infer_config, yaml_sampling_rate
-from .checkpoint import read_checkpoint, read_yaml
+from .checkpoint import Checkpoint, read_checkpoint, read_yaml
 from .mapping import discriminator_names, original_name, sort_names
 from .published import Published
 
@@ -33,6 +33,7 @@ class Source:
     dropped: dict[str, list[str]]  # beginning of the name -> original names
     others: list[str]  # what lies beside the state dict
     discriminators: dict[str, torch.Tensor]  # by their names in training/; empty unless they were asked for
+    notes: list[str] = field(default_factory=list)  # what was done to get the names, for the report
     averaged: bool = False  # whether the weights are the mean of those in the files, and not in them as they are
 
     @property
@@ -63,7 +64,8 @@ def read_source(
             published.check_file(file, digest)
     values = None if config is None else read_yaml(config)
     sampling_rate = 24000 if values is None else yaml_sampling_rate(values, config)
-    content, others = _join({file: read_checkpoint(file) for file in files})
+    opened = {file: read_checkpoint(file) for file in files}
+    content, others = _join(opened)
     kept, dropped = sort_names(content)
     tensors = {name: content[original] for name, original in kept.items()}
     for name, tensor in tensors.items():
@@ -79,15 +81,18 @@ def read_source(
             weights[name] = weight.clone()
     cast = Counter(str(tensor.dtype) for tensor in tensors.values() if tensor.dtype != torch.float32)
     discriminators = _discriminators(content, model_config, files[0]) if with_discriminators else {}
-    return Source(digests, model_config, weights, cast, dropped, others, discriminators)
+    notes = list(dict.fromkeys(note for checkpoint in opened.values() for note in checkpoint.notes))
+    return Source(digests, model_config, weights, cast, dropped, others, discriminators, notes)
 
 
-def _join(opened: dict[Path, tuple[dict[str, torch.Tensor], list[str]]]) -> tuple[dict[str, torch.Tensor], list[str]]:
+def _join(opened: dict[Path, Checkpoint]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """One checkpoint of the parts that others have split it into; what two parts share must be the same in both."""
     content, others, came_from = {}, [], {}
-    for file, (part, beside) in opened.items():
-        part = {original_name(EMBED) if name == EMBED_COPY else name: tensor for name, tensor in part.items()}
-        others += [name for name in beside if name not in others]
+    for file, checkpoint in opened.items():
+        part = {
+            original_name(EMBED) if name == EMBED_COPY else name: tensor for name, tensor in checkpoint.tensors.items()
+        }
+        others += [name for name in checkpoint.others if name not in others]
         for name, tensor in part.items():
             if name in content and not _equal(content[name], tensor):
                 raise ValueError(

@@ -7,6 +7,7 @@ writes DIR/NAME.ckpt and DIR/NAME.yaml, where NAME is that of the folder. `conve
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel, __version__
+from wavtokenizer_hf.limited_files import one_line
+from wavtokenizer_hf.loading import check_files, check_finite
 
-from .convert import differing, folder_at_once
+from .convert import differing, new_folder
 from .mapping import original_discriminator_names, original_name
 from .source import read_source
 
@@ -59,6 +62,8 @@ def to_original(folder: str | Path, output: str | Path) -> Path:
             output exists.
         OSError: a file cannot be read or written.
     """
+    if not os.fspath(output):
+        raise ValueError("Got an empty output. Name the folder to make.")
     folder, output = Path(folder).resolve(), Path(output).resolve()
     if not (folder / "config.json").is_file():
         raise ValueError(
@@ -66,20 +71,22 @@ def to_original(folder: str | Path, output: str | Path) -> Path:
         )
     discriminators = folder / "discriminators.safetensors"
     try:
+        check_files(WavTokenizerModel, str(folder))
         model, loading = WavTokenizerModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         critics = load_file(discriminators) if discriminators.is_file() else {}
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(
-            f"The weights in {folder} cannot be read: {error}. A file there is damaged: convert or download it again."
+            f"The weights in {folder} cannot be read: {one_line(error)}. A file there is damaged: convert or download it again."
         ) from error
     if wrong := [f"{kind}: {sorted(names)[:3]}" for kind, names in loading.items() if names]:
         raise ValueError(f"{folder} does not hold one whole WavTokenizer: {'; '.join(wrong)}. Convert it again.")
+    check_finite(model, str(folder))
     _check_built_in(model.config)
     tensors = {original_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     tensors |= _unused_decoder() | {"head.istft.window": torch.hann_window(model.config.n_fft)}
     for name, tensor in critics.items():
         tensors |= dict.fromkeys(original_discriminator_names(name), tensor)
-    with folder_at_once(output) as new:
+    with new_folder(output) as new:
         checkpoint = new / f"{folder.name}.ckpt"
         # llama.cpp's convert_pt_to_hf.py takes the first dictionary in the file, so there must be none before this
         torch.save({"epoch": 0, "global_step": 0, "state_dict": tensors}, checkpoint)

@@ -1,7 +1,7 @@
 """The main job, end to end: speech -> token file -> speech, with a picture and a table. `make demo` runs this.
 
-The model is the small one that comes with the package, trained on synthetic sound only (wavtokenizer_hf/bundled/README.md): what
-comes out is to be understood, not to be admired. Published checkpoints are far better: `--model FOLDER`.
+The speech is a recorded voice that the model has never heard (speech.LICENSE.txt). The model is the small one that comes with the
+package (wavtokenizer_hf/bundled/README.md says how far it goes). Published checkpoints are far better: `--model FOLDER`.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel, audio, bundled_model
+from wavtokenizer_hf.evaluation.metrics import METRICS, Clip, score, why_not
 from wavtokenizer_hf.plots import plot_reconstruction
 from wavtokenizer_hf.token_file import TokenFile
 
@@ -19,7 +20,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for what is made")
     parser.add_argument("--model", default=bundled_model(), help="a converted checkpoint, or a name on the Hub")
-    parser.add_argument("--audio", type=Path, default=Path(__file__).parent / "speech.flac", help="a sound file")
+    parser.add_argument(
+        "--audio", type=Path, default=Path(__file__).parent / "speech.flac", help="a sound file of yours"
+    )
     arguments = parser.parse_args()
     output = arguments.output
     if arguments.audio.parent.resolve() == output.resolve():
@@ -59,6 +62,10 @@ def main() -> None:
         arguments.audio.name,
     )
 
+    # of the extra `evaluation`: what is not installed is left out
+    names = [name for name in ("stoi", "pesq_wb") if model.config.sampling_rate == 24000 and why_not(name) is None]
+    values, _ = score(Clip(waveform), Clip(reconstruction), names)
+
     seconds = len(waveform) / model.config.sampling_rate
     rows = [
         ("duration", f"{seconds:.2f} s"),
@@ -73,6 +80,7 @@ def main() -> None:
             "real-time factor, decode",
             f"{(decoded - encoded) / seconds:.3f}  ({seconds / (decoded - encoded):.0f} x real time)",
         ),
+        *((METRICS[name].title, f"{value:.2f}") for name, value in values.items() if value is not None),
         ("codebook fingerprint", model.codebook_fingerprint),
         ("token file", token_file),
         ("sound", sound_file),

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "examples" / "bundled_model"
 sys.path.insert(0, str(RECIPE))
 
+import recordings
 import sound
 import texts
 
@@ -31,11 +32,11 @@ from wavtokenizer_hf.training import Settings
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 
 
-def test_it_is_a_whole_model_of_at_most_12_megabytes_and_the_recipes_shape():
+def test_it_is_a_whole_model_of_at_most_24_megabytes_and_the_recipes_shape():
     assert sorted(path.name for path in bundled_model().iterdir()) == [
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
     ]  # fmt: skip
-    assert (bundled_model() / "model.safetensors").stat().st_size <= 12e6
+    assert (bundled_model() / "model.safetensors").stat().st_size <= 24e6
     model, loading = AutoModel.from_pretrained(bundled_model(), output_loading_info=True)
     assert isinstance(model, WavTokenizerModel) and not loading["missing_keys"] and not loading["unexpected_keys"]
     recipe = WavTokenizerConfig(**Settings.load(str(RECIPE / "recipe.yaml")).config).to_dict()
@@ -55,29 +56,58 @@ def test_its_fingerprint_is_in_its_config_and_its_card():
 def test_commands_that_take_a_model_take_it_by_its_name(tmp_path):
     """Beside those that the README shows."""
     clips = str(write_clips(tmp_path / "clips", count=2, seconds=0.2))
+    other = str(write_clips(tmp_path / "other", count=1, seconds=0.2))
     assert main(["tokenize", clips, "--model", "bundled", "--output", str(tmp_path / "tokens")]) == 0
     tiny = ["--steps=1", "--mel_only_steps=1", "--batch_size=1", "--segment_seconds=0.1", "--num_workers=0"]
-    data = ["--train_data", clips, "--validation_data", clips, "--num_validation_clips=1"]
+    data = ["--train-data", clips, "--validation-data", other, "--num-validation-clips=1"]
     assert main(["train", "--model", "bundled", *data, "--output", str(tmp_path / "run"), *tiny]) == 0
-    assert WavTokenizerModel.from_pretrained(tmp_path / "run" / "last").config.codebook_size == 2048
+    assert WavTokenizerModel.from_pretrained(tmp_path / "run" / "last").config.codebook_size == 4096
 
 
-def test_speech_that_it_never_heard_comes_back_intelligible():
+@pytest.mark.parametrize(("name", "least"), [("speech", 0.75), ("synthetic", 0.75)])
+def test_speech_that_it_never_heard_comes_back_intelligible(name, least):
     model = WavTokenizerModel.from_pretrained(bundled_model()).eval()
-    file = ROOT / "examples" / "speech.flac"
-    report = evaluate([(file, Path("speech.flac"))], [Model("bundled", model)], metrics=["stoi"], num_workers=0)
+    file = ROOT / "examples" / f"{name}.flac"
+    report = evaluate([(file, Path(file.name))], [Model("bundled", model)], metrics=["stoi"], num_workers=0)
     result = report.to_dict()["systems"][0]
-    assert result["metrics"]["stoi"]["mean"] >= 0.8
+    assert result["metrics"]["stoi"]["mean"] >= least
     assert result["all_codes"]["num_used"] > 150  # of some 430 codes
 
 
-def test_decoded_speech_keeps_most_of_its_codes():
+@pytest.mark.parametrize("name", ["speech", "synthetic"])
+def test_decoded_speech_keeps_many_of_its_codes(name):
     model = WavTokenizerModel.from_pretrained(bundled_model()).eval()
-    waveform = torch.from_numpy(audio.load(ROOT / "examples" / "speech.flac"))[None, None]
+    waveform = torch.from_numpy(audio.load(ROOT / "examples" / f"{name}.flac"))[None, None]
     with torch.inference_mode():
         first = model.encode(waveform).audio_codes
         again = model.encode(model.decode(first).audio_values[..., : waveform.shape[-1]]).audio_codes
-    assert (first == again).float().mean() > 0.5
+    # without the loss `reencoding` it is about a tenth
+    assert (first == again).float().mean() > 0.4
+
+
+@pytest.mark.slow
+@needs_espeak
+def test_a_decoder_learns_a_new_voice_and_no_code_changes(tmp_path):
+    """`fine_tune_decoder` on a few minutes of one voice, by an ordinary CPU."""
+    for name, sentences in (("clips", slice(0, 40)), ("other", slice(40, 50))):
+        (tmp_path / name).mkdir()
+        chosen = [each for group in texts.HELD_OUT_SENTENCES.values() for each in group][sentences]
+        for index, sentence in enumerate(chosen):
+            audio.save(tmp_path / name / f"{index}.wav", sound.speak(sentence, "en+f4", 150, 60), 24000)
+    data = ["--train-data", str(tmp_path / "clips"), "--validation-data", str(tmp_path / "other")]
+    options = ["--steps=200", "--validate-every=200", "--output", str(tmp_path / "run")]
+    assert main(["train", "fine_tune_decoder", "--model", "bundled", *data, *options]) == 0
+    before, after = (
+        WavTokenizerModel.from_pretrained(each).eval() for each in (bundled_model(), tmp_path / "run" / "last")
+    )
+    files = sorted((tmp_path / "other").iterdir())
+    systems = [Model("before", before), Model("after", after)]
+    report = evaluate([(file, Path(file.name)) for file in files], systems, metrics=["mel_distance"])
+    first, second = (each["metrics"]["mel_distance"]["mean"] for each in report.to_dict()["systems"])
+    assert second < first
+    for file in files:
+        waveform = torch.from_numpy(audio.load(file))[None, None]
+        assert torch.equal(before.encode(waveform).audio_codes, after.encode(waveform).audio_codes)
 
 
 @pytest.mark.slow
@@ -87,13 +117,11 @@ def test_its_card_says_what_it_does_to_the_held_out_utterances(tmp_path):
 
     sound.make_held_out(tmp_path / "held_out", seed=0)
     model = WavTokenizerModel.from_pretrained(bundled_model()).eval()
-    report, agreement = make.measure(tmp_path / "held_out", tmp_path / "report", model)
-    result, card = report.to_dict()["systems"][0], (bundled_model() / "README.md").read_text()
+    measured = make.measure(tmp_path / "held_out", tmp_path / "report", model)
+    result, card = measured.report.to_dict()["systems"][0], (bundled_model() / "README.md").read_text()
     assert len(list((tmp_path / "held_out").iterdir())) == 50
-    assert result["metrics"]["stoi"]["mean"] >= 0.8
-    assert result["all_codes"]["codebook_utilization"] >= 0.6
-    assert f"| stoi | {result['metrics']['stoi']['mean']:.3f}" in card
-    assert f"{agreement:.1%}" in card
+    assert f"| STOI | {result['metrics']['stoi']['mean']:.3f}" in card
+    assert f"{measured.agreement:.1%}" in card
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +169,85 @@ def test_a_seed_gives_the_same_sound_and_another_seed_or_name_other_sound(clips,
         assert same == ((name, seed) == ("training", 0))
 
 
-def test_the_recipe_is_settings_of_a_model_at_75_tokens_per_second_within_12_megabytes():
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Two packages of recordings in place of Debian's: tones of several speakers, some held out, and one of telephone quality."""
+
+    def unpack(name, folder):
+        speakers = {"one": ["it_IT_m_Carlo", "en_US_f_Allison"], "two": ["lt", "ru"]}[name]
+        for pitch, speaker in enumerate(speakers, 2):
+            for index in range(6):
+                path = folder / "sounds" / speaker / "deep" / f"{index}.wav"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                rate = 8000 if index == 5 else 44100
+                tone = 0.3 * np.sin(2 * np.pi * 100 * pitch * np.arange(int(1.5 * rate)) / rate)
+                soundfile.write(path, np.concatenate([np.zeros(rate), tone, np.zeros(rate)]), rate)
+                path.with_suffix(".txt").write_text("no sound")
+            silence = folder / "sounds" / speaker / "silence" / "1.wav"
+            silence.parent.mkdir()
+            soundfile.write(silence, 1e-3 * np.ones(3 * 44100), 44100)
+
+    monkeypatch.setattr(recordings, "unpack", unpack)
+    monkeypatch.setattr(recordings, "check_programs", lambda: None)
+    pattern = r"sounds/([^/]+)/.*\.wav"
+    both = (recordings.Package("one", "MIT", pattern), recordings.Package("two", "MIT", pattern, "klettres_"))
+    monkeypatch.setattr(recordings, "PACKAGES", both)
+    monkeypatch.setattr(recordings, "HELD_OUT_COUNTS", {"it_IT_m_Carlo": 2, "lt": 99, "fr_CA_f_June": 1, "da": 1})
+    return tmp_path / "sound"
+
+
+def test_recordings_are_split_by_speaker_trimmed_and_the_same_for_a_seed(packages, tmp_path):
+    taken = recordings.make_recordings(packages, 0, 1)
+    speakers = {
+        part: {path.name.split("__")[0] for path in (packages / part).iterdir()}
+        for part in ("training", "validation", "held_out_voices")
+    }
+    assert speakers["held_out_voices"] == {"it_IT_m_Carlo", "klettres_lt"}
+    assert speakers["training"] == {"en_US_f_Allison", "klettres_ru"} >= speakers["validation"]
+    held_out = sorted((packages / "held_out_voices").iterdir())
+    assert len(held_out) == 2 + 5  # as many of Carlo as are wanted; the telephone sound is left out
+    for path in held_out:
+        # 1.5 s of tone and 0.12 s of silence at either end, to the nearest 20 ms
+        assert soundfile.info(path).duration == pytest.approx(1.74, abs=0.04)
+    assert taken["klettres_lt"]["files"] == 5 and taken["klettres_lt"]["package"] == "two"
+    recordings.make_recordings(tmp_path / "again", 0, 1)
+    for path in packages.rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(packages)).read_bytes()
+
+
+def test_both_voices_of_the_issue_and_two_languages_are_held_out_wherever_they_speak():
+    assert [recordings.group_of(name) for name in ("it_IT_m_Carlo", "fr_CA_f_June")] == [
+        "it_IT_m_Carlo",
+        "fr_CA_f_June",
+    ]
+    assert recordings.group_of("tuxpaint_da") == recordings.group_of("klettres_da") == "da"
+    assert recordings.group_of("en_US_f_Allison") is recordings.group_of("klettres_nds") is None
+    assert sum(recordings.HELD_OUT_COUNTS.values()) >= 200
+
+
+def test_recordings_that_cannot_be_had_are_an_error_that_names_the_way_out(packages, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path))  # no program at all
+    with pytest.raises(RuntimeError, match=r"no program apt-get.*--sound synthetic"):
+        recordings.make_recordings(tmp_path / "sound", 0, 1)
+    (tmp_path / "apt-get").write_text("#!/bin/sh\necho 'E: Unable to locate package one' >&2\nexit 100\n")
+    (tmp_path / "apt-get").chmod(0o755)
+    with pytest.raises(RuntimeError, match="Cannot download the Debian package one: E: Unable to locate package one"):
+        recordings.unpack("one", tmp_path)
+
+
+def test_a_package_whose_sound_has_moved_is_named(packages, monkeypatch):
+    monkeypatch.setattr(recordings, "PACKAGES", (recordings.Package("one", "MIT", r"elsewhere/(.*)\.wav"),))
+    with pytest.raises(RuntimeError, match="The package one has no sound where it used to be"):
+        recordings.make_recordings(packages, 0, 1)
+
+
+def test_the_recipe_is_settings_of_a_model_at_75_tokens_per_second_within_24_megabytes():
     config = WavTokenizerConfig(**Settings.load(str(RECIPE / "recipe.yaml")).config)
     assert config.frame_rate == 75
     with torch.device("meta"):
         model = WavTokenizerModel(config)
-    assert sum(tensor.nbytes for tensor in model.state_dict().values()) < 12e6
+    assert sum(tensor.nbytes for tensor in model.state_dict().values()) < 24e6
 
 
 @pytest.mark.slow
@@ -156,7 +257,7 @@ def test_one_command_leads_from_nothing_to_a_card_and_goes_on_where_it_was(tmp_p
     subprocess.run(command, check=True)
     model = AutoModel.from_pretrained(tmp_path / "made" / "model")
     text = (tmp_path / "made" / "model" / "README.md").read_text()
-    assert model.codebook_fingerprint in text and "| stoi | " in text and "$" not in text
+    assert model.codebook_fingerprint in text and "| STOI | " in text and "$" not in text
     points = list(csv.DictReader((tmp_path / "made" / "curves.csv").open()))
     assert [point["step"] for point in points] == ["10", "20"]
     weights = tmp_path / "made" / "run" / "last" / "model.safetensors"

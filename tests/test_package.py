@@ -25,9 +25,12 @@ CORE = (
 ENCODER_SIBLINGS = (".modeling_wavtokenizer_cpu", ".modeling_wavtokenizer_padding")
 CORE_DEPENDENCIES = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy"}
 ALLOWED_TOGETHER = {  # "" is the package: the core
+    "plots": {""},
     "cli": {"commands"},
     "commands": {
         "audio",
+        "audio_errors",
+        "find_files",
         "pipes",
         "token_file",
         "transcode",
@@ -36,19 +39,28 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
         "training",
         "evaluation",
         "bulk",
+        "export",
         "loading",
         "",
     },
-    "pipes": {"audio"},  # the same samples from a stream as from a file
+    # what reads audio: its headers, decoders and kinds of errors, of which `audio` alone is for others
+    "audio": {"audio_decoders", "audio_errors", ""},
+    "audio_decoders": {"audio_containers", "audio_errors"},
+    "pipes": {"audio", "audio_containers", "audio_errors"},  # the same samples from a stream as from a file
     "transcode": {"audio", "long_audio"},  # streams, and the error of audio that is cut off
     "__main__": {"cli"},
-    "bulk": {"audio", "loading", ""},
-    "training": {"audio", ""},  # audio is the only door to sound files
-    "evaluation": {"audio", ""},
+    "bulk": {"audio", "audio_errors", "find_files", "loading", ""},
+    "training": {"audio", "find_files", "loading", ""},  # audio is the only door to sound files
+    "evaluation": {"audio", "find_files", "plots", "transcode", ""},  # transcode scales clips as a model asks
+    "export": {"bulk", "llm", ""},  # token folders, and the sequences that language models are trained on
     "llm": {"long_audio", ""},  # sound while a language model generates
 }
 ROOMS = sorted({path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()})
 FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+# what every room may use: writing and reading of files, finding them, and kinds of failures of audio
+SHARED = {"atomic_files", "limited_files", "find_files", "audio_errors"}
 
 
 def imports(path: Path, everywhere: bool = True) -> set[str]:
@@ -106,7 +118,7 @@ def test_rooms_import_the_core_and_no_other_room(room):
     files = [room] if room.is_file() else sorted(room.rglob("*.py"))
     assert files
     imported = {name[1:] for path in files for name in imports(path) if name.startswith(".")}
-    assert imported - set(CORE) - {room.stem} <= ALLOWED_TOGETHER.get(room.stem, {""})
+    assert imported - set(CORE) - SHARED - {room.stem} <= ALLOWED_TOGETHER.get(room.stem, {""})
 
 
 def test_imports_of_a_folder_are_seen():
@@ -123,7 +135,7 @@ def test_everything_imports_without_the_extras_and_says_which_is_missing(tmp_pat
     code = """
 import sys
 for name in ("soundfile", "soxr", "matplotlib", "datasets", "torchaudio", "torchcodec", "accelerate", "tensorboard",
-             "scipy", "sklearn", "librosa", "pesq", "pystoi", "auraloss", "pyarrow", "ray"):
+             "scipy", "sklearn", "librosa", "pesq", "pystoi", "auraloss", "pyarrow", "ray", "onnx", "onnxruntime", "lhotse"):
     sys.modules[name] = None
 import pkgutil, importlib, wavtokenizer_hf, conversion.convert
 for module in pkgutil.walk_packages(wavtokenizer_hf.__path__, "wavtokenizer_hf."):

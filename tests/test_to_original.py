@@ -19,6 +19,7 @@ from test_conversion import CODEBOOK
 from conversion.convert import convert
 from conversion.to_original import main, to_original
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerFeatureExtractor, WavTokenizerModel
+from wavtokenizer_hf.cli import main as command_line
 
 
 ROOT = FIXTURES.parent.parent
@@ -194,6 +195,16 @@ def test_a_shape_that_the_originals_code_cannot_build_is_refused(field, value, t
     with pytest.raises(ValueError, match=f"Got {field}={value}; the original's code has"):
         to_original(tmp_path / "codec", tmp_path / "back")
     assert os.listdir(tmp_path) == ["codec"]
+
+
+def test_the_command_line_writes_the_same_files(small, written, tmp_path, capsys):
+    assert command_line(["convert", "--to-original", str(small), "--output", str(tmp_path / "files"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"output": str(tmp_path / "files" / written.name)}
+    assert {path.name for path in (tmp_path / "files").iterdir()} == {written.name, written.with_suffix(".yaml").name}
+    expected = read(written)
+    assert all(same_bits(tensor, expected[name]) for name, tensor in read(tmp_path / "files" / written.name).items())
+    refused = ["convert", "--to-original", str(small), "--average", "--output", str(tmp_path / "other")]
+    assert command_line(refused) == 2 and "Got --average with --to-original" in capsys.readouterr().err
 
 
 def test_what_is_no_folder_of_a_model_is_refused_in_one_line(tmp_path, capsys):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
@@ -24,7 +26,9 @@ from wavtokenizer_hf import WavTokenizerModel, cli
 from wavtokenizer_hf.training import Settings, train
 from wavtokenizer_hf.training.checkpoints import read_state
 from wavtokenizer_hf.training.data import Batch
+from wavtokenizer_hf.training.log import Log
 from wavtokenizer_hf.training.losses import WEIGHTS
+from wavtokenizer_hf.training.memory import Estimate, PeakMemory, refusal
 from wavtokenizer_hf.training.settings import read_arguments
 from wavtokenizer_hf.training.state import build, restore, save
 from wavtokenizer_hf.training.train import train_step, validate
@@ -34,6 +38,13 @@ loop = importlib.import_module("wavtokenizer_hf.training.train")  # the package 
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def without_rehearsal(request, monkeypatch):
+    """Only tests of memory, and those of other processes, make the small steps that estimate it: they take as long as a tiny run."""
+    if "memory" not in request.node.name:
+        monkeypatch.setattr(loop, "check_memory", lambda state, length: None)
 
 
 @pytest.fixture
@@ -56,7 +67,7 @@ def started(settings: Settings):
 def finished(tmp_path_factory):
     """A run of four steps, three of them with discriminators, and the folder that it left behind."""
     folder = tmp_path_factory.mktemp("finished")
-    return train(tiny_settings(folder, mel_only_steps=1)), folder
+    return train(tiny_settings(folder, mel_only_steps=1, num_logged_clips=1)), folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,6 +253,18 @@ def test_bfloat16_keeps_latents_and_codes_in_float32(tmp_path):
     assert not torch.equal(codes[0][1], codes[1][1])  # and the decoder does run in bfloat16
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_computes_what_the_step_computes(tmp_path, sound):
+    plain, compiled = (
+        train_step(started(tiny_settings(tmp_path, mel_only_steps=0, dropout=0.0, compile=each)), [sound])
+        for each in (False, True)
+    )
+    assert plain.keys() == compiled.keys()
+    for name, value in plain.items():
+        assert compiled[name] == pytest.approx(value, rel=1e-3), name  # float32 sums in another order
+
+
 def test_loss_falls_and_utilization_rises(tmp_path, sound):
     settings = {"steps": 60, "mel_only_steps": 60, "codebook_decay": 0.9, "loss_weights": {"commitment": 1.0}}
     state = build(tiny_settings(tmp_path, **settings))
@@ -357,7 +380,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_pat
     _, folder = finished
     settings = {
         "train_data": str(folder / "clips"),
-        "validation_data": str(folder / "clips"),
+        "validation_data": str(folder / "validation"),
         "output": str(tmp_path / "run"),
         "mel_only_steps": 1,  # the checkpoint, after two, holds discriminators that have learned, and their optimizer's state
     }
@@ -402,6 +425,152 @@ def test_resuming_with_a_folder_that_has_grown_is_refused(tmp_path):
     write_clips(tmp_path / "clips", count=7)
     with pytest.raises(ValueError, match="clips were 6 and are now 7"):
         train(tiny_settings(tmp_path, steps=1, mel_only_steps=1, resume=True))
+
+
+def test_a_resumed_run_may_be_longer_and_follows_the_longer_cosine(tmp_path):
+    train(tiny_settings(tmp_path, steps=2, mel_only_steps=1))
+    state = train(tiny_settings(tmp_path, steps=4, mel_only_steps=1, resume=True))
+    assert state.step == 4
+    log = EventAccumulator(str(tmp_path / "run" / "log")).Reload()
+    # (1 + cos(pi step / steps)) / 2 of 1e-3: of two steps, then of four; the discriminators begin one step later
+    assert [event.value for event in log.Scalars("learning_rate/codec")] == pytest.approx(
+        [1e-3, 5e-4, 5e-4, 1.464466e-4]
+    )
+    assert [event.value for event in log.Scalars("learning_rate/discriminators")] == pytest.approx(
+        [1e-3, 7.5e-4, 2.5e-4]
+    )
+    with pytest.raises(ValueError, match="steps were 4 and are now 3, which is fewer"):
+        train(tiny_settings(tmp_path, steps=3, mel_only_steps=1, resume=True))
+
+
+def test_a_finished_run_leaves_curves_and_samples_to_hear(finished):
+    _, folder = finished
+    picture = (folder / "run" / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    real, made = (soundfile.read(folder / "run" / "samples" / f"clip_0_{name}.wav") for name in ("real", "made"))
+    assert len(real[0]) == len(made[0]) == 2400 and real[1] == 24000
+    assert abs(abs(real[0]).max() - 10 ** (-3 / 20)) < 1e-3  # the validation clip at -3 dBFS
+
+
+def test_a_model_that_is_trained_further_is_validated_before_the_first_step(finished, tmp_path):
+    _, folder = finished
+    train(tiny_settings(tmp_path, model=str(folder / "run" / "last"), config={}, steps=1))
+    log = EventAccumulator(str(tmp_path / "run" / "log")).Reload()
+    assert [event.step for event in log.Scalars("validation/mel")] == [0, 1]
+    assert [
+        event.step for event in EventAccumulator(str(folder / "run" / "log")).Reload().Scalars("validation/mel")
+    ] == [2, 4]
+
+
+def test_the_choice_of_the_codebook_is_announced(tmp_path, capsys):
+    train(tiny_settings(tmp_path, steps=1))
+    assert "choosing 64 codebook entries by k-means from 600 latents" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("validation", ["clips", "clips/part", "."])
+def test_training_on_what_validates_is_refused(validation, tmp_path):
+    write_clips(tmp_path / "clips")
+    write_clips(tmp_path / "clips" / "part")
+    changes = {"validation_data": str(tmp_path / validation)}
+    if validation == ".":  # around the training clips: the same sound once more
+        changes = {"validation_data": str(tmp_path / "clips"), "train_data": str(tmp_path / "." / "clips")}
+    with pytest.raises(ValueError, match="would hear what it is judged by"):
+        train(tiny_settings(tmp_path, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_does_not_fit_is_refused_with_settings_that_do():
+    found = Estimate(fixed=3e9, per_segment=0.5e9)
+    settings = Settings(batch_size=40, memory_gb=16)
+    assert refusal(found, 24e9, settings) is None
+    text = refusal(found, 16e9, settings)
+    assert "batch_size=40 segments of 3 s needs about 23.0 GB" in text and "16.0 GB are free" in text
+    # 0.9 * 16 GB - 3 GB hold 22 segments, and twice 22 are at least 40
+    assert "--batch-size 22 --gradient-accumulation 2, which needs about 14.0 GB" in text
+    # of 3 GB nothing is left; of 3.4 GB, 0.06 GB: a tenth of a segment is too short, and of 4 GB six fifths are not
+    assert "No batch fits" in refusal(found, 3e9, settings)
+    assert "--batch-size 1 --segment-seconds 2" in refusal(found, 3.75e9, settings)
+
+
+def test_memory_that_is_too_small_stops_a_run_before_its_first_step(tmp_path):
+    with pytest.raises(ValueError, match=r"needs about .* GB.*0\.0 GB are free"):
+        train(tiny_settings(tmp_path, memory_gb=0.01))
+    assert not (tmp_path / "run" / "last").exists()
+
+
+def test_the_estimate_of_memory_changes_nothing_of_the_run(tmp_path, sound):
+    states = [started(tiny_settings(tmp_path, mel_only_steps=0)) for _ in range(2)]
+    loop.check_memory(states[0], 2400)
+    figures = [train_step(state, [sound]) for state in states]
+    assert figures[0] == figures[1]
+    for one, other in zip(*(state.model.state_dict().values() for state in states), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a while")
+def test_the_estimate_of_memory_is_near_what_a_step_takes(tmp_path):
+    config = {**Settings.load("small_cpu").config, "num_filters": 16}
+    state = build(
+        tiny_settings(tmp_path, config=config, batch_size=24, segment_seconds=1.0, discriminator_scale=1 / 8)
+    )
+    found = loop.check_memory(state, 24000)
+    state.model.quantizer.codebook.inited.fill_(1)
+    state.settings.mel_only_steps = 0
+    with PeakMemory(torch.device("cpu")) as peak:
+        train_step(state, [0.1 * torch.randn(24, 1, 24000)])
+    assert found.of(24) == pytest.approx(peak.bytes, rel=0.15)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A frozen encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_encoder_and_codebook_stay_bit_for_bit_while_the_decoder_learns(finished, tmp_path):
+    _, folder = finished
+    source = folder / "run" / "last"
+    settings = {"model": str(source), "config": {}, "freeze": "encoder", "mel_only_steps": 1, "restart_below": 0.5}
+    train(tiny_settings(tmp_path, **settings, loss_weights={"reencoding": 1.0}))
+    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "run" / "last"))
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("encoder_model."))
+    moved = [name for name in before if not torch.equal(after[name], before[name])]
+    assert len(moved) == sum(not name.startswith("encoder_model.") for name in before)
+    one, other = (WavTokenizerModel.from_pretrained(path) for path in (source, tmp_path / "run" / "last"))
+    assert one.codebook_fingerprint == other.codebook_fingerprint
+
+
+def test_a_frozen_encoder_that_changes_all_the_same_stops_the_run(finished, tmp_path):
+    _, folder = finished
+    state = build(tiny_settings(tmp_path, model=str(folder / "run" / "last"), config={}, freeze="encoder"))
+    state.model.quantizer.codebook.embed[0, 0] += 1e-6
+    with pytest.raises(RuntimeError, match="changed although it is frozen"):
+        save(state, tmp_path / "run", improved=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"freeze": "decoder"}, "freeze='decoder', expected 'encoder'"),
+        ({"freeze": "encoder", "continuous_steps": 1}, "continuous_steps=1"),
+        ({"freeze": "encoder"}, "without a model"),
+    ],
+)
+def test_what_cannot_be_frozen_is_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        build(tiny_settings(tmp_path, **changes))
+
+
+def test_a_model_without_a_codebook_cannot_be_frozen(tmp_path):
+    build(tiny_settings(tmp_path)).model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="has no codebook yet"):
+        build(tiny_settings(tmp_path, model=str(tmp_path / "model"), config={}, freeze="encoder"))
 
 
 def test_settings_given_as_tuples_can_be_resumed(tmp_path):
@@ -463,12 +632,97 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_intact(tmp_path):
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     state = started(tiny_settings(tmp_path))
     save(state, tmp_path / "run", improved=False)
-    os.rename(tmp_path / "run" / "last", tmp_path / "run" / "last.old")
-    (tmp_path / "run" / "last.partial").mkdir()
+    os.rename(tmp_path / "run" / "last", tmp_path / "run" / "previous")
     state_module.check_output(tiny_settings(tmp_path, resume=True), tmp_path / "run")
     restore(state, tmp_path / "run")
     save(state, tmp_path / "run", improved=True)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best", "last"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best", "last", "previous"]
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """A run with last/ after step 2, with discriminators, and previous/ after step 1; and a state to restore into."""
+    folder = tmp_path_factory.mktemp("two")
+    settings = {"steps": 2, "mel_only_steps": 1, "validate_every": 1}
+    train(tiny_settings(folder, **settings))
+    state = build(tiny_settings(folder, **settings, resume=True))
+    state.num_clips = 6
+    return folder, state
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _pickle_of_a_call(path):
+    path.write_bytes(b"cos\nsystem\n(S'touch executed'\ntR.")
+
+
+DAMAGES = {
+    "weights cut": ("model.safetensors", _cut),
+    "weights gone": ("model.safetensors", os.remove),
+    "discriminators cut": ("discriminators.safetensors", _cut),
+    "discriminators gone": ("discriminators.safetensors", os.remove),
+    "optimizers empty": ("training_state/optimizers.pt", lambda path: path.write_bytes(b"")),
+    "optimizers cut": ("training_state/optimizers.pt", _cut),
+    "optimizers are a list": ("training_state/optimizers.pt", lambda path: torch.save([1, 2], path)),
+    "optimizers of another": ("training_state/optimizers.pt", lambda path: torch.save({"optimizer": {"x": 1}}, path)),
+    "optimizers run code": ("training_state/optimizers.pt", _pickle_of_a_call),
+    "a foreign class": ("training_state/optimizers.pt", lambda path: torch.save({"a": Path("x")}, path)),
+    "state is no JSON": ("training_state/state.json", lambda path: path.write_text("{")),
+    "state is a list": ("training_state/state.json", lambda path: path.write_text("[1]")),
+    "state lacks its step": ("training_state/state.json", lambda path: path.write_text("{}")),
+    "config is a list": ("config.json", lambda path: path.write_text("[]")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_it_in_one_line(
+    damage, two_checkpoints, tmp_path, caplog, monkeypatch
+):
+    folder, state = two_checkpoints
+    shutil.copytree(folder / "run", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    name, do = DAMAGES[damage]
+    do(tmp_path / "run" / "last" / name)
+    restore(state, tmp_path / "run")
+    assert state.step == 1
+    expected = load_file(folder / "run" / "previous" / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.model.state_dict().items())
+    (said,) = [record.getMessage() for record in caplog.records if "Went back to step 1" in record.getMessage()]
+    assert "\n" not in said and len(said) < 800
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best", "last.damaged", "log", "previous"]
+    save(state, tmp_path / "run", improved=False)  # what was good stays beside it
+    assert (
+        read_state(tmp_path / "run" / "last")[0]["step"] == read_state(tmp_path / "run" / "previous")[0]["step"] == 1
+    )
+    assert not (tmp_path / "executed").exists()
+
+
+def test_two_damaged_checkpoints_are_refused_in_one_line(two_checkpoints, tmp_path, capsys):
+    folder, state = two_checkpoints
+    shutil.copytree(folder / "run", tmp_path / "run")
+    for name in ("last", "previous"):
+        _cut(tmp_path / "run" / name / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* to go on from: .*last.*previous") as error:
+        restore(state, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "run" / "last").is_dir()
+
+
+def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, caplog, capfd):
+    log = Log(tmp_path / "log", 24000, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        for step in range(200):
+            log.figures({f"loss/{number}": 0.5 for number in range(10)}, step)
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (said,) = [record.getMessage() for record in caplog.records if "nothing more is logged" in record.getMessage()]
+    assert str(tmp_path / "log") in said and "File too large" in said
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_segment_too_short_for_the_losses_spectrograms_is_refused(tmp_path):
@@ -542,7 +796,7 @@ def test_discriminators_of_another_size_are_refused(finished, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["published_75", "published_40", "small_cpu"])
-def test_recipes_are_settings_of_a_model_that_can_be_built(name):
+def test_recipes_for_new_models_are_settings_of_a_model_that_can_be_built(name):
     settings = Settings.load(name)
     with torch.device("meta"):
         model = WavTokenizerModel(state_module._new_config(settings.config))
@@ -616,7 +870,8 @@ def test_config_fields_that_do_not_exist_are_refused(tmp_path):
 def test_the_command_trains_and_says_what_came_of_it(tmp_path, capsys):
     clips = write_clips(tmp_path / "clips")
     config = [f"{name}={json.dumps(value)}" for name, value in TINY.items()]
-    arguments = ["--train_data", str(clips), "--validation_data", str(clips), "--output", str(tmp_path / "run")]
+    other = write_clips(tmp_path / "other", count=2)
+    arguments = ["--train_data", str(clips), "--validation-data", str(other), "--output", str(tmp_path / "run")]
     arguments += [
         "--steps",
         "1",
@@ -672,7 +927,7 @@ def two_processes(code: str, *arguments):
     try:
         yield
         for process in processes:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=600)
             assert process.returncode == 0, errors[-3000:]
     finally:
         for process in processes:

@@ -52,9 +52,11 @@ def test_a_folder_a_list_and_a_dataset_give_the_same_clips(tmp_path):
             np.testing.assert_array_equal(read_clip(clips, index, RATE), expected[index])
 
 
-def test_arrays_of_another_rate_are_refused():
-    with pytest.raises(ValueError, match="16000 Hz"):
-        read_clip([{"audio": {"array": np.zeros(10), "sampling_rate": 16000}}], 0, RATE)
+def test_arrays_of_another_rate_are_resampled_as_files_are(tmp_path):
+    noise = np.random.default_rng(0).uniform(-1, 1, 1000).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", noise, 16000, subtype="FLOAT")
+    samples = read_clip([{"audio": {"array": noise.tolist(), "sampling_rate": 16000}}], 0, RATE)
+    np.testing.assert_array_equal(samples, read_clip([tmp_path / "a.wav"], 0, RATE))
 
 
 def test_datasets_that_are_no_row_of_clips_are_refused(tmp_path):

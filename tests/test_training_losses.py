@@ -16,6 +16,7 @@ from wavtokenizer_hf.training.losses import (
     WEIGHTS,
     MelLoss,
     MelScalesLoss,
+    PhaseLoss,
     adversarial_losses,
     discriminator_losses,
     total,
@@ -167,3 +168,20 @@ def test_a_discriminator_without_weight_is_not_made():
     names = used_discriminators(weights)
     assert names == ("multi_period", "multi_resolution")
     assert not hasattr(Discriminators(scale=1 / 16, names=names), "dac")
+
+
+def test_the_phase_loss_sees_phase_that_mel_losses_do_not_and_no_band_above_its_own():
+    time = torch.arange(24000) / 24000
+    low = 0.3 * torch.sin(2 * torch.pi * 220 * time)[None]
+    shifted = 0.3 * torch.cos(2 * torch.pi * 220 * time)[None]
+    high = 0.1 * torch.sin(2 * torch.pi * 5000 * time)[None]
+    loss = PhaseLoss()
+    assert loss(low, low).item() == pytest.approx(0, abs=1e-3)  # but for a constant that keeps gradients finite
+    # a quarter period apart: sqrt(2) times the magnitude, wherever there is any
+    assert loss(shifted, low).item() == pytest.approx(2**0.5, rel=0.05)
+    assert loss(-low, low).item() == pytest.approx(2, rel=0.05)
+    assert MelLoss()(-low, low).item() < 1e-3
+    assert loss(low + high, low).item() < 0.1
+    silence = torch.zeros(1, 24000, requires_grad=True)
+    loss(silence, low).backward()
+    assert silence.grad.isfinite().all()

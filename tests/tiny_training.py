@@ -31,13 +31,15 @@ def write_clips(folder: Path, count: int = 6, seconds: float = 0.2) -> Path:
 
 def tiny_settings(folder: Path, **changes) -> Settings:
     """A run of a tiny model on the clips in `folder / "clips"`, which it writes if they are not there."""
-    clips = folder / "clips"
+    clips, validation = folder / "clips", folder / "validation"
     if not clips.exists():
         write_clips(clips)
+    if not validation.exists():
+        write_clips(validation, count=3)
     fields = {
         "output": str(folder / "run"),
         "train_data": str(clips),
-        "validation_data": str(clips),
+        "validation_data": str(validation),
         "config": TINY,
         "steps": 4,
         "mel_only_steps": 2,
@@ -51,7 +53,7 @@ def tiny_settings(folder: Path, **changes) -> Settings:
         "log_every": 1,
         "validate_every": 2,
         "num_validation_clips": 2,
-        "num_logged_clips": 1,
+        "num_logged_clips": 0,
     }
     return Settings(**{**fields, **changes})
 

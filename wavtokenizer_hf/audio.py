@@ -1,167 +1,437 @@
-"""Sound files: the only place that reads or writes them; pipes.py does so for streams. Needs the extra `audio` (soundfile, soxr)."""
+"""Sound files: the only place that reads or writes them; pipes.py does so for streams. Needs the extra `audio` (soundfile, soxr).
+
+`audio_decoders.py` holds the decoders, `audio_containers.py` what headers promise, `audio_errors.py` the kinds of failures.
+"""
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from transformers import audio_utils
 
+from .atomic_files import atomic_write, cannot_write
+from .audio_decoders import open_decoder, soundfile_module, torchcodec_decoder
+from .audio_decoders import reason as _reason
+from .audio_errors import AudioError, CutOffError
+
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf")
-"""Endings that are taken for sound files when a folder is searched; `load` itself goes by content."""
+SUFFIXES = (
+    ".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf",
+    ".aifc", ".bwf", ".mp2", ".oga", ".rf64", ".snd", ".sph", ".voc",
+    ".aac", ".amr", ".ape", ".m4a", ".m4b", ".mka", ".mp4", ".wma", ".wv",
+)  # fmt: skip
+"""Endings that are taken for sound files when a folder is searched. `load` itself goes by content. The last line needs
+torchcodec, without which those files fail with a reason."""
 
 BACKENDS = ("soundfile", "torchcodec", "torchaudio")
 
+SAMPLING_RATES = (1000, 768000)
+"""Hz that are taken for real: a header that says less or more is damaged, and resampling it would take gigabytes."""
 
-def load(path: str | os.PathLike, sampling_rate: int = 24000, backend: str = "soundfile") -> np.ndarray:
-    """Reads a sound file as mono audio at `sampling_rate`, by transformers' `load_audio`.
+CANCELLED_DB = 30
+"""How far the mean of the channels may lie below them."""
 
-    Several channels are averaged, and a warning says so; other rates are resampled, and a log line (INFO) says so.
+LARGEST_SAMPLE = 8.0
+"""What lies beyond is reported: integers in a float file, most likely."""
+
+NO_SAMPLE = 1e10
+"""What lies beyond is refused: no format has such numbers, and they overflow in the model."""
+
+
+MAX_CLIP_SECONDS = 6 * 3600.0
+"""How long a clip may be where it is held whole: in bulk work, training and evaluation."""
+
+
+def load(
+    path: str | os.PathLike,
+    sampling_rate: int = 24000,
+    backend: str = "soundfile",
+    channel: str | int = "mean",
+    max_seconds: float | None = None,
+) -> np.ndarray:
+    """Reads a sound file as mono audio at `sampling_rate`, to the same samples as transformers' `load_audio`.
+
+    Several channels are averaged, and a warning says so; other rates are resampled, and a log line (INFO) says so. A mean in
+    which the channels cancel each other, digital silence and samples beyond ±8 give a warning each.
 
     Args:
         path: a local file.
         sampling_rate: Hz of what is returned.
-        backend: `"soundfile"` (decodes with soundfile, resamples with soxr), or where those are installed `"torchcodec"` (by
-            FFmpeg, so other formats too) or `"torchaudio"` (needs transformers 5.23). The three resample differently, so for
-            equal codes use one throughout.
+        backend: `"soundfile"` (decodes with soundfile, or with torchcodec what that does not know; resamples with soxr), or
+            where those are installed `"torchcodec"` (decodes and resamples by FFmpeg) or `"torchaudio"` (needs transformers
+            5.23). The three resample differently, so for equal codes use one throughout.
+        channel: `"mean"`, `"left"`, `"right"` or the number of a channel, from 0.
+        max_seconds: longer audio is refused, before it is read if its header says so.
 
     Returns:
         float32 array of shape (T,), nominally in [-1, 1].
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not sound, is damaged, or holds no samples.
+        AudioError: a ValueError with a `kind` (see `audio_errors.FAILURE_KINDS`): the file is not sound, is damaged or cut off,
+            holds no samples or some that are not finite, is too long, or lacks the channel.
         ImportError: the backend is not installed.
     """
     path = Path(path)
     if backend not in BACKENDS:
         raise ValueError(f"Got backend={backend!r}, expected one of {', '.join(BACKENDS)}.")
-    if backend != "torchcodec":  # which says it itself, of all formats that it knows
-        with _open(path) as file:
-            say_what_changes(path, file.channels, file.samplerate, sampling_rate)
-    else:
-        _check_file(path)
-    newer = hasattr(audio_utils, "_load_audio_soundfile")  # transformers 5.23
-    if backend == "torchaudio" and not newer:
-        raise ImportError(
-            "backend='torchaudio' needs transformers 5.23 or newer. Upgrade it, or choose another backend."
-        )
-    try:
-        if backend == "torchcodec":
-            audio = _load_by_torchcodec(path, sampling_rate)
-        elif newer:
-            audio = audio_utils.load_audio(str(path), sampling_rate=sampling_rate, backend=backend)
-        else:
-            audio = _load_by_soundfile(path, sampling_rate)
-    except (RuntimeError, EOFError) as error:  # what the decoders raise for a damaged file
-        raise ValueError(f"Cannot read {path} as sound: {_reason(error)}. The file may be damaged.") from error
-    if audio.size == 0:
-        raise ValueError(f"{path} holds no samples, expected at least one.")
-    return np.asarray(audio, dtype=np.float32)
+    if backend == "soundfile":
+        with AudioReader(path, sampling_rate, channel, max_seconds) as reader:
+            audio = reader.read()
+            reader.log_warnings()
+        return audio
+    return _load_by_other_backend(path, sampling_rate, backend, channel, max_seconds)
 
 
 def read_blocks(
-    path: str | os.PathLike, sampling_rate: int = 24000, block_seconds: float = 5.0
+    path: str | os.PathLike,
+    sampling_rate: int = 24000,
+    block_seconds: float = 5.0,
+    channel: str | int = "mean",
+    on_warnings: Callable[[dict[str, str]], None] | None = None,
 ) -> Iterator[np.ndarray]:
     """Reads a sound file block by block: joined, the very samples of `load`, in memory that does not grow with the file.
 
     Args:
-        path, sampling_rate: as in `load`.
+        path, sampling_rate, channel: as in `load`.
         block_seconds: length of a block, about; resampled ones vary a little.
+        on_warnings: gets the warnings of the file, kind -> text, after its last block.
 
     Yields:
         float32 arrays of shape (n,), n > 0.
 
     Raises:
-        FileNotFoundError, ValueError: as `load` does, when the blocks are asked for. A file that is damaged further on
-            fails only there.
+        FileNotFoundError, AudioError: as `load` does, when the blocks are asked for. A file that is damaged further on
+            fails only there; of one that is cut off all that is left comes first, and then CutOffError.
     """
-    path = Path(path)
-    with _open(path) as file:
-        say_what_changes(path, file.channels, file.samplerate, sampling_rate)
-        # SoundFile.read (0.14) seeks to where it already is, after every block; an MP3 decoder then gives other samples
-        file.seekable = lambda: False
-        size = max(1, round(block_seconds * file.samplerate))
-        count = 0
+    with AudioReader(Path(path), sampling_rate, channel) as reader:
         try:
-            for block in mono_blocks(_file_blocks(file, size), file.samplerate, sampling_rate):
-                count += len(block)
-                yield block
-        except soundfile_module().LibsndfileError as error:
-            raise ValueError(f"Cannot read {path} as sound: {_reason(error)}. The file may be damaged.") from error
-        expected = -(-file.frames * sampling_rate // file.samplerate)
-    if count == 0:
-        raise ValueError(f"{path} holds no samples, expected at least one.")
-    if count < expected:
-        logger.warning("%s: %d samples came, its header promises %d; it may be cut off", path, count, expected)
+            yield from reader.blocks(block_seconds)
+        finally:
+            reader.log_warnings()
+            if on_warnings is not None:
+                on_warnings(reader.warnings)
 
 
 def seconds(path: str | os.PathLike) -> float:
-    """Length of a sound file by its header. Raises as `load` does."""
-    with _open(Path(path)) as file:
-        return file.frames / file.samplerate
-
-
-class CutOffError(ValueError):
-    """A stream of sound that ends before its time. Everything that came in whole samples has been given before."""
+    """Length of a sound file by its header, or by decoding it where the header does not say. Raises as `load` does."""
+    with AudioReader(Path(path)) as reader:
+        if reader.source_seconds is not None:
+            return reader.source_seconds
+        return sum(map(len, reader.blocks(10.0))) / reader.sampling_rate
 
 
 @dataclass
 class Sound:
-    """Mono audio (T,), float32, and what it was made of: the rate in Hz and the number of channels of its source."""
+    """Mono audio (T,), float32, and what it was made of: the rate in Hz and the number of channels of its source.
+
+    `warnings` maps kinds (`audio_errors.WARNING_KINDS`) to a text each.
+    """
 
     audio: np.ndarray
     source_sampling_rate: int
     source_channels: int
+    warnings: dict[str, str] = field(default_factory=dict)
 
 
-def decode(source: str | os.PathLike | bytes, sampling_rate: int = 24000) -> Sound:
+def decode(
+    source: str | os.PathLike | bytes,
+    sampling_rate: int = 24000,
+    channel: str | int = "mean",
+    max_seconds: float | None = None,
+) -> Sound:
     """Reads sound as `load` does with soundfile, to the same samples, and says in the result what `load` says in the log.
 
     Args:
         source: a local file, or the content of one.
         sampling_rate: Hz of what is returned.
+        channel, max_seconds: as in `load`.
 
     Raises:
-        ValueError: it is not sound, is damaged, or holds no samples.
+        AudioError: as `load` does.
         OSError: the file cannot be read.
         ImportError: soundfile or soxr is missing.
     """
-    soundfile_module()
-    name = "the content" if isinstance(source, bytes) else str(source)
-    if not isinstance(source, bytes):
-        _check_file(Path(source))
-    try:
-        channels, rate = _channels(BytesIO(source) if isinstance(source, bytes) else source)
-    except (RuntimeError, EOFError) as error:  # LibsndfileError among them
-        raise ValueError(
-            f"Cannot read {name} as sound: {_reason(error)}. It may be damaged, or of a format that libsndfile does not know."
-        ) from error
-    if len(channels) == 0:
-        raise ValueError(f"Got no samples in {name}, expected at least one.")
-    return Sound(mono(channels, rate, sampling_rate), rate, channels.shape[1])
+    with AudioReader(source, sampling_rate, channel, max_seconds, quiet=True) as reader:
+        audio = reader.read()
+        return Sound(audio, reader.source_sampling_rate, reader.source_channels, reader.warnings)
 
 
-def mono(channels: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
-    """Channels (T', C) at `rate` Hz -> their mean at `sampling_rate` Hz, (T,), float32.
-
-    The same steps as transformers' `load_audio` for `backend="soundfile"`.
+def load_clip(
+    value: Any, sampling_rate: int, channel: str | int = "mean", max_seconds: float | None = MAX_CLIP_SECONDS
+) -> Sound:
     """
-    import soxr
+    Reads a clip as a dataset or another source gives it, to the samples of `load`; arrays are resampled likewise.
 
-    audio = channels[:, 0] if channels.shape[1] == 1 else channels.mean(axis=1)
-    if rate != sampling_rate:
-        size = -(-len(audio) * sampling_rate // rate)
-        audio = soxr.resample(audio, rate, sampling_rate, quality="HQ")[:size]
-        audio = np.pad(audio, (0, size - len(audio)))
-    return np.ascontiguousarray(audio, dtype=np.float32)
+    Args:
+        value: path, content of a sound file, or row of an Audio column of the datasets library (decoded or not).
+        sampling_rate, channel, max_seconds: as in `load`.
+
+    Raises:
+        AudioError: it is not sound, or is refused for another reason of `audio_errors.FAILURE_KINDS`.
+        OSError: its file cannot be read.
+    """
+    if hasattr(value, "as_py"):  # a scalar of pyarrow, in the format "arrow" of datasets
+        value = value.as_py()
+    encoded = getattr(value, "_hf_encoded", None)  # what the decoder objects of the datasets library are made of
+    value = value if encoded is None else encoded
+    if isinstance(value, dict) and value.get("array") is not None:
+        return _read_array(value["array"], value.get("sampling_rate"), sampling_rate, channel, max_seconds)
+    if isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    value = bytes(value) if isinstance(value, (bytearray, memoryview)) else value
+    if not isinstance(value, (str, os.PathLike, bytes)):
+        raise AudioError(
+            f"Got {type(value).__name__} as sound, expected a path, bytes, or a row of an Audio column.", "no-audio"
+        )
+    return decode(value, sampling_rate, channel, max_seconds)
+
+
+def _read_array(array, rate, sampling_rate: int, channel, max_seconds: float | None) -> Sound:
+    try:
+        samples = np.asarray(array, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise AudioError(f"Got an array that holds no numbers: {error}.", "no-audio") from error
+    rate = check_sampling_rate(rate, "the array")
+    if samples.ndim != 1 or samples.size == 0:
+        raise AudioError(
+            f"Got an array of shape {samples.shape}, expected mono audio (T,) with a sample or more.",
+            "empty" if samples.size == 0 else "no-audio",
+        )
+    if max_seconds is not None and len(samples) > max_seconds * rate:
+        raise AudioError(
+            f"The array lasts {len(samples) / rate:.0f} s, expected at most {max_seconds:g} s.", "too-long"
+        )
+    return mono(samples[:, None], rate, sampling_rate, channel, "the array")
+
+
+class AudioReader:
+    """
+    An opened sound file, or the content of one: every reader of this package is made of it.
+
+    Args:
+        source: a local file, the content of one, or a seekable binary file.
+        sampling_rate: Hz of what is given.
+        channel: `"mean"`, `"left"`, `"right"` or the number of a channel, from 0.
+        max_seconds: longer audio is refused, before it is read if its header says so.
+        name: for messages. Default: the path, or "the content".
+        quiet: nothing is logged.
+
+    Attributes:
+        source_sampling_rate, source_channels: of the source.
+        source_seconds: its length as its header says, or None.
+        warnings: kind -> text, complete after the last block.
+
+    Raises:
+        OSError: the file cannot be read.
+        AudioError: it is refused.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike | bytes | BinaryIO,
+        sampling_rate: int = 24000,
+        channel: str | int = "mean",
+        max_seconds: float | None = None,
+        name: str | None = None,
+        quiet: bool = False,
+    ):
+        soundfile_module()
+        path = Path(source) if isinstance(source, (str, os.PathLike)) else None
+        self.name = name or ("the content" if path is None else str(path))
+        self.sampling_rate, self._max_seconds = sampling_rate, max_seconds
+        self._file = _open_file(path) if path is not None else BytesIO(source) if isinstance(source, bytes) else source
+        try:
+            if self._file.seek(0, 2) == 0:
+                raise AudioError(f"Cannot read {self.name} as sound: it is empty (0 bytes).", "empty")
+            self._decoder = open_decoder(self._file, self.name, path)
+            self.source_sampling_rate = check_sampling_rate(self._decoder.sampling_rate, self.name)
+            self.source_channels = self._decoder.num_channels
+            self._mixer = Mixer(channel, self.source_channels, self.name)
+            num_frames = self._decoder.num_frames
+            self.source_seconds = None if num_frames is None else num_frames / self.source_sampling_rate
+            if self.source_seconds is not None:
+                self._check_length(self.source_seconds)
+        except BaseException:
+            self.close()
+            raise
+        if not quiet:
+            say_what_changes(self.name, self.source_channels, self.source_sampling_rate, sampling_rate, channel)
+
+    def blocks(self, block_seconds: float = 5.0) -> Iterator[np.ndarray]:
+        """Gives the audio, float32 arrays (n,), n > 0. Raises AudioError; CutOffError after all that came."""
+        size, count = max(1, round(block_seconds * self.source_sampling_rate)), 0
+        for block in mono_blocks(self._joined(size), self.source_sampling_rate, self.sampling_rate):
+            count += len(block)
+            yield block
+        if count == 0:
+            raise AudioError(f"Got no samples in {self.name}, which holds no samples; expected at least one.", "empty")
+
+    def read(self) -> np.ndarray:
+        """Gives all of the audio, (T,), float32."""
+        return np.concatenate(list(self.blocks()))
+
+    @property
+    def warnings(self) -> dict[str, str]:
+        return self._mixer.warnings
+
+    def log_warnings(self) -> None:
+        log_warnings(self.name, self.warnings)
+
+    def _joined(self, size: int) -> Iterator[np.ndarray]:
+        """The decoder's blocks, mono, `size` samples at a time. What comes before a cut is given before its error."""
+        pending, length, count, late = [], 0, 0, None
+        try:
+            for block in self._decoder.blocks():
+                count += len(block)
+                self._check_length(count / self.source_sampling_rate)
+                pending.append(self._mixer(block))
+                length += len(block)
+                while length >= size:
+                    joined = np.concatenate(pending)
+                    yield joined[:size]
+                    pending, length = [joined[size:]], length - size
+        except CutOffError as error:
+            late = error
+        if length > 0:
+            yield np.concatenate(pending)
+        if late is not None:
+            raise late
+
+    def _check_length(self, seconds: float) -> None:
+        if self._max_seconds is not None and seconds > self._max_seconds:
+            raise AudioError(
+                f"{self.name} lasts {seconds:.0f} s or more, expected at most {self._max_seconds:g} s. Cut it, or raise the "
+                "limit (--max-clip-seconds).",
+                "too-long",
+            )
+
+    def close(self) -> None:
+        if hasattr(self, "_decoder"):
+            self._decoder.close()
+        self._file.close()
+
+    def __enter__(self) -> "AudioReader":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+class Mixer:
+    """
+    Channels (n, C), float32 -> mono (n,), block by block; keeps what is strange about them in `warnings`.
+
+    Args:
+        channel: `"mean"`, `"left"`, `"right"` or the number of a channel, from 0.
+        num_channels: C.
+        name: for messages.
+
+    Raises:
+        AudioError: there is no such channel; when called: samples that are not finite.
+    """
+
+    def __init__(self, channel: str | int, num_channels: int, name: str):
+        self._index = check_channel(channel)
+        self._name = name
+        if self._index is not None and self._index >= num_channels:
+            raise AudioError(
+                f"{name} has {num_channels} channels, expected one of number {self._index}.", "no-channel"
+            )
+        self._peak = self._energy = self._channel_energy = 0.0
+        self._num_samples = 0
+
+    def __call__(self, channels: np.ndarray) -> np.ndarray:
+        if channels.shape[1] == 1:
+            mono = channels[:, 0]
+        elif self._index is not None:
+            mono = channels[:, self._index]
+        else:
+            with np.errstate(all="ignore"):  # what is not finite is refused below
+                mono = channels.mean(axis=1)
+        is_bad = ~(np.abs(mono) <= NO_SAMPLE)
+        if is_bad.any():
+            first = int(np.flatnonzero(is_bad)[0])
+            raise AudioError(
+                f"{self._name} holds NaN or infinite samples, or some beyond ±{NO_SAMPLE:g}: the first is {mono[first]:g}, at "
+                f"sample {self._num_samples + first} of its own. Expected finite numbers; repair or drop it.",
+                "not-finite",
+            )
+        if channels.shape[1] > 1 and self._index is None:
+            with np.errstate(all="ignore"):
+                self._channel_energy += float(np.einsum("nc,nc->", channels, channels)) / channels.shape[1]
+                self._energy += float(np.dot(mono, mono))
+        self._num_samples += len(mono)
+        self._peak = max(self._peak, float(np.abs(mono).max(initial=0)))
+        return mono
+
+    @property
+    def warnings(self) -> dict[str, str]:
+        """Kind -> text, of all blocks up to now."""
+        found = {}
+        if self._num_samples > 0 and self._energy * 10 ** (CANCELLED_DB / 10) <= self._channel_energy > 0:
+            how_far = "to silence"
+            if self._energy > 0:
+                how_far = f"to {10 * math.log10(self._channel_energy / self._energy):.0f} dB below them"
+            found["cancelled"] = (
+                f"the channels cancel each other in their mean, {how_far}; choose one with channel='left' (--channel left)"
+            )
+        elif self._num_samples > 0 and self._peak == 0:
+            found["silent"] = "every sample is zero"
+        if self._peak > LARGEST_SAMPLE:
+            found["out-of-range"] = (
+                f"the largest sample is {self._peak:.5g}, far from [-1, 1]; if it holds integers as floats, divide them by "
+                "their full scale, such as 32768"
+            )
+        return found
+
+
+def check_channel(channel: str | int) -> int | None:
+    """The index of a channel as `load` takes it, None for the mean. Raises ValueError for anything else."""
+    names = {"mean": None, "left": 0, "right": 1}
+    if isinstance(channel, str) and channel in names:
+        return names[channel]
+    if isinstance(channel, str) and channel.isdecimal() and len(channel) < 6:
+        return int(channel)
+    if isinstance(channel, int) and not isinstance(channel, bool) and channel >= 0:
+        return channel
+    raise ValueError(f"Got the channel {channel!r}, expected mean, left, right or a number from 0.")
+
+
+def check_sampling_rate(rate, name: str) -> int:
+    """The rate in Hz as an integer. Raises AudioError if it is no number, or none that audio has."""
+    try:
+        number = int(rate)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or number != rate or not SAMPLING_RATES[0] <= number <= SAMPLING_RATES[1]:
+        raise AudioError(
+            f"{name} has a sampling rate of {rate} Hz, expected a whole number from {SAMPLING_RATES[0]:,} to "
+            f"{SAMPLING_RATES[1]:,} Hz. Its header may be damaged.",
+            "sampling-rate",
+        )
+    return number
+
+
+def mono(
+    channels: np.ndarray, rate: int, sampling_rate: int, channel: str | int = "mean", name: str = "the clip"
+) -> Sound:
+    """Channels (T', C), float32, at `rate` Hz -> one of them or their mean at `sampling_rate` Hz. Raises AudioError."""
+    rate = check_sampling_rate(rate, name)
+    mixer = Mixer(channel, channels.shape[1], name)
+    blocks = list(mono_blocks(iter([mixer(channels)] if len(channels) else []), rate, sampling_rate))
+    if not blocks:
+        raise AudioError(f"Got no samples in {name}, expected at least one.", "empty")
+    return Sound(np.concatenate(blocks), rate, channels.shape[1], mixer.warnings)
 
 
 def save(
@@ -202,7 +472,8 @@ def writing(
 ) -> Iterator[Callable]:
     """`save` for audio that comes block by block: gives a function that takes the next block (n,), float, n >= 0.
 
-    The file gets its name when the `with` block ends well; when it ends in an error, nothing is left. Raises as `save`.
+    The file gets its name when the `with` block ends well and the file reads back with every sample; when it ends in an
+    error, nothing is left. Raises as `save`.
     """
     soundfile = soundfile_module()
     path = Path(path)
@@ -211,27 +482,99 @@ def writing(
         raise ValueError(f"Cannot tell the sound format from the ending of {path}; use .wav, .flac, .ogg or .mp3.")
     subtype = subtype or soundfile.default_subtype(format)
     levels = Levels()
-    partial = path.with_name(path.name + ".partial")
 
     def write(audio: np.ndarray) -> None:
         levels.add(audio)
         try:
-            file.write(audio)
+            for start in range(0, len(audio), WRITE_SAMPLES):
+                file.write(audio[start : start + WRITE_SAMPLES])
         except AssertionError as error:  # so SoundFile.write (0.14) says that not all was written
+            output.check()
             raise OSError(f"Cannot write {path}: not all samples were written. Is the disk full?") from error
-        if format == "WAV" and partial.stat().st_size > MAX_WAV_SIZE:
+        output.check()
+        if format == "WAV" and output.size > MAX_WAV_SIZE:
             raise ValueError(f"{path} would be longer than a WAV file can be, 4 GiB. Name a .flac or .w64 file.")
 
-    try:
-        with soundfile.SoundFile(partial, "w", sampling_rate, 1, subtype=subtype, format=format) as file:
-            yield write
-        os.replace(partial, path)
-    except soundfile.LibsndfileError as error:
-        raise OSError(f"Cannot write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(path) as partial, _CheckedOutput(partial, path) as output:
+        try:
+            with soundfile.SoundFile(output, "w", sampling_rate, 1, subtype=subtype, format=format) as file:
+                yield write
+        except soundfile.LibsndfileError as error:
+            output.check()
+            raise OSError(f"Cannot write {path}: {error}") from error
+        output.finish()
+        if levels.size and format != "RAW":  # which has no header to compare
+            _check_written(partial, path, levels.size)
     if subtype not in ("FLOAT", "DOUBLE"):
         levels.warn_of_clipping(str(path))
+
+
+WRITE_SAMPLES = 2**16
+"""Samples per call of libsndfile, whose OGG encoder crashes on millions at once (libsndfile 1.2.2)."""
+
+
+class _CheckedOutput:
+    """The file that libsndfile writes to. It keeps the first error: libsndfile ignores errors in OGG, MP3 and FLAC."""
+
+    def __init__(self, partial: Path, path: Path):
+        self._file, self._path, self._error = partial.open("r+b"), path, None
+        self.size = 0  # bytes, headers included
+
+    def __enter__(self) -> "_CheckedOutput":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        with suppress(OSError):
+            self._file.close()
+
+    def write(self, content: bytes) -> int:
+        try:
+            self._file.write(content)
+            self.size = max(self.size, self._file.tell())
+        except OSError as error:
+            self._error = self._error or error
+            return 0
+        return len(content)
+
+    def read(self, size: int = -1) -> bytes:
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return self._file.seek(offset, whence)  # writes what is buffered
+        except OSError as error:
+            self._error = self._error or error
+            return -1
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as error:
+            self._error = self._error or error
+
+    def check(self) -> None:
+        """Raise the OSError of the first write that failed."""
+        if self._error is not None:
+            raise cannot_write(self._path, self._error) from self._error
+
+    def finish(self) -> None:
+        """Write what is buffered, then check."""
+        self.flush()
+        self.check()
+
+
+def _check_written(partial: Path, path: Path, num_samples: int) -> None:
+    """Raise OSError unless the header of the written file can be read and promises every sample."""
+    try:
+        with soundfile_module().SoundFile(partial) as file:
+            found = file.frames
+    except soundfile_module().LibsndfileError as error:
+        raise OSError(f"Cannot write {path}: what was written cannot be read back ({_reason(error)}).") from error
+    if found != num_samples:
+        raise OSError(f"Cannot write {path}: {found} of {num_samples} samples can be read back.")
 
 
 MAX_WAV_SIZE = 2**32 - 2**16
@@ -264,15 +607,26 @@ def _check_finite(audio: np.ndarray) -> None:
         raise ValueError(f"Got audio of dtype {audio.dtype} or with NaN or infinite samples, expected finite floats.")
 
 
-def say_what_changes(name, channels: int, rate: int, sampling_rate: int) -> None:
-    if channels > 1:
+def say_what_changes(name, channels: int, rate: int, sampling_rate: int, channel: str | int = "mean") -> None:
+    if channels > 1 and channel == "mean":
         logger.warning("%s: %d channels, averaged to one", name, channels)
     if rate != sampling_rate:
         logger.info("%s: resampled from %d to %d Hz", name, rate, sampling_rate)
 
 
+def log_warnings(name, warnings: dict[str, str]) -> None:
+    """Logs the warnings of a clip, kind -> text."""
+    for kind, text in warnings.items():
+        logger.warning(
+            f"%s: {kind}: %s", name, text
+        )  # one message for each kind, so that a filter can tell them apart
+
+
 def mono_blocks(blocks: Iterator[np.ndarray], rate: int, sampling_rate: int) -> Iterator[np.ndarray]:
-    """Blocks (n, channels) at `rate` -> blocks (m,), m > 0, at `sampling_rate`: the steps of `load`, with their result."""
+    """Mono blocks (n,) at `rate` -> blocks (m,), m > 0, float32, at `sampling_rate`.
+
+    Joined, they are what transformers' `load_audio` makes of the whole, for `backend="soundfile"`.
+    """
     import soxr
 
     resampler = None if rate == sampling_rate else soxr.ResampleStream(rate, sampling_rate, 1, "float32", "HQ")
@@ -281,9 +635,9 @@ def mono_blocks(blocks: Iterator[np.ndarray], rate: int, sampling_rate: int) -> 
     try:
         for block in blocks:
             num_read += len(block)
-            block = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
+            block = np.ascontiguousarray(block, dtype=np.float32)
             if resampler is not None:
-                block = resampler.resample_chunk(np.ascontiguousarray(block))
+                block = resampler.resample_chunk(block)
             num_given += len(block)
             if len(block) > 0:
                 yield block
@@ -299,22 +653,9 @@ def mono_blocks(blocks: Iterator[np.ndarray], rate: int, sampling_rate: int) -> 
         raise cut_off
 
 
-def _file_blocks(file, size: int) -> Iterator[np.ndarray]:
-    while len(block := file.read(size, dtype="float32", always_2d=True)) > 0:
-        yield block
-
-
-def _open(path: Path):
-    """Opens a sound file with soundfile. Raises OSError, or ValueError if it is not one."""
-    soundfile = soundfile_module()
+def _open_file(path: Path) -> BinaryIO:
     _check_file(path)
-    try:
-        return soundfile.SoundFile(path)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(
-            f"Cannot read {path} as sound: {_reason(error)}. Expected a format that libsndfile knows (WAV, FLAC, MP3, OGG); "
-            "for others install torchcodec and use audio.load(..., backend='torchcodec')."
-        ) from error
+    return open(path, "rb")
 
 
 def _check_file(path: Path) -> None:
@@ -324,40 +665,35 @@ def _check_file(path: Path) -> None:
         raise PermissionError(f"There is no permission to read {path}. Give it, or choose another file.")
 
 
-def _reason(error: Exception) -> str:
-    """What libsndfile says, without what soundfile puts before it: of content in memory that is its address, new each time."""
-    return str(getattr(error, "error_string", error)).rstrip(".")
-
-
-def _load_by_torchcodec(path: Path, sampling_rate: int) -> np.ndarray:
-    """Not by transformers' `load_audio`, which lets FFmpeg join the channels: two of them become louder than their mean by 3 dB."""
+def _load_by_other_backend(path: Path, sampling_rate: int, backend: str, channel, max_seconds) -> np.ndarray:
+    """By torchaudio as transformers' `load_audio` does, or by torchcodec with a mean: FFmpeg joins two channels to be louder
+    than that by 3 dB."""
+    _check_file(path)
+    if backend == "torchaudio":
+        if not hasattr(audio_utils, "_load_audio_soundfile"):  # transformers 5.23
+            raise ImportError(
+                "backend='torchaudio' needs transformers 5.23 or newer. Upgrade it, or choose another backend."
+            )
+        if check_channel(channel) is not None:
+            raise ValueError(f"Got channel={channel!r} with backend='torchaudio', expected 'mean'.")
+        with AudioReader(path, sampling_rate, channel, max_seconds):
+            pass
     try:
-        from torchcodec.decoders import AudioDecoder
-    except (ImportError, RuntimeError, OSError) as error:  # the latter two where FFmpeg is missing
-        reason = str(error).strip().partition("\n")[0]
-        raise ImportError(f"backend='torchcodec' needs torchcodec and the libraries of FFmpeg: {reason}") from error
-    decoder = AudioDecoder(str(path), sample_rate=sampling_rate)
-    say_what_changes(path, decoder.metadata.num_channels, decoder.metadata.sample_rate, sampling_rate)
-    return decoder.get_all_samples().data.mean(dim=0).numpy()
-
-
-def _load_by_soundfile(path: Path, sampling_rate: int) -> np.ndarray:
-    """What newer versions of transformers do for `backend="soundfile"`, in the same steps."""
-    channels, rate = _channels(path)
-    return mono(channels, rate, sampling_rate)
-
-
-def _channels(file) -> tuple[np.ndarray, int]:
-    """Channels (T', C), float32, and their rate in Hz; as transformers reads them. `soundfile.read` seeks first, which makes
-    libsndfile round the samples of an MP3 file in another way."""
-    with soundfile_module().SoundFile(file) as opened:
-        return opened.read(dtype="float32", always_2d=True), opened.samplerate
-
-
-def soundfile_module():
-    try:
-        import soundfile
-        import soxr  # noqa: F401  (transformers resamples with it)
-    except ImportError as error:
-        raise ImportError("Sound files need soundfile and soxr: pip install 'wavtokenizer_hf[audio]'") from error
-    return soundfile
+        if backend == "torchaudio":
+            audio = audio_utils.load_audio(str(path), sampling_rate=sampling_rate, backend=backend)[:, None]
+        else:
+            decoder = torchcodec_decoder()(str(path), sample_rate=sampling_rate)
+            metadata = decoder.metadata
+            say_what_changes(path, metadata.num_channels, metadata.sample_rate, sampling_rate, channel)
+            duration = metadata.duration_seconds_from_header
+            if max_seconds is not None and duration is not None and duration > max_seconds:
+                raise AudioError(f"{path} lasts {duration:.0f} s, expected at most {max_seconds:g} s.", "too-long")
+            audio = decoder.get_all_samples().data.T.numpy()
+    except (RuntimeError, EOFError) as error:  # what the decoders raise for a damaged file
+        raise AudioError(f"Cannot read {path} as sound: {_reason(error)}. The file may be damaged.") from error
+    if audio.size == 0:
+        raise AudioError(f"{path} holds no samples, expected at least one.", "empty")
+    mixer = Mixer(channel, audio.shape[1], str(path))
+    audio = np.ascontiguousarray(mixer(np.asarray(audio, dtype=np.float32)))
+    log_warnings(path, mixer.warnings)
+    return audio

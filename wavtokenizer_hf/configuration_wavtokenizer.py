@@ -148,11 +148,16 @@ class WavTokenizerConfig(PreTrainedConfig):
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"Got {name}={getattr(self, name)}, expected at least {least}.")
+            # a damaged file must not make a model of 10**9 layers
+            most = 1000 if "_layers" in name else 768_000 if name == "sampling_rate" else 2**24
+            if getattr(self, name) > most:
+                raise ValueError(f"Got {name}={getattr(self, name)}, expected at most {most}.")
         if not self.norm_eps > 0:
             raise ValueError(f"Got norm_eps={self.norm_eps}, expected more than 0, as 1e-6.")
-        if len(self.upsampling_ratios) == 0 or min(self.upsampling_ratios) < 1:
+        if not 1 <= len(self.upsampling_ratios) <= 16 or min(self.upsampling_ratios) < 1 or self.hop_length > 2**24:
             raise ValueError(
-                f"Got upsampling_ratios={list(self.upsampling_ratios)}, expected positive integers, as [8, 5, 4, 2]."
+                f"Got upsampling_ratios={list(self.upsampling_ratios)[:20]}, expected 1 to 16 positive integers, as "
+                "[8, 5, 4, 2]."
             )
         if self.decoder_hidden_size % self.decoder_attention_num_groups != 0:
             raise ValueError(

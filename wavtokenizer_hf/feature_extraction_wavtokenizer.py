@@ -230,7 +230,12 @@ def _check_peak(target_peak_dB_FS: float) -> None:
 
 def _scale_to_peak(clip: np.ndarray, target_peak_dB_FS: float) -> np.ndarray:
     # in this order, and with this floor, the samples are those of the native extractor, bit for bit
-    return clip * (10.0 ** (float(target_peak_dB_FS) / 20.0) / max(float(np.abs(clip).max()), 1e-10))
+    return clip * peak_gain(np.abs(clip).max(), target_peak_dB_FS)
+
+
+def peak_gain(peak: float, target_peak_dB_FS: float) -> float:
+    """The factor that brings a clip with this peak to a level in dBFS. A peak below -200 dBFS counts as one of -200 dBFS."""
+    return 10.0 ** (float(target_peak_dB_FS) / 20.0) / max(float(peak), 1e-10)
 
 
 def _without_peak_dbfs(fields: dict) -> dict:

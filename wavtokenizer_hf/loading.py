@@ -6,8 +6,16 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from . import bundled_model
+from .configuration_wavtokenizer import WavTokenizerConfig
+from .feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
+from .limited_files import FLOAT_DTYPES, MAX_HEADER_BYTES, one_line, read_json_object, read_safetensors_header
+
+
+UNREADABLE = (OSError, ValueError, SafetensorError, RuntimeError, StrictDataclassError, OverflowError, KeyError)
+"""What reading a damaged model raises."""
 
 
 def find_model(name: str | os.PathLike) -> str:
@@ -45,23 +53,139 @@ def load_model(
     Raises:
         ValueError: it cannot be loaded, or lacks tensors; or there is no such device.
     """
+    name = os.fspath(name)
+    source, revision = find_model(name), revision or "main"
     try:
+        check_files(model_class, source, revision)
         model, info = model_class.from_pretrained(
-            find_model(name), revision=revision or "main", output_loading_info=True, **arguments
+            source, revision=revision, output_loading_info=True, use_safetensors=True, **arguments
         )
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-        StrictDataclassError,
-    ) as error:  # not every message names the model
-        raise ValueError(f"Cannot load the model {os.fspath(name)!r}: {error}") from error
+    except UNREADABLE as error:  # not every message names the model
+        raise ValueError(f"Cannot load the model {name!r}: {one_line(_reason(error))}") from error
     if info["missing_keys"]:  # transformers would fill them with random numbers
         missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(
-            f"The model {os.fspath(name)!r} lacks {len(info['missing_keys'])} tensors, such as {missing}."
-        )
+        raise ValueError(f"The model {name!r} lacks {len(info['missing_keys'])} tensors, such as {missing}.")
+    check_finite(model, name)
     try:
         return model.eval().to(device or "cpu")
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without that device
-        raise ValueError(f"Cannot use the device {str(device)!r}: {error}") from error
+        raise ValueError(f"Cannot use the device {str(device)!r}: {one_line(error)}") from error
+
+
+def load_feature_extractor(
+    name: str | os.PathLike, revision: str | None, config: WavTokenizerConfig
+) -> WavTokenizerFeatureExtractor:
+    """
+    Load the feature extractor beside a model, which may scale clips to a peak. A folder may lack it: then nothing is scaled.
+
+    Args:
+        name: `bundled`, a folder, or a name on the Hub.
+        revision: branch, tag or commit on the Hub.
+        config: of the model.
+
+    Raises:
+        ValueError: it cannot be loaded, a value in it makes no sense, or it is for another sampling rate than the model.
+    """
+    name = os.fspath(name)
+    folder, revision = find_model(name), revision or "main"
+    if os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "preprocessor_config.json")):
+        return WavTokenizerFeatureExtractor(sampling_rate=config.sampling_rate, hop_length=config.hop_length)
+    try:
+        if path := _file(folder, "preprocessor_config.json", revision):
+            read_json_object(path)
+        feature_extractor = WavTokenizerFeatureExtractor.from_pretrained(folder, revision=revision)
+    except (*UNREADABLE, TypeError, AttributeError) as error:
+        raise ValueError(f"Cannot load the feature extractor of {name!r}: {one_line(_reason(error))}") from error
+    if feature_extractor.sampling_rate != config.sampling_rate:
+        raise ValueError(
+            f"The model {name!r} is for {config.sampling_rate} Hz, and its preprocessor_config.json says "
+            f"{feature_extractor.sampling_rate} Hz. Correct the wrong one."
+        )
+    return feature_extractor
+
+
+def target_peak(feature_extractor: WavTokenizerFeatureExtractor) -> float | None:
+    """The level in dBFS that clips are scaled to, or None if they are not."""
+    return feature_extractor.target_peak_dB_FS if feature_extractor.normalize_audio else None
+
+
+def check_files(model_class: type[PreTrainedModel], source: str, revision: str = "main") -> None:
+    """
+    Check config.json and the header of the weights before memory is taken for a model.
+
+    Args:
+        model_class: As in `load_model`.
+        source: Folder, or name on the Hub, whose files are fetched into its cache.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: A file is damaged, has more layers than tensors, or tensors of integers or of another shape.
+        OSError: A file cannot be had.
+    """
+    path = _file(source, "config.json", revision)
+    if path is None:
+        return  # from_pretrained says it, and what there is instead
+    read_json_object(path)
+    tensors = _headers(source, revision)
+    if not tensors:
+        return
+    config = model_class.config_class.from_pretrained(source, revision=revision)
+    for field in ("num_lstm_layers", "num_residual_layers", "decoder_num_layers"):
+        if getattr(config, field) > len(tensors):
+            raise ValueError(
+                f"config.json has {field}={getattr(config, field)}, and the weights hold {len(tensors)} tensors in all."
+            )
+    with torch.device("meta"):  # shapes without memory
+        expected = model_class(config).state_dict()
+    for name, tensor in expected.items():
+        # the weights of a whole model serve the encoder alone, and the other way round
+        names = (name, f"encoder_model.{name}", name.removeprefix("encoder_model."))
+        found = next((tensors[name] for name in names if name in tensors), None)
+        if found is None:
+            continue  # reported as missing after loading, which knows older names
+        dtype, shape = found
+        if shape != tuple(tensor.shape):
+            raise ValueError(f"{name} has the shape {shape}, and config.json makes it {tuple(tensor.shape)}.")
+        if tensor.is_floating_point() and dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{name} holds numbers of type {dtype}, expected floats ({', '.join(FLOAT_DTYPES)}).")
+
+
+def check_finite(model: torch.nn.Module, name: str) -> None:
+    """Raise ValueError if a weight or buffer holds NaN or infinite numbers, whose codes would look valid."""
+    for tensor_name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise ValueError(
+                f"The model {name!r} cannot be used: {count} of the {tensor.numel()} numbers of {tensor_name} are NaN or "
+                "infinite. Its training diverged or the file is damaged."
+            )
+
+
+def _headers(source: str, revision: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of every tensor of a model's safetensors files; empty if it has none."""
+    files = [_file(source, "model.safetensors", revision)]
+    if files == [None]:
+        index = _file(source, "model.safetensors.index.json", revision)
+        if index is None:
+            return {}
+        weight_map = read_json_object(index, max_bytes=MAX_HEADER_BYTES).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError(f"{index} has no weight_map of file names.")
+        if strange := next((file for file in weight_map.values() if os.path.basename(file) != file), None):
+            raise ValueError(f"{index} names {strange!r}, expected files beside it.")
+        files = [_file(source, file, revision) for file in sorted(set(weight_map.values()))]
+    found = {}
+    for file in filter(None, files):
+        tensors, _ = read_safetensors_header(file)
+        found |= {name: (dtype, shape) for name, (dtype, shape, _, _) in tensors.items()}
+    return found
+
+
+def _file(source: str, name: str, revision: str) -> str | None:
+    """Path of one file of a model, None if it has no such file."""
+    return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+
+def _reason(error: Exception) -> Exception:
+    # the configuration's own message, without the name of the validator around it
+    return error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .atomic_files import atomic_write, cannot_write
+
 
 def plot_reconstruction(
     path: str | os.PathLike,
@@ -13,6 +15,7 @@ def plot_reconstruction(
     audio_codes: np.ndarray,
     sampling_rate: int = 24000,
     title: str = "",
+    format: str | None = None,
 ) -> Path:
     """Writes a picture of three parts on one time axis: spectrogram of the original, tokens, spectrogram after decoding.
 
@@ -22,13 +25,13 @@ def plot_reconstruction(
         audio_codes: codes of shape (L,).
         sampling_rate: Hz.
         title: a line above the picture.
+        format: `png`, `svg` or `pdf`, for a path whose ending says nothing.
     """
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, no state
     except ImportError as error:
         raise ImportError("Pictures need matplotlib: pip install 'wavtokenizer_hf[audio]'") from error
 
-    path = Path(path)
     seconds = len(original) / sampling_rate
     figure = Figure(figsize=(10, 7), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
@@ -50,12 +53,17 @@ def plot_reconstruction(
     middle.set(ylabel="code", title=f"{len(audio_codes)} tokens, {len(np.unique(audio_codes))} different")
     bottom.set(xlabel="seconds", xlim=(0, seconds))
     figure.suptitle(title)
-    partial = path.with_name(path.stem + ".partial" + path.suffix)
-    try:
-        figure.savefig(partial, dpi=120)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return save_figure(figure, path, format)
+
+
+def save_figure(figure, path: str | os.PathLike, format: str | None = None) -> Path:
+    """Write a matplotlib figure at once. The ending of `path` names the format unless `format` does. Raises OSError."""
+    path = Path(path)
+    with atomic_write(path) as partial:
+        try:
+            figure.savefig(partial, dpi=120, format=format or path.suffix[1:] or "png")
+        except OSError as error:
+            raise cannot_write(path, error) from error
     return path
 
 

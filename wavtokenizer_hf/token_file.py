@@ -2,15 +2,25 @@
 
 import json
 import os
-import struct
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as deserialize
 from safetensors.numpy import save as serialize
+
+from .atomic_files import write_bytes
+from .limited_files import (
+    DTYPE_BITS,
+    one_line,
+    parse_json,
+    parse_npy,
+    parse_safetensors_header,
+    read_file,
+    read_stream,
+    safetensors_header_size,
+)
 
 
 @dataclass
@@ -39,14 +49,13 @@ class TokenFile:
             raise ValueError(
                 f"Got codes of shape {codes.shape} and dtype {codes.dtype}, expected integers of shape (L,)."
             )
-        if codes.min() < 0 or codes.max() > np.iinfo(np.uint16).max:
-            raise ValueError(
-                f"Got codes from {codes.min()} to {codes.max()}, expected 0 to {np.iinfo(np.uint16).max}."
-            )
-        if self.hop_length < 1 or self.sampling_rate < 1:
-            raise ValueError(
-                f"Got hop_length={self.hop_length} and sampling_rate={self.sampling_rate}, expected at least 1 each."
-            )
+        if codes.min() < 0 or codes.max() > MAX_CODE:
+            raise ValueError(f"Got codes from {codes.min()} to {codes.max()}, expected 0 to {MAX_CODE}.")
+        for name in NUMBERS:
+            if not 1 <= getattr(self, name) < 2**63:
+                raise ValueError(
+                    f"Got {name}={str(getattr(self, name))[:50]}, expected at least 1 and less than 2**63."
+                )
         if -(-self.num_samples // self.hop_length) != codes.size:
             raise ValueError(
                 f"Got {codes.size} codes for {self.num_samples} samples at {self.hop_length} samples per code, "
@@ -61,17 +70,19 @@ class TokenFile:
         (one number a line) keep the codes alone. Raises ValueError for another format.
         """
         path = Path(path)
-        content = self.to_bytes(format or path.suffix[1:])
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return path
+        return write_bytes(path, self.to_bytes(format or path.suffix[1:]))
 
     def to_bytes(self, format: str) -> bytes:
-        """The content of a file of that format: `safetensors`, `json`, `npy` or `txt`."""
+        """The content of a file of that format: `safetensors`, `json`, `npy` or `txt`.
+
+        Raises ValueError for another format, or for more than `MAX_BYTES`, which could not be read again.
+        """
+        content = self._to_bytes(format)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"The clip makes {len(content)} bytes of {format}, expected at most {MAX_BYTES}. Cut it.")
+        return content
+
+    def _to_bytes(self, format: str) -> bytes:
         if format == "safetensors":
             return serialize({"audio_codes": self.audio_codes}, {key: str(v) for key, v in self._metadata().items()})
         if format == "json":
@@ -86,36 +97,44 @@ class TokenFile:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "TokenFile":
-        """Reads a `.safetensors` or `.json` token file. Raises ValueError for anything else."""
+        """Read a `.safetensors` or `.json` token file. Raises ValueError for anything else."""
         path = Path(path)
         try:
-            return cls.from_bytes(path.read_bytes(), "json" if path.suffix == ".json" else "safetensors")
+            return cls.from_bytes(read_file(path, MAX_BYTES), "json" if path.suffix == ".json" else "safetensors")
         except ValueError as error:
-            raise ValueError(f"{path} is not a token file of wavtokenizer_hf: {error}") from error
+            raise ValueError(f"{path} is not a token file of wavtokenizer_hf: {one_line(error)}") from error
 
     @classmethod
     def from_bytes(cls, content: bytes, format: str) -> "TokenFile":
         """The content of a token file, `safetensors` or `json`. Raises ValueError for anything else."""
-        try:
-            if format == "json":
-                fields = json.loads(content)
-                codes = np.asarray(fields["audio_codes"])
-            else:
-                codes = deserialize(content)["audio_codes"]
-                (header_size,) = struct.unpack("<Q", content[:8])  # safetensors reads metadata from a path only
-                fields = json.loads(content[8 : 8 + header_size]).get("__metadata__", {})
-            return cls(
-                audio_codes=codes,
-                model=fields["model"],
-                codebook_fingerprint=fields["codebook_fingerprint"],
-                sampling_rate=int(fields["sampling_rate"]),
-                hop_length=int(fields["hop_length"]),
-                num_samples=int(fields["num_samples"]),
-            )
-        except KeyError as error:
-            raise ValueError(f"it lacks {error}") from error
-        except (SafetensorError, TypeError, ValueError) as error:
-            raise ValueError(str(error)) from error
+        if format == "json":
+            fields = parse_json(content)
+            if not isinstance(fields, dict):
+                raise ValueError(f"it is a {type(fields).__name__}, expected an object")
+            codes = _codes_of_json(fields.get("audio_codes"))
+        else:
+            tensors, fields = parse_safetensors_header(content, len(content))
+            codes = _codes_of_safetensors(content, tensors)
+            fields = {
+                name: int(value) if name in NUMBERS and value.isdecimal() else value for name, value in fields.items()
+            }
+        kinds = {"model": str, "codebook_fingerprint": str, **dict.fromkeys(NUMBERS, int)}
+        for name, kind in kinds.items():
+            if name not in fields:
+                raise ValueError(f"it lacks {name!r}")
+            if type(fields[name]) is not kind:
+                expected = "text" if kind is str else "an integer"
+                raise ValueError(f"its {name} is {str(fields[name])[:100]!r}, expected {expected}")
+        return cls(codes, **{name: fields[name] for name in kinds})
+
+    def check_rate(self, config) -> None:
+        """Raise ValueError unless the codes have the sampling rate and the samples per code of a model's config."""
+        for name in ("sampling_rate", "hop_length"):
+            if getattr(self, name) != getattr(config, name):
+                raise ValueError(
+                    f"The tokens have {name}={getattr(self, name)}, and the model has {getattr(config, name)}. Use the "
+                    f"model that made them, {self.model}."
+                )
 
     def _metadata(self) -> dict:
         fields = asdict(self)
@@ -125,28 +144,74 @@ class TokenFile:
 
 FORMATS = ("safetensors", "json", "npy", "txt")
 
+MAX_CODE = 2**16 - 1
+
+
+MAX_BYTES = 2**28
+"""Largest token file: 500 hours at 75 codes per second as safetensors, 150 hours as JSON."""
+
+NUMBERS = ("sampling_rate", "hop_length", "num_samples")
+
+
+def _codes_of_json(values) -> np.ndarray:
+    if values is None:
+        raise ValueError("it lacks 'audio_codes'")
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise ValueError("its audio_codes are no list of integers")
+    try:
+        return np.array(values, np.int64)
+    except OverflowError as error:
+        raise ValueError("its audio_codes hold numbers beyond 64 bits") from error
+
+
+def _codes_of_safetensors(content: bytes, tensors: dict) -> np.ndarray:
+    if "audio_codes" not in tensors:
+        raise ValueError("it lacks 'audio_codes'")
+    name, shape, start, end = tensors["audio_codes"]
+    if name[0] not in "UI" or len(shape) != 1:
+        raise ValueError(
+            f"its audio_codes have the type {name} and the shape {shape}, expected integers of shape (L,)"
+        )
+    return np.frombuffer(content[start:end], f"<{name[0].lower()}{DTYPE_BITS[name] // 8}")
+
 
 def load_bare_codes(path: str | os.PathLike) -> np.ndarray:
-    """Reads the codes of a `.npy` or `.txt` file, which say nothing of the model that made them: integers (L,).
+    """Read the codes of a `.npy` or `.txt` file, which say nothing of the model that made them: integers (L,).
 
     Raises ValueError if the file holds anything else.
     """
     path = Path(path)
     try:
-        return bare_codes_from_bytes(path.read_bytes(), path.suffix[1:])
+        return bare_codes_from_bytes(read_file(path, MAX_BYTES), path.suffix[1:])
     except ValueError as error:
-        raise ValueError(f"{path} does not hold codes: {error}") from error
+        raise ValueError(f"{path} does not hold codes: {one_line(error)}") from error
 
 
 def bare_codes_from_bytes(content: bytes, format: str) -> np.ndarray:
     """The content of a `npy` or `txt` file -> integers (L,). Raises ValueError if it holds anything else."""
-    try:
-        codes = np.load(BytesIO(content), allow_pickle=False) if format == "npy" else np.array(content.split(), int)
-    except EOFError as error:
-        raise ValueError(f"{error}. Expected integers.") from error
+    codes = parse_npy(content) if format == "npy" else _codes_of_text(content)
     if codes.ndim != 1 or codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
         raise ValueError(f"it is an array of shape {codes.shape}, dtype {codes.dtype}; expected integers (L,).")
-    return codes
+    if codes.min() < 0 or codes.max() > MAX_CODE:
+        raise ValueError(f"it holds numbers from {codes.min()} to {codes.max()}, expected codes from 0 to {MAX_CODE}.")
+    return codes.astype(np.int64)
+
+
+def _codes_of_text(content: bytes) -> np.ndarray:
+    if strange := content.translate(None, b"0123456789 \t\r\n"):
+        raise ValueError(f"it holds {strange[:20]!r}, expected numbers between white space")
+    try:
+        return np.array(content.split(), np.int64)
+    except (ValueError, OverflowError) as error:
+        raise ValueError("it holds numbers beyond 64 bits") from error
+
+
+def read_tokens(stream: BinaryIO, format: str, start: bytes = b"") -> bytes:
+    """Read a token file from a stream to its end, after `start`. Raises ValueError beyond `MAX_BYTES`."""
+    if format == "safetensors":
+        start += stream.read(8 - len(start))
+        safetensors_header_size(start, MAX_BYTES)  # an endless stream of other things is refused here
+    return read_stream(stream, MAX_BYTES, start)
 
 
 def format_of(start: bytes) -> str:

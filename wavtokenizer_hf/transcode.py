@@ -4,14 +4,16 @@ Everything is an iterator of pieces: audio (n,) float32 arrays at the model's ra
 and a live source are one case, and what is chained together runs together.
 """
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
 import torch
 
 from .audio import CutOffError
+from .feature_extraction_wavtokenizer import peak_gain
 from .long_audio import DecodeStream, EncodeStream
 
 
@@ -28,6 +30,7 @@ class Tally:
         num_tokens: codes.
         window_seconds, overlap_seconds: of the windows that the codes were decoded in; None if they were decoded whole.
         cut_off: set if the audio ended before its time.
+        warnings: kinds of what is strange about the audio.
     """
 
     num_samples: int = 0
@@ -35,6 +38,7 @@ class Tally:
     window_seconds: float | None = None
     overlap_seconds: float | None = None
     cut_off: CutOffError | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def count_audio(self, blocks: Iterable[np.ndarray], tell: Callable[[int], None]) -> Iterator[np.ndarray]:
         """Passes audio on, and tells its length. An early end of it is kept in `cut_off`: what came is still worth its codes."""
@@ -44,6 +48,8 @@ class Tally:
                 yield block
                 tell(len(block))
         except CutOffError as error:
+            if self.num_samples == 0:
+                raise
             self.cut_off = error
 
     def count_codes(self, pieces: Iterable[np.ndarray], tell: Callable[[int], None]) -> Iterator[np.ndarray]:
@@ -77,17 +83,34 @@ def codes_of(model, blocks: Iterable[np.ndarray], whole_seconds: float = WHOLE_S
     if not head:
         raise ValueError("Got no samples, expected at least one.")
     if is_all:
-        with torch.inference_mode():
-            input_values = torch.from_numpy(np.concatenate(head))[None, None].to(model.device)
-            codes = model.encode(input_values).audio_codes[0, 0].cpu().numpy()
-        yield codes  # out here: a generator would leave its caller in inference mode
+        yield _encode(model, np.concatenate(head))
         return
-    stream = EncodeStream(model)
+    stream = EncodeStream(model) if _is_torch(model) else model.encode_stream()
     for block in chain(head, blocks):
         codes = stream.push(block)
         if len(codes) > 0:
-            yield codes.numpy()
-    yield stream.flush().numpy()
+            yield np.asarray(codes)
+    yield np.asarray(stream.flush())
+
+
+def scale_to_peak(blocks: Iterable[np.ndarray], peak_level: float | None) -> Iterator[np.ndarray]:
+    """Audio as the feature extractor scales it: its largest sample gets this level. None leaves it alone.
+
+    The peak is known at the end only, so that the audio waits in a temporary file, 4 bytes a sample; up to 64 MiB in memory.
+    """
+    if peak_level is None:
+        yield from blocks
+        return
+    peak, sizes = np.float32(0), []
+    with tempfile.SpooledTemporaryFile(2**26) as file:
+        for block in blocks:
+            peak = max(peak, np.abs(block).max(initial=0))
+            sizes.append(len(block))
+            file.write(np.ascontiguousarray(block, np.float32))
+        file.seek(0)
+        for size in sizes:
+            block = np.frombuffer(file.read(4 * size), np.float32)
+            yield block * np.float32(peak_gain(peak, peak_level))
 
 
 def audio_of(model, codes: Iterable[np.ndarray], windows: Windows, tally: Tally) -> Iterator[np.ndarray]:
@@ -99,19 +122,43 @@ def audio_of(model, codes: Iterable[np.ndarray], windows: Windows, tally: Tally)
     if not head:
         raise ValueError("Got no codes, expected at least one.")
     if is_all:
-        with torch.inference_mode():
-            audio_codes = torch.from_numpy(np.concatenate(head).astype(np.int64))[None, None].to(model.device)
-            decoded = model.decode(audio_codes).audio_values[0, 0].cpu().numpy()
-        yield decoded
+        yield _decode(model, np.concatenate(head).astype(np.int64))
         return
-    stream = DecodeStream(model, windows.seconds, windows.overlap_seconds)
+    stream = decode_stream(model, windows.seconds, windows.overlap_seconds)
     num_tokens = 0
     for piece in chain(head, codes):
         num_tokens += len(piece)
         if num_tokens > stream.delay:
             tally.window_seconds, tally.overlap_seconds = windows.seconds, windows.overlap_seconds
-        yield stream.push(piece.astype(np.int64)).numpy()
-    yield stream.flush().numpy()
+        yield np.asarray(stream.push(piece.astype(np.int64)))
+    yield np.asarray(stream.flush())
+
+
+def _is_torch(model) -> bool:
+    """Whether the model is one of torch, and not an exported one, which takes and gives numpy arrays."""
+    return isinstance(model, torch.nn.Module)
+
+
+def decode_stream(model, seconds: float, overlap_seconds: float):
+    """The stream of either kind of model. Raises ValueError for windows that are none."""
+    stream = DecodeStream if _is_torch(model) else type(model).decode_stream
+    return stream(model, seconds, overlap_seconds)
+
+
+@torch.inference_mode()
+def _encode(model, audio: np.ndarray) -> np.ndarray:
+    """Audio (T,) -> codes (L,)."""
+    if not _is_torch(model):
+        return model.encode(audio[None, None]).audio_codes[0, 0]
+    return model.encode(torch.from_numpy(audio)[None, None].to(model.device)).audio_codes[0, 0].cpu().numpy()
+
+
+@torch.inference_mode()
+def _decode(model, audio_codes: np.ndarray) -> np.ndarray:
+    """Codes (L,) -> audio (L * hop,)."""
+    if not _is_torch(model):
+        return model.decode(audio_codes[None, None]).audio_values[0, 0]
+    return model.decode(torch.from_numpy(audio_codes)[None, None].to(model.device)).audio_values[0, 0].cpu().numpy()
 
 
 def cut_to_length(

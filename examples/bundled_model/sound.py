@@ -49,7 +49,7 @@ def make_held_out(folder: Path, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for language, sentences in texts.HELD_OUT_SENTENCES.items():
         for index, sentence in enumerate(sentences):
-            random = _random(seed, "held out", language, index)
+            random = generator(seed, "held out", language, index)
             voice = f"{language}+{random.choice(texts.HELD_OUT_VARIANTS)}"
             waveform = speak(sentence, voice, rate=random.integers(130, 190), pitch=random.integers(25, 75))
             waveform = add_floor(waveform, random)
@@ -177,7 +177,7 @@ def mix(waveform: np.ndarray, other: np.ndarray, decibels: float) -> np.ndarray:
 
 def _write_clips(folder: Path, seed: int, name: str, index: int) -> float:
     """The clips of source number `index`; returns how many seconds were written."""
-    random = _random(seed, name, index)
+    random = generator(seed, name, index)
     waveform = _source(random)
     written, start = 0, 0
     while len(waveform) - start >= SHORTEST * SAMPLING_RATE:
@@ -205,6 +205,6 @@ def _source(random: np.random.Generator) -> np.ndarray:
     return add_floor(waveform, random)
 
 
-def _random(*parts: int | str) -> np.random.Generator:
+def generator(*parts: int | str) -> np.random.Generator:
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))

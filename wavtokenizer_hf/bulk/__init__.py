@@ -4,6 +4,16 @@
 
 from .mapping import AudioDetokenizer, AudioTokenizer, detokenize_dataset, tokenize_dataset
 from .run import Result, tokenize
+from .verify import Verification, verify
 
 
-__all__ = ["AudioDetokenizer", "AudioTokenizer", "Result", "detokenize_dataset", "tokenize", "tokenize_dataset"]
+__all__ = [
+    "AudioDetokenizer",
+    "AudioTokenizer",
+    "Result",
+    "Verification",
+    "detokenize_dataset",
+    "tokenize",
+    "tokenize_dataset",
+    "verify",
+]

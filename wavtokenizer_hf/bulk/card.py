@@ -16,6 +16,9 @@ MEANINGS = {
     "source_sampling_rate": "Hz of the sound before it was resampled",
     "source_channels": "of the sound before they were averaged to one",
     "codebook_fingerprint": "of the codebook that the codes belong to",
+    "source_size": "bytes of the file that the clip came from (null: it came from no file)",
+    "source_mtime_ns": "when that file was last changed, in ns since 1970",
+    "warnings": "what is strange about the sound: silent, cancelled (opposite channels), out-of-range",
 }
 
 
@@ -29,6 +32,7 @@ def card(settings: "Settings", schema, total: "Summary", complete: bool) -> str:
     hours = total.num_samples / settings.sampling_rate / 3600
     level = settings.target_peak_dB_FS
     peak = "" if level is None else f", each clip scaled to a peak of {level:g} dBFS"
+    peak += "" if settings.channel == "mean" else f", channel `{settings.channel}` alone"
     revision = "" if settings.revision is None else f" at revision `{settings.revision}`"
     return f"""---
 tags:

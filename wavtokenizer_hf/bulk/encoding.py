@@ -3,7 +3,6 @@
 import ctypes
 import hashlib
 import math
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +13,9 @@ import numpy as np
 import torch
 
 from .. import audio
+from ..audio_errors import failure_kind
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
-from ..loading import find_model, load_model
+from ..loading import load_feature_extractor, load_model
 from ..modeling_wavtokenizer import WavTokenizerEncoderModel
 
 
@@ -32,13 +32,18 @@ class Tokens:
     num_samples: int  # of the clip at the model's sampling rate; the last code may cover more
     source_sampling_rate: int  # Hz
     source_channels: int
+    warnings: tuple[str, ...] = ()  # of audio_errors.WARNING_KINDS
 
 
 @dataclass
 class Failure:
-    """Why a clip has no codes."""
+    """Why a clip has no codes, for people and in one word of `audio_errors.FAILURE_KINDS`."""
 
     reason: str
+    kind: str = "error"
+
+
+MAX_CLIP_SECONDS = audio.MAX_CLIP_SECONDS
 
 
 def load_encoder(
@@ -55,23 +60,12 @@ def load_encoder(
         ValueError: it cannot be loaded, lacks tensors, has codes that 16 bits cannot hold; or there is no such device.
     """
     encoder = load_model(WavTokenizerEncoderModel, model, revision, device or default_device())
-    try:
-        feature_extractor = WavTokenizerFeatureExtractor.from_pretrained(
-            find_model(model), revision=revision or "main"
-        )
-    except OSError as error:
-        raise ValueError(f"Cannot load the model {model!r}: {error}") from error
     config = encoder.config
     if config.codebook_size > np.iinfo(np.uint16).max + 1:
         raise ValueError(
             f"Got a codebook of {config.codebook_size} entries, expected at most 65,536: codes are uint16."
         )
-    if feature_extractor.sampling_rate != config.sampling_rate:
-        raise ValueError(
-            f"The model {model!r} is for {config.sampling_rate} Hz, and its preprocessor_config.json says "
-            f"{feature_extractor.sampling_rate} Hz. Correct the wrong one."
-        )
-    return encoder, feature_extractor
+    return encoder, load_feature_extractor(model, revision, config)
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
@@ -81,11 +75,6 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(tensor.detach().cpu().float().numpy()))
     return digest.hexdigest()[:16]
-
-
-def target_peak(feature_extractor: WavTokenizerFeatureExtractor) -> float | None:
-    """The level in dBFS that clips are scaled to, or None if they are not."""
-    return feature_extractor.target_peak_dB_FS if feature_extractor.normalize_audio else None
 
 
 def default_device(rank: int = 0) -> str:
@@ -99,33 +88,10 @@ def check_batch_seconds(batch_seconds: float) -> None:
         raise ValueError(f"Got batch_seconds={batch_seconds}, expected more than 0.")
 
 
-def read_sound(value: Any, sampling_rate: int) -> audio.Sound:
-    """
-    Mono sound of whatever a source gives: a path, the content of a sound file, or a row of an Audio column.
-
-    Raises:
-        ValueError: it is not sound, holds no samples, or holds NaN or infinite ones.
-        OSError: its file cannot be read.
-    """
-    encoded = getattr(value, "_hf_encoded", None)  # what the decoder objects of the datasets library are made of
-    value = value if encoded is None else encoded
-    if isinstance(value, dict) and value.get("array") is not None:
-        samples = np.asarray(value["array"], dtype=np.float32)
-        if samples.ndim != 1 or samples.size == 0:
-            raise ValueError(f"Got an array of shape {samples.shape}, expected mono audio (T,) with a sample or more.")
-        rate = value["sampling_rate"]
-        sound = audio.Sound(audio.mono(samples[:, None], rate, sampling_rate), rate, 1)
-    else:
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if not isinstance(value, (str, os.PathLike, bytes)):
-            raise ValueError(
-                f"Got {type(value).__name__} as sound, expected a path, bytes, or a row of an Audio column."
-            )
-        sound = audio.decode(value, sampling_rate)
-    if not np.isfinite(sound.audio).all():
-        raise ValueError("The clip holds NaN or infinite samples. Repair or drop it.")
-    return sound
+def check_max_clip_seconds(max_clip_seconds: float) -> None:
+    """Raises ValueError if no clip could be so short."""
+    if not 0 < max_clip_seconds < math.inf:
+        raise ValueError(f"Got max_clip_seconds={max_clip_seconds}, expected more than 0.")
 
 
 def encode(
@@ -137,7 +103,7 @@ def encode(
     """
     Codes (L,), uint16, of each clip (T,), encoded in micro-batches of clips of like lengths.
 
-    A batch for which a device has too little memory is halved; a clip for which it has too little fails.
+    A batch for which a device has too little memory, or that the model refuses, is halved; so the one clip at fault fails.
     """
     results: list[np.ndarray | Failure] = [Failure("not encoded")] * len(waveforms)
     budget = batch_seconds * encoder.config.sampling_rate
@@ -146,12 +112,18 @@ def encode(
         batch = batches.pop()
         try:
             codes = _encode_batch(encoder, feature_extractor, [waveforms[place] for place in batch])
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # of a CPU
+        except (RuntimeError, ValueError) as error:
+            is_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # of a CPU
+            if is_memory:
+                torch.cuda.empty_cache()
+            elif isinstance(error, RuntimeError):
                 raise
-            torch.cuda.empty_cache()
-            if len(batch) == 1:
-                results[batch[0]] = Failure(f"The device has too little memory for the clip: {error}")
+            if len(batch) == 1 and is_memory:
+                results[batch[0]] = Failure(f"The device has too little memory for the clip: {error}", "memory")
+            elif len(batch) == 1:
+                results[batch[0]] = Failure(
+                    " ".join(str(error).split()), "not-finite" if "finite" in str(error) else "error"
+                )
             else:
                 batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
             continue
@@ -198,26 +170,34 @@ def tokenize_clips(
     read: Sequence[Callable[[], Any]],
     batch_seconds: float,
     num_readers: int,
+    channel: str | int = "mean",
+    max_clip_seconds: float = MAX_CLIP_SECONDS,
 ) -> Iterator[list[Tokens | Failure]]:
     """
     Codes of clips, in the order of `read`, a window of them at a time.
 
     Args:
-        read: gives the sound of each clip, as `read_sound` takes it. What it raises as ValueError or OSError is the reason
-            of that clip's failure.
+        read: gives the sound of each clip, as `audio.load_clip` takes it. Whatever it raises is the reason of that clip's failure,
+            but for a package that is missing.
         batch_seconds: of sound in a micro-batch.
         num_readers: threads that read, decode and resample ahead of the model.
+        channel: of clips that have several, as `audio.load` takes it.
+        max_clip_seconds: a longer clip fails.
     """
     sampling_rate = encoder.config.sampling_rate
     limit = WINDOW * batch_seconds * sampling_rate
 
     def read_one(get: Callable[[], Any]) -> audio.Sound | Failure:
         try:
-            return read_sound(get(), sampling_rate)
+            return audio.load_clip(get(), sampling_rate, channel, max_clip_seconds)
+        except ImportError:
+            raise
         except (ValueError, OSError) as error:
-            return Failure(" ".join(str(error).split()))
+            return Failure(" ".join(str(error).split()), failure_kind(error))
         except MemoryError as error:  # a damaged header may promise terabytes
-            return Failure(f"Too little memory for the clip, or its header is damaged: {error}")
+            return Failure(f"Too little memory for the clip, or its header is damaged: {error}", "memory")
+        except Exception as error:
+            return Failure(" ".join(f"{type(error).__name__}: {error}".split()))
 
     window, size = [], 0
     with _Ahead(read_one, read, limit, num_readers) as sounds:
@@ -238,7 +218,9 @@ def _encode_window(encoder, feature_extractor, window, batch_seconds: float) -> 
     for sound in window:
         result = next(codes) if isinstance(sound, audio.Sound) else sound
         if not isinstance(result, Failure):
-            result = Tokens(result, len(sound.audio), sound.source_sampling_rate, sound.source_channels)
+            result = Tokens(
+                result, len(sound.audio), sound.source_sampling_rate, sound.source_channels, tuple(sound.warnings)
+            )
         results.append(result)
     return results
 

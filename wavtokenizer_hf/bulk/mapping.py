@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .. import audio
 from ..configuration_wavtokenizer import WavTokenizerEncoderConfig
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
-from ..loading import find_model, load_model
+from ..loading import find_model, load_model, target_peak
 from ..modeling_wavtokenizer import WavTokenizerModel
 from . import encoding
 from .encoding import Failure
@@ -44,7 +44,7 @@ class _Mapped:
         self.folder_contents = None
         if commit is None:
             model, feature_extractor = self._load("cpu")
-            level = None if feature_extractor is None else encoding.target_peak(feature_extractor)
+            level = None if feature_extractor is None else target_peak(feature_extractor)
             self.folder_contents = encoding.weights_fingerprint(model), level
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,7 +79,8 @@ class AudioTokenizer(_Mapped):
     Tokens of sounds: `dataset.map(AudioTokenizer("org/wavtokenizer-75"), batched=True, with_rank=True, num_proc=2)`.
 
     Gives for each row `audio_codes` (list of uint16), `num_samples`, `duration` (seconds), `source_sampling_rate`,
-    `source_channels`, `codebook_fingerprint` and `failure`: the reason why a sound could not be read, and then no codes.
+    `source_channels`, `codebook_fingerprint`, `warnings` (kinds), and `failure` and `failure_kind`: the reason why a sound could
+    not be read, and then no codes. The kinds are those of `wavtokenizer_hf.audio_errors`.
     `tokenize_dataset` is the comfortable way to this.
 
     Args:
@@ -89,6 +90,8 @@ class AudioTokenizer(_Mapped):
         device: default: the GPU of the process's number, or the CPU.
         batch_seconds: of sound that are encoded at once.
         on_error: `"record"`, or `"fail"` to raise ValueError at the first sound that cannot be read.
+        channel: of sounds that have several: `"mean"`, `"left"`, `"right"` or a number from 0.
+        max_clip_seconds: a longer sound fails.
     """
 
     def __init__(
@@ -99,12 +102,17 @@ class AudioTokenizer(_Mapped):
         device: str | None = None,
         batch_seconds: float = 120,
         on_error: str = "record",
+        channel: str | int = "mean",
+        max_clip_seconds: float = encoding.MAX_CLIP_SECONDS,
     ):
         if on_error not in ("record", "fail"):
             raise ValueError(f"Got on_error={on_error!r}, expected 'record' or 'fail'.")
         encoding.check_batch_seconds(batch_seconds)
+        encoding.check_max_clip_seconds(max_clip_seconds)
+        audio.check_channel(channel)
         super().__init__(model, revision, device)
         self.column, self.batch_seconds, self.on_error = column, batch_seconds, on_error
+        self.channel, self.max_clip_seconds = channel, max_clip_seconds
 
     def _load(self, device: str):
         return encoding.load_encoder(self.model, self.revision, device)
@@ -114,7 +122,9 @@ class AudioTokenizer(_Mapped):
         sounds = batch[self.column]
         read = [partial(sounds.__getitem__, place) for place in range(len(sounds))]
         num_readers = 1 if _in_child() else num_cores()
-        windows = encoding.tokenize_clips(encoder, feature_extractor, read, self.batch_seconds, num_readers)
+        windows = encoding.tokenize_clips(
+            encoder, feature_extractor, read, self.batch_seconds, num_readers, self.channel, self.max_clip_seconds
+        )
         rows = [self._row(result, encoder.codebook_fingerprint) for window in windows for result in window]
         return {name: [row[name] for row in rows] for name in _features()}
 
@@ -122,7 +132,7 @@ class AudioTokenizer(_Mapped):
         if isinstance(result, Failure):
             if self.on_error == "fail":
                 raise ValueError(result.reason)
-            return {**dict.fromkeys(_features()), "failure": result.reason}
+            return {**dict.fromkeys(_features()), "failure": result.reason, "failure_kind": result.kind}
         return {
             "audio_codes": result.audio_codes,
             "num_samples": result.num_samples,
@@ -130,7 +140,9 @@ class AudioTokenizer(_Mapped):
             "source_sampling_rate": result.source_sampling_rate,
             "source_channels": result.source_channels,
             "codebook_fingerprint": codebook_fingerprint,
+            "warnings": list(result.warnings),
             "failure": None,
+            "failure_kind": None,
         }
 
 
@@ -144,11 +156,15 @@ def _features() -> dict[str, Any]:
         "source_channels": "int16",
         "codebook_fingerprint": "string",
         "failure": "string",
+        "failure_kind": "string",
     }
     codes = datasets.Features.from_arrow_schema(
         library("pyarrow").schema([("audio_codes", library("pyarrow").list_(library("pyarrow").uint16()))])
     )
-    return {**codes, **{name: datasets.Value(dtype) for name, dtype in types.items()}}
+    warnings = datasets.Features.from_arrow_schema(
+        library("pyarrow").schema([("warnings", library("pyarrow").list_(library("pyarrow").string()))])
+    )
+    return {**codes, **{name: datasets.Value(dtype) for name, dtype in types.items()}, **warnings}
 
 
 def tokenize_dataset(
@@ -162,6 +178,8 @@ def tokenize_dataset(
     batch_size: int = 100,
     num_proc: int | None = None,
     on_error: str = "record",
+    channel: str | int = "mean",
+    max_clip_seconds: float = encoding.MAX_CLIP_SECONDS,
 ):
     """
     The dataset with tokens in the place of its sounds.
@@ -171,7 +189,7 @@ def tokenize_dataset(
 
     Args:
         dataset: `datasets.Dataset`, `IterableDataset`, or a dictionary of either.
-        model, revision, column, device, batch_seconds, on_error: as for `AudioTokenizer`.
+        model, revision, column, device, batch_seconds, on_error, channel, max_clip_seconds: as for `AudioTokenizer`.
         batch_size: rows that are taken at once.
         num_proc: processes, each with a model of its own; not for an `IterableDataset`. With GPUs they have to be spawned:
             `multiprocess.set_start_method("spawn")`.
@@ -181,7 +199,7 @@ def tokenize_dataset(
             loaded; a sound cannot be read, with `on_error="fail"`.
     """
     datasets = library("datasets")
-    function = AudioTokenizer(model, revision, column, device, batch_seconds, on_error)
+    function = AudioTokenizer(model, revision, column, device, batch_seconds, on_error, channel, max_clip_seconds)
     return _map(dataset, function, column, _features(), batch_size, num_proc, {column: datasets.Audio(decode=False)})
 
 
@@ -278,7 +296,10 @@ def _map(dataset, function: _Mapped, column: str, added: dict, batch_size: int, 
             dataset = dataset.cast_column(name, feature)
     kept = {name: feature for name, feature in features.items() if name != column}
     options = {} if streaming else {"with_rank": True, "num_proc": num_proc}
-    return dataset.map(
+    format = _format(dataset)
+    if format is not None:  # in some formats `map` (datasets 5.2) would empty the columns that stay
+        dataset = dataset.with_format(None)
+    mapped = dataset.map(
         function,
         batched=True,
         batch_size=batch_size,
@@ -286,3 +307,12 @@ def _map(dataset, function: _Mapped, column: str, added: dict, batch_size: int, 
         features=type(features)({**kept, **added}),
         **options,
     )
+    return mapped if format is None else mapped.with_format(format)
+
+
+def _format(dataset) -> str | None:
+    """The format that `with_format` gave a dataset or a stream of one."""
+    if hasattr(dataset, "format"):
+        return dataset.format["type"]
+    formatting = getattr(dataset, "_formatting", None)
+    return None if formatting is None else formatting.format_type

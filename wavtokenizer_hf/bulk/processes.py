@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection, wait
@@ -11,6 +12,26 @@ from .extra import library
 from .output import Summary
 from .sources import Item
 from .work import Job, Worker
+
+
+UNGUARDED = 87  # exit code of a worker that ran the script that started it
+GUARD = 'if __name__ == "__main__":'
+
+
+def stop_in_unguarded_script() -> None:
+    """
+    Ends this process if it is a worker that runs the script which started it, instead of only importing it.
+
+    A spawned process imports the main script under the name `__mp_main__`. Whatever that script does outside of
+    `if __name__ == "__main__":` it would do again, and workers would start workers.
+    """
+    if multiprocessing.parent_process() is None:
+        return
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "__mp_main__" and frame.f_code.co_name == "<module>":
+            sys.exit(UNGUARDED)
+        frame = frame.f_back
 
 
 def run_here(job: Job, parts: Iterable[Sequence[Item]], report: Callable[[Summary], None]) -> None:
@@ -32,6 +53,7 @@ def run_in_processes(
     """
     context = multiprocessing.get_context("spawn")  # CUDA cannot be forked, nor can the threads of torch
     workers: dict[Connection, Any] = {}
+    begun = set()
     queue = iter(parts)
     try:
         for rank in range(num_processes):
@@ -44,11 +66,12 @@ def run_in_processes(
             for connection in wait(list(workers)):
                 try:
                     kind, content = connection.recv()
+                    begun.add(connection)
                     if kind == "ready":  # for a part
                         content = next(queue, None)
                         connection.send(content)
                 except (EOFError, ConnectionError):
-                    raise _killed(workers[connection]) from None
+                    raise _killed(workers[connection], connection in begun) from None
                 if kind == "error":
                     raise content
                 if kind == "report":
@@ -83,13 +106,20 @@ def _serve(connection: Connection, job: Job, rank: int) -> None:
         connection.send(("error", kind(str(error))))
 
 
-def _killed(process) -> ChildProcessError:
+def _killed(process, had_begun: bool) -> ChildProcessError:
     process.join(timeout=10)
-    how = (
-        f"was killed by signal {-process.exitcode}"
-        if (process.exitcode or 0) < 0
-        else f"ended with {process.exitcode}"
-    )
+    exit_code = process.exitcode or 0
+    if exit_code == UNGUARDED:
+        return ChildProcessError(
+            f"The script starts workers outside of `{GUARD}`, and each worker runs the script again. Put the call of tokenize "
+            "below that line, or use num_processes=1."
+        )
+    how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with {exit_code}"
+    if not had_begun and exit_code > 0:
+        return ChildProcessError(
+            f"A worker process {how} before it began; what it says stands above. If the script that starts it does so outside of "
+            f"`{GUARD}`, put the call below that line."
+        )
     return ChildProcessError(
         f"A worker process {how}; if the machine has run out of memory, use fewer processes or fewer seconds in a batch. What "
         "is finished stays valid; run again to go on."

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from ..audio import check_channel
+from ..loading import target_peak
 from . import encoding, hub, processes, ray_engine
 from .extra import library
-from .output import Output, Settings, Summary
+from .output import NO_FILE, Output, Settings, Summary
 from .progress import Progress
-from .sources import open_source
+from .sources import Source, open_source
 from .work import Job, num_cores
 
 
@@ -30,17 +32,25 @@ class Result:
 
     Args:
         total: of all clips in the folder, of all shards and runs.
-        failures: clip -> reason, likewise.
+        failures: clip -> its failure (`reason` and `kind`), likewise.
         done_now: what this run did.
         seconds: that this run took.
         sampling_rate: Hz of the samples that are counted.
+        passed_over: files, and members of shards, that are no clips.
+        changed: clips of this run's shard whose file has another size or time than when it was read; done again with `refresh`.
+        without_source: clips with a row or a failure that the source does not hold any more, or whose file is gone.
+        silent: clips of this run's shard that have neither a row nor a failure: none, or there is a fault in this package.
     """
 
     total: Summary
-    failures: dict[str, str]
+    failures: dict[str, encoding.Failure]
     done_now: Summary
     seconds: float
     sampling_rate: int
+    passed_over: list[str]
+    silent: list[str]
+    changed: list[str]
+    without_source: list[str]
 
 
 def tokenize(
@@ -63,8 +73,12 @@ def tokenize(
     shard: tuple[int, int] = (0, 1),
     on_error: str = "record",
     retry_failed: bool = False,
+    refresh: bool = False,
     push_to_hub: str | None = None,
     progress: bool = False,
+    channel: str | int = "mean",
+    max_clip_seconds: float = encoding.MAX_CLIP_SECONDS,
+    tar_names: str = "ending",
 ) -> Result:
     """
     Encodes every clip of a source into a folder of Parquet parts, going on where an earlier run ended.
@@ -91,8 +105,12 @@ def tokenize(
         shard: `(i, n)`: do only the i-th of n shards of the clips, i from 0; all of them may write to one folder at once.
         on_error: `"record"` lists a clip that fails and goes on, `"fail"` stops at the first.
         retry_failed: try clips again that failed in an earlier run.
+        refresh: do clips again whose file has another size or time than when it was read.
         push_to_hub: name of a dataset on the Hub to which the folder is uploaded in the end.
         progress: shows how far it is, on standard error.
+        channel: of clips that have several, as `audio.load` takes it.
+        max_clip_seconds: a longer clip fails, before it is read if its header says so.
+        tar_names: how names in tar shards are split, see `sources.open_source`.
 
     Raises:
         ValueError: bad arguments, no clips, a model that cannot be loaded, a folder of other settings, a clip that failed
@@ -100,17 +118,22 @@ def tokenize(
         OSError: something cannot be read or written; ChildProcessError, which is one, if a worker was killed.
         ImportError: a package of the extra `bulk` (or `ray`) is missing.
     """
+    processes.stop_in_unguarded_script()
     started = time.monotonic()
     _check(engine, ray_address, num_processes, num_readers, batch_seconds, part_size, shard, on_error)
+    check_channel(channel)
+    encoding.check_max_clip_seconds(max_clip_seconds)
     library("soundfile"), library("soxr"), library("pyarrow")  # or every clip would fail
     is_path = isinstance(source, (str, os.PathLike))
+    if not os.fspath(output):
+        raise ValueError("Got an empty output, which would be the current folder. Name a folder.")
     if is_path and Path(output).resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(
             f"The output {output} lies in the source {source}, whose Parquet it would become. Name another."
         )
     encoder, feature_extractor = encoding.load_encoder(model, revision, "cpu")
     commit = getattr(encoder.config, "_commit_hash", None)
-    clips = open_source(source, column, dataset_config, split, dataset_revision)
+    clips = open_source(source, column, dataset_config, split, dataset_revision, tar_names)
     selection = clips.selection
     settings = Settings(
         source=_name(source) if is_path else f"datasets.Dataset {source._fingerprint}",
@@ -125,13 +148,18 @@ def tokenize(
         codebook_size=encoder.config.codebook_size,
         hop_length=encoder.config.hop_length,
         sampling_rate=encoder.config.sampling_rate,
-        target_peak_dB_FS=encoding.target_peak(feature_extractor),
+        target_peak_dB_FS=target_peak(feature_extractor),
         columns={field.name: str(field.type) for field in clips.schema},
+        channel=str(channel),
+        tar_names=tar_names,
     )
     del encoder
     with Output(output, settings, clips.schema, shard).open() as folder:
         if push_to_hub is not None:
             hub.prepare(push_to_hub)
+        changed, without_source = _compare_with_files(clips, folder, shard)
+        if refresh and changed:
+            folder.drop(set(changed))
         done, failures, _ = folder.finished()
         if not retry_failed:
             done |= failures.keys()
@@ -152,6 +180,8 @@ def tokenize(
             num_readers=num_readers or cores,
             num_threads=cores if num_processes > 1 or engine == "ray" else None,
             stop_at_failure=on_error == "fail",
+            channel=channel,
+            max_clip_seconds=max_clip_seconds,
         )
         watch = Progress(len(to_do), settings.sampling_rate, progress)
         report = _Summaries(folder, watch)
@@ -168,9 +198,28 @@ def tokenize(
             raise
         watch.close()
         total, failures = folder.summarize(item.id for item in clips.items)
+        rows, _, _ = folder.finished()
+        silent = [item.id for item in items if item.id not in rows and item.id not in failures]
         if push_to_hub is not None:
             hub.push(folder.folder, push_to_hub)
-    return Result(total, failures, watch.total, time.monotonic() - started, settings.sampling_rate)
+    seconds = time.monotonic() - started
+    return Result(
+        total, failures, watch.total, seconds, settings.sampling_rate, list(clips.passed_over), silent, changed,
+        without_source,
+    )  # fmt: skip
+
+
+def _compare_with_files(clips: Source, folder: Output, shard: tuple[int, int]) -> tuple[list[str], list[str]]:
+    """Ids of clips of this shard whose files have changed since they were read, and ids that have no source any more."""
+    places = {item.id: item.place for item in clips.items}
+    changed, without_source = [], []
+    for id, before in folder.stamps().items():
+        now = clips.stamp(places[id]) if id in places else NO_FILE
+        if id not in places or (now == NO_FILE and before != NO_FILE):
+            without_source.append(id)
+        elif now != before and in_shard(id, shard):
+            changed.append(id)
+    return changed, without_source
 
 
 def _name(source: str | os.PathLike) -> str:

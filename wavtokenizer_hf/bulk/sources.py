@@ -17,14 +17,13 @@ from types import MappingProxyType
 from typing import Any
 
 from .. import audio
+from ..find_files import holds, utf8_name, walk
 from .extra import library
-from .output import OWN_COLUMNS
+from .output import NO_FILE, OWN_COLUMNS, Stamp
 
 
 LISTS = (".txt", ".csv", ".jsonl")
 PATH_COLUMNS = ("audio", "path", "file_name")  # of a list file, where none is named
-SOUNDS = (*audio.SUFFIXES, ".aac", ".aifc", ".amr", ".ape", ".m4a", ".m4b", ".mka", ".mp2", ".oga", ".wma", ".wv")
-"""Endings of sound files. Some libsndfile cannot read: those are listed as failed, and not left out without a word."""
 TEXTS = ("cls", "csv", "json", "lab", "srt", "text", "tsv", "txt", "vtt")
 """Endings of what is carried along as text from tar shards."""
 
@@ -39,24 +38,38 @@ class Item:
 
 class Source:
     """Clips. `schema` (of pyarrow) is of the columns that are carried along; `items` are the clips in a fixed order;
-    `selection` says what was taken of a source that has more: the column, config, split, revision, as far as it has them."""
+    `selection` says what was taken of a source that has more: the column, config, split, revision, as far as it has them;
+    `passed_over` names the files and members of shards that are no clips, nor lie beside one."""
 
     schema: Any
     items: Sequence[Item]
     selection: Mapping[str, str | None] = MappingProxyType({})
+    passed_over: Sequence[str] = ()
 
     def sound(self, place: Any) -> Any:
-        """What `read_sound` takes. Raises ValueError or OSError if it cannot be read."""
+        """What `audio.load_clip` takes. Raises ValueError or OSError if it cannot be read."""
         raise NotImplementedError
 
     def carried(self, place: Any) -> dict[str, Any]:
         """The carried columns of a clip."""
         raise NotImplementedError
 
+    def file(self, place: Any) -> str | None:
+        """Path of the file that holds a clip: the sound, or the shard or table that it is in. None for a dataset."""
+        return place[0] if isinstance(place, tuple) else None
+
+    def stamp(self, place: Any) -> Stamp:
+        """Size and time of that file as it is now."""
+        try:
+            status = os.stat(self.file(place) or "")
+        except (OSError, ValueError):
+            return NO_FILE
+        return status.st_size, status.st_mtime_ns
+
     def without_items(self) -> "Source":
         """For workers, which are told the places of their clips."""
         worker = object.__new__(type(self))
-        worker.__dict__.update(self.__dict__, items=())
+        worker.__dict__.update(self.__dict__, items=(), passed_over=())
         return worker
 
 
@@ -66,6 +79,7 @@ def open_source(
     config: str | None = None,
     split: str | None = None,
     revision: str | None = None,
+    tar_names: str = "ending",
 ) -> Source:
     """
     Args:
@@ -75,6 +89,8 @@ def open_source(
         column: of the sound, or of the paths in a list; default: `audio`, and in lists also `path` or `file_name`.
         config, revision: of a dataset on the Hub.
         split: of a dataset on the Hub, or of several on disk; default: `train`.
+        tar_names: how names in tar shards are split. `"ending"`: before the known ending of a sound, and what begins with the
+            same name and a dot lies beside it. `"webdataset"`: at the first dot, as WebDataset does.
 
     Raises:
         ValueError: there is no such source, no clip in it, no such column; a column, config, split or revision of a source
@@ -83,8 +99,12 @@ def open_source(
     """
     if not isinstance(source, (str, os.PathLike)):
         opened = Dataset(source, column or "audio")
+    elif not os.fspath(source):
+        raise ValueError(
+            "Got an empty SOURCE, which would be the current folder. Is a variable not set? Name it as '.'."
+        )
     else:
-        opened = _open_path(str(source), column, config, split, revision)
+        opened = _open_path(str(source), column, config, split, revision, tar_names)
     if not opened.items:
         raise ValueError(
             f"Found no sound in {source}, expected files that end in {', '.join(audio.SUFFIXES)}, tar shards, Parquet, or a "
@@ -100,24 +120,28 @@ def open_source(
         raise ValueError(
             f"The source has a column {taken[0]!r}, which is a name of the output's own. Rename it in the source."
         )
+    # a file's name may be any bytes, and text in Parquet may not
+    opened.items = [item if item.id.isascii() else Item(utf8_name(item.id), item.place) for item in opened.items]
     ids = set()
     for item in opened.items:
-        try:
-            item.id.encode()
-        except UnicodeEncodeError as error:  # a file's name may be any bytes, and text in Parquet may not
-            raise ValueError(f"The name {item.id!r} is not UTF-8. Rename the file.") from error
         if item.id in ids:
             raise ValueError(f"The id {item.id!r} names two clips of {source}. Each clip needs an id of its own.")
         ids.add(item.id)
     return opened
 
 
-def _open_path(source: str, column: str | None, config: str | None, split: str | None, revision: str | None) -> Source:
+def _open_path(
+    source: str, column: str | None, config: str | None, split: str | None, revision: str | None, tar_names: str
+) -> Source:
+    from . import segment_sources  # it imports this module
+
     path = Path(source)
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _from_disk(path, column or "audio", split)
-        files, base = _walk(path), path
+        if segment_sources.is_shar(path):
+            return segment_sources.LhotseShar(path)
+        files, base = walk(path), path
     elif path.is_file() and path.suffix.lower() in LISTS:
         return _list_file(path, column)
     elif path.is_file():
@@ -130,28 +154,31 @@ def _open_path(source: str, column: str | None, config: str | None, split: str |
         raise FileNotFoundError(f"There is no file or folder {source}.")
     else:
         return _from_hub(source, column or "audio", config, split or "train", revision)
-    return _of_files(files, base, source, column or "audio")
+    return _of_files(files, base, source, column or "audio", tar_names)
 
 
-def _of_files(files: list[str], base: Path, source: str, column: str) -> Source:
+def _of_files(files: list[str], base: Path, source: str, column: str, tar_names: str) -> Source:
     """By the endings of the files, of which only one kind may be there."""
-    kinds = {
-        "sound files": [file for file in files if file.lower().endswith(SOUNDS)],
-        "tar shards": [file for file in files if file.lower().endswith(".tar")],
-        "Parquet": [file for file in files if file.lower().endswith(".parquet")],
-    }
+    kinds: dict[str, list[str]] = {"sound files": [], "tar shards": [], "Parquet": []}
+    passed_over = []
+    for file in files:
+        ending = os.path.splitext(file)[1].lower()
+        kind = "sound files" if ending in audio.SUFFIXES else {".tar": "tar shards", ".parquet": "Parquet"}.get(ending)
+        (kinds[kind] if kind is not None and os.path.isfile(file) else passed_over).append(file)
     found = [kind for kind, of_kind in kinds.items() if of_kind]
     if len(found) > 1:
         raise ValueError(f"{source} holds {' and '.join(found)}. Say which by a glob, for example '{base}/**/*.tar'.")
     if kinds["tar shards"]:
-        return TarShards(kinds["tar shards"], base)
-    if kinds["Parquet"]:
-        return Parquet(kinds["Parquet"], base, column)
-    names = [_relative(file, base) for file in kinds["sound files"]]
-    return Files([Item(name, (file, {})) for name, file in zip(names, kinds["sound files"], strict=True)])
+        opened = TarShards(kinds["tar shards"], base, tar_names)
+    elif kinds["Parquet"]:
+        opened = Parquet(kinds["Parquet"], base, column)
+    else:
+        opened = Files([Item(_relative(file, base), (file, {})) for file in kinds["sound files"]])
+    opened.passed_over = [*passed_over, *opened.passed_over]
+    return opened
 
 
-_KNOWN = (*SOUNDS, *LISTS, ".tar", ".parquet")
+_KNOWN = (*audio.SUFFIXES, *LISTS, ".tar", ".parquet")
 
 
 def _refuse(error: OSError):
@@ -168,21 +195,8 @@ def _check_folders(base: Path, parts: Sequence[str]) -> None:
             for name in folders
             if fnmatch(name, pattern)
             and (pattern.startswith(".") or not name.startswith("."))
-            and not _holds(os.path.join(parent, name), parent)
+            and not holds(os.path.join(parent, name), parent)
         ]
-
-
-def _walk(folder: Path) -> list[str]:
-    files = []
-    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
-        # a link to a folder above has no end, and what it holds is found without it
-        folders[:] = sorted(name for name in folders if not _holds(os.path.join(parent, name), parent))
-        files += [os.path.join(parent, name) for name in sorted(names)]
-    return files
-
-
-def _holds(folder: str, place: str) -> bool:
-    return Path(place).resolve().is_relative_to(Path(folder).resolve())
 
 
 def _relative(file: str, base: Path) -> str:
@@ -226,15 +240,16 @@ _TOO_MANY = "more fields than the header"  # csv's key for them
 def _list_file(path: Path, column: str | None) -> Files:
     pyarrow = library("pyarrow")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin it with a mark of UTF-8
+        # spreadsheets begin it with a mark of UTF-8; names of files may be no UTF-8
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             if path.suffix.lower() == ".txt":
                 rows = [{"audio": line.strip()} for line in file if line.strip()]
             elif path.suffix.lower() == ".csv":
                 rows = list(csv.DictReader(file, restkey=_TOO_MANY))
             else:
                 rows = [json.loads(line) for line in file if line.strip()]
-    except (ValueError, csv.Error) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise ValueError(f"Cannot read the list {path}: {error}") from error
+    except (ValueError, RecursionError, csv.Error) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"Cannot read the list {path}: {' '.join(str(error).split())[:300]}") from error
     names = list(dict.fromkeys(name for row in rows for name in row)) if all(isinstance(r, dict) for r in rows) else []
     if rows and column is None:
         column = next((name for name in PATH_COLUMNS if name in names), None)
@@ -246,20 +261,30 @@ def _list_file(path: Path, column: str | None) -> Files:
             f"The list {path} has the columns {names}, expected one of paths: {', '.join(PATH_COLUMNS)}, or another that you "
             "name as the column."
         )
+    has_segments = {"start", "duration"} <= set(names)
     id_column = "id" if "id" in names else column
     items = []
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get(column), str) or row.get(id_column) is None:
             raise ValueError(f"Row {number} of {path} has no text in {column!r} or nothing in {id_column!r}.")
-        carried = {name: row.get(name) for name in names if name not in (column, "id")}
+        carried = {name: row.get(name) for name in names if name not in (column, "id", *_not_carried(has_segments))}
         items.append(Item(str(row[id_column]), (str(path.parent / row[column]), carried)))
-    carried_names = [name for name in names if name not in (column, "id")]
+    carried_names = [name for name in names if name not in (column, "id", *_not_carried(has_segments))]
     try:
         table = pyarrow.Table.from_pylist([item.place[1] for item in items], schema=None) if carried_names else None
     except (pyarrow.ArrowException, OverflowError) as error:
         raise ValueError(f"The columns of {path} are not of one type each: {error}") from error
     fields = [] if table is None else [_typed(table.schema.field(name)) for name in carried_names]
+    if has_segments:
+        from . import segment_sources  # it imports this module
+
+        return segment_sources.Segments(rows, column, pyarrow.schema(fields), path.parent)
     return Files(items, pyarrow.schema(fields), column)
+
+
+def _not_carried(has_segments: bool) -> tuple[str, ...]:
+    """The output has a `duration` of its own."""
+    return ("duration",) if has_segments else ()
 
 
 def _typed(field):
@@ -274,34 +299,33 @@ def _typed(field):
 
 
 class TarShards(Source):
-    """Tar files of WebDataset's form: members of one name before the first dot belong together.
+    """Tar files of sounds and what lies beside them, which is carried along as text or bytes.
 
-    A place is the shard, the sound's (offset, size) and those of the other members by their ending, which are carried along
-    as text or bytes. Members are found by reading the headers once; nothing is unpacked.
+    A place is the shard, the sound's (offset, size) and those of the other members of its name, by their ending. Members are
+    found by reading the headers once; nothing is unpacked.
     """
 
-    def __init__(self, shards: list[str], base: Path):
+    def __init__(self, shards: list[str], base: Path, tar_names: str = "ending"):
         pyarrow = library("pyarrow")
-        self.items, endings = [], set()
+        if tar_names not in TAR_NAMES:
+            raise ValueError(f"Got tar_names={tar_names!r}, expected one of {', '.join(TAR_NAMES)}.")
+        group = _by_ending if tar_names == "ending" else _by_first_dot
+        self.items, self.passed_over, endings = [], [], set()
         for shard in shards:
-            for key, members in self._samples(shard).items():
-                sounds = [ending for ending in members if f".{ending.lower()}".endswith(SOUNDS)]
-                if len(sounds) > 1:
-                    raise ValueError(
-                        f"{shard} holds several sounds for {key!r}: {sounds}. Expected one for each name."
-                    )
-                if not sounds:
-                    continue
-                sound = members.pop(sounds[0])
-                endings.update(members)
-                self.items.append(Item(f"{_relative(shard, base)}/{key}", (shard, sound, members)))
+            samples, others = group(shard, self._members(shard))
+            self.passed_over += [f"{_relative(shard, base)}/{name}" for name in others]
+            for key, (sound, beside) in samples.items():
+                beside = {utf8_name(ending): member for ending, member in beside.items()}
+                endings.update(beside)
+                self.items.append(Item(f"{_relative(shard, base)}/{key}", (shard, sound, beside)))
         self.schema = pyarrow.schema(
             [(ending, pyarrow.string() if _is_text(ending) else pyarrow.binary()) for ending in sorted(endings)]
         )
 
     @staticmethod
-    def _samples(shard: str) -> dict[str, dict[str, tuple[int, int]]]:
-        samples: dict[str, dict[str, tuple[int, int]]] = {}
+    def _members(shard: str) -> dict[str, tuple[int, int]]:
+        """Name -> (offset, size) of each file in the shard."""
+        members: dict[str, tuple[int, int]] = {}
         try:
             with tarfile.open(shard, "r:") as file:
                 for member in file:
@@ -309,13 +333,10 @@ class TarShards(Source):
                         raise ValueError(
                             f"{shard} holds {member.name!r} as a link. Expected files (tar --dereference --hard-dereference)."
                         )
-                    folder, name = os.path.split(member.name)
-                    key, _, ending = name.partition(".")
-                    if member.isfile() and key:
-                        sample = samples.setdefault(os.path.join(folder, key), {})
-                        if ending in sample:
+                    if member.isfile():
+                        if member.name in members:
                             raise ValueError(f"{shard} holds {member.name!r} twice.")
-                        sample[ending] = (member.offset_data, member.size)
+                        members[member.name] = (member.offset_data, member.size)
                 end = file.offset
             with open(shard, "rb") as file:
                 file.seek(end)
@@ -329,7 +350,7 @@ class TarShards(Source):
             raise ValueError(
                 f"Cannot read the shard {shard}: {error}. Expected a plain tar, not compressed."
             ) from error
-        return samples
+        return members
 
     @staticmethod
     def _content(shard: str, place: tuple[int, int]) -> bytes:
@@ -349,6 +370,55 @@ class TarShards(Source):
             return {name: content.decode() if _is_text(name) else content for name, content in contents.items()}
         except UnicodeDecodeError as error:
             raise ValueError(f"The text beside it in {place[0]} is not UTF-8: {error}") from error
+
+
+TAR_NAMES = ("ending", "webdataset")
+
+_Member = tuple[int, int]
+_Samples = dict[str, tuple[_Member, dict[str, _Member]]]  # key -> its sound, and what lies beside it by ending
+
+
+def _by_ending(shard: str, members: dict[str, _Member]) -> tuple[_Samples, list[str]]:
+    """Sounds are known by their ending, the rest of the name may hold dots. Gives the samples, and members without a sound."""
+    samples: _Samples = {}
+    for name, member in members.items():
+        key, ending = os.path.splitext(name)
+        if ending.lower() in audio.SUFFIXES:
+            if key in samples:
+                raise ValueError(f"{shard} holds several sounds for {key!r}. Expected one for each name.")
+            samples[key] = (member, {})
+    others = []
+    for name, member in members.items():
+        key, ending = os.path.splitext(name)
+        if ending.lower() in audio.SUFFIXES:
+            continue
+        while ending and key not in samples:
+            key, ending = os.path.splitext(key)
+        if key in samples:
+            samples[key][1][name[len(key) + 1 :]] = member
+        else:
+            others.append(name)
+    return samples, others
+
+
+def _by_first_dot(shard: str, members: dict[str, _Member]) -> tuple[_Samples, list[str]]:
+    """WebDataset's rule: names are split at the first dot. Gives the samples, and members without a sound."""
+    groups: dict[str, dict[str, str]] = {}
+    for name in members:
+        folder, base = os.path.split(name)
+        key, _, ending = base.partition(".")
+        groups.setdefault(os.path.join(folder, key) if key else name, {})[ending] = name
+    samples, others = {}, []
+    for key, names in groups.items():
+        sounds = [ending for ending in names if f".{ending.lower()}".endswith(audio.SUFFIXES)]
+        if len(sounds) > 1:
+            raise ValueError(f"{shard} holds several sounds for {key!r}: {sounds}. Expected one for each name.")
+        if not sounds:
+            others += names.values()
+            continue
+        sound = members[names.pop(sounds[0])]
+        samples[key] = (sound, {ending: members[name] for ending, name in names.items()})
+    return samples, others
 
 
 def _is_text(ending: str) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from . import encoding
 from .encoding import Failure
-from .output import Output, Summary
+from .output import NO_FILE, Output, Stamp, Summary
 from .sources import Item, Source
 
 
@@ -28,6 +28,8 @@ class Job:
         num_readers: threads of a worker that read and decode.
         num_threads: of torch in a worker; None leaves them alone.
         stop_at_failure: the first clip that fails ends the work.
+        channel: of clips that have several.
+        max_clip_seconds: a longer clip fails.
     """
 
     source: Source
@@ -39,6 +41,8 @@ class Job:
     num_readers: int
     num_threads: int | None
     stop_at_failure: bool
+    channel: str = "mean"
+    max_clip_seconds: float = encoding.MAX_CLIP_SECONDS
 
 
 class Worker:
@@ -70,14 +74,22 @@ class Worker:
         """
         job, results = self.job, []
         carried: list[dict[str, Any]] = [{} for _ in items]
+        stamps: list[Stamp] = [NO_FILE for _ in items]
 
         def read(number: int) -> Any:
+            stamps[number] = job.source.stamp(items[number].place)  # before it is read: a change meanwhile shows later
             carried[number] = job.source.carried(items[number].place)
             return job.source.sound(items[number].place)
 
         reads = [partial(read, number) for number in range(len(items))]
         windows = encoding.tokenize_clips(
-            self.encoder, self.feature_extractor, reads, job.batch_seconds, job.num_readers
+            self.encoder,
+            self.feature_extractor,
+            reads,
+            job.batch_seconds,
+            job.num_readers,
+            job.channel,
+            job.max_clip_seconds,
         )
         with closing(windows):  # ends its threads, whatever ends this
             for window in windows:
@@ -88,10 +100,12 @@ class Worker:
                             raise ValueError(f"{item.id}: {result.reason}")
                         summary.num_failures += 1
                     else:
-                        summary += Summary(1, 0, result.num_samples, len(result.audio_codes))
+                        summary += Summary(
+                            1, 0, result.num_samples, len(result.audio_codes), int(bool(result.warnings))
+                        )
                 results += window
                 report(summary)
-        job.output.write_part([item.id for item in items], results, carried)
+        job.output.write_part([item.id for item in items], results, carried, stamps)
 
 
 def num_cores() -> int:

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 
 MODEL_HELP = "name on the Hub, or folder; bundled: the small model that comes with this package, for a first try"
@@ -28,11 +29,19 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True, decoder: b
         )
 
 
-def load_model(arguments, encoder_only: bool = False):
+def load_model(arguments, encoder_only: bool = False, allow_exported: bool = True):
     import torch
 
     from .. import WavTokenizerEncoderModel, WavTokenizerModel, loading
+    from ..export.wavtokenizer_onnx import CONFIG_NAME
 
+    if Path(arguments.model, CONFIG_NAME).is_file():
+        if not allow_exported:
+            raise ValueError(
+                f"{arguments.model} is an ONNX folder, expected a model. Measure what `wavtokenizer reconstruct` makes with it: "
+                "--decoded."
+            )
+        return _load_exported(arguments)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(device)
@@ -41,6 +50,27 @@ def load_model(arguments, encoder_only: bool = False):
     model_class = WavTokenizerEncoderModel if encoder_only else WavTokenizerModel
     dtype = torch.float32 if encoder_only else getattr(torch, arguments.dtype)
     return loading.load_model(model_class, arguments.model, arguments.revision, device, dtype=dtype)
+
+
+def add_channel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--channel",
+        default="mean",
+        metavar="mean|left|right|N",
+        help="of audio with several channels (default: their mean; N counts from 0)",
+    )
+
+
+def _load_exported(arguments):
+    """A folder that `export-model` wrote, on the CPU."""
+    from ..export import WavTokenizerOnnx
+
+    for option, given in (("device", arguments.device), ("dtype", getattr(arguments, "dtype", None))):
+        if given not in (None, "cpu", "float32"):
+            raise ValueError(
+                f"Got --{option} {given} for the ONNX folder {arguments.model}, which runs on the CPU as it is."
+            )
+    return WavTokenizerOnnx(arguments.model)
 
 
 def print_facts(facts: dict, as_json: bool) -> None:

@@ -4,7 +4,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 
-from .arguments import add_command
+from .arguments import add_command, print_facts
 
 
 def add(commands) -> None:
@@ -14,17 +14,47 @@ def add(commands) -> None:
         commands, "convert", _convert, "an original checkpoint to a folder for transformers and the Hub"
     )
     command.add_arguments(convert)
+    convert.add_argument(
+        "--to-original",
+        action="store_true",
+        help="the way back: FILE is a converted folder, and DIR gets a .ckpt and a YAML file for the original's code and for "
+        "llama.cpp's converter to GGUF",
+    )
     add_command(commands, "checkpoints", _checkpoints, "the published checkpoints that `convert` knows by name")
 
 
 def _convert(arguments) -> int:
     from conversion import command
 
+    if arguments.to_original:
+        return _to_original(arguments)
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         results, code = command.run(arguments)
     if arguments.json:
         print(*map(json.dumps, results), sep="\n")
     return code
+
+
+def _to_original(arguments) -> int:
+    from conversion.to_original import to_original
+
+    others = (
+        "checkpoint",
+        "all",
+        "revision",
+        "config",
+        "average",
+        "with_discriminators",
+        "push_to_hub",
+        "private",
+        "create_pr",
+    )
+    given = [name for name in others if getattr(arguments, name)]
+    if given or len(arguments.files) != 1:
+        what = f"--{given[0].replace('_', '-')}" if given else f"{len(arguments.files)} inputs"
+        raise ValueError(f"Got {what} with --to-original, expected one converted folder and --output alone.")
+    print_facts({"output": str(to_original(arguments.files[0], arguments.output))}, arguments.json)
+    return 0
 
 
 def _checkpoints(arguments) -> int:

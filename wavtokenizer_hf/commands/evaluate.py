@@ -6,8 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-from .arguments import add_command, add_model, load_model
+from ..atomic_files import refuse_inputs
+from .arguments import add_channel, add_command, add_model, load_model
 from .files import find_sources
+from .token_folders import DecodedTokens
 
 
 def add(commands) -> None:
@@ -22,21 +24,49 @@ def add(commands) -> None:
     )
     evaluate.add_argument("--audio", nargs="+", required=True, metavar="INPUT", help="sound files, or folders of them")
     add_model(evaluate, required=False)
+    add_channel(evaluate)
     evaluate.add_argument("--compare", metavar="MODEL", help="a second model, measured on the same files")
+    evaluate.add_argument(
+        "--tokens",
+        metavar="FOLDER",
+        help="token folder of tokenize, made of INPUT: measure what MODEL decodes of its codes, instead of encoding again",
+    )
     evaluate.add_argument(
         "--decoded",
         metavar="FOLDER",
         help="what any other codec decoded: sound files with the names and sub-folders of those in INPUT, in any format",
     )
     evaluate.add_argument(
-        "-o", "--output", metavar="FOLDER", help="for report.json, files.csv, metrics.png and codebook.png"
+        "-o",
+        "--output",
+        metavar="FOLDER",
+        help="folder for report.json, files.csv, metrics.png, codebook.png, and worst.md with the ten worst clips to hear",
+    )
+    evaluate.add_argument(
+        "--preset",
+        default="quick",
+        metavar="NAME",
+        help="set of metrics: quick (default), paper (the table of the paper: utmos, pesq_wb, stoi, voicing_f1), or full",
     )
     evaluate.add_argument(
         "--metrics",
         nargs="+",
         metavar="NAME",
-        help="only these of pesq_wb, stoi, si_sdr, mel_distance, stft_distance, f0_error, voicing_f1, utmos; one that "
-        "cannot run here is then an error",
+        help="only these of pesq_wb, stoi, estoi, si_sdr, mel_distance, stft_distance, mcd, visqol, f0_error, voicing_f1, "
+        "dnsmos, speaker_similarity, word_error_rate, utmos; one that cannot run here is then an error",
+    )
+    evaluate.add_argument(
+        "--crepe",
+        default="full",
+        metavar="SIZE",
+        help="size of the pitch tracker of f0_error and voicing_f1: full (default, as in the paper) or tiny, which is about "
+        "fifty times as fast on a CPU",
+    )
+    evaluate.add_argument(
+        "--asr",
+        metavar="MODEL",
+        help="speech recognizer of word_error_rate, by its name or folder for transformers' pipeline; default: pocketsphinx, "
+        "for English",
     )
     evaluate.add_argument(
         "--utmos",
@@ -52,18 +82,35 @@ def add(commands) -> None:
     )
 
 
+def _model(arguments):
+    from ..evaluation import Model
+    from ..loading import load_feature_extractor, target_peak
+
+    model = load_model(arguments, allow_exported=False)
+    extractor = load_feature_extractor(arguments.model, arguments.revision, model.config)
+    return Model(arguments.model, model, target_peak(extractor))
+
+
 def _evaluate(arguments) -> int:
     from .. import audio
-    from ..evaluation import DecodedFolder, Model, evaluate
+    from ..evaluation import DecodedFolder, evaluate
+    from ..evaluation.report import REPORT_FILES
 
     if arguments.num_workers < 0:
         raise ValueError(f"Got --num-workers {arguments.num_workers}, expected 0 or more.")
+    audio.check_channel(arguments.channel)
     references = find_sources(arguments.audio, audio.SUFFIXES)
+    if arguments.output is not None:
+        refuse_inputs([Path(arguments.output, name) for name in REPORT_FILES], [file for file, _ in references])
     systems = [
-        Model(name, load_model(argparse.Namespace(**{**vars(arguments), "model": name, "revision": revision})))
+        _model(argparse.Namespace(**{**vars(arguments), "model": name, "revision": revision}))
         for name, revision in ((arguments.model, arguments.revision), (arguments.compare, None))
         if name is not None
     ]
+    if arguments.tokens is not None:
+        if arguments.model is None:
+            raise ValueError(f"Got the tokens {arguments.tokens} and no model to decode them. Give --model.")
+        systems[0] = DecodedTokens(arguments.tokens, systems[0].model)
     if arguments.decoded is not None:
         systems.append(DecodedFolder(arguments.decoded))
     if not systems:
@@ -77,6 +124,10 @@ def _evaluate(arguments) -> int:
         utmos_weights=arguments.utmos,
         num_workers=min(arguments.num_workers, len(references)),
         progress=sys.stderr.isatty(),
+        channel=arguments.channel,
+        crepe=arguments.crepe,
+        asr=arguments.asr,
+        preset=arguments.preset,
     )
     written = [] if arguments.output is None else report.save(arguments.output)
     if arguments.json:

@@ -7,6 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ..atomic_files import is_stream, refuse_inputs, remove_leftovers
+from ..audio_errors import failure_kind
+from ..find_files import describe_passed_over, find_files
+
 
 def add_files(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=help)
@@ -19,18 +23,24 @@ def add_files(parser: argparse.ArgumentParser, help: str) -> None:
 
 
 def find_sources(inputs: list[str], suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
-    """Files and, for each, its place: the path below the folder that was named, or the file's name."""
-    sources = []
+    """Files and, for each, its place: the path below the folder that was named, or the file's name.
+
+    Standard error tells what is passed over in folders.
+    """
+    sources, passed_over = [], []
     for name in map(Path, inputs):
         if name.is_dir():
-            found = sorted(file for file in name.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
-            if not found:
+            found = find_files(name, suffixes)
+            if not found.files:
                 raise ValueError(f"The folder {name} holds no file that ends in {', '.join(suffixes)}.")
-            sources += [(file, file.relative_to(name)) for file in found]
+            sources += [(Path(file), Path(file).relative_to(name)) for file in found.files]
+            passed_over += found.passed_over
         elif name.is_file():
             sources.append((name, Path(name.name)))
         else:
             raise FileNotFoundError(f"There is no file or folder {name}.")
+    if passed_over:
+        print(describe_passed_over(passed_over), file=sys.stderr)
     return sources
 
 
@@ -53,7 +63,7 @@ def find_jobs(arguments, suffixes: tuple[str, ...], new_suffix: str) -> list[tup
     if from_pipe and is_folder:
         raise ValueError(f"Got the folder {output} for standard input, which has no name. Name a file as OUTPUT.")
     if len(inputs) == 1 and (from_pipe or Path(inputs[0]).is_file()) and not is_folder:
-        return [(sources[0][0], folder)]
+        return _without_overwriting(arguments, [(sources[0][0], folder)])
     jobs, seen = [], {}
     for source, place in sources:
         target = folder / place.with_suffix(new_suffix)
@@ -63,6 +73,24 @@ def find_jobs(arguments, suffixes: tuple[str, ...], new_suffix: str) -> list[tup
             )
         seen[target] = source
         jobs.append((source, target))
+    return _without_overwriting(arguments, jobs)
+
+
+def _without_overwriting(
+    arguments, jobs: list[tuple[Path | None, Path | None]]
+) -> list[tuple[Path | None, Path | None]]:
+    """The jobs. Raises ValueError if an output is a folder, or an input of any of them, under whatever name."""
+    targets = [target for _, target in jobs]
+    if getattr(arguments, "plot", False):
+        targets += [target.with_suffix(".png") for target in targets]
+    for target in targets:
+        if target.is_dir():
+            raise ValueError(
+                f"The output {target} is a folder, expected a file. Move it away, or name another output."
+            )
+    refuse_inputs(targets, [source for source, _ in jobs if source is not None])
+    for folder in {target.parent for target in targets}:
+        remove_leftovers(folder)
     return jobs
 
 
@@ -76,16 +104,23 @@ def do_each(jobs: list[tuple[Path | None, Path | None]], work: Callable, argumen
         name = "standard input" if source is None else str(source)
         started = time.perf_counter()
         try:
-            if target is not None:
+            if target is not None and not is_stream(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
             tally = work(source, target)
         except BrokenPipeError:
             raise
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        except ImportError:
+            raise
+        except Exception as error:
+            is_known = isinstance(error, (ValueError, OSError, MemoryError, torch.OutOfMemoryError))
             if len(jobs) == 1:
-                raise ValueError(f"{name}: {error}") from error
+                if is_known:
+                    raise ValueError(f"{name}: {error}") from error
+                raise
             failures += 1
-            _tell(arguments, {"input": name, "error": str(error)}, f"{name}: failed: {error}", target, failed=True)
+            reason = str(error) if is_known else f"{type(error).__name__}: {error}"
+            result = {"input": name, "error": reason, "kind": failure_kind(error)}
+            _tell(arguments, result, f"{name}: failed: {reason}", target, failed=True)
             continue
         output = "standard output" if target is None else str(target)
         result = {"input": name, "output": output, **_figures(model, tally, time.perf_counter() - started)}
@@ -101,7 +136,7 @@ def do_each(jobs: list[tuple[Path | None, Path | None]], work: Callable, argumen
             )
         if tally.cut_off is not None:
             failures += 1
-            result["error"] = str(tally.cut_off)
+            result |= {"error": str(tally.cut_off), "kind": tally.cut_off.kind}
             message = f"{name}: cut off: {tally.cut_off} What came before was done: {result['seconds']:.2f} s"
         _tell(arguments, result, message, target, failed=tally.cut_off is not None)
     if failures and len(jobs) > 1:

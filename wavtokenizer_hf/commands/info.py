@@ -1,4 +1,4 @@
-"""`wavtokenizer info`: what a model or a token file is."""
+"""`wavtokenizer info`: what a model, a token file or a token folder is."""
 
 from pathlib import Path
 
@@ -6,12 +6,17 @@ from .arguments import add_command, print_facts
 
 
 def add(commands) -> None:
-    info = add_command(commands, "info", _info, "what a model, or a token file, is")
-    info.add_argument("source", help="name or folder of a model, bundled, or a token file (.safetensors, .json)")
+    info = add_command(commands, "info", _info, "what a model, a token file or a token folder is")
+    info.add_argument(
+        "source",
+        help="name or folder of a model, bundled, a token file (.safetensors, .json), or a folder of tokenize",
+    )
     info.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
 
 
 def _info(arguments) -> int:
+    from ..export.token_folder import is_token_folder
+
     if Path(arguments.source).is_file():
         from ..token_file import TokenFile
 
@@ -25,6 +30,8 @@ def _info(arguments) -> int:
             "seconds": tokens.num_samples / tokens.sampling_rate,
             "tokens_per_second": tokens.sampling_rate / tokens.hop_length,
         }
+    elif is_token_folder(arguments.source):
+        facts = _folder_facts(arguments.source)
     else:
         from .. import WavTokenizerModel
         from ..loading import load_model
@@ -44,3 +51,22 @@ def _info(arguments) -> int:
         }
     print_facts(facts, arguments.json)
     return 0
+
+
+def _folder_facts(path: str) -> dict:
+    from ..export.token_folder import TokenFolder
+
+    folder = TokenFolder(path)
+    num_samples = folder.index(["num_samples"]).columns["num_samples"]
+    return {
+        "model": folder.settings["model"],
+        "codebook_fingerprint": folder.codebook_fingerprint,
+        "codebook_size": folder.settings["codebook_size"],
+        "num_clips": len(num_samples),
+        "hours": int(num_samples.sum()) / folder.sampling_rate / 3600,
+        "num_tokens": int(-(-num_samples // folder.hop_length).sum()),
+        "sampling_rate": folder.sampling_rate,
+        "tokens_per_second": folder.sampling_rate / folder.hop_length,
+        "complete": folder.complete,
+        "columns": ", ".join(folder.column_names),
+    }

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..atomic_files import atomic_write, is_stream
+from ..limited_files import read_file
 from ..token_file import FORMATS
-from .arguments import add_command, add_model, load_model
+from .arguments import add_channel, add_command, add_model, load_model
 from .files import add_files, do_each, find_jobs
+from .token_folders import token_clips
 
 
 _SOUND_PIPE = "-: a WAV stream on standard input, taken as it comes"
@@ -28,10 +31,14 @@ def add(commands) -> None:
         "model and the exact length, npy and txt hold the numbers alone. To standard output txt flows, one number a line",
     )
     _add_raw_input(encode)
+    add_channel(encode)
 
     decode = add_command(commands, "decode", _decode, "token files to sound files")
-    add_files(decode, "token files, or folders to search for them; -: tokens from standard input")
+    add_files(
+        decode, "token files, folders to search for them, or a token folder of tokenize; -: tokens from standard input"
+    )
     add_model(decode)
+    decode.add_argument("--id", nargs="+", metavar="ID", help="only these clips of a token folder (default: all)")
     decode.add_argument(
         "--format", choices=FORMATS, help="of INPUT; default: its ending, or for standard input its first two bytes"
     )
@@ -43,6 +50,7 @@ def add(commands) -> None:
     add_files(reconstruct, f"sound files, or folders to search for them; {_SOUND_PIPE}")
     add_model(reconstruct)
     _add_raw_input(reconstruct)
+    add_channel(reconstruct)
     _add_sound(reconstruct)
     reconstruct.add_argument(
         "--plot",
@@ -89,13 +97,15 @@ def _encode(arguments) -> int:
     named_format = Path(arguments.output).suffix[1:]
     known = named_format in FORMATS
     format = arguments.format or (named_format if known and len(arguments.inputs) == 1 else "safetensors")
+    audio.check_channel(arguments.channel)
     jobs = find_jobs(arguments, audio.SUFFIXES, f".{format}")
     model = load_model(arguments, encoder_only=True)
+    peak_level = _target_peak(arguments, model)
     fingerprint = model.codebook_fingerprint
 
     def work(source: Path | None, target: Path | None) -> Tally:
         tally, pieces = Tally(), []
-        with _sound_blocks(source, arguments, model, tally) as blocks:
+        with _sound_blocks(source, arguments, model, tally, peak_level) as blocks:
             for codes in tally.count_codes(codes_of(model, blocks, _whole_seconds(source)), tell=lambda _: None):
                 pieces.append(codes.astype(np.uint16))
                 if target is None and format == "txt":
@@ -121,13 +131,20 @@ def _encode(arguments) -> int:
 def _decode(arguments) -> int:
     from ..transcode import Tally, audio_of, cut_to_length
 
-    jobs = _sound_jobs(arguments, tuple(f".{format}" for format in FORMATS))
+    clips = token_clips(arguments)  # of a token folder; else None
+    token_files = tuple(f".{format}" for format in FORMATS)
+    jobs = clips.jobs if clips is not None else _sound_jobs(arguments, token_files)
     model = load_model(arguments)
+    if clips is not None:
+        model.check_codebook_fingerprint(clips.folder.codebook_fingerprint)
     _windows(arguments, model, live=False)  # refuses what makes no sense before any file is met
 
     def work(source: Path | None, target: Path | None) -> Tally:
         tally = Tally()
-        pieces, num_samples = _read_tokens(source, arguments.format, model)
+        if clips is not None:
+            pieces, num_samples = clips.read(source, model)
+        else:
+            pieces, num_samples = _read_tokens(source, arguments.format, model)
         windows = _windows(arguments, model, live=num_samples is None)
         seconds = 0 if num_samples is None else num_samples / model.config.sampling_rate
         with _progress(seconds) as bar:
@@ -146,17 +163,18 @@ def _decode(arguments) -> int:
 
 def _reconstruct(arguments) -> int:
     from .. import audio
+    from ..plots import plot_reconstruction
     from ..transcode import WHOLE_SECONDS, Tally, audio_of, codes_of, cut_to_length
 
     jobs = _sound_jobs(arguments, audio.SUFFIXES)
     if arguments.plot and any(None in job for job in jobs):
         raise ValueError("Got --plot for a pipe, expected files: a picture is of a whole clip, and has a name.")
+    audio.check_channel(arguments.channel)
     model = load_model(arguments)
+    peak_level = _target_peak(arguments, model)
     windows = _windows(arguments, model, live=jobs[0][0] is None)
 
     def work(source: Path | None, target: Path | None) -> Tally:
-        if source is not None and target is not None and target.exists() and source.samefile(target):
-            raise ValueError(f"{target} would be overwritten by its own reconstruction. Name another output.")
         if arguments.plot and audio.seconds(source) > WHOLE_SECONDS:
             raise ValueError(f"Got --plot for {audio.seconds(source):.0f} s, expected at most {WHOLE_SECONDS} s.")
         tally, waveform, all_codes, reconstruction = Tally(), [], [], []
@@ -167,22 +185,35 @@ def _reconstruct(arguments) -> int:
                     kept.append(piece)
                 yield piece
 
-        with _sound_blocks(source, arguments, model, tally) as blocks:
+        with _sound_blocks(source, arguments, model, tally, peak_level) as blocks:
             codes = codes_of(model, keep(blocks, waveform), _whole_seconds(source))
             codes = tally.count_codes(keep(codes, all_codes), tell=lambda _: None)
             decoded = audio_of(model, codes, windows, tally)
             decoded = cut_to_length(decoded, lambda: tally.num_samples, model.config.hop_length)
-            with _writing_sound(target, arguments, model) as write:
+            picture = target.with_suffix(".png") if arguments.plot else None
+            # the sound appears with its picture, or neither does
+            with _picture_file(picture) as partial, _writing_sound(target, arguments, model) as write:
                 for block in keep(decoded, reconstruction):
                     write(block)
-        if arguments.plot:
-            from ..plots import plot_reconstruction
-
-            clips = [np.concatenate(pieces) for pieces in (waveform, reconstruction, all_codes)]
-            plot_reconstruction(target.with_suffix(".png"), *clips, model.config.sampling_rate, source.name)
+                if arguments.plot:
+                    clips = [np.concatenate(pieces) for pieces in (waveform, reconstruction, all_codes)]
+                    try:
+                        plot_reconstruction(partial, *clips, model.config.sampling_rate, source.name, "png")
+                    except OSError as error:
+                        raise OSError(f"Cannot write the picture {picture}: {error.__cause__ or error}") from error
         return tally
 
     return do_each(jobs, work, arguments, model)
+
+
+@contextmanager
+def _picture_file(path: Path | None):
+    """`atomic_write` of a picture that may not have been asked for."""
+    if path is None:
+        yield None
+        return
+    with atomic_write(path) as partial:
+        yield partial
 
 
 def _sound_jobs(arguments, suffixes: tuple[str, ...]) -> list[tuple[Path | None, Path | None]]:
@@ -198,8 +229,7 @@ def _whole_seconds(source: Path | None) -> float:
 
 def _windows(arguments, model, live: bool):
     """How to decode, by --window-seconds and --overlap-seconds; refuses what makes no sense."""
-    from ..long_audio import DecodeStream
-    from ..transcode import WHOLE_SECONDS, Windows
+    from ..transcode import WHOLE_SECONDS, Windows, decode_stream
 
     seconds, overlap = arguments.window_seconds, arguments.overlap_seconds
     if seconds == 0:
@@ -211,24 +241,42 @@ def _windows(arguments, model, live: bool):
     overlap = min(0.25, seconds / 3) if overlap is None else overlap
     if not (math.isfinite(seconds) and math.isfinite(overlap)):
         raise ValueError(f"Got a window of {seconds} s and an overlap of {overlap} s, expected finite numbers.")
-    DecodeStream(model, seconds, overlap)  # raises
+    decode_stream(model, seconds, overlap)  # raises
     return Windows(seconds, overlap, above_seconds)
 
 
+def _target_peak(arguments, model) -> float | None:
+    """The level that the model's preprocessor_config.json asks for; standard error says that a pipe has to wait for it."""
+    from ..loading import load_feature_extractor, target_peak
+
+    level = target_peak(load_feature_extractor(arguments.model, arguments.revision, model.config))
+    if level is not None and "-" in arguments.inputs:
+        print(
+            f"standard input: read to its end first, since the model scales each clip to a peak of {level:g} dBFS",
+            file=sys.stderr,
+        )
+    return level
+
+
 @contextmanager
-def _sound_blocks(source: Path | None, arguments, model, tally):
-    """The audio of a file, or of standard input, in blocks, counted by `tally` and shown by a bar."""
+def _sound_blocks(source: Path | None, arguments, model, tally, peak_level: float | None):
+    """The audio of a file, or of standard input, in blocks, scaled, counted by `tally` and shown by a bar."""
     from .. import audio, pipes
+    from ..transcode import scale_to_peak
 
     rate = model.config.sampling_rate
+    options = {"channel": arguments.channel, "on_warnings": tally.warnings.extend}
     if source is None:
-        blocks, seconds = pipes.read_sound(sys.stdin.buffer, rate, arguments.raw), 0
+        blocks, seconds = pipes.read_sound(sys.stdin.buffer, rate, arguments.raw, **options), 0
     else:
+        on_cpu = not hasattr(model, "device") or model.device.type == "cpu"  # an exported model has none
         # as long as the chunks that the model itself encodes best in
-        blocks = audio.read_blocks(source, rate, block_seconds=5 if model.device.type == "cpu" else 60)
-        seconds = audio.seconds(source)
+        blocks = audio.read_blocks(source, rate, block_seconds=5 if on_cpu else 60, **options)
+        with audio.AudioReader(source, rate, quiet=True) as reader:
+            seconds = reader.source_seconds or 0
     with _progress(seconds) as bar:
-        yield tally.count_audio(blocks, tell=lambda count: bar.update(count / rate))
+        counted = tally.count_audio(blocks, tell=lambda count: bar.update(count / rate))
+        yield scale_to_peak(counted, peak_level)
 
 
 def _progress(seconds: float):
@@ -248,7 +296,9 @@ def _writing_sound(target: Path | None, arguments, model, num_samples: int | Non
 
     rate = model.config.sampling_rate
     if target is not None:
-        return audio.writing(target, rate)
+        # a device or pipe has no ending that could name the format
+        format = arguments.sound_format.upper() if is_stream(target) and not target.suffix else None
+        return audio.writing(target, rate, format=format)
     return pipes.writing_sound(sys.stdout.buffer, rate, num_samples, bool(arguments.raw_output))
 
 
@@ -258,7 +308,7 @@ def _read_tokens(source: Path | None, format: str | None, model) -> tuple:
     The number is None for txt on standard input, which is taken as it comes.
     """
     from .. import pipes
-    from ..token_file import TokenFile, bare_codes_from_bytes, format_of
+    from ..token_file import MAX_BYTES, TokenFile, bare_codes_from_bytes, format_of, read_tokens
 
     stdin = sys.stdin.buffer
     start = stdin.read(2) if source is None else b""
@@ -272,12 +322,13 @@ def _read_tokens(source: Path | None, format: str | None, model) -> tuple:
         )
         if format == "txt" and source is None:
             return pipes.read_codes(stdin, start), None
-    content = start + stdin.read() if source is None else source.read_bytes()
+    content = read_tokens(stdin, format, start) if source is None else read_file(source, MAX_BYTES)
     if format in ("npy", "txt"):
         codes = bare_codes_from_bytes(content, format)
         num_samples = len(codes) * model.config.hop_length
     else:
         tokens = TokenFile.from_bytes(content, format)
         model.check_codebook_fingerprint(tokens.codebook_fingerprint)
+        tokens.check_rate(model.config)
         codes, num_samples = tokens.audio_codes, tokens.num_samples
     return (codes[start : start + 1024] for start in range(0, len(codes), 1024)), num_samples

@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from .arguments import MODEL_HELP, add_command, print_facts
+from ..find_files import describe_passed_over
+from .arguments import MODEL_HELP, add_channel, add_command, print_facts
 
 
 def add(commands) -> None:
@@ -15,13 +16,14 @@ def add(commands) -> None:
     )
     tokenize.add_argument(
         "source",
+        nargs="?",
         metavar="SOURCE",
         help="a folder of sound files, tar shards or Parquet, or a glob of them in quotes; a list of paths (.txt, or .csv or "
         ".jsonl with further columns); a dataset on disk, or its name on the Hub",
     )
-    tokenize.add_argument("-m", "--model", required=True, help=MODEL_HELP)
+    tokenize.add_argument("-m", "--model", help=MODEL_HELP)
     tokenize.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
-    tokenize.add_argument("-o", "--output", required=True, help="folder, new or of an earlier run")
+    tokenize.add_argument("-o", "--output", help="folder, new or of an earlier run")
     tokenize.add_argument(
         "--column", help="of the sound, or of the paths in a list; default: audio, and in lists also path or file_name"
     )
@@ -53,22 +55,66 @@ def add(commands) -> None:
     tokenize.add_argument(
         "--on-error", choices=("record", "fail"), default="record", help="list failed clips, or stop at the first"
     )
+    add_channel(tokenize)
+    tokenize.add_argument(
+        "--max-clip-seconds",
+        type=float,
+        default=21600,
+        metavar="SECONDS",
+        help="a longer clip fails, before it is read if its header says so (default 21600, 6 hours)",
+    )
+    tokenize.add_argument(
+        "--tar-names",
+        choices=("ending", "webdataset"),
+        default="ending",
+        help="names in tar shards are split before the known ending of a sound, or at the first dot as WebDataset does "
+        "(default ending)",
+    )
     tokenize.add_argument("--retry-failed", action="store_true", help="try again what failed in earlier runs")
+    tokenize.add_argument(
+        "--refresh",
+        action="store_true",
+        help="do clips again whose file has another size or time than when it was read; without it they are only counted",
+    )
+    tokenize.add_argument(
+        "--verify",
+        metavar="OUTPUT",
+        help="read all of an earlier OUTPUT and check it (checksums, schema, codes, totals); takes no other argument. Exit "
+        "code 1: something is wrong, one line each",
+    )
     tokenize.add_argument("--engine", choices=("processes", "ray"), default="processes", help="default processes")
     tokenize.add_argument("--ray-address", help="of a Ray cluster, or auto; default: Ray is started here")
+    tokenize.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print clips, hours, tokens, sizes and about how long it takes, from a sample of the clips; writes nothing",
+    )
     tokenize.add_argument("--push-to-hub", metavar="NAME", help="upload OUTPUT to this dataset on the Hub in the end")
 
 
 def _tokenize(arguments) -> int:
     from ..bulk import tokenize
 
+    if arguments.verify is not None:
+        return _verify(arguments)
+    if None in (arguments.source, arguments.model) or (arguments.output is None and not arguments.dry_run):
+        raise ValueError("Got no SOURCE, --model or --output. All three are needed, or --verify OUTPUT alone.")
+    if arguments.dry_run:
+        from ..bulk.dry_run import estimate
+
+        facts = estimate(
+            arguments.source, arguments.model, arguments.revision, arguments.column, arguments.dataset_config,
+            arguments.split, arguments.dataset_revision, arguments.device, arguments.batch_seconds,
+        )  # fmt: skip
+        print_facts(facts, arguments.json)
+        return 0
     index, slash, number = arguments.shard.partition("/")
     if not (slash and index.isdecimal() and number.isdecimal()):
         raise ValueError(f"Got --shard {arguments.shard}, expected I/N, for example 0/8.")
     options = {
         name: value
         for name, value in vars(arguments).items()
-        if name not in ("command", "run", "json", "source", "model", "output", "shard")
+        if name not in ("command", "run", "json", "source", "model", "output", "shard", "verify", "dry_run")
     }
     result = tokenize(
         arguments.source,
@@ -83,17 +129,63 @@ def _tokenize(arguments) -> int:
         "clips": result.total.num_clips,
         "clips_done_now": result.done_now.num_clips,
         "clips_failed": len(result.failures),
+        "clips_with_warnings": result.total.num_warned,
+        "clips_changed": len(result.changed),
+        "clips_without_source": len(result.without_source),
+        "files_passed_over": len(result.passed_over),
+        "silent": len(result.silent),
         "hours": result.total.num_samples / result.sampling_rate / 3600,
         "tokens": result.total.num_codes,
         "hours_per_hour": result.done_now.num_samples / result.sampling_rate / result.seconds,
     }
     print_facts(facts, arguments.json)
-    for clip, reason in list(result.failures.items())[:10]:
-        print(f"{clip}: failed: {reason}", file=sys.stderr)
+    for clip, failure in list(result.failures.items())[:10]:
+        print(f"{clip}: failed: {failure.kind}: {failure.reason}", file=sys.stderr)
     if result.failures:
         print(
             f"wavtokenizer tokenize: {len(result.failures)} clips failed; all of them are in "
             f"{Path(arguments.output, 'failures.jsonl')}",
             file=sys.stderr,
         )
-    return 1 if result.failures else 0
+    if result.changed:
+        what = "done again" if arguments.refresh else "their rows are kept, --refresh does them again"
+        print(
+            f"wavtokenizer tokenize: clips whose file changed since: {_some(result.changed)}; {what}", file=sys.stderr
+        )
+    if result.without_source:
+        print(
+            f"wavtokenizer tokenize: clips without a source any more: {_some(result.without_source)}", file=sys.stderr
+        )
+    if result.passed_over:
+        print(f"wavtokenizer tokenize: {describe_passed_over(result.passed_over)}", file=sys.stderr)
+    print(
+        f"wavtokenizer tokenize: {result.total.num_clips} clips have rows ({result.total.num_warned} of them with warnings), "
+        f"{len(result.failures)} have a reason, {len(result.silent)} silent",
+        file=sys.stderr,
+    )
+    return 1 if result.failures or result.silent else 0
+
+
+def _verify(arguments) -> int:
+    from ..bulk import verify
+
+    if any(value is not None for value in (arguments.source, arguments.model, arguments.output)):
+        raise ValueError("Got SOURCE, --model or --output with --verify OUTPUT, which takes no other argument.")
+    result = verify(arguments.verify)
+    facts = {
+        "output": arguments.verify,
+        "files": result.num_files,
+        "clips": result.total.num_clips,
+        "clips_failed": result.total.num_failures,
+        "tokens": result.total.num_codes,
+        "problems": len(result.problems),
+    }
+    print_facts(facts, arguments.json)
+    for problem in result.problems:
+        print(problem, file=sys.stderr)
+    return 1 if result.problems else 0
+
+
+def _some(ids: list[str]) -> str:
+    """Their number, and the first of them."""
+    return f"{len(ids)} ({ids[0]}{', …' if len(ids) > 1 else ''})"

@@ -8,11 +8,14 @@ Shape letters: T samples at 24 kHz, N samples at 16 kHz, F frames of 10 ms.
 """
 
 import importlib
+import importlib.util
 import math
-import os
+import sys
+import types
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -29,15 +32,36 @@ PESQ_SECONDS = 19
 (pesq 0.0.4, pesqmod.c, id_searchwindows): a crash, or a wrong score. An utterance and the pause after it take at least
 0.388 s, so 19 s hold fewer than 50."""
 
-LOW_RATE = 16000  # Hz, what PESQ, the pitch tracker and UTMOS take
+LOW_RATE = 16000  # Hz, what PESQ, CREPE, DNSMOS, the speaker encoder, speech recognition and UTMOS take
 PITCH_SIZE, PITCH_STEP = 1024, 160
 PITCH_RANGE = (50.0, 550.0)  # Hz
-PITCH_RESOLUTION = 0.2  # semitones: 20 cents, the bins of CREPE
+CREPE_BATCH = 64  # frames at a time; each takes 5 MB
+UNVOICED_BELOW = 0.21  # periodicity
 SILENCE_DB = -60.0  # mean A-weighted level, 20 dB of reference subtracted, below which a frame counts as unvoiced
+NUM_CEPSTRA = 13
 
 
 class CannotScoreError(ValueError):
     """There is no number for this pair of clips, and the message says why."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What some metrics take besides the two clips.
+
+    Args:
+        utmos: TorchScript file of UTMOS, which is not shipped with any package.
+        crepe: size of CREPE: "full" as in the paper, or "tiny", which takes about a fiftieth of the time.
+        asr: name or folder of a speech recognizer for transformers' pipeline; None for pocketsphinx (English).
+    """
+
+    utmos: str | None = None
+    crepe: str = "full"
+    asr: str | None = None
+
+    def __post_init__(self):
+        if self.crepe not in ("full", "tiny"):
+            raise ValueError(f"Got crepe={self.crepe!r}, expected 'full' or 'tiny'.")
 
 
 @dataclass
@@ -46,9 +70,11 @@ class Clip:
 
     Args:
         audio: float32 of shape (T,) at 24 kHz.
+        options: for the metrics that have some.
     """
 
     audio: np.ndarray
+    options: Options = field(default_factory=Options)
 
     @cached_property
     def at_16k(self) -> np.ndarray:
@@ -58,21 +84,30 @@ class Clip:
 
     @cached_property
     def pitch(self) -> np.ndarray:
-        """(F,) fundamental frequency in Hz, NaN where unvoiced or silent; not centred, as in the original."""
-        librosa = package("librosa")
-        low, high = PITCH_RANGE
-        audio = self.at_16k
-        if len(audio) < PITCH_SIZE:
+        """(F,) fundamental frequency in Hz by CREPE, NaN where unvoiced or silent; frames are not centred, as in the paper."""
+        torchcrepe = package("torchcrepe")
+        if len(self.at_16k) < PITCH_SIZE:
             raise CannotScoreError(f"shorter than one pitch frame of {PITCH_SIZE / LOW_RATE * 1000:.0f} ms")
-        pitch, _, _ = librosa.pyin(
-            audio, fmin=low, fmax=high, sr=LOW_RATE, frame_length=PITCH_SIZE, hop_length=PITCH_STEP,
-            resolution=PITCH_RESOLUTION, center=False, fill_na=np.nan,
-        )  # fmt: skip
-        power = np.abs(librosa.stft(audio, n_fft=PITCH_SIZE, hop_length=PITCH_STEP, center=False)) ** 2
-        frequencies = librosa.fft_frequencies(sr=LOW_RATE, n_fft=PITCH_SIZE)
-        with np.errstate(divide="ignore"):  # A-weighting takes the logarithm of 0 Hz, and clips what comes out
-            level = librosa.perceptual_weighting(power, frequencies).mean(axis=0) - 20
-        return np.where(level < SILENCE_DB, np.nan, pitch)
+        audio = torch.from_numpy(self.at_16k)[None]
+        with torch.inference_mode():
+            frames = torchcrepe.preprocess(audio, LOW_RATE, PITCH_STEP, CREPE_BATCH, "cpu", pad=False)
+            probabilities = torch.cat([torchcrepe.infer(batch, self.options.crepe, "cpu") for batch in frames])
+            pitch, periodicity = torchcrepe.postprocess(
+                probabilities.T[None].clone(), *PITCH_RANGE, decoder=_viterbi, return_periodicity=True
+            )
+            periodicity = torchcrepe.threshold.Silence(SILENCE_DB)(periodicity, audio, LOW_RATE, PITCH_STEP, pad=False)
+        return torch.where(periodicity < UNVOICED_BELOW, torch.nan, pitch)[0].numpy()
+
+    @cached_property
+    def voice(self) -> np.ndarray:
+        """(256,) embedding of the speaker, of length 1."""
+        return _speaker_encoder()(self.at_16k)
+
+    @cached_property
+    def words(self) -> str:
+        """What a recognizer understands, in lower case."""
+        recognize = _pocketsphinx() if self.options.asr is None else _asr_pipeline(self.options.asr)
+        return recognize(self.at_16k).lower()
 
     @property
     def is_silent(self) -> bool:
@@ -93,16 +128,21 @@ def pesq_wb(reference: Clip, estimate: Clip) -> float:
         raise CannotScoreError(reason + (f", in one of {pieces} pieces" if pieces > 1 else "")) from error
 
 
-def stoi(reference: Clip, estimate: Clip) -> float:
+def stoi(reference: Clip, estimate: Clip, extended: bool = False) -> float:
     """Short-time objective intelligibility, given 24 kHz: at most 1."""
     pystoi = package("pystoi")
     _refuse_silence(reference)
     with warnings.catch_warnings():  # where nothing can be scored, pystoi warns and returns 1e-5
         warnings.filterwarnings("error", message="Not enough STFT frames")
         try:
-            return pystoi.stoi(reference.audio, estimate.audio, SAMPLING_RATE, extended=False)
+            return pystoi.stoi(reference.audio, estimate.audio, SAMPLING_RATE, extended=extended)
         except (RuntimeWarning, np.exceptions.AxisError) as error:
             raise CannotScoreError("less than 0.4 s of sound, which STOI needs") from error
+
+
+def estoi(reference: Clip, estimate: Clip) -> float:
+    """Extended STOI (Jensen and Taal 2016), which also looks at how bands vary together: at most 1."""
+    return stoi(reference, estimate, extended=True)
 
 
 def si_sdr(reference: Clip, estimate: Clip) -> float:
@@ -134,6 +174,43 @@ def stft_distance(reference: Clip, estimate: Clip) -> float:
     return float(loss(*(torch.from_numpy(clip.audio)[None, None] for clip in (estimate, reference))))
 
 
+def mcd(reference: Clip, estimate: Clip) -> float:
+    """Mel-cepstral distortion in dB (Kubichek 1993): of 13 cepstra without the level, frame by frame, without warping."""
+    scipy_fft = package("scipy.fft")
+    cepstra = [scipy_fft.dct(_log_mel(clip.audio).numpy(), axis=1) / 100 for clip in (reference, estimate)]
+    difference = (cepstra[0] - cepstra[1])[:, 1 : 1 + NUM_CEPSTRA]
+    return float((10 / math.log(10) * np.sqrt(2 * np.square(difference).sum(axis=1))).mean())
+
+
+def visqol(reference: Clip, estimate: Clip) -> float:
+    """ViSQOL v3 for speech (Chinen et al. 2020) at 16 kHz: MOS-LQO, 1 to 5."""
+    _refuse_silence(reference, estimate)
+    return float(
+        _visqol_api().measure_from_arrays(*(np.float64(c.at_16k) for c in (reference, estimate)), LOW_RATE).moslqo
+    )
+
+
+def dnsmos(reference: Clip, estimate: Clip) -> float:
+    """DNSMOS P.835 (Reddy et al. 2022), overall quality of the estimate alone as a listener would rate it: 1 to 5."""
+    run = package("speechmos.dnsmos").run
+    _refuse_silence(estimate)
+    return float(run(np.clip(estimate.at_16k, -1, 1), LOW_RATE)["ovrl_mos"])  # it repeats what is shorter than 9.01 s
+
+
+def speaker_similarity(reference: Clip, estimate: Clip) -> float:
+    """Cosine of the angle between the speaker embeddings (Wan et al. 2018) of both clips: at most 1."""
+    _refuse_silence(reference, estimate)
+    return float(reference.voice @ estimate.voice)
+
+
+def word_error_rate(reference: Clip, estimate: Clip) -> float:
+    """Errors in what a recognizer understands, against what it understands of the reference, per word, in per cent."""
+    jiwer = package("jiwer")
+    if not reference.words.strip():
+        raise CannotScoreError("the recognizer understands no word of the reference")
+    return 100 * float(jiwer.wer(reference.words, estimate.words))
+
+
 def f0_error(reference: Clip, estimate: Clip) -> float:
     """Root mean square of the difference in pitch, in cents, over the frames that are voiced in both."""
     voiced = ~np.isnan(reference.pitch) & ~np.isnan(estimate.pitch)
@@ -151,12 +228,14 @@ def voicing_f1(reference: Clip, estimate: Clip) -> float:
     return float(2 * (truth & found).sum() / (truth.sum() + found.sum()))
 
 
-def utmos(estimate: Clip, weights: str | os.PathLike) -> float:
+def utmos(reference: Clip, estimate: Clip) -> float:
     """Predicted mean opinion score (Saeki et al. 2022) of the estimate alone, at 16 kHz: about 1 to 5."""
     with torch.inference_mode():
-        score = _load_torchscript(str(weights))(torch.from_numpy(estimate.at_16k)[None])
+        score = _load_torchscript(str(estimate.options.utmos))(torch.from_numpy(estimate.at_16k)[None])
     if not isinstance(score, torch.Tensor) or score.numel() != 1:
-        raise CannotScoreError(f"{weights} gave {type(score).__name__}, expected a tensor of one number")
+        raise CannotScoreError(
+            f"{estimate.options.utmos} gave {type(score).__name__}, expected a tensor of one number"
+        )
     return float(score)
 
 
@@ -170,11 +249,11 @@ class Metric:
     """What a reader of a number has to know.
 
     Args:
-        function: (reference, estimate) -> number; that of UTMOS: (estimate, weights).
+        function: (reference, estimate) -> number.
         title: for tables and plots.
         unit: "" for none.
         higher_is_better: else lower.
-        package: what computes it, besides this package; "" for nothing.
+        packages: what computes it, besides this package.
         settings: how.
     """
 
@@ -182,38 +261,67 @@ class Metric:
     title: str
     unit: str
     higher_is_better: bool
-    package: str
+    packages: tuple[str, ...]
     settings: str
 
 
 METRICS = {
-    "pesq_wb": Metric(pesq_wb, "PESQ-WB", "", True, "pesq", f"16 kHz; above {PESQ_SECONDS} s mean of equal pieces"),
-    "stoi": Metric(stoi, "STOI", "", True, "pystoi", "given 24 kHz, not extended"),
-    "si_sdr": Metric(si_sdr, "SI-SDR", "dB", True, "auraloss", "24 kHz, means removed"),
+    "pesq_wb": Metric(pesq_wb, "PESQ-WB", "", True, ("pesq",), f"16 kHz; above {PESQ_SECONDS} s mean of equal pieces"),
+    "stoi": Metric(stoi, "STOI", "", True, ("pystoi",), "given 24 kHz, not extended"),
+    "estoi": Metric(estoi, "ESTOI", "", True, ("pystoi",), "given 24 kHz, extended"),
+    "si_sdr": Metric(si_sdr, "SI-SDR", "dB", True, ("auraloss",), "24 kHz, means removed"),
     "mel_distance": Metric(
-        mel_distance, "mel distance", "", False, "", "24 kHz, 100 HTK bands, FFT 1024, step 256, L1 of ln(clip(mel, 1e-7))"
+        mel_distance, "mel distance", "", False, (), "24 kHz, 100 HTK bands, FFT 1024, step 256, L1 of ln(clip(mel, 1e-7))"
     ),
     "stft_distance": Metric(
-        stft_distance, "STFT distance", "", False, "auraloss", "24 kHz, FFT 1024, 2048, 512; step 120, 240, 50; Hann 600, 1200, 240"
+        stft_distance, "STFT distance", "", False, ("auraloss",), "24 kHz, FFT 1024, 2048, 512; step 120, 240, 50; Hann 600, 1200, 240"
     ),
+    "mcd": Metric(mcd, "MCD", "dB", False, ("scipy",), f"cepstra 1 to {NUM_CEPSTRA} of the mel distance's bands, no warping"),
+    "visqol": Metric(visqol, "ViSQOL", "", True, ("visqol",), "speech mode, 16 kHz"),
     "f0_error": Metric(
-        f0_error, "F0 error", "cents", False, "librosa",
-        "pYIN at 16 kHz, 50-550 Hz, frame 1024, step 160, 20 cents; frames voiced in both; the original uses CREPE",
+        f0_error, "F0 RMSE", "cents", False, ("torchcrepe",),
+        "CREPE at 16 kHz, 50-550 Hz, frame 1024, step 160, Viterbi, periodicity 0.21; frames voiced in both",
     ),
-    "voicing_f1": Metric(voicing_f1, "voicing F1", "", True, "librosa", "frames of the F0 error"),
-    "utmos": Metric(utmos, "UTMOS", "", True, "", "16 kHz, TorchScript given by the user; reconstruction alone"),
+    "voicing_f1": Metric(voicing_f1, "V/UV F1", "", True, ("torchcrepe",), "frames of the F0 RMSE"),
+    "dnsmos": Metric(dnsmos, "DNSMOS", "", True, ("speechmos", "onnxruntime", "librosa"), "P.835 overall, 16 kHz; reconstruction alone"),
+    "speaker_similarity": Metric(
+        speaker_similarity, "speaker similarity", "", True, ("resemblyzer", "librosa"), "Resemblyzer's GE2E encoder, 16 kHz, no VAD"
+    ),
+    "word_error_rate": Metric(
+        word_error_rate, "WER", "%", False, ("jiwer", "pocketsphinx"), "against the transcript of the original; English, or --asr"
+    ),
+    "utmos": Metric(utmos, "UTMOS", "", True, (), "16 kHz, TorchScript given by the user; reconstruction alone"),
 }  # fmt: skip
 
+PRESETS = {
+    "quick": ("pesq_wb", "stoi", "estoi", "si_sdr", "mel_distance", "stft_distance", "mcd"),
+    "paper": ("utmos", "pesq_wb", "stoi", "voicing_f1"),
+    "full": tuple(METRICS),
+}
+"""Sets of metrics by name: what takes little time, the table of the WavTokenizer paper, and all."""
 
-def why_not(name: str, utmos_weights: str | os.PathLike | None) -> str | None:
+IMPORTED_AS = {"speechmos": "speechmos.dnsmos"}
+"""Packages whose import alone does not show that they work -> the module to import."""
+
+DISTRIBUTIONS = {"visqol": "visqol-python"}
+"""Modules whose package has another name for pip."""
+
+
+def why_not(name: str, options: Options | None = None) -> str | None:
     """Why this metric cannot run at all here; None if it can."""
+    options = options or Options()
     try:
-        if METRICS[name].package:
-            package(METRICS[name].package)
+        for each in METRICS[name].packages:
+            if each == "resemblyzer":
+                _speaker_weights()  # its code does not import beside setuptools 82 or newer, and is not needed
+            elif each == "pocketsphinx" and options.asr is not None:
+                _asr_pipeline(options.asr)
+            else:
+                package(IMPORTED_AS.get(each, each))
         if name == "utmos":
-            if utmos_weights is None:
+            if options.utmos is None:
                 return "no weights given: name a TorchScript file of UTMOS with --utmos"
-            _load_torchscript(str(utmos_weights))
+            _load_torchscript(str(options.utmos))
     except (ImportError, FileNotFoundError) as error:
         return str(error)
     except Exception as error:  # a package or a file that is there but broken raises anything
@@ -221,15 +329,12 @@ def why_not(name: str, utmos_weights: str | os.PathLike | None) -> str | None:
     return None
 
 
-def score(
-    reference: Clip, estimate: Clip, names: list[str], utmos_weights: str | os.PathLike | None = None
-) -> tuple[dict[str, float | None], dict[str, str]]:
+def score(reference: Clip, estimate: Clip, names: list[str]) -> tuple[dict[str, float | None], dict[str, str]]:
     """Scores one pair by the metrics of these names: name -> number or None, and name -> reason for each None."""
     values, reasons = {}, {}
     for name in names:
         try:
-            metric = METRICS[name].function
-            value = metric(estimate, utmos_weights) if metric is utmos else metric(reference, estimate)
+            value = METRICS[name].function(reference, estimate)
             if not math.isfinite(value):
                 raise CannotScoreError(f"the result is {value}")
             values[name] = float(value)
@@ -274,9 +379,126 @@ def _load_torchscript(weights: str):
     return torch.jit.load(weights, map_location="cpu").eval()
 
 
+def _viterbi(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """torchcrepe's Viterbi decoder: bins and their frequencies in Hz, without the random dither that it adds."""
+    bins, _ = package("torchcrepe").decode.viterbi(logits)
+    return bins, 10 * 2 ** ((20 * bins + 1997.3794084376191) / 1200)
+
+
+@cache
+def _visqol_api():
+    api = package("visqol").VisqolApi()
+    api.create(mode="speech")
+    return api
+
+
+def _speaker_weights() -> Path:
+    """The weights in the package resemblyzer, whose code is not imported."""
+    found = importlib.util.find_spec("resemblyzer")
+    if found is None:
+        raise ImportError(f"needs resemblyzer: {INSTALL}")
+    path = Path(found.origin).with_name("pretrained.pt")
+    if not path.is_file():
+        raise FileNotFoundError(f"The package resemblyzer has no weights where they used to be, {path}.")
+    return path
+
+
+@cache
+def _speaker_encoder() -> Callable[[np.ndarray], np.ndarray]:
+    """Resemblyzer's encoder (GE2E): audio (N,) at 16 kHz -> embedding (256,).
+
+    Its own code needs webrtcvad, which needs a module that setuptools dropped in version 82. So the network is built here, and the
+    voice detector that would shorten pauses is left out.
+    """
+    librosa = package("librosa")
+    weights = torch.load(_speaker_weights(), map_location="cpu", weights_only=True)["model_state"]
+    lstm, linear = torch.nn.LSTM(40, 256, 3, batch_first=True), torch.nn.Linear(256, 256)
+    for prefix, module in (("lstm.", lstm), ("linear.", linear)):
+        module.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        )
+
+    def embed(audio: np.ndarray) -> np.ndarray:
+        level = np.sqrt(np.mean(np.square(audio, dtype=np.float64)))
+        audio = audio * np.float32(max(1.0, 10 ** (-30 / 20) / max(level, 1e-9)))  # only louder, to -30 dBFS
+        window = 160  # frames of 10 ms; each is embedded, at 1.3 a second, and the mean is taken
+        step = round(16000 / 1.3 / 160)
+        mel = librosa.feature.melspectrogram(y=audio, sr=LOW_RATE, n_fft=400, hop_length=160, n_mels=40).T
+        starts = list(range(0, max(1, len(mel) - window + step + 1), step))
+        if len(starts) > 1 and (len(mel) - starts[-1]) / window < 0.75:
+            starts.pop()
+        mel = np.pad(mel, ((0, max(0, starts[-1] + window - len(mel))), (0, 0)))
+        with torch.inference_mode():
+            _, (hidden, _) = lstm(
+                torch.from_numpy(np.stack([mel[start : start + window] for start in starts])).float()
+            )
+            partial = torch.nn.functional.normalize(linear(hidden[-1]).relu(), dim=1)
+            return torch.nn.functional.normalize(partial.mean(dim=0), dim=0).numpy()
+
+    return embed
+
+
+@cache
+def _pocketsphinx() -> Callable[[np.ndarray], str]:
+    pocketsphinx = package("pocketsphinx")
+    decoder = pocketsphinx.Decoder(samprate=LOW_RATE, loglevel="FATAL")
+
+    def recognize(audio: np.ndarray) -> str:
+        decoder.reinit()  # it adapts to what it heard: each clip should be judged as if it were the first
+        decoder.start_utt()
+        decoder.process_raw((np.clip(audio, -1, 1) * 32767).astype(np.int16).tobytes(), full_utt=True)
+        decoder.end_utt()
+        found = decoder.hyp()
+        return "" if found is None else found.hypstr
+
+    return recognize
+
+
+@cache
+def _asr_pipeline(name: str) -> Callable[[np.ndarray], str]:
+    from transformers import pipeline
+
+    recognizer = pipeline("automatic-speech-recognition", model=name)
+    return lambda audio: recognizer({"raw": audio, "sampling_rate": LOW_RATE})["text"]
+
+
+INSTALL = "pip install 'wavtokenizer_hf[evaluation]'"
+
+
 def package(name: str):
     """Imports a package of the extra `evaluation`. Raises ImportError that names the extra."""
     try:
-        return importlib.import_module(name)
+        with _without_torchaudio() if name == "torchcrepe" else _nothing():
+            return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"needs {name}: pip install 'wavtokenizer_hf[evaluation]'") from error
+        raise ImportError(
+            f"needs {name.partition('.')[0]}: {INSTALL} ({error})" if _is_there(name) else f"needs {name}: {INSTALL}"
+        ) from error
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return sys.modules.get(name, name) is not None and importlib.util.find_spec(name.partition(".")[0]) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _without_torchaudio() -> Iterator[None]:
+    """Lets torchcrepe import where torchaudio does not, as beside many builds of torch: only its file reader needs it."""
+    try:
+        importlib.import_module("torchaudio")
+        missing = False
+    except (ImportError, OSError, RuntimeError):  # not installed, or built for another torch
+        missing = True
+        sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+    try:
+        yield
+    finally:
+        if missing:
+            del sys.modules["torchaudio"]

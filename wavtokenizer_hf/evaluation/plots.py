@@ -1,15 +1,15 @@
 """Pictures of an evaluation. Needs the extra `evaluation` (matplotlib)."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
+from ..plots import save_figure
 from .metrics import METRICS
 
 
 def plot_metrics(path: Path, report) -> Path:
-    """Writes one histogram over files for each metric that gave numbers, the systems laid over each other.
+    """Draw one dot for each file and system, for each metric that gave numbers; a line joins what is of the same file.
 
     Args:
         path: where to write; the ending names the format.
@@ -27,18 +27,28 @@ def plot_metrics(path: Path, report) -> Path:
     for axes in grid[len(names) :]:
         axes.remove()
     for axes, name in zip(grid, names, strict=False):
-        numbers_of = [_numbers(system, name) for system in report.systems]
-        edges = np.histogram_bin_edges(np.concatenate(numbers_of), bins=20)
-        for index, (system, numbers) in enumerate(zip(report.systems, numbers_of, strict=True)):
-            if numbers.size:
-                axes.hist(numbers, edges, alpha=0.5, color=f"C{index}", label=system.name)
-                axes.axvline(numbers.mean(), color=f"C{index}")
+        columns_of = [
+            np.array([np.nan if value is None else value for value in system.column(name)], dtype=np.float64)
+            if name in system.names
+            else np.full(len(system.files), np.nan)
+            for system in report.systems
+        ]
+        values = np.stack(columns_of)  # (systems, files)
+        # files side by side within 0.3 of their system's place, in the order of the first system, so that dots do not hide dots
+        shift = np.empty(values.shape[1])
+        shift[np.argsort(values[0], kind="stable")] = np.linspace(-0.3, 0.3, values.shape[1])
+        places = np.arange(len(values))[:, None] + shift
+        if len(values) > 1:
+            axes.plot(places, values, color="0.8", linewidth=0.5, zorder=1)
+        for index, each in enumerate(values):
+            axes.scatter(places[index], each, s=8, color=f"C{index}", zorder=2)
+            if np.isfinite(each).any():
+                axes.hlines(np.nanmean(each), index - 0.4, index + 0.4, color=f"C{index}", zorder=3)
         metric = METRICS[name]
         better = "higher is better" if metric.higher_is_better else "lower is better"
-        axes.set(title=metric.title, xlabel=", ".join(filter(None, (metric.unit, better))), ylabel="files")
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set(title=metric.title, ylabel=", ".join(filter(None, (metric.unit, better))), xticks=[])
     _legend(figure, report)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_codebook(path: Path, report) -> Path:
@@ -57,7 +67,7 @@ def plot_codebook(path: Path, report) -> Path:
     axes.set(xlabel="codebook entry, most frequent first", ylabel="occurrences", yscale="log")
     axes.set_title("codebook use (dotted: all entries equally often)")
     axes.legend()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _numbers(system, name: str) -> np.ndarray:
@@ -77,13 +87,3 @@ def _figure(figsize: tuple[float, float]):
     except ImportError as error:
         raise ImportError("Pictures need matplotlib: pip install 'wavtokenizer_hf[evaluation]'") from error
     return Figure(figsize=figsize, layout="constrained")
-
-
-def _save(figure, path: Path) -> Path:
-    partial = path.with_name(path.stem + ".partial" + path.suffix)
-    try:
-        figure.savefig(partial, dpi=120)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path

@@ -9,13 +9,15 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from .. import audio
+from ..atomic_files import write_text
 from .codebook import CodebookUsage
-from .metrics import METRICS
+from .metrics import METRICS, SAMPLING_RATE
 
 
 CODEBOOK_FIGURES = {
@@ -24,6 +26,8 @@ CODEBOOK_FIGURES = {
     "codebook_entropy": ("entropy", "bit/s"),
 }
 """Per file, beside the metrics, for systems that are models: title and unit."""
+
+REPORT_FILES = ("report.json", "files.csv", "metrics.png", "codebook.png")
 
 INTERVAL = "95 % interval of the mean over files, Student's t"
 
@@ -117,11 +121,48 @@ class SystemResult:
 
 
 @dataclass
+class WorstClip:
+    """A clip that came out badly, to be heard.
+
+    Args:
+        file: its place in the folder of references.
+        system: that reconstructed it.
+        metric: by which it is among the worst.
+        value: of that metric.
+        original, reconstruction: float32 of shape (T,) at 24 kHz.
+    """
+
+    file: str
+    system: str
+    metric: str
+    value: float
+    original: np.ndarray
+    reconstruction: np.ndarray
+
+
+@dataclass
 class Report:
-    """What `evaluate` returns. Differences are each further system's values minus the first system's, file by file."""
+    """What `evaluate` returns. Differences are each further system's values minus the first system's, file by file.
+
+    Args:
+        systems: one result for each.
+        versions: of the packages that computed them.
+        settings: metric -> how it was computed.
+        worst: the clips that came out worst, worst first.
+    """
 
     systems: list[SystemResult]
     versions: dict[str, str]
+    settings: dict[str, str] = field(default_factory=dict)
+    worst: list[WorstClip] = field(default_factory=list)
+
+    @property
+    def ranking(self) -> str | None:
+        """The metric by which clips are ranked: the first that gave a number."""
+        names = (name for name in METRICS if any(name in system.names for system in self.systems))
+        return next(
+            (n for n in names if any(v is not None for s in self.systems if n in s.names for v in s.column(n))), None
+        )
 
     @property
     def names(self) -> list[str]:
@@ -159,7 +200,7 @@ class Report:
             "num_files": len(first.files),
             "seconds": sum(file.seconds or 0 for file in first.files),
             "interval": INTERVAL,
-            "settings": {name: METRICS[name].settings for name in names if name in METRICS},
+            "settings": {name: self.settings.get(name, METRICS[name].settings) for name in names if name in METRICS},
             "units": {name: _unit(name) for name in names},
             "versions": self.versions,
             "systems": [
@@ -212,19 +253,40 @@ class Report:
         return "\n".join(lines)
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
-        """Writes report.json, files.csv, metrics.png and, if a model was measured, codebook.png; returns their paths."""
+        """Writes report.json, files.csv, metrics.png, worst.md with the sounds that it links, and codebook.png if a model was measured.
+
+        Returns:
+            Their paths, but for the sounds in worst/.
+        """
         from .plots import plot_codebook, plot_metrics
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         written = [
-            _write(folder / "report.json", json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"),
-            _write(folder / "files.csv", self._csv()),
+            write_text(folder / "report.json", json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"),
+            write_text(folder / "files.csv", self._csv()),
             plot_metrics(folder / "metrics.png", self),
         ]
+        if self.worst:
+            written.append(self._write_worst(folder))
         if any(system.codes is not None for system in self.systems):
             written.append(plot_codebook(folder / "codebook.png", self))
         return written
+
+    def _write_worst(self, folder: Path) -> Path:
+        """worst.md, and worst/NN_original.wav and worst/NN_reconstruction.wav for each of its rows."""
+        sounds = folder / "worst"
+        sounds.mkdir(exist_ok=True)
+        title = METRICS[self.worst[0].metric].title
+        lines = [f"# The {len(self.worst)} worst clips by {title}", ""]
+        lines += [f"| {title} | file | system | original | reconstruction |", "|---|---|---|---|---|"]
+        for index, clip in enumerate(self.worst):
+            links = []
+            for kind, waveform in (("original", clip.original), ("reconstruction", clip.reconstruction)):
+                path = audio.save(sounds / f"{index:02d}_{kind}.wav", waveform, SAMPLING_RATE)
+                links.append(f"[listen](worst/{path.name})")
+            lines.append(f"| {clip.value:.3f} | {clip.file} | {clip.system} | {' | '.join(links)} |")
+        return write_text(folder / "worst.md", "\n".join(lines) + "\n")
 
     def _csv(self) -> str:
         """One row for each file and system; the reasons in the last column."""
@@ -265,13 +327,3 @@ def _row(name: str, summary: Summary, sign: str = "") -> str:
     failed = f", {summary.failures} failed" if summary.failures else ""
     unit = f" {_unit(name)}" if _unit(name) else ""
     return f"  {_title(name):<24}{mean:>10} {interval + unit:<32}{summary.count:>6} files{failed}"
-
-
-def _write(path: Path, text: str) -> Path:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path

@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
@@ -19,9 +19,12 @@ import numpy as np
 import torch
 
 from .. import __version__, audio
+from ..feature_extraction_wavtokenizer import peak_gain
+from ..find_files import utf8_name
+from ..transcode import scale_to_peak
 from .codebook import CodebookUsage
-from .metrics import METRICS, SAMPLING_RATE, Clip, package, score, why_not
-from .report import CODEBOOK_FIGURES, FileResult, Report, SystemResult
+from .metrics import DISTRIBUTIONS, METRICS, PRESETS, SAMPLING_RATE, Clip, Options, package, score, why_not
+from .report import CODEBOOK_FIGURES, FileResult, Report, SystemResult, WorstClip
 
 
 MAX_SAMPLES_CUT = SAMPLING_RATE // 10
@@ -46,15 +49,18 @@ class Model:
     Args:
         name: for the report.
         model: a `WavTokenizerModel` at 24 kHz, on any device.
+        peak_level: dBFS that clips are scaled to before they are encoded, as its feature extractor says; what is decoded is
+            scaled back. Default: none.
     """
 
     gives_codes = True
 
-    def __init__(self, name: str, model):
+    def __init__(self, name: str, model, peak_level: float | None = None):
         if model.config.sampling_rate != SAMPLING_RATE:
             raise ValueError(f"Got a model for {model.config.sampling_rate} Hz, the metrics need {SAMPLING_RATE} Hz.")
         self.name = name
         self.model = model.eval()
+        self.peak_level = peak_level
 
     def describe(self) -> dict:
         config = self.model.config
@@ -71,11 +77,21 @@ class Model:
     @torch.inference_mode()
     def reconstruct(self, place: Path, waveform: np.ndarray) -> tuple[np.ndarray, CodebookUsage]:
         """(T,) -> (T,), decoded and cut to the length of the input, and the codes on the way."""
-        config = self.model.config
-        audio_codes = self.model.encode(torch.from_numpy(waveform)[None, None].to(self.model.device)).audio_codes
-        estimate = self.model.decode(audio_codes).audio_values[0, 0, : len(waveform)].float().cpu().numpy()
-        usage = CodebookUsage.of(audio_codes[0, 0].cpu().numpy(), config.codebook_size, config.frame_rate)
+        peak = np.abs(waveform).max()
+        (scaled,) = scale_to_peak([waveform], self.peak_level)
+        audio_codes = self.model.encode(torch.from_numpy(scaled)[None, None].to(self.model.device)).audio_codes
+        estimate, usage = self.decode(audio_codes[0, 0].cpu().numpy(), len(waveform))
+        if self.peak_level is not None and peak > 0:
+            estimate = estimate / np.float32(peak_gain(peak, self.peak_level))
         return estimate, usage
+
+    @torch.inference_mode()
+    def decode(self, audio_codes: np.ndarray, num_samples: int) -> tuple[np.ndarray, CodebookUsage]:
+        """Codes (L,) int64 -> their audio, cut to `num_samples`, and the use of the codebook."""
+        config = self.model.config
+        decoded = self.model.decode(torch.from_numpy(audio_codes)[None, None].to(self.model.device)).audio_values
+        usage = CodebookUsage.of(audio_codes, config.codebook_size, config.frame_rate)
+        return decoded[0, 0, :num_samples].float().cpu().numpy(), usage
 
 
 class DecodedFolder:
@@ -98,7 +114,7 @@ class DecodedFolder:
         return {"kind": "decoded files"}
 
     def reconstruct(self, place: Path, waveform: np.ndarray) -> tuple[np.ndarray, None]:
-        return audio.load(self.find(place), sampling_rate=SAMPLING_RATE), None
+        return audio.load(self.find(place), SAMPLING_RATE, max_seconds=audio.MAX_CLIP_SECONDS), None
 
     def find(self, place: Path) -> Path:
         """The decoded file of a reference; the ending may be another one. Raises ValueError if there is not just one."""
@@ -119,6 +135,10 @@ def evaluate(
     utmos_weights: str | Path | None = None,
     num_workers: int = 0,
     progress: bool = False,
+    channel: str | int = "mean",
+    crepe: str = "full",
+    asr: str | None = None,
+    preset: str = "quick",
 ) -> Report:
     """Measures each system on the same files.
 
@@ -126,20 +146,25 @@ def evaluate(
         references: for each file where it is, and its place (a relative path), which names it in the report and finds
             its partner in a `DecodedFolder`.
         systems: at least one; the others are compared with the first, file by file.
-        metrics: names from `METRICS`, each of which must be able to run here. Default: all of them, and one that cannot
-            run is reported so.
+        metrics: names from `METRICS`, each of which must be able to run here. Default: those of the preset, and one that
+            cannot run is reported so.
         utmos_weights: asks for UTMOS: a TorchScript file of UTMOS that takes float32 (1, N) at 16 kHz, nominally in [-1, 1], and gives one
             number. Nothing is downloaded.
         num_workers: processes for the metrics; 0: none but this one. They are spawned, so a script that asks for some
             needs `if __name__ == "__main__":`.
         progress: shows a progress bar.
+        channel: of references that have several, as `audio.load` takes it.
+        crepe: size of the pitch tracker CREPE, "full" as in the paper or "tiny", which is about fifty times as fast.
+        asr: speech recognizer for the word error rate, by its name or folder for transformers' pipeline. Default:
+            pocketsphinx, which knows English.
+        preset: a key of `PRESETS`, which names the metrics where `metrics` does not.
 
     Returns:
         A report on all files. What fails (a file that cannot be read or has no partner, a metric that gives no number)
         is in it with its reason.
 
     Raises:
-        ValueError: nothing to measure, a metric that is unknown or was asked for and cannot run, two files of one place,
+        ValueError: nothing to measure, an unknown preset or size of CREPE, a metric that is unknown or was asked for and cannot run, two files of one place,
             a system without a single reconstruction.
         ImportError: scipy, soundfile or soxr is missing, which every evaluation needs.
         ChildProcessError: a worker process was killed.
@@ -149,17 +174,20 @@ def evaluate(
     package("scipy")  # the report needs it at the very end, and its lack should stop the work before it begins
 
     asked = list(dict.fromkeys([*(metrics or ()), *(["utmos"] if utmos_weights is not None else [])]))
-    metrics = list(METRICS) if metrics is None else asked
+    if preset not in PRESETS:
+        raise ValueError(f"Got preset={preset!r}, expected one of {', '.join(PRESETS)}.")
+    metrics = list(dict.fromkeys([*PRESETS[preset], *asked])) if metrics is None else asked
     _check(references, systems, metrics)
-    unavailable = {name: reason for name in metrics if (reason := why_not(name, utmos_weights)) is not None}
+    options = Options(None if utmos_weights is None else str(utmos_weights), crepe, asr)
+    unavailable = {name: reason for name in metrics if (reason := why_not(name, options)) is not None}
     for name in asked:
         if name in unavailable:
             raise ValueError(f"{name} cannot run: {unavailable[name]}")
     runnable = [name for name in metrics if name not in unavailable]
     results = [SystemResult(system.name, system.describe(), [], unavailable) for system in systems]
 
-    jobs = _reconstruct_all(references, systems)
-    scored = _score_all(jobs, runnable, utmos_weights, num_workers)
+    jobs = _reconstruct_all(references, systems, channel)
+    scored = _score_all(jobs, runnable, options, num_workers)
     measured = set()
     for place, seconds, reconstructions, scores in tqdm(
         scored, total=len(references), unit="file", disable=not progress
@@ -175,7 +203,43 @@ def evaluate(
                 f"{result.name} gave nothing to measure for any of {len(result.files)} files. "
                 f"{first.file}: {next(iter(first.reasons.values()))}"
             )
-    return Report(results, _versions(runnable))
+    settings = {name: METRICS[name].settings for name in metrics}
+    for name in {"f0_error", "voicing_f1"} & set(metrics):
+        settings[name] = f"{settings[name]}; CREPE {crepe}"
+    if asr is not None and "word_error_rate" in metrics:
+        settings["word_error_rate"] = f"against the transcript of the original, by {asr}"
+    report = Report(results, _versions(runnable), settings)
+    report.worst = _worst_clips(report, references, systems)
+    return report
+
+
+def _worst_clips(report: Report, references, systems: Sequence[System], count: int = 10) -> list[WorstClip]:
+    """The clips that came out worst by the first metric that gave numbers, reconstructed again to be heard."""
+    name = report.ranking
+    if name is None:
+        return []
+    sign = 1 if METRICS[name].higher_is_better else -1
+    scored = [
+        (sign * value, index, number)
+        for number, result in enumerate(report.systems)
+        for index, value in enumerate(result.column(name))
+        if value is not None
+    ]
+    worst = []
+    for _, index, number in sorted(scored)[:count]:
+        source, place = references[index]
+        try:
+            waveform = audio.load(source, sampling_rate=SAMPLING_RATE)
+            estimate, _ = systems[number].reconstruct(place, waveform)
+        except (
+            ValueError,
+            OSError,
+            torch.OutOfMemoryError,
+        ):  # it worked before: a file has changed since; its figures stay
+            continue
+        result = report.systems[number]
+        worst.append(WorstClip(place.as_posix(), result.name, name, result.column(name)[index], waveform, estimate))
+    return worst
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,21 +257,28 @@ class _Reconstruction:
     failure: str | None = None
 
 
-def _reconstruct_all(references, systems) -> Iterator[tuple[str, np.ndarray | None, list[_Reconstruction]]]:
+def _reconstruct_all(references, systems, channel) -> Iterator[tuple[str, np.ndarray | None, list[_Reconstruction]]]:
     """(place, waveform or None, one reconstruction for each system), for each reference."""
     for source, place in references:
         try:
-            waveform = audio.load(source, sampling_rate=SAMPLING_RATE)
-        except (ValueError, OSError) as error:
-            yield place.as_posix(), None, [_Reconstruction(failure=str(error)) for _ in systems]
+            waveform = audio.load(source, SAMPLING_RATE, channel=channel, max_seconds=audio.MAX_CLIP_SECONDS)
+        except ImportError:
+            raise
+        except Exception as error:
+            yield utf8_name(place.as_posix()), None, [_Reconstruction(failure=_reason(error)) for _ in systems]
             continue
-        yield place.as_posix(), waveform, [_reconstruct(system, place, waveform) for system in systems]
+        yield utf8_name(place.as_posix()), waveform, [_reconstruct(system, place, waveform) for system in systems]
+
+
+def _reason(error: Exception) -> str:
+    is_known = isinstance(error, (ValueError, OSError))
+    return str(error) if is_known else f"{type(error).__name__}: {error}"
 
 
 def _reconstruct(system: System, place: Path, waveform: np.ndarray) -> _Reconstruction:
     try:
         estimate, usage = system.reconstruct(place, waveform)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         return _Reconstruction(failure=str(error))
     samples_cut = len(estimate) - len(waveform)
     if abs(samples_cut) > MAX_SAMPLES_CUT:
@@ -218,12 +289,12 @@ def _reconstruct(system: System, place: Path, waveform: np.ndarray) -> _Reconstr
     return _Reconstruction(estimate, usage, samples_cut)
 
 
-def _score_all(jobs, names: list[str], utmos_weights, num_workers: int):
+def _score_all(jobs, names: list[str], options: Options, num_workers: int):
     """(place, seconds, reconstructions, scores) for each job, in their order; a score is None after a failure."""
     if num_workers == 0:
         for place, waveform, reconstructions in jobs:
             with _one_thread():
-                scores = _score(waveform, [one.estimate for one in reconstructions], names, utmos_weights)
+                scores = _score(waveform, [one.estimate for one in reconstructions], names, options)
             yield place, _seconds(waveform), reconstructions, scores
         return
 
@@ -239,7 +310,7 @@ def _score_all(jobs, names: list[str], utmos_weights, num_workers: int):
         try:
             for place, waveform, reconstructions in jobs:
                 estimates = [one.estimate for one in reconstructions]
-                future = executor.submit(_score, waveform, estimates, names, utmos_weights)
+                future = executor.submit(_score, waveform, estimates, names, options)
                 for one in reconstructions:
                     one.estimate = None  # from here on only the worker's copy is needed
                 waiting.append((place, _seconds(waveform), reconstructions, future))
@@ -255,19 +326,19 @@ def _score_all(jobs, names: list[str], utmos_weights, num_workers: int):
             executor.shutdown(cancel_futures=True)
 
 
-def _score(waveform, estimates: list[np.ndarray | None], names: list[str], utmos_weights) -> list[tuple | None]:
+def _score(waveform, estimates: list[np.ndarray | None], names: list[str], options: Options) -> list[tuple | None]:
     """Scores each estimate against one reference: (values, reasons), or None where there is no estimate."""
     if waveform is None:
         return [None] * len(estimates)
-    reference = Clip(waveform)
+    reference = Clip(waveform, options)
     scores = []
     for estimate in estimates:
         if estimate is None:
             scores.append(None)
             continue
         length = min(len(waveform), len(estimate))
-        same = reference if length == len(waveform) else Clip(waveform[:length])
-        scores.append(score(same, Clip(estimate[:length]), names, utmos_weights))
+        same = reference if length == len(waveform) else Clip(waveform[:length], options)
+        scores.append(score(same, Clip(estimate[:length], options), names))
     return scores
 
 
@@ -321,5 +392,9 @@ def _one_thread():
 
 
 def _versions(names: list[str]) -> dict[str, str]:
-    packages = ["torch", "transformers", "numpy", "soxr", *(METRICS[name].package for name in names)]
-    return {"wavtokenizer_hf": __version__, **{name: version(name) for name in dict.fromkeys(packages) if name}}
+    packages = ["torch", "transformers", "numpy", "soxr", *(each for name in names for each in METRICS[name].packages)]
+    found = {"wavtokenizer_hf": __version__}
+    for name in dict.fromkeys(packages):
+        with suppress(PackageNotFoundError):  # not needed with the options that were given
+            found[name] = version(DISTRIBUTIONS.get(name, name))
+    return found

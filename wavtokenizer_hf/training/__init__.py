@@ -8,7 +8,8 @@ losses.py            all losses by name
 discriminators.py    the three critics
 codebook.py          k-means, moving averages, replacement of unused entries
 checkpoints.py       folders that are whole or absent
-log.py               TensorBoard
+log.py               TensorBoard, samples to hear, a picture of the curves
+memory.py            whether a run fits, from the memory of two small steps
 
 from wavtokenizer_hf.training import Settings, train
 

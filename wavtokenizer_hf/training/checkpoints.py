@@ -2,13 +2,13 @@
 
 best/, last/    config.json, model.safetensors, preprocessor_config.json, the code, discriminators.safetensors
 last/training_state/    state.json, optimizers.pt
+previous/    the last/ before, to go on from if last/ is damaged
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
+from ..atomic_files import atomic_folder, remove_leftovers
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
+from ..limited_files import check_archive, one_line, read_json_object, read_safetensors_header
 from ..modeling_wavtokenizer import WavTokenizerModel
 from .discriminators import NAMES, Discriminators
 
 
 DISCRIMINATORS = "discriminators.safetensors"
 STATE = "training_state"
+LAST, PREVIOUS = "last", "previous"
+
+
+class DamagedError(ValueError):
+    """A checkpoint that cannot be read; another one may serve."""
 
 
 def save_checkpoint(
@@ -34,19 +41,24 @@ def save_checkpoint(
     optimizers: dict[str, Any] | None = None,
 ) -> None:
     """
-    Writes a checkpoint beside `folder`, then puts it in its place; whatever fails, the one that was there stays whole.
+    Write a checkpoint beside `folder`, then put it in its place; whatever fails, the one that was there stays whole.
+
+    The checkpoint that a `last` replaces stays as `previous`.
 
     Args:
-        folder: where.
-        model, discriminators: of the run; the latter only if it has them.
-        facts: plain values of the state, for state.json; None where nobody will go on from here.
-        optimizers: state dicts and tensors of the state, for optimizers.pt.
+        folder: Where, named `best` or `last`.
+        model, discriminators: Of the run; the latter only if it has them.
+        facts: Plain values of the state, for state.json; None where nobody will go on from here.
+        optimizers: State dicts and tensors of the state, for optimizers.pt.
 
     Raises:
-        OSError: it cannot be written, as on a full disk.
+        OSError: It cannot be written, as on a full disk.
     """
-    with _replaced(folder) as partial:
-        try:
+    recover(folder)
+    remove_leftovers(folder.parent)  # of runs that were killed: each may hold gigabytes
+    previous = _replaced(folder)
+    try:
+        with atomic_folder(folder, previous) as partial:
             _write_model(partial, model)
             if discriminators is not None:
                 save_file(discriminators.state_dict(), partial / DISCRIMINATORS)
@@ -55,20 +67,28 @@ def save_checkpoint(
             if facts is not None:
                 (partial / STATE).mkdir()
                 torch.save(optimizers, partial / STATE / "optimizers.pt")
-                (partial / STATE / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        except (SafetensorError, RuntimeError, OSError) as error:  # what safetensors and torch make of a full disk
-            raise OSError(
-                f"Cannot write the checkpoint {folder}: {error}. What was there before is intact."
-            ) from error
+                text = json.dumps(facts, indent=1, allow_nan=False)
+                (partial / STATE / "state.json").write_text(text, encoding="utf-8")
+    except (SafetensorError, RuntimeError, OSError) as error:  # what safetensors and torch make of a full disk
+        raise OSError(
+            f"Cannot write the checkpoint {folder}: {one_line(error)}. What was there before is intact."
+        ) from error
+    if folder.name != LAST:
+        shutil.rmtree(previous, ignore_errors=True)
 
 
 def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`facts` and `optimizers` of a checkpoint. Raises ValueError if there is none to go on from."""
+    """`facts` and `optimizers` of a checkpoint. Raises DamagedError if they cannot be read."""
+    file = folder / STATE / "optimizers.pt"
     try:
-        facts = json.loads((folder / STATE / "state.json").read_text(encoding="utf-8"))
-        optimizers = torch.load(folder / STATE / "optimizers.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"There is no state of training in {folder} to go on from: {error}") from error
+        facts = read_json_object(folder / STATE / "state.json")
+        check_archive(file)
+        optimizers = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # there is no end to the ways in which a damaged file makes torch.load fail
+        reason = "it holds more than tensors and plain values" if "weights_only" in str(error) else one_line(error)
+        raise DamagedError(f"The state of training in {folder} cannot be read: {reason}") from error
+    if not isinstance(optimizers, dict):
+        raise DamagedError(f"{file} holds a {type(optimizers).__name__}, expected the state of the optimizers")
     return facts, optimizers
 
 
@@ -78,7 +98,13 @@ def load_discriminators(source: str, discriminators: Discriminators) -> bool:
     if path is None:
         return False
     prefixes = tuple(f"{NAMES[name]}." for name in discriminators.names)
-    tensors = {name: tensor for name, tensor in load_file(path).items() if name.startswith(prefixes)}
+    try:
+        read_safetensors_header(path)
+        tensors = {name: tensor for name, tensor in load_file(path).items() if name.startswith(prefixes)}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}. Get the file again, or remove it.") from error
+    if broken := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
+        raise ValueError(f"{path} holds NaN or infinite numbers in {broken}. Use another file, or remove it.")
     try:
         discriminators.load_state_dict(tensors)
     except RuntimeError as error:
@@ -90,14 +116,19 @@ def load_discriminators(source: str, discriminators: Discriminators) -> bool:
 
 
 def recover(folder: Path) -> None:
-    """Completes a replacement that was interrupted between its two renames."""
-    old = _beside(folder, "old")
-    if old.is_dir():
+    """Complete a replacement of `best` that was interrupted between its two renames."""
+    previous = _replaced(folder)
+    if folder.name != LAST and previous.is_dir():
         if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(previous, ignore_errors=True)
         else:
             with suppress(FileNotFoundError):  # another process of the run was faster
-                os.replace(old, folder)
+                os.replace(previous, folder)
+
+
+def _replaced(folder: Path) -> Path:
+    """Where the checkpoint goes that this one replaces."""
+    return folder.with_name(PREVIOUS if folder.name == LAST else f"{folder.name}.old")
 
 
 def _write_model(folder: Path, model: WavTokenizerModel) -> None:
@@ -109,25 +140,3 @@ def _write_model(folder: Path, model: WavTokenizerModel) -> None:
     extractor_class(sampling_rate=model.config.sampling_rate, hop_length=model.config.hop_length).save_pretrained(
         folder
     )
-
-
-@contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` if all goes well."""
-    recover(folder)
-    partial, old = _beside(folder, "partial"), _beside(folder, "old")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if folder.exists():  # a folder cannot be renamed onto another: in between, only `old` is there, see `recover`
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _beside(folder: Path, what: str) -> Path:
-    return folder.with_name(f"{folder.name}.{what}")

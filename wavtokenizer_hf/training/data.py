@@ -6,7 +6,6 @@ and named.
 
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .. import audio
+from ..find_files import describe_passed_over, find_files, utf8_name
 from .settings import derived_seed
 
 
@@ -59,15 +59,20 @@ def open_clips(source: str | os.PathLike | Sequence) -> Sequence:
     elif any(all(Path(source, name).is_file() for name in names) for names in SAVED_DATASETS):
         clips = _undecoded(_load_dataset(source))
     elif Path(source).is_dir():
-        files = sorted(file for file in Path(source).rglob("*") if file.suffix.lower() in audio.SUFFIXES)
-        clips = [str(file) for file in files if file.is_file()]
+        found = find_files(source, audio.SUFFIXES)
+        clips = found.files
+        if found.passed_over:
+            logger.warning("%s: %s", source, describe_passed_over(found.passed_over))
     elif Path(source).is_file():
         try:
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
+            text = Path(source).read_text(encoding="utf-8-sig", errors="surrogateescape")  # names may be no UTF-8
+            if "\0" in text:
+                raise ValueError("it holds zero bytes")
+        except ValueError as error:
             raise ValueError(
                 f"{source} is not text, expected a list with the path of one sound file a line."
             ) from error
+        lines = text.splitlines()
         clips = [str(Path(source).parent / line.strip()) for line in lines if line.strip()]
     else:
         raise ValueError(f"There is no file or folder {str(source)!r} to take sound from. Check the path.")
@@ -79,33 +84,21 @@ def open_clips(source: str | os.PathLike | Sequence) -> Sequence:
     return clips
 
 
-def read_clip(clips: Sequence, index: int, sampling_rate: int) -> np.ndarray:
-    """Sound (T,) of one clip, mono, float32. Raises ValueError or OSError if it cannot be read."""
+def read_clip(clips: Sequence, index: int, sampling_rate: int, channel: str | int = "mean") -> np.ndarray:
+    """Sound (T,) of one clip, mono, float32, as `audio.load_clip` reads it. Raises what that raises."""
     row = clips[index]
-    if isinstance(row, dict):
-        row = row.get(COLUMN)
-    if isinstance(row, (str, os.PathLike)):
-        waveform = audio.load(row, sampling_rate)
-    elif isinstance(row, dict) and row.get("array") is not None:
-        waveform = np.asarray(row["array"], dtype=np.float32)
-        if row["sampling_rate"] != sampling_rate or waveform.ndim != 1 or waveform.size == 0:
-            raise ValueError(
-                f"Got an array of shape {waveform.shape} at {row['sampling_rate']} Hz, expected (T,) at {sampling_rate} Hz."
+    if isinstance(row, dict) and not {"bytes", "path", "array"} & set(row):
+        if COLUMN not in row:
+            raise audio.AudioError(
+                f"Got a row of {', '.join(row) or 'nothing'}, expected sound as {COLUMN!r}.", "no-audio"
             )
-    elif isinstance(row, dict) and row.get("bytes") is not None:  # sound files in the dataset's own files
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "clip")
-            file.write_bytes(row["bytes"])
-            waveform = audio.load(file, sampling_rate)
-    elif isinstance(row, dict) and row.get("path") is not None:
-        waveform = audio.load(row["path"], sampling_rate)
-    else:
-        raise ValueError(
-            f"Got a clip of type {type(row).__name__}, expected a path, or a row of a dataset with sound as {COLUMN!r}."
-        )
-    if not np.isfinite(waveform).all():
-        raise ValueError("The clip holds NaN or infinite samples.")
-    return waveform
+        row = row[COLUMN]
+    clip = audio.load_clip(row, sampling_rate, channel)
+    audio.say_what_changes(
+        name_of(clips, index), clip.source_channels, clip.source_sampling_rate, sampling_rate, channel
+    )
+    audio.log_warnings(name_of(clips, index), clip.warnings)
+    return clip.audio
 
 
 def cut_segment(waveform: np.ndarray, length: int, random: np.random.Generator | None) -> np.ndarray:
@@ -130,9 +123,9 @@ def cut_segment(waveform: np.ndarray, length: int, random: np.random.Generator |
 class Segments(Dataset):
     """Training segments, asked for by (epoch, clip)."""
 
-    def __init__(self, clips: Sequence, length: int, sampling_rate: int, seed: int):
+    def __init__(self, clips: Sequence, length: int, sampling_rate: int, seed: int, channel: str | int = "mean"):
         self.clips, self.length, self.sampling_rate = clips, length, sampling_rate
-        self.seed = seed
+        self.seed, self.channel = seed, channel
 
     def __getitem__(self, place: tuple[int, int]) -> Batch:
         epoch, index = place
@@ -140,9 +133,11 @@ class Segments(Dataset):
         skipped = {}
         for _ in range(MOST_SKIPPED):
             try:
-                waveform = read_clip(self.clips, index, self.sampling_rate)
-            except (ValueError, OSError) as error:
-                skipped[name_of(self.clips, index)] = str(error)
+                waveform = read_clip(self.clips, index, self.sampling_rate, self.channel)
+            except ImportError:
+                raise
+            except Exception as error:
+                skipped[name_of(self.clips, index)] = _reason(error)
                 index = int(random.integers(len(self.clips)))  # another clip in its place, the same in every run
                 continue
             segment = torch.from_numpy(cut_segment(waveform, self.length, random))
@@ -181,12 +176,12 @@ class EndlessBatches(Sampler):
 
 def training_batches(
     clips: Sequence, length: int, sampling_rate: int, batch_size: int, seed: int, num_workers: int, rank: int = 0,
-    world_size: int = 1, start: int = 0,
+    world_size: int = 1, start: int = 0, channel: str | int = "mean",
 ) -> Iterator[Batch]:  # fmt: skip
     """Batches (batch_size, 1, length) of this process without end, from joint batch `start` on."""
     return iter(
         DataLoader(
-            Segments(clips, length, sampling_rate, seed),
+            Segments(clips, length, sampling_rate, seed, channel),
             batch_sampler=EndlessBatches(len(clips), batch_size, seed, rank, world_size, start),
             collate_fn=_join,
             num_workers=num_workers,
@@ -198,15 +193,17 @@ def training_batches(
     )
 
 
-def validation_clips(source, length: int, sampling_rate: int, most: int) -> Batch:
+def validation_clips(source, length: int, sampling_rate: int, most: int, channel: str | int = "mean") -> Batch:
     """At most `most` clips, evenly spread over the source and always the same: their beginnings, at -3 dBFS."""
     clips = open_clips(source)
     segments, skipped, num_repeated = [], {}, 0
     for index in np.linspace(0, len(clips) - 1, min(most, len(clips))).round().astype(int).tolist():
         try:
-            waveform = read_clip(clips, index, sampling_rate)
-        except (ValueError, OSError) as error:
-            skipped[name_of(clips, index)] = str(error)
+            waveform = read_clip(clips, index, sampling_rate, channel)
+        except ImportError:
+            raise
+        except Exception as error:
+            skipped[name_of(clips, index)] = _reason(error)
             continue
         num_repeated += len(waveform) < length
         segments.append(torch.from_numpy(cut_segment(waveform, length, None)))
@@ -217,12 +214,17 @@ def validation_clips(source, length: int, sampling_rate: int, most: int) -> Batc
     return Batch(torch.stack(segments)[:, None], num_repeated, skipped)
 
 
+def _reason(error: Exception) -> str:
+    """Whatever reading one clip raises is the reason why that clip is skipped."""
+    return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+
+
 def name_of(clips: Sequence, index: int) -> str:
     """What a clip is called in a report: its path, or its place in the dataset."""
     row = clips[index]
     row = row.get(COLUMN) if isinstance(row, dict) else row
     path = row.get("path") if isinstance(row, dict) else row
-    return str(path) if isinstance(path, (str, os.PathLike)) else f"clip {index}"
+    return utf8_name(str(path)) if isinstance(path, (str, os.PathLike)) else f"clip {index}"
 
 
 def _undecoded(dataset: Sequence) -> Sequence:

@@ -1,42 +1,133 @@
-"""What a run writes down: TensorBoard curves, and sound and spectrograms of the same clips at every validation."""
+"""What a run writes down: TensorBoard curves, sound and spectrograms of the same clips at every validation, and a picture."""
 
+import io
+import logging
+import threading
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from .. import audio as audio_files
+from ..atomic_files import write_bytes
+from ..limited_files import one_line
 from .losses import MelLoss
 
 
-class Log:
-    """Writes to a folder of TensorBoard; only in the main process, the others get nothing to write to."""
+logger = logging.getLogger(__name__)
 
-    def __init__(self, folder: Path, sampling_rate: int, first_step: int):
+PANELS = {
+    "mel loss": {"loss/mel": "training", "validation/mel": "validation"},
+    "codebook in use": {"codebook/utilization": "training", "validation/utilization": "validation"},
+    "discriminators": {"discriminator/total": "their loss"},
+    "learning rate": {"learning_rate/codec": "codec", "learning_rate/discriminators": "discriminators"},
+}
+"""Title -> name in the log -> label of a line."""
+
+
+class Log:
+    """Writes log/ for TensorBoard and samples/ to hear; only in the main process.
+
+    If they cannot be written any more, as on a full disk, one warning says so and the training goes on without them.
+
+    Args:
+        output: folder of the run.
+        sampling_rate: Hz of its audio.
+        first_step: that will be logged; what was logged from it on, by a run that was interrupted, is taken back.
+    """
+
+    def __init__(self, output: Path, sampling_rate: int, first_step: int):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError("The log needs TensorBoard: pip install 'wavtokenizer_hf[training]'") from error
-        # a resumed run takes back what was logged after its checkpoint
-        self.writer = SummaryWriter(folder, purge_step=first_step)
+        self.samples = output / "samples"
         self.sampling_rate = sampling_rate
+        self._hook, threading.excepthook = threading.excepthook, self._on_thread_error
+        self.writer, self.failed = None, False
+        # a resumed run takes back what was logged after its checkpoint
+        self._try(lambda: setattr(self, "writer", SummaryWriter(output / "log", purge_step=first_step)))
 
     def figures(self, figures: dict[str, float], step: int) -> None:
-        for name, value in figures.items():
-            self.writer.add_scalar(name, value, step)
+        self._try(lambda: [self.writer.add_scalar(name, value, step) for name, value in figures.items()])
 
     def clip(self, name: str, audio: torch.Tensor, mel_loss: MelLoss, step: int) -> None:
-        """audio (T,), on any device."""
-        self.writer.add_audio(name, audio.float().cpu().clamp(-1, 1), step, self.sampling_rate)
-        log_mel = mel_loss.log_mel(audio[None])[0].cpu()
-        self.writer.add_image(f"{name}/mel", _picture(log_mel), step, dataformats="HWC")
+        """Logs audio (T,) from any device, and writes it to samples/NAME.wav, over that of the validation before."""
+        audio = audio.float().cpu().clamp(-1, 1)
+        log_mel = mel_loss.log_mel(audio[None].to(mel_loss.window.device))[0].cpu()
+        picture = draw_mel(log_mel, len(audio) / self.sampling_rate)
+
+        def add() -> None:
+            self.writer.add_audio(name, audio, step, self.sampling_rate)
+            self.writer.add_image(f"{name}/mel", picture, step, dataformats="HWC")
+            self.samples.mkdir(exist_ok=True)
+            audio_files.save(self.samples / f"{name.replace('/', '_')}.wav", audio.numpy(), self.sampling_rate)
+
+        self._try(add)
 
     def close(self) -> None:
-        self.writer.close()
+        self._try(lambda: self.writer.close())
+        threading.excepthook = self._hook
+
+    def _try(self, write) -> None:
+        if self.failed:
+            return
+        try:
+            write()
+        except OSError as error:
+            self.failed = True
+            logger.warning("Cannot write the log in %s (%s): nothing more is logged.", self.folder, one_line(error))
+
+    def _on_thread_error(self, arguments) -> None:
+        # TensorBoard's thread keeps its error, which the next call raises; Python would print a traceback as well
+        if not (
+            type(arguments.thread).__module__.startswith("tensorboard.") and issubclass(arguments.exc_type, OSError)
+        ):
+            self._hook(arguments)
 
 
-def _picture(log_mel: torch.Tensor):
-    """(num_mels, frames) -> (num_mels * 2, frames * 2, 3) of uint8; low notes below, black at 80 dB under full scale."""
-    from matplotlib import colormaps
+def draw_mel(log_mel: torch.Tensor, seconds: float) -> np.ndarray:
+    """Draw a mel spectrogram (num_mels, frames) with axes: (height, width, 3) of uint8, 80 dB from black to white."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    level = (log_mel.flip(0) / 9.2 + 1).clamp(0, 1)  # ln of 80 dB is 9.2
-    pixels = colormaps["magma"](level.repeat_interleave(2, 0).repeat_interleave(2, 1).numpy(), bytes=True)
-    return pixels[..., :3]
+    figure = Figure(figsize=(6, 3), dpi=100)  # a fixed layout: a computed one takes seconds on a CPU
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.1, 0.17, 0.75, 0.78))
+    decibels = log_mel.numpy() * (20 / np.log(10))
+    image = axes.imshow(
+        decibels, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, len(log_mel)), vmin=-80, vmax=0
+    )
+    axes.set(xlabel="time (s)", ylabel="mel band")
+    figure.colorbar(image, cax=figure.add_axes((0.87, 0.17, 0.02, 0.78)), label="dB")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def write_curves(log: Path, picture: Path) -> None:
+    """Draw the curves of a run, with what it logged before it was resumed, as PNG.
+
+    Args:
+        log: folder of its TensorBoard log.
+        picture: file to write.
+    """
+    from matplotlib.figure import Figure
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(log), size_guidance={"scalars": 0}).Reload()
+    logged = set(events.Tags()["scalars"])
+    panels = {
+        title: {name: label for name, label in lines.items() if name in logged} for title, lines in PANELS.items()
+    }
+    panels = {title: lines for title, lines in panels.items() if lines}
+    figure = Figure(figsize=(4 * len(panels), 3))
+    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.17, top=0.9, wspace=0.25)
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, label in lines.items():
+            points = events.Scalars(name)
+            axes.plot([point.step for point in points], [point.value for point in points], label=label)
+        axes.set(title=title, xlabel="step")
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_bytes(picture, buffer.getvalue())

@@ -11,8 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..audio import check_channel
+from ..limited_files import MAX_YAML_BYTES, one_line, parse_yaml, read_file
 from .losses import WEIGHTS
 
+
+NEEDS_YAML = "Recipes need PyYAML: pip install 'wavtokenizer_hf[training]'"
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -26,7 +30,7 @@ def _field(help: str, default: Any = dataclasses.MISSING, *, factory: Any = data
 class Settings:
     """What a training run does. The defaults are the published training at 40 tokens/s, but for the number of GPUs."""
 
-    output: str = _field("folder of the run: best/, last/ and log/ appear in it", "", free=True)
+    output: str = _field("folder of the run: best/, last/, previous/ and log/ appear in it", "", free=True)
     train_data: str = _field(
         "sound to train on: a folder to search, a text file with one path a line (relative to the file), or a folder "
         "saved by datasets' save_to_disk",
@@ -44,8 +48,13 @@ class Settings:
         factory=dict,
     )
 
-    steps: int = _field("steps in all", 1_000_000)
+    steps: int = _field("steps in all; may grow when the run is resumed", 1_000_000, free=True)
     mel_only_steps: int = _field("first steps without discriminators, on mel and commitment losses alone", 0)
+    freeze: str | None = _field(
+        "part of the model that stays as it is: encoder (with the codebook, so that codes keep their meaning); `none` "
+        "undoes a recipe's",
+        None,
+    )
     continuous_steps: int = _field(
         "first steps without the codebook, in which the decoder gets the encoder's output itself; k-means then chooses the "
         "entries from an encoder that has learned something, which a short run needs",
@@ -54,6 +63,7 @@ class Settings:
     batch_size: int = _field("segments in a batch of each process", 40)
     gradient_accumulation: int = _field("batches of each process in a step", 1)
     segment_seconds: float = _field("length of a segment; shorter clips are repeated to it", 3.0)
+    channel: str = _field("of clips with several channels: mean, left, right, or its number from 0", "mean")
     num_workers: int = _field("processes that load sound, for each process that trains; 0: none", 8, free=True)
     seed: int = _field("of all that is random: equal settings give equal runs on a CPU", 0)
 
@@ -66,6 +76,11 @@ class Settings:
     precision: str = _field(
         "float32, or bfloat16 for autocast of decoder and discriminators; encoder and codebook stay in float32",
         "float32",
+    )
+    compile: bool = _field(
+        "compile the decoder and the discriminators with torch.compile: faster on a GPU after a wait at the first step",
+        False,
+        free=True,
     )
     dropout: float = _field("of the residual blocks in the backbone's front", 0.1)
     loss_weights: dict[str, float] = _field(
@@ -94,7 +109,16 @@ class Settings:
     num_validation_clips: int = _field("clips of a validation, at most; of each the first segment_seconds", 200)
     num_logged_clips: int = _field("clips of the validation that the log lets hear and see", 4, free=True)
     resume: bool = _field(
-        "go on from last/ in the output folder, after an interruption, with the same settings", False, free=True
+        "go on from last/ in the output folder, after an interruption, with the same settings but for a larger `steps`; from "
+        "previous/, the one before, if last/ is damaged",
+        False,
+        free=True,
+    )
+    memory_gb: float | None = _field(
+        "GB that the run may take. Default: what the GPU, or the machine and its control group, has free. After the first "
+        "step the run stops if its next ones need more",
+        None,
+        free=True,
     )
     push_to_hub: str | None = _field("repository on the Hub to which best/ is uploaded at the end", None, free=True)
 
@@ -121,6 +145,7 @@ class Settings:
                 raise ValueError(f"Got {name}={getattr(self, name)}, expected at least {least}.")
         for name in (
             "segment_seconds", "learning_rate", "discriminator_learning_rate", "discriminator_scale", "max_gradient_norm",
+            "memory_gb",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -131,6 +156,14 @@ class Settings:
         if self.continuous_steps >= self.steps:
             raise ValueError(
                 f"Got continuous_steps={self.continuous_steps} of steps={self.steps}: the codebook would never be chosen."
+            )
+        check_channel(self.channel)
+        if self.freeze not in (None, "encoder"):
+            raise ValueError(f"Got freeze={self.freeze!r}, expected 'encoder': no other part can be frozen alone.")
+        if self.freeze and self.continuous_steps:
+            raise ValueError(
+                f"Got freeze='encoder' and continuous_steps={self.continuous_steps}. A frozen codebook is used from the first "
+                "step on: set continuous_steps to 0."
             )
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"Got precision={self.precision!r}, expected 'float32' or 'bfloat16'.")
@@ -161,9 +194,10 @@ class Settings:
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Settings on which the result of a run depends and that differ from those of another run, in words."""
         return [
-            f"{f.name} was {other.get(f.name)!r} and is now {getattr(self, f.name)!r}"
+            f"{f.name} was {other.get(f.name, f.default)!r} and is now {getattr(self, f.name)!r}"
             for f in dataclasses.fields(self)
-            if not f.metadata["free"] and other.get(f.name) != getattr(self, f.name)
+            if not f.metadata["free"]
+            and other.get(f.name, f.default) != getattr(self, f.name)  # older runs lack fields
         ]
 
 
@@ -183,7 +217,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             if f.default not in ("", None):
                 help += f" (default {f.default:g})" if isinstance(f.default, float) else f" (default {f.default})"
         # no default here: what is not given must not go before the recipe's value
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help.replace("%", "%%"), **options)
+        names = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
+        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **options)
 
 
 def read_arguments(arguments: argparse.Namespace) -> Settings:
@@ -208,12 +243,13 @@ def _find(recipe: str) -> Path:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    yaml = _yaml()
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
+        values = parse_yaml(read_file(path, MAX_YAML_BYTES))
+    except ValueError as error:
+        raise ValueError(f"{path} is not plain YAML: {one_line(error)}") from error
+    except ImportError as error:
+        raise ImportError(NEEDS_YAML) from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{path} holds {type(values).__name__}, expected settings, one `name: value` a line.")
     return values
 
@@ -222,7 +258,12 @@ def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=VALUE")
-    return name, _yaml().safe_load(value)
+    try:
+        return name, parse_yaml(value.encode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text[:100]!r}: {one_line(error)}") from error
+    except ImportError as error:
+        raise ImportError(NEEDS_YAML) from error
 
 
 def _number(value: Any) -> Any:
@@ -256,11 +297,3 @@ def _typed(name: str, value: Any, type_: Any) -> Any:
             if number is not None and (kind is float or number.is_integer()):
                 return kind(number)
     raise ValueError(f"Got {name}={value!r}, expected {getattr(type_, '__name__', type_)}.")
-
-
-def _yaml():
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError("Recipes need PyYAML: pip install 'wavtokenizer_hf[training]'") from error
-    return yaml

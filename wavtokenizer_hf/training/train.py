@@ -7,6 +7,8 @@ settings' seed alone, so a resumed run goes the way of one that was never stoppe
 
 import logging
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,8 +20,9 @@ from torch.nn.utils.parametrize import cached
 
 from .codebook import num_workers, sum_over_workers, usage_figures
 from .data import Batch, one_warning_of_a_kind, open_clips, training_batches, validation_clips
-from .log import Log
+from .log import Log, write_curves
 from .losses import adversarial_losses, discriminator_losses, total
+from .memory import GB, Estimate, PeakMemory, available_memory, estimate, refusal
 from .settings import Settings, derived_seed
 from .state import State, autocast, build, check_output, prepare_hub, restore, save, upload
 
@@ -44,7 +47,7 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
         What the run ended with. `settings.output` holds best/ and last/, which from_pretrained loads, and log/.
 
     Raises:
-        ValueError: no data; settings that contradict each other, the model, or the run that is to be resumed; a loss that
+        ValueError: no data; the same data to train and to validate on; steps that need more memory than there is; settings that contradict each other, the model, or the run that is to be resumed; a loss that
             is not finite (the message names the step, and the last checkpoint stays).
         OSError: a checkpoint cannot be written (the last one stays).
         ImportError: a package of the extra `training` is missing.
@@ -52,7 +55,10 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
     from tqdm import tqdm
 
     with one_warning_of_a_kind():
-        clips = open_clips(_given(settings, "train_data") if train_data is None else train_data)
+        train_data = _given(settings, "train_data") if train_data is None else train_data
+        clips = open_clips(train_data)
+        validation_data = _given(settings, "validation_data") if validation_data is None else validation_data
+        check_apart(train_data, validation_data)
         output = Path(_given(settings, "output"))
         check_output(settings, output)
         state = build(settings)
@@ -65,24 +71,24 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
             )
         state.num_clips = len(clips)
         validation = validation_clips(
-            _given(settings, "validation_data") if validation_data is None else validation_data,
-            length, config.sampling_rate, settings.num_validation_clips,
-        )  # fmt: skip
+            validation_data, length, config.sampling_rate, settings.num_validation_clips, settings.channel
+        )
         _take(state, validation)
         if settings.resume:
             restore(state, output)
+        check_memory(state, length)
         prepare_hub(state)
 
         def batches(start: int) -> Iterator[Batch]:
             """Of this process without end, from the given batch of the run on."""
             return training_batches(
                 clips, length, config.sampling_rate, settings.batch_size, settings.seed, settings.num_workers,
-                accelerator.process_index, accelerator.num_processes, start,
+                accelerator.process_index, accelerator.num_processes, start, settings.channel,
             )  # fmt: skip
 
         if settings.normalize_encoder and settings.model is None and state.step == 0:
             normalize_encoder(state, batches(0))
-        log = Log(output / "log", config.sampling_rate, state.step + 1) if accelerator.is_main_process else None
+        log = Log(output, config.sampling_rate, state.step + 1) if accelerator.is_main_process else None
         bar = tqdm(initial=state.step, total=settings.steps, unit="step", disable=not accelerator.is_main_process)
         try:
             _run(state, batches, validation, output, log, bar)
@@ -90,6 +96,8 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
             bar.close()
             if log:
                 log.close()
+        if log:
+            write_curves(output / "log", output / "curves.png")
         if state.skipped and accelerator.is_main_process:
             logger.warning("%d clips could not be read and were skipped.", len(state.skipped))
         upload(state, output)
@@ -104,8 +112,17 @@ def _run(
     stream = batches(state.step * settings.gradient_accumulation)
     taken_before, repeated_before = state.num_taken, state.num_repeated  # the validation's
     warned = False
+    if state.step == 0 and state.model.quantizer.codebook.inited:  # a new model has no codes yet that could be judged
+        validate(state, validation, log)
     while state.step < settings.steps:
         if state.quantizes and not state.model.quantizer.codebook.inited:
+            if log:
+                entries = state.model.config.codebook_size
+                bar.write(
+                    f"Step {state.step}: choosing {entries} codebook entries by k-means from {settings.kmeans_latents} "
+                    "latents. This takes a while.",
+                    file=sys.stderr,
+                )
             start_codebook(state, batches(state.step * settings.gradient_accumulation))
         figures = train_step(state, [_take(state, next(stream)) for _ in range(settings.gradient_accumulation)])
         bar.update()
@@ -139,13 +156,19 @@ def train_step(state: State, batches: list[torch.Tensor]) -> dict[str, float]:
     Raises:
         ValueError: a loss or gradient is not finite; its optimizer and the codebook have not moved.
     """
+    return _train_step(state, batches, rehearsal=False)
+
+
+def _train_step(state: State, batches: list[torch.Tensor], rehearsal: bool) -> dict[str, float]:
+    """`train_step`; or, as a rehearsal, all that a step with discriminators computes, which changes nothing."""
     settings, figures = state.settings, {}
     num_embeddings = state.model.config.adanorm_num_embeddings
     bandwidth_id = derived_seed(settings.seed, "bandwidth_id", state.step) % num_embeddings
     state.model.train()
-    critics_train, made = state.critics_train, None
+    critics_train, made = state.critics is not None if rehearsal else state.critics_train, None
+    learns_codebook = state.quantizes and not settings.freeze and not rehearsal
     if critics_train:
-        made = _train_critics(state, batches, bandwidth_id, figures)
+        made = _train_critics(state, batches, bandwidth_id, figures, rehearsal)
     for index, audio in enumerate(batches):
         with _synchronized(state, state.codec, last=index == len(batches) - 1):
             # of several batches no graph was kept, since they would fill the memory
@@ -154,22 +177,29 @@ def train_step(state: State, batches: list[torch.Tensor]) -> dict[str, float]:
             losses = {"mel": state.mel_loss(made_audio[:, 0], audio[:, 0]), **codebook_losses}
             if state.mel_scales_loss is not None:
                 losses["mel_scales"] = state.mel_scales_loss(made_audio[:, 0], audio[:, 0])
+            if state.phase_loss is not None:
+                losses["phase"] = state.phase_loss(made_audio[:, 0], audio[:, 0])
             if critics_train:
                 losses |= _judge(state, audio, made_audio, bandwidth_id)
             loss = total(losses, settings.loss_weights)
             _note(figures, "loss", losses | {"total": loss}, len(batches))
             # not by accelerator.backward, which follows the environment in how it scales a loss
             (loss / len(batches)).backward()
-        if state.quantizes:
+        if learns_codebook:
             state.learner.observe(latents, audio_codes)
+    if rehearsal:
+        state.optimizer.zero_grad()
+        return figures
     _step(state, state.optimizer, state.schedule, figures, "codec", "loss")
-    if state.quantizes:
+    if learns_codebook:
         state.learner.update(state.step)
     state.step += 1
     return figures
 
 
-def _train_critics(state: State, batches: list[torch.Tensor], bandwidth_id: int, figures: dict[str, float]) -> tuple:
+def _train_critics(
+    state: State, batches: list[torch.Tensor], bandwidth_id: int, figures: dict[str, float], rehearsal: bool
+) -> tuple:
     """The discriminators' half of a step; gives the codec's output for the last batch, with its graph if it is the only one."""
     for index, audio in enumerate(batches):
         with torch.set_grad_enabled(len(batches) == 1):
@@ -182,8 +212,70 @@ def _train_critics(state: State, batches: list[torch.Tensor], bandwidth_id: int,
             loss = sum(losses.values())
             _note(figures, "discriminator", losses | {"total": loss}, len(batches))
             (loss / len(batches)).backward()
-    _step(state, state.critics_optimizer, state.critics_schedule, figures, "discriminators", "discriminator")
+    if rehearsal:
+        state.critics_optimizer.zero_grad()
+    else:
+        _step(state, state.critics_optimizer, state.critics_schedule, figures, "discriminators", "discriminator")
     return output
+
+
+def check_apart(train_data, validation_data) -> None:
+    """Raises ValueError if a run would validate on what it trains on."""
+    if not all(isinstance(data, (str, os.PathLike)) for data in (train_data, validation_data)):
+        if train_data is validation_data:
+            raise ValueError(
+                "Got one dataset as train_data and validation_data. Validate on sound that training never sees."
+            )
+        return
+    train_path, validation_path = (Path(data).resolve() for data in (train_data, validation_data))
+    if train_path == validation_path or (train_path.is_dir() and train_path in validation_path.parents
+                                         and validation_path.is_dir()):  # fmt: skip
+        raise ValueError(
+            f"Got train_data={str(train_data)!r} and validation_data={str(validation_data)!r}: training would hear what it is "
+            "judged by. Keep the clips to validate on in a folder or list of their own."
+        )
+
+
+def check_memory(state: State, length: int) -> Estimate | None:
+    """
+    Estimates the memory of this run's steps from small ones that change nothing.
+
+    Args:
+        state: at its beginning.
+        length: samples of a segment.
+
+    Returns:
+        The estimate; None where the system does not tell how much memory a process takes.
+
+    Raises:
+        ValueError: the steps need more than there is; the message says which settings would fit.
+    """
+    settings, device = state.settings, state.accelerator.device
+    generator = torch.Generator().manual_seed(0)
+
+    def measure(segments: int) -> int | None:
+        audio = 0.1 * torch.randn(segments, 1, length, generator=generator).to(device)
+        with PeakMemory(device) as peak:
+            _train_step(state, [audio] * min(2, settings.gradient_accumulation), rehearsal=True)
+        return peak.bytes
+
+    optimizers = [(state.optimizer, state.model), (state.critics_optimizer, state.critics)]
+    # AdamW keeps two numbers for each that it trains; a resumed run holds them already
+    missing = [module for optimizer, module in optimizers if optimizer is not None and not optimizer.state]
+    numbers = [p.nbytes for module in missing for p in module.parameters() if p.requires_grad]
+    try:
+        found = estimate(measure, 2 * sum(numbers), 1)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"A step on two segments of {settings.segment_seconds:g} s does not fit into the memory of {device}. Use a smaller "
+            "--segment-seconds, or a GPU with more memory."
+        ) from error
+    available = available_memory(device, settings, state.accelerator.num_processes)
+    if found is not None and available is not None and (reason := refusal(found, available, settings)):
+        raise ValueError(reason)
+    if found is not None and state.accelerator.is_main_process:
+        logger.info("A step needs about %.2f GB.", found.of(settings.batch_size) / GB)
+    return found
 
 
 def validate(state: State, clips: Batch, log: Log | None) -> dict[str, float]:
@@ -354,5 +446,5 @@ def _share_skipped(state: State) -> None:
 def _given(settings: Settings, name: str) -> str:
     value = getattr(settings, name)
     if not value:
-        raise ValueError(f"Got no {name}. Give --{name}, or set it in the recipe.")
+        raise ValueError(f"Got no {name}. Give --{name.replace('_', '-')}, or set it in the recipe.")
     return value

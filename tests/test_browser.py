@@ -1,0 +1,122 @@
+"""The page of examples/browser in headless Chromium: the tokens are Python's."""
+
+import base64
+import functools
+import http.server
+import json
+import shutil
+import subprocess
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from wavtokenizer_hf import WavTokenizerModel, audio, bundled_model
+from wavtokenizer_hf.export import WavTokenizerOnnx, export_onnx
+
+
+ROOT = Path(__file__).parent.parent
+pytest.importorskip("onnx")
+
+
+class Browser:
+    """Chromium, driven by the WebDriver protocol, which needs no package."""
+
+    def __init__(self, folder: Path):
+        self._driver = subprocess.Popen(["chromedriver", "--port=9517"], stdout=subprocess.DEVNULL)
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--window-size=900,900",
+        ]
+        options += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+        options.append(f"--user-data-dir={folder}")
+        wanted = {"browserName": "chrome", "goog:chromeOptions": {"args": options}, "timeouts": {"script": 30_000}}
+        for _ in range(100):
+            try:
+                answer = self._ask("", {"capabilities": {"alwaysMatch": wanted}})
+                break
+            except ConnectionError:
+                time.sleep(0.1)
+            except urllib.error.URLError:
+                time.sleep(0.1)
+        self._session = f"/{answer['sessionId']}"
+
+    def _ask(self, path: str, content: dict | None = None):
+        request = urllib.request.Request(
+            f"http://127.0.0.1:9517/session{path}",
+            None if content is None else json.dumps(content).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return json.loads(response.read())["value"]
+
+    def open(self, url: str) -> None:
+        self._ask(f"{self._session}/url", {"url": url})
+
+    def evaluate(self, script: str):
+        return self._ask(f"{self._session}/execute/sync", {"script": f"return {script}", "args": []})
+
+    def screenshot(self) -> bytes:
+        return base64.b64decode(self._ask(f"{self._session}/screenshot"))
+
+    def close(self) -> None:
+        request = urllib.request.Request(f"http://127.0.0.1:9517/session{self._session}", method="DELETE")
+        urllib.request.urlopen(request, timeout=60).close()
+        self._driver.terminate()
+        self._driver.wait()
+
+
+@pytest.fixture
+def site(tmp_path):
+    """The page, the exported model and a recording behind a server of this machine."""
+    if not (shutil.which("chromedriver") and shutil.which("npm")):
+        pytest.skip("needs chromedriver, Chromium and npm")
+    folder = tmp_path / "site"
+    folder.mkdir()
+    for name in ("index.html", "page.js", "package.json"):
+        shutil.copy(ROOT / "examples" / "browser" / name, folder)
+    installed = ROOT / "examples" / "browser" / "node_modules"
+    if installed.is_dir():
+        (folder / "node_modules").symlink_to(installed)
+    else:
+        subprocess.run(["npm", "install", "--ignore-scripts"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    samples = audio.load(ROOT / "examples" / "speech.flac", 24_000)[:72_001]
+    soundfile.write(folder / "speech.wav", samples, 24_000, subtype="PCM_16")
+    export_onnx(WavTokenizerModel.from_pretrained(bundled_model()).eval(), folder / "model", "bundled")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+@pytest.mark.slow
+def test_the_page_gives_pythons_codes(site, tmp_path):
+    folder, address = site
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.open(f"{address}/index.html?audio=speech.wav")
+        for _ in range(600):
+            state = browser.evaluate("document.body.dataset.state")
+            if state in ("done", "failed"):
+                break
+            time.sleep(0.2)
+        assert state == "done", browser.evaluate("document.getElementById('status').textContent")
+        found = browser.evaluate("document.getElementById('codes').textContent")
+        picture = browser.screenshot()
+    finally:
+        browser.close()
+    samples = soundfile.read(folder / "speech.wav", dtype="float32")[0]
+    expected = WavTokenizerOnnx(folder / "model").encode(samples[None, None]).audio_codes[0, 0]
+    assert len(np.unique(expected)) > 20
+    assert [int(code) for code in found.split()] == expected.tolist()
+    assert picture.startswith(b"\x89PNG")
+    (tmp_path / "page.png").write_bytes(picture)

@@ -1,0 +1,105 @@
+"""Manifests of segments and Lhotse Shar as sources of `tokenize`: the codes that each part gets as a file of its own."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+from bulk_corpus import codes_alone, rows_of, save_model
+from test_export_onnx import tiny
+
+from wavtokenizer_hf.bulk import segment_sources, tokenize
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, one_thread):
+    """A tiny model and two recordings, one of them in stereo."""
+    place = tmp_path_factory.mktemp("segments")
+    save_model(tiny(), place / "model")
+    random = np.random.default_rng(0)
+    soundfile.write(place / "talk.wav", random.uniform(-0.9, 0.9, 48_000), 24_000, subtype="FLOAT")
+    soundfile.write(place / "stereo.wav", random.uniform(-0.9, 0.9, (16_000, 2)), 16_000, subtype="FLOAT")
+    return place
+
+
+def run(place, source, output, **options):
+    return tokenize(source, str(place / "model"), output, num_processes=1, **options)
+
+
+def write_manifest(place, rows, name="list.jsonl"):
+    (place / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place / name
+
+
+ROWS = [
+    {"audio": "talk.wav", "start": 1.25, "duration": 0.5, "text": "b"},
+    {"audio": "stereo.wav", "start": 0, "duration": 1.0, "text": "c"},
+    {"audio": "talk.wav", "start": 0.0, "duration": 0.3, "text": "a"},
+]
+
+
+def test_segments_get_the_codes_of_a_file_of_their_own_and_a_recording_is_read_once(place, tmp_path, monkeypatch):
+    real, read = segment_sources.audio.soundfile_module().read, []
+
+    def counted(path, *arguments, **options):
+        read.append(str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(segment_sources.audio.soundfile_module(), "read", counted)
+    run(place, write_manifest(place, ROWS), tmp_path / "out", num_readers=1)
+    assert sorted(read) == [str(place / "stereo.wav"), str(place / "talk.wav")]
+    monkeypatch.undo()
+    files = {}
+    for row in ROWS:
+        samples, rate = soundfile.read(place / row["audio"], dtype="float32")
+        part = samples[round(row["start"] * rate) :][: round(row["duration"] * rate)]
+        path = tmp_path / f"{row['text']}.wav"
+        soundfile.write(path, part, rate, subtype="FLOAT")
+        files[row["text"]] = path
+    found = rows_of(tmp_path / "out")
+    assert set(found) == {"talk.wav#1.25+0.5", "talk.wav#0+0.3", "stereo.wav#0+1"}
+    by_text = {row["text"]: row["audio_codes"] for row in found.values()}
+    assert by_text == codes_alone(tiny(), files)
+    assert found["talk.wav#1.25+0.5"]["start"] == 1.25 and found["talk.wav#1.25+0.5"]["duration"] == 0.5
+
+
+def test_a_segment_beyond_its_recording_is_listed_and_a_bad_row_refused(place, tmp_path):
+    rows = [*ROWS, {"audio": "talk.wav", "start": 1.9, "duration": 0.5, "text": "d"}]
+    result = run(place, write_manifest(place, rows, "long.jsonl"), tmp_path / "out")
+    (reason,) = result.failures.values()
+    assert "ends after" in reason and "which has 2 s" in reason and result.total.num_clips == 3
+    for bad in ({"start": -1, "duration": 1}, {"start": 0, "duration": 0}, {"start": "x", "duration": 1}):
+        manifest = write_manifest(place, [{"audio": "talk.wav", **bad}], "bad.jsonl")
+        with pytest.raises(ValueError, match=r"Row 1 has .* expected seconds"):
+            run(place, manifest, tmp_path / "bad")
+
+
+def test_lhotse_shar_gives_the_codes_of_its_cuts(place, tmp_path):
+    lhotse = pytest.importorskip("lhotse", reason="pip install lhotse")
+    from lhotse.shar import SharWriter
+
+    files = {"talk": place / "talk.wav", "stereo": place / "stereo.wav"}
+    shar = tmp_path / "shar"
+    shar.mkdir()
+    with SharWriter(str(shar), fields={"recording": "flac"}, shard_size=1) as writer:
+        for name, path in files.items():
+            cut = lhotse.Recording.from_file(path, recording_id=name).to_cut()
+            cut = cut.to_mono(mono_downmix=True) if cut.num_channels > 1 else cut
+            cut.id = name
+            cut.supervisions = [lhotse.SupervisionSegment(name, name, 0, cut.duration, text=f"text of {name}")]
+            writer.write(cut)
+    assert len(list(shar.glob("cuts.*"))) == 2
+    run(place, shar, tmp_path / "out")
+    found = rows_of(tmp_path / "out")
+    for name in files:  # as FLAC of 16 bits, which lhotse wrote
+        (tar,) = [path for path in shar.glob("recording.*.tar") if name.encode() in path.read_bytes()]
+        cuts = lhotse.CutSet.from_shar(
+            fields={
+                "cuts": [str(tar).replace("recording", "cuts").replace(".tar", ".jsonl.gz")],
+                "recording": [str(tar)],
+            }
+        )
+        cut = next(iter(cuts))
+        soundfile.write(tmp_path / f"{name}.wav", cut.load_audio().mean(axis=0), cut.sampling_rate, subtype="FLOAT")
+        expected = codes_alone(tiny(), {name: tmp_path / f"{name}.wav"})
+        assert found[name]["audio_codes"] == expected[name] and found[name]["text"] == f"text of {name}"

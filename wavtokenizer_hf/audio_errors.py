@@ -1,0 +1,53 @@
+"""Why audio is refused, in words for people and in one word for programs."""
+
+FAILURE_KINDS = {
+    "unreadable": "not audio, damaged, or in a format that no installed decoder reads",
+    "truncated": "ends before its header says, since it was cut off, or damaged so that decoding ends there",
+    "empty": "holds no samples",
+    "not-finite": "holds NaN, infinite or absurdly large samples, or gives such numbers inside the model",
+    "sampling-rate": "has a sampling rate outside of 1 kHz to 768 kHz, or none",
+    "too-long": "is longer than the limit (--max-clip-seconds)",
+    "no-channel": "lacks the channel that was asked for (--channel)",
+    "not-found": "the file does not exist",
+    "no-access": "the file may not be read, or reading it failed",
+    "no-audio": "the row of a table or dataset holds nothing that can be audio",
+    "memory": "needs more memory than there is",
+    "error": "any other exception while the clip was read or encoded",
+}
+"""Machine-readable kinds of failures, and what they mean."""
+
+WARNING_KINDS = {
+    "silent": "every sample is zero",
+    "cancelled": "the mean of the channels is 30 dB or more below them, as with opposite phase (--channel chooses one)",
+    "out-of-range": "samples lie beyond ±8, so they are probably integers; full scale is 1",
+}
+"""Machine-readable kinds of warnings about a clip that was read, and what they mean."""
+
+
+class AudioError(ValueError):
+    """Audio that is refused. `kind` is one of `FAILURE_KINDS`."""
+
+    def __init__(self, message: str, kind: str = "unreadable"):
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self):
+        return type(self), (str(self), self.kind)
+
+
+class CutOffError(AudioError):
+    """Audio that ends before its time. Readers that give blocks give everything that came in whole samples first."""
+
+    def __init__(self, message: str, kind: str = "truncated"):
+        super().__init__(message, kind)
+
+
+def failure_kind(error: BaseException) -> str:
+    """The kind, one of `FAILURE_KINDS`, of an exception that reading or encoding a clip raised."""
+    if isinstance(error, AudioError):
+        return error.kind
+    if isinstance(error, FileNotFoundError):
+        return "not-found"
+    if isinstance(error, OSError):
+        return "no-access"
+    return "memory" if isinstance(error, MemoryError) else "error"

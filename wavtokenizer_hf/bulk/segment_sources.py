@@ -1,0 +1,156 @@
+"""Sources of segments: parts of recordings, in a manifest with `start` and `duration`, or in the shards of Lhotse Shar."""
+
+import gzip
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import audio
+from .extra import library
+from .sources import Item, Source
+
+
+START, DURATION = "start", "duration"
+
+
+class Segments(Source):
+    """
+    Rows of a manifest that name a recording, and where in it a clip lies; a place is path, start, duration and carried columns.
+
+    Rows of one recording follow each other, so that it is read once for all of them: it is kept until another one is asked for.
+
+    Args:
+        rows: as in the manifest.
+        column: of the paths, relative to `base`.
+        schema: of the carried columns.
+        base: folder of the manifest.
+    """
+
+    def __init__(self, rows: list[dict], column: str, schema, base: Path):
+        self.schema, self.selection = schema, {"column": column}
+        self._lock, self._held = threading.Lock(), (None, None)
+        items = []
+        for number, row in enumerate(rows, start=1):
+            start, duration = (_seconds(row, name, number) for name in (START, DURATION))
+            id = row["id"] if row.get("id") is not None else f"{row[column]}#{start:g}+{duration:g}"
+            carried = {name: row.get(name) for name in schema.names}
+            items.append(Item(str(id), (str(base / row[column]), start, duration, carried)))
+        self.items = sorted(items, key=lambda item: item.place[:2])
+
+    def __getstate__(self):
+        return {**self.__dict__, "_lock": None, "_held": (None, None)}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def sound(self, place) -> dict[str, Any]:
+        path, start, duration, _ = place
+        samples, rate = self._recording(path)
+        first, count = round(start * rate), max(1, round(duration * rate))
+        if first + count > len(samples) + rate // 100:  # durations in manifests are rounded
+            raise ValueError(
+                f"The segment {start:g} s + {duration:g} s ends after {path}, which has {len(samples) / rate:g} s."
+            )
+        return {"array": samples[first : first + count], "sampling_rate": rate}
+
+    def _recording(self, path: str):
+        """Mono samples at the recording's own rate, so that a segment is resampled as a file of its own would be."""
+        with self._lock:
+            if self._held[0] != path:
+                self._held = (None, None)
+                samples, rate = audio.soundfile_module().read(path, dtype="float32", always_2d=True)
+                self._held = (path, (samples.mean(axis=1), rate))
+            return self._held[1]
+
+    def carried(self, place) -> dict[str, Any]:
+        return place[3]
+
+
+def _seconds(row: Mapping, name: str, number: int) -> float:
+    try:
+        value = float(row[name])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"Row {number} has {row.get(name)!r} as {name}, expected seconds.") from error
+    if not (0 <= value < float("inf")) or (name == DURATION and value == 0):
+        raise ValueError(f"Row {number} has {value} as {name}, expected seconds.")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lhotse Shar
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_shar(folder: Path) -> bool:
+    """Whether a folder holds Lhotse Shar: a CutSet and recordings in tar shards."""
+    return any(folder.glob("cuts*.jsonl*")) and any(folder.glob("recording*.tar"))
+
+
+class LhotseShar(Source):
+    """
+    Cuts of a Lhotse Shar folder, with `recording` as audio. A place is the numbers of shard and cut.
+
+    Text and speaker of the first supervision are carried along. A shard is read in order, as Shar is meant to be; a reader holds
+    the one that it is in.
+    """
+
+    def __init__(self, folder: Path):
+        library("lhotse", "lhotse")
+        pyarrow = library("pyarrow")
+        self.folder = folder
+        self._shards = [(str(cuts), str(folder / _beside(cuts.name))) for cuts in sorted(folder.glob("cuts*.jsonl*"))]
+        self._lock, self._held = threading.Lock(), (None, {})
+        self.items = []
+        for number, (cuts, recordings) in enumerate(self._shards):
+            if not os.path.isfile(recordings):
+                raise ValueError(
+                    f"{cuts} has no {os.path.basename(recordings)} beside it, in which its recordings lie."
+                )
+            for position, id in enumerate(_cut_ids(cuts)):
+                self.items.append(Item(id, (number, position)))
+        self.schema = pyarrow.schema([("text", pyarrow.string()), ("speaker", pyarrow.string())])
+
+    def __getstate__(self):
+        return {**self.__dict__, "_lock": None, "_held": (None, {})}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def _cut(self, place: tuple[int, int]):
+        number, position = place
+        with self._lock:
+            if self._held[0] != number:
+                cuts, recordings = self._shards[number]
+                fields = {"cuts": [cuts], "recording": [recordings]}
+                self._held = (number, list(library("lhotse", "lhotse").CutSet.from_shar(fields=fields)))
+            return self._held[1][position]
+
+    def sound(self, place: tuple[int, int]) -> dict[str, Any]:
+        cut = self._cut(place)
+        try:
+            samples = cut.load_audio()
+        except Exception as error:  # lhotse's own classes, which derive from Exception alone
+            raise ValueError(f"lhotse cannot read the cut {cut.id!r}: {error}") from error
+        return {"array": samples.mean(axis=0), "sampling_rate": cut.sampling_rate}
+
+    def carried(self, place: tuple[int, int]) -> dict[str, Any]:
+        supervisions = self._cut(place).supervisions
+        first = supervisions[0] if supervisions else None
+        return {"text": getattr(first, "text", None), "speaker": getattr(first, "speaker", None)}
+
+
+def _beside(cuts: str) -> str:
+    """cuts.000000.jsonl.gz -> recording.000000.tar"""
+    return cuts.replace("cuts", "recording", 1).removesuffix(".gz").removesuffix(".jsonl") + ".tar"
+
+
+def _cut_ids(path: str) -> list[str]:
+    content = Path(path).read_bytes()
+    try:
+        text = (gzip.decompress(content) if path.endswith(".gz") else content).decode()
+        return [json.loads(line)["id"] for line in text.splitlines() if line.strip()]
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(f"Cannot read the cuts of {path}: {error!r}") from error

@@ -1,0 +1,51 @@
+"""`wavtokenizer export-model`: a model to ONNX files."""
+
+from .arguments import MODEL_HELP, add_command, print_facts
+
+
+FORMATS = ("onnx",)
+DTYPES = ("float32", "float16", "int8")
+
+
+def add(commands) -> None:
+    export = add_command(commands, "export-model", _export_model, "a model to files for onnxruntime and the like")
+    export.description += (
+        " Writes encoder.onnx, encoder_stream.onnx, decoder.onnx, and wavtokenizer_onnx.py, which runs them without torch. "
+        "Before the folder appears, the files are compared with the model on audio of one sample to 30 s. The encoder is "
+        "always float32. Needs the extra `onnx`."
+    )
+    export.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    export.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
+    export.add_argument("--format", choices=FORMATS, default="onnx", help="format of the files (default onnx)")
+    export.add_argument("-o", "--output", required=True, help="folder to make; must not exist, or be empty")
+    export.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="type in which the decoder's weights are stored (default float32); it computes in float32. Smaller files, less "
+        "exact audio: the SNR is measured and printed",
+    )
+    export.add_argument(
+        "--quantize",
+        choices=("int8",),
+        help="compute the decoder's matrix products in 8-bit integers: faster on a CPU, less exact; the SNR is printed",
+    )
+
+
+def _export_model(arguments) -> int:
+    from .. import WavTokenizerModel, loading
+    from ..export import export_onnx
+
+    model = loading.load_model(WavTokenizerModel, arguments.model, arguments.revision)
+    report = export_onnx(model.float(), arguments.output, arguments.model, arguments.dtype, arguments.quantize)
+    facts = {
+        "output": arguments.output,
+        "codebook_fingerprint": model.codebook_fingerprint,
+        "codes_compared": report.num_codes,
+        "near_ties": report.num_near_ties,
+        "max_audio_difference": report.max_audio_difference,
+        "snr_db": round(report.snr, 1),
+        **{f"{name}_mib": round(size / 2**20, 1) for name, size in report.sizes.items()},
+    }
+    print_facts(facts, arguments.json)
+    return 0

@@ -1,0 +1,343 @@
+"""The files that language models are trained from: Megatron, WebDataset, JSON lines, Lhotse Shar.
+
+A format plans chunks of rows, writes each chunk, and puts the chunks together in the end.
+"""
+
+import io
+import json
+import shutil
+import struct
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .extra import import_optional
+from .files import atomic_write
+from .sequences import BadRow, Sequences, order_by_source
+from .token_folder import Index, TokenFolder
+
+
+CHUNK_ROWS = 2000  # what a crash costs each process
+
+
+class Format:
+    """What `export_tokens` needs of a format."""
+
+    index_columns: tuple[str, ...] = ()
+
+    def check(self, folder: TokenFolder) -> None:
+        """Raises ValueError if the folder cannot become files of this format, ImportError if a package is missing."""
+
+    def describe(self) -> dict:
+        """What the bytes depend on, as JSON."""
+        raise NotImplementedError
+
+    def columns(self, folder: TokenFolder) -> list[str]:
+        """Columns that `write_chunk` needs."""
+        return folder.column_names
+
+    def plan(self, folder: TokenFolder, index: Index) -> list[np.ndarray]:
+        """Numbers of the rows of each chunk."""
+        raise NotImplementedError
+
+    def chunk_files(self, output: Path, parts: str, number: int) -> list[Path]:
+        """The files of a chunk."""
+        raise NotImplementedError
+
+    def write_chunk(
+        self, folder: TokenFolder, rows: list[dict], output: Path, parts: str, number: int, bad: list[BadRow]
+    ) -> dict[str, int]:
+        """Writes a chunk, appends to `bad`, and returns `num_sequences`, `num_ids`, and `num_bytes` if the files are final."""
+        raise NotImplementedError
+
+    def finish(self, folder: TokenFolder, output: Path, parts: str, num_chunks: int) -> int:
+        """Puts the chunks together; returns the bytes that this has added."""
+        return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Megatron: NAME.bin and NAME.idx
+# ---------------------------------------------------------------------------------------------------------------------
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_VERSION = 1
+_TYPE_CODES = {"uint8": 1, "int32": 4, "uint16": 8}  # megatron/core/datasets/indexed_dataset.py, 0.16.1
+_LARGEST_UINT16_VOCABULARY = 65_499  # beyond it Megatron's DType.optimal_dtype takes int32
+
+
+@dataclass
+class MegatronFormat(Format):
+    """
+    `tokens.bin` and `tokens.idx`, as Megatron Core's IndexedDataset reads them: one sequence is one document.
+
+    `vocabulary.json` beside them says which ids are codes, of which codebook, and how the sequences were written.
+
+    Args:
+        sequences: How rows become sequences.
+        loss_mask: Also write `loss_mask.bin` and `loss_mask.idx`, uint8: 1 for each id that carries loss as a target.
+        ids_type: `uint16`, `int32`, or None for the smaller one that holds the vocabulary.
+    """
+
+    sequences: Sequences
+    loss_mask: bool = False
+    ids_type: str | None = None
+
+    def __post_init__(self):
+        size = self.sequences.vocab_size
+        if self.ids_type is None:
+            self.ids_type = "uint16" if size <= _LARGEST_UINT16_VOCABULARY else "int32"
+        if self.ids_type not in ("uint16", "int32"):
+            raise ValueError(f"Got ids of type {self.ids_type!r}, expected uint16 or int32.")
+        if size - 1 > np.iinfo(self.ids_type).max:
+            raise ValueError(
+                f"Got ids of type {self.ids_type}, which end at {np.iinfo(self.ids_type).max}, and the vocabulary needs "
+                f"{size - 1}. Take int32."
+            )
+
+    @property
+    def index_columns(self) -> tuple[str, ...]:
+        return ("source_id", "clip_num") if self.sequences.kind == "interleaved" else ()
+
+    def check(self, folder: TokenFolder) -> None:
+        vocabulary = self.sequences.vocabulary
+        if missing := sorted(set(self.sequences.columns) - set(folder.column_names)):
+            raise ValueError(
+                f"{folder.folder} has no column {missing[0]!r}, but {', '.join(folder.column_names)}. Choose other sequences, "
+                "or name the column of text."
+            )
+        if vocabulary.codebook_size != folder.settings["codebook_size"]:
+            raise ValueError(
+                f"The vocabulary is for {vocabulary.codebook_size} codes, and {folder.folder} has codes of a codebook of "
+                f"{folder.settings['codebook_size']}."
+            )
+        vocabulary.check_codebook_fingerprint(folder.codebook_fingerprint)
+
+    def describe(self) -> dict:
+        return {
+            "name": "megatron",
+            "sequences": self.sequences.describe(),
+            "loss_mask": self.loss_mask,
+            "ids_type": self.ids_type,
+        }
+
+    def columns(self, folder: TokenFolder) -> list[str]:
+        return [*self.sequences.columns, "num_samples"]
+
+    def plan(self, folder: TokenFolder, index: Index) -> list[np.ndarray]:
+        if self.sequences.kind != "interleaved":
+            return np.array_split(np.arange(len(index)), np.arange(CHUNK_ROWS, len(index), CHUNK_ROWS))
+        order = order_by_source(index)
+        sources = index.columns["source_id"][order].astype(str)
+        starts = np.flatnonzero(np.concatenate([[True], sources[1:] != sources[:-1]]))
+        cuts, last = [], 0
+        for start in starts.tolist():
+            if start - last >= CHUNK_ROWS:
+                cuts.append(start)
+                last = start
+        return np.array_split(order, cuts)
+
+    def _kinds(self) -> dict[str, str]:
+        """Name of the files -> type of their numbers."""
+        return {"tokens": self.ids_type, **({"loss_mask": "uint8"} if self.loss_mask else {})}
+
+    def chunk_files(self, output: Path, parts: str, number: int) -> list[Path]:
+        return [output / parts / f"{number:06d}.{kind}" for kind in (*self._kinds(), "lengths")]
+
+    def write_chunk(self, folder, rows, output, parts, number, bad):
+        ids, masks, bad_rows = self.sequences.make(rows)
+        bad += bad_rows
+        lengths = np.array([len(each) for each in ids], np.int32)
+        content = [np.concatenate(arrays or [np.zeros(0)]) for arrays in (ids, masks)]
+        types = list(self._kinds().values())
+        paths = self.chunk_files(output, parts, number)
+        for path, values, kind in zip(paths[:-1], content, types, strict=False):
+            with atomic_write(path) as file:
+                file.write(values.astype(np.dtype(kind).newbyteorder("<")).tobytes())
+        with atomic_write(paths[-1]) as file:
+            file.write(lengths.astype("<i4").tobytes())
+        return {"num_sequences": len(lengths), "num_ids": int(lengths.sum())}
+
+    def finish(self, folder, output, parts, num_chunks):
+        lengths = np.concatenate(
+            [np.fromfile(self.chunk_files(output, parts, number)[-1], "<i4") for number in range(num_chunks)]
+        )
+        size = 0
+        for position, (name, kind) in enumerate(self._kinds().items()):
+            paths = (self.chunk_files(output, parts, number)[position] for number in range(num_chunks))
+            with atomic_write(output / f"{name}.bin") as file:
+                for path in paths:
+                    with path.open("rb") as part:
+                        shutil.copyfileobj(part, file, 2**20)
+                size += file.tell()
+            with atomic_write(output / f"{name}.idx") as file:
+                _write_index(file, lengths, kind)
+                size += file.tell()
+        content = {**self.sequences.describe(), "codebook_fingerprint": folder.codebook_fingerprint}
+        with atomic_write(output / "vocabulary.json", "w") as file:
+            file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        return size
+
+
+def _write_index(file, lengths: np.ndarray, kind: str) -> None:
+    """Header, sequence lengths (int32), their offsets in bytes (int64), and first sequence of each document and the end (int64)."""
+    file.write(_MAGIC + struct.pack("<QB", _VERSION, _TYPE_CODES[kind]))
+    file.write(struct.pack("<QQ", len(lengths), len(lengths) + 1))
+    file.write(lengths.astype("<i4").tobytes())
+    ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(kind).itemsize
+    file.write(np.concatenate([[0], ends[:-1]]).astype("<i8").tobytes())
+    file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharded formats: a chunk is a shard
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ShardedFormat(Format):
+    """
+    Shards of about one size, one clip after another.
+
+    Args:
+        shard_size: bytes of a shard, about.
+    """
+
+    shard_size: int = 256 * 2**20
+
+    name = ""
+    bytes_per_row, bytes_per_code = 0.0, 0.0
+    index_columns = ("num_samples",)
+
+    def __post_init__(self):
+        if self.shard_size < 1:
+            raise ValueError(f"Got shard_size={self.shard_size}, expected at least 1.")
+
+    def describe(self) -> dict:
+        return {"name": self.name, "shard_size": self.shard_size}
+
+    def plan(self, folder: TokenFolder, index: Index) -> list[np.ndarray]:
+        num_codes = -(-index.columns["num_samples"] // folder.hop_length)
+        sizes = np.cumsum(self.bytes_per_row + self.bytes_per_code * num_codes)
+        shards = ((sizes - sizes[0]) // self.shard_size).astype(np.int64)
+        return np.split(np.arange(len(index)), np.flatnonzero(np.diff(shards)) + 1)
+
+    def write_chunk(self, folder, rows, output, parts, number, bad):
+        bad += [BadRow(row["id"], "it has no codes") for row in rows if not _has_codes(row)]
+        rows = [row for row in rows if _has_codes(row)]
+        self._write(folder, rows, output, number)
+        size = sum(path.stat().st_size for path in self.chunk_files(output, parts, number))
+        return {
+            "num_sequences": len(rows),
+            "num_ids": sum(len(row["audio_codes"]) for row in rows),
+            "num_bytes": size,
+        }
+
+    def _write(self, folder: TokenFolder, rows: list[dict], output: Path, number: int) -> None:
+        raise NotImplementedError
+
+
+def _has_codes(row: dict) -> bool:
+    return row["audio_codes"] is not None and len(row["audio_codes"]) > 0
+
+
+def _beside(row: dict, folder: TokenFolder) -> dict:
+    """What goes along with the codes of a clip."""
+    values = {name: value for name, value in row.items() if name != "audio_codes"}
+    return {**values, "hop_length": folder.hop_length, "sampling_rate": folder.sampling_rate}
+
+
+@dataclass
+class WebDatasetFormat(ShardedFormat):
+    """`tokens-000000.tar` and so on: `codes.npy` (uint16) and `json` for each clip, under a running number; `id` is in the JSON."""
+
+    name = "webdataset"
+    bytes_per_row, bytes_per_code = 512 * 3 + 400.0, 2.0
+
+    def chunk_files(self, output, parts, number):
+        return [output / f"tokens-{number:06d}.tar"]
+
+    def _write(self, folder, rows, output, number):
+        (path,) = self.chunk_files(output, "", number)
+        with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for position, row in enumerate(rows):
+                key, codes = f"{number:06d}-{position:07d}", io.BytesIO()
+                np.save(codes, row["audio_codes"].astype("<u2"))
+                beside = json.dumps(_beside(row, folder), ensure_ascii=False, default=_plain).encode()
+                for ending, content in (("codes.npy", codes.getvalue()), ("json", beside)):
+                    member = tarfile.TarInfo(f"{key}.{ending}")  # without times and owners: the same bytes each time
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+@dataclass
+class JsonlFormat(ShardedFormat):
+    """`tokens-000000.jsonl` and so on: a clip a line, `audio_codes` as a list."""
+
+    name = "jsonl"
+    bytes_per_row, bytes_per_code = 300.0, 5.5
+
+    def chunk_files(self, output, parts, number):
+        return [output / f"tokens-{number:06d}.jsonl"]
+
+    def _write(self, folder, rows, output, number):
+        (path,) = self.chunk_files(output, "", number)
+        with atomic_write(path, "w") as file:
+            for row in rows:
+                line = {**_beside(row, folder), "audio_codes": row["audio_codes"].tolist()}
+                file.write(json.dumps(line, ensure_ascii=False, default=_plain) + "\n")
+
+
+def _plain(value):
+    """Columns that JSON does not know: bytes as text, times by their ISO form."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    raise ValueError(f"A column holds {type(value).__name__}, which JSON cannot hold. Drop the column.")
+
+
+@dataclass
+class LhotseFormat(ShardedFormat):
+    """
+    Lhotse Shar: `cuts.000000.jsonl.gz`, a CutSet, and `audio_codes.000000.tar`, its arrays, uint16.
+
+    A column `text` and a column `speaker` become the supervision of a cut, further columns its custom fields.
+    """
+
+    name = "lhotse"
+    bytes_per_row, bytes_per_code = 512 * 5 + 300.0, 2.0
+
+    def check(self, folder: TokenFolder) -> None:
+        import_optional("lhotse", "lhotse")
+
+    def chunk_files(self, output, parts, number):
+        return [output / f"cuts.{number:06d}.jsonl.gz", output / f"audio_codes.{number:06d}.tar"]
+
+    def _write(self, folder, rows, output, number):
+        lhotse, shar = import_optional("lhotse", "lhotse"), import_optional("lhotse.shar", "lhotse")
+        frame_shift = folder.hop_length / folder.sampling_rate
+        partial = output / f".shard-{number:06d}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        with shar.SharWriter(str(partial), fields={"audio_codes": "numpy"}, shard_size=None) as writer:
+            for row in rows:
+                text, speaker, duration = row.get("text"), row.get("speaker"), row["duration"]
+                supervisions = [] if text is None and speaker is None else [
+                    lhotse.SupervisionSegment(
+                        id=row["id"], recording_id=row["id"], start=0, duration=duration, text=text, speaker=speaker
+                    )
+                ]  # fmt: skip
+                beside = _beside(row, folder)
+                custom = {
+                    name: value for name, value in beside.items() if name not in ("id", "duration", "text", "speaker")
+                }
+                custom = json.loads(json.dumps(custom, default=_plain))
+                cut = lhotse.MonoCut(row["id"], 0, duration, 0, supervisions=supervisions, custom=custom)
+                writer.write(
+                    cut.attach_tensor("audio_codes", row["audio_codes"], frame_shift=frame_shift, temporal_dim=0)
+                )
+        for path in self.chunk_files(output, "", number):
+            (partial / path.name.replace(f".{number:06d}", "")).replace(path)
+        shutil.rmtree(partial)

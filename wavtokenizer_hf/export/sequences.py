@@ -1,0 +1,208 @@
+"""Token folder -> sequences of token ids for language-model training, by the templates and the vocabulary of `llm`."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..llm import AudioVocabulary, PackedRows, Template, TrainingRows
+
+
+KINDS = ("audio", "text-to-audio", "audio-to-text", "both", "interleaved")
+NO_LOSS = -100
+
+
+@dataclass
+class BadRow:
+    """A row that became no sequence, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass
+class Sequences:
+    """
+    How rows become sequences.
+
+    Args:
+        kind: `audio`: the codes of each clip. `text-to-audio`, `audio-to-text`: with the text before or after. `both`: one
+            sequence of each of these. `interleaved`: all clips of a `source_id` in the order of `clip_num`, each with its
+            text before it if there is a column of text. Text begins and ends with the tokenizer's BOS and EOS, where it has them.
+        vocabulary: where the codes lie among the token ids.
+        tokenizer: of the language model; None for `audio` without BOS and EOS.
+        text_column: name of the column of text.
+        template: replaces that of `kind`, but for `interleaved`.
+        max_length: ids in a sequence; longer rows are bad rows, and interleaved sources are cut between clips.
+        pack: Put whole examples together into sequences of exactly this length.
+        pad_token_id: id that fills packed sequences up.
+    """
+
+    kind: str
+    vocabulary: AudioVocabulary
+    tokenizer: Any = None
+    text_column: str | None = "text"
+    template: Template | None = None
+    max_length: int | None = None
+    pack: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"Got the sequences {self.kind!r}, expected one of {', '.join(KINDS)}.")
+        if self.template is not None and self.kind == "interleaved":
+            raise ValueError("Got a template for interleaved sequences, which have one of their own. Leave it out.")
+        text = any(name != "audio" for template in self.templates for name in _field_names(template))
+        if self.tokenizer is None and (text or self.template is not None):
+            raise ValueError(f"The sequences {self.kind!r} hold text. Name the tokenizer.")
+        for name, length in (("max_length", self.max_length), ("pack", self.pack)):
+            if length is not None and length < 1:
+                raise ValueError(f"Got {name}={length}, expected at least 1.")
+        if self.pack is not None and self.max_length is not None:
+            raise ValueError(f"Got max_length={self.max_length} and pack={self.pack}, expected one of them.")
+        if self.pack is not None and self.pad_token_id is None:
+            raise ValueError(
+                "Packed sequences are filled up with a padding id. Name one, or a tokenizer that has one."
+            )
+        self.training_rows = TrainingRows(self.tokenizer, self.vocabulary, self.templates)
+        self._around = self._ids_around_codes() if self.kind == "audio" and self.template is None else None
+        self.packed_rows = None if self.pack is None else PackedRows(self.pack, self.pad_token_id)
+
+    def _ids_around_codes(self) -> tuple[list[int], list[int]]:
+        """What stands before and after the codes of every clip where there is no text: ten times as fast as row by row."""
+        (ids,) = self.training_rows({"audio_codes": [[0]]})["input_ids"]
+        place = ids.index(self.vocabulary.first_token_id)
+        return ids[:place], ids[place + 1 :]
+
+    @property
+    def templates(self) -> list[Template]:
+        if self.template is not None:
+            return [self.template]
+        begin, end = (getattr(self.tokenizer, f"{name}_token", None) or "" for name in ("bos", "eos"))
+        text = f"{{{self.text_column}}}"
+        to_audio = Template(begin + text, "{audio}" + end)
+        from_audio = Template(begin + "{audio}", text + end)
+        return {
+            "audio": [Template("", begin + "{audio}" + end)],
+            "text-to-audio": [to_audio],
+            "audio-to-text": [from_audio],
+            "both": [to_audio, from_audio],
+            "interleaved": [Template("", (text if self.text_column else "") + "{audio}")],
+        }[self.kind]
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of the token folder that are needed."""
+        fields = {name for template in self.templates for name in _field_names(template)} - {"audio"}
+        by_source = ["source_id", "clip_num"] if self.kind == "interleaved" else []
+        return ["id", "audio_codes", "codebook_fingerprint", *by_source, *sorted(fields - {"id"})]
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that can occur."""
+        sizes = [max(self.vocabulary.token_ids) + 1, len(self.tokenizer) if self.tokenizer is not None else 0]
+        return max(*sizes, 0 if self.pad_token_id is None else self.pad_token_id + 1)
+
+    def describe(self) -> dict:
+        """What the sequences depend on, for the files beside them."""
+        return {
+            "kind": self.kind,
+            "vocabulary": asdict(self.vocabulary),
+            "tokenizer": getattr(self.tokenizer, "name_or_path", None),
+            "vocab_size": self.vocab_size,
+            "templates": [asdict(template) for template in self.templates],
+            "text_column": self.text_column,
+            "max_length": self.max_length,
+            "pack": self.pack,
+            "pad_token_id": self.pad_token_id,
+        }
+
+    def make(self, rows: list[dict]) -> tuple[list[np.ndarray], list[np.ndarray], list[BadRow]]:
+        """Rows, of whole sources if interleaved -> ids and loss masks (bool) of the sequences, and the rows that became none.
+
+        Raises ValueError for codes of another codebook.
+        """
+        for fingerprint in {row["codebook_fingerprint"] for row in rows} - {None}:
+            self.vocabulary.check_codebook_fingerprint(fingerprint)
+        good, bad, ids, labels = [], [], [], []
+        for row in rows:
+            made = self._make_row(row)
+            if isinstance(made, BadRow):
+                bad.append(made)
+                continue
+            good.append(row)
+            ids.append(made["input_ids"])
+            labels.append(made["labels"])
+        if self.kind == "interleaved":
+            ids, labels = self._join_sources(good, ids, labels)
+        else:
+            ids, labels = (
+                [example for of_row in ids for example in of_row],
+                [part for of_row in labels for part in of_row],
+            )
+        if self.packed_rows is not None and ids:
+            packed = self.packed_rows({"input_ids": list(map(list, ids)), "labels": list(map(list, labels))})
+            ids, labels = packed["input_ids"], packed["labels"]
+        return [np.asarray(each) for each in ids], [np.asarray(each) != NO_LOSS for each in labels], bad
+
+    def _make_row(self, row: dict) -> dict[str, list] | BadRow:
+        if row["audio_codes"] is None or len(row["audio_codes"]) == 0:
+            return BadRow(row["id"], "it has no codes")
+        try:
+            if self._around is None:
+                made = self.training_rows({name: [value] for name, value in row.items()})
+            else:
+                span = self.vocabulary.codes_to_ids(row["audio_codes"])
+                ids = np.concatenate([self._around[0], span, self._around[1]])
+                made = {"input_ids": [ids], "labels": [ids]}
+        except ValueError as error:
+            return BadRow(row["id"], str(error))
+        limit, longest = self.pack or self.max_length, max(map(len, made["input_ids"]))
+        if limit is not None and longest + (2 if self.kind == "interleaved" else 0) > limit:
+            return BadRow(row["id"], f"it makes a sequence of {longest} ids, and {limit} is the limit")
+        return made
+
+    def _join_sources(self, rows, ids, labels) -> tuple[list, list]:
+        """Clips of one source, one after another, between BOS and EOS; cut between clips where `max_length` is reached."""
+        begin = [id for id in (getattr(self.tokenizer, "bos_token_id", None),) if id is not None]
+        end = [id for id in (getattr(self.tokenizer, "eos_token_id", None),) if id is not None]
+        limit = self.pack or self.max_length
+        documents, source, current = [], None, []
+        for row, (clip_ids,), (clip_labels,) in zip(rows, ids, labels, strict=True):
+            full = limit is not None and len(begin) + len(current) + len(clip_ids) + len(end) > limit
+            if current and (row["source_id"] != source or full):
+                documents.append(begin + current + end)
+                current = []
+            source = row["source_id"]
+            current = current + clip_ids
+            assert NO_LOSS not in clip_labels  # all of it carries loss
+        if current:
+            documents.append(begin + current + end)
+        return documents, documents
+
+
+def _field_names(template: Template) -> set[str]:
+    return set(re.findall(r"\{(\w+)\}", template.prompt + template.response))
+
+
+def load_vocabulary(path: str | os.PathLike) -> AudioVocabulary:
+    """An `AudioVocabulary` from the vocabulary.json beside an export, or a JSON file of its fields alone. Raises ValueError."""
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        return AudioVocabulary(**fields.get("vocabulary", fields))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"Cannot read a vocabulary from {path}: {error}") from error
+
+
+def order_by_source(index, columns: Sequence[str] = ("source_id", "clip_num")) -> np.ndarray:
+    """Numbers of the rows, by source and clip. Raises ValueError if a row has none."""
+    sources, clips = (index.columns[name] for name in columns)
+    for name, values in zip(columns, (sources, clips), strict=True):
+        if any(value is None or value != value for value in values.tolist()):
+            raise ValueError(f"A row has nothing in the column {name!r}. Interleaved sequences need it in every row.")
+    return np.lexsort((clips, sources.astype(str)))

@@ -1,0 +1,164 @@
+"""Token folders, as `wavtokenizer tokenize` writes them, as an input."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .extra import import_optional
+
+
+MANIFEST = "manifest.json"
+
+
+def is_token_folder(path: str | os.PathLike) -> bool:
+    """Whether the path is an output folder of `tokenize`."""
+    return Path(path, MANIFEST).is_file() and Path(path, "data").is_dir()
+
+
+@dataclass
+class Index:
+    """Where the rows of a token folder lie, in the order of its files: `files` and `rows` (N,), and columns by name (N,)."""
+
+    files: np.ndarray
+    rows: np.ndarray
+    columns: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+class TokenFolder:
+    """
+    The rows of a token folder.
+
+    Args:
+        folder: what `tokenize` wrote, complete or not.
+
+    Attributes:
+        settings: what the rows were made with, as in manifest.json: `codebook_fingerprint`, `codebook_size`, `hop_length`,
+            `sampling_rate`, `model` and more.
+        complete: whether every clip of the source has a row or failed.
+        column_names: names of the columns.
+
+    Raises:
+        ValueError: it is not such a folder, is damaged, or holds no rows.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        if not is_token_folder(folder):
+            raise ValueError(f"{folder} is not a token folder, expected one that `wavtokenizer tokenize` wrote.")
+        try:
+            manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+            self.settings, self.complete = manifest["settings"], bool(manifest["complete"])
+            self.hop_length, self.sampling_rate = self.settings["hop_length"], self.settings["sampling_rate"]
+            self.codebook_fingerprint = self.settings["codebook_fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder / MANIFEST} is damaged: {error!r}. Run `tokenize` again.") from error
+        self.files = sorted((self.folder / "data").glob("*.parquet"))
+        self.column_names: list[str] = self._open(self.files[0]).schema_arrow.names if self.files else []
+        self._held = (None, None)  # the row group that was read last
+
+    def __getstate__(self):
+        return {**self.__dict__, "_held": (None, None)}
+
+    def _open(self, path: Path):
+        parquet, pyarrow = import_optional("pyarrow.parquet", "bulk"), import_optional("pyarrow", "bulk")
+        try:
+            return parquet.ParquetFile(path)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}). Delete it, and run `tokenize` again.") from error
+
+    def index(self, columns: Sequence[str] = ()) -> Index:
+        """
+        Where each row lies. Raises ValueError for a column that is not there, or a folder without rows.
+
+        Args:
+            columns: names of columns to read for every row.
+        """
+        if missing := sorted(set(columns) - set(self.column_names)):
+            raise ValueError(f"{self.folder} has no column {missing[0]!r}, but {', '.join(self.column_names)}.")
+        files, rows = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+        values: dict[str, list] = {name: [] for name in columns}
+        for number, path in enumerate(self.files):
+            with self._open(path) as file:
+                size = file.metadata.num_rows
+                if columns and size:
+                    table = file.read(columns=list(columns))
+                    for name in columns:
+                        values[name].append(table[name].to_numpy())
+            files.append(np.full(size, number, np.int32))
+            rows.append(np.arange(size, dtype=np.int32))
+        index = Index(
+            np.concatenate(files),
+            np.concatenate(rows),
+            {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in values.items()},
+        )
+        if len(index) == 0:
+            raise ValueError(f"{self.folder} holds no rows. Look at its failures.jsonl.")
+        return index
+
+    def read(self, index: Index, numbers: np.ndarray, columns: Sequence[str] | None = None) -> list[dict]:
+        """Rows of an index by their numbers in it, in that order; `audio_codes` as uint16 arrays (L,), or None."""
+        places = {}
+        for position, number in enumerate(numbers.tolist()):
+            places.setdefault(int(index.files[number]), []).append((int(index.rows[number]), position))
+        result: list[dict] = [{}] * len(numbers)
+        for file, wanted in sorted(places.items()):
+            for row, values in self._rows_of(file, sorted(row for row, _ in wanted), columns):
+                places[file, row] = values
+            for row, position in wanted:
+                result[position] = places.pop((file, row))
+        return result
+
+    def _rows_of(self, file: int, rows: list[int], columns: Sequence[str] | None) -> Iterator[tuple[int, dict]]:
+        """The rows of one file, whose numbers are sorted."""
+        columns = self.column_names if columns is None else list(columns)
+        with self._open(self.files[file]) as opened:
+            start = 0
+            for group in range(opened.num_row_groups):
+                size = opened.metadata.row_group(group).num_rows
+                inside = [row for row in rows if start <= row < start + size]
+                if inside:
+                    key = (file, group, tuple(columns))
+                    if self._held[0] != key:
+                        self._held = (key, opened.read_row_group(group, columns=columns))
+                    table = self._held[1].take([row - start for row in inside])
+                    yield from zip(inside, _to_rows(table), strict=True)
+                start += size
+
+    def iter_rows(self, columns: Sequence[str] | None = None) -> Iterator[dict]:
+        """All rows, file by file."""
+        for number, path in enumerate(self.files):
+            with self._open(path) as file:
+                size = file.metadata.num_rows
+            yield from (row for _, row in self._rows_of(number, list(range(size)), columns))
+
+    def find(self, ids: Sequence[str]) -> list[dict]:
+        """The rows of these ids. Raises ValueError for an id that has none."""
+        index = self.index(["id"])
+        numbers = {id: number for number, id in enumerate(index.columns["id"])}
+        if missing := [id for id in ids if id not in numbers]:
+            raise ValueError(
+                f"{self.folder} has no row with the id {missing[0]!r}; the first of its {len(index)} ids is "
+                f"{index.columns['id'][0]!r}. Clips that failed are in its failures.jsonl."
+            )
+        return self.read(index, np.array([numbers[id] for id in ids]))
+
+
+def _to_rows(table) -> list[dict]:
+    """A table as dictionaries. Codes stay arrays: as lists of Python's numbers they are slow, and 20 times as large."""
+    columns = {name: table[name].to_pylist() for name in table.column_names if name != "audio_codes"}
+    if "audio_codes" in table.column_names:
+        codes = table["audio_codes"].combine_chunks()
+        offsets, values = codes.offsets.to_numpy(), codes.values.to_numpy()
+        there = codes.is_valid().to_pylist()
+        columns["audio_codes"] = [
+            values[start:stop] if valid else None
+            for start, stop, valid in zip(offsets[:-1], offsets[1:], there, strict=True)
+        ]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

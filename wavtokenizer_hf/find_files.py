@@ -1,0 +1,68 @@
+"""The one finder of files: what commands, bulk work and training take from a folder, and what they pass over."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class FoundFiles:
+    """Paths of the files that were looked for, sorted, and of all others in the folder."""
+
+    files: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+
+
+def find_files(folder: str | os.PathLike, suffixes: Sequence[str]) -> FoundFiles:
+    """
+    Search a folder and its subfolders, links to folders included, for files by their endings.
+
+    Args:
+        folder: folder to search.
+        suffixes: endings with their dot, in lower case; those of files are compared in any case.
+
+    Raises:
+        OSError: a folder in it cannot be read.
+    """
+    found = FoundFiles()
+    for path in walk(folder):
+        is_wanted = os.path.splitext(path)[1].lower() in suffixes and os.path.isfile(path)
+        (found.files if is_wanted else found.passed_over).append(path)
+    return found
+
+
+def walk(folder: str | os.PathLike) -> list[str]:
+    """All that is not a folder below a folder, sorted by the parts of its path. Raises OSError if a folder cannot be read."""
+    paths = []
+    for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        # a link to a folder above has no end, and what it holds is found without it
+        folders[:] = [name for name in folders if not holds(os.path.join(parent, name), parent)]
+        paths += [os.path.join(parent, name) for name in names]
+    return sorted(paths, key=lambda path: path.split(os.sep))
+
+
+def holds(folder: str, path: str) -> bool:
+    """Whether the path lies in the folder, wherever links lead."""
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
+def utf8_name(name: str) -> str:
+    r"""The name as text that can be written anywhere: bytes that are not UTF-8 become `\xNN`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def describe_passed_over(paths: Iterable[str]) -> str | None:
+    """One line that counts and names what was passed over, by ending; None if there is nothing."""
+    paths = list(paths)
+    if not paths:
+        return None
+    endings = Counter(os.path.splitext(path)[1].lower() or "no ending" for path in paths)
+    counts = ", ".join(f"{ending} {count}" for ending, count in endings.most_common(8))
+    more = "" if len(endings) <= 8 else f" and {len(endings) - 8} other endings"
+    return f"passed over {len(paths)} other files ({counts}{more}), such as {utf8_name(paths[0])}"
+
+
+def _raise(error: OSError) -> None:
+    raise error
