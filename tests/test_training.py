@@ -31,10 +31,10 @@ from wavtokenizer_hf.training.losses import WEIGHTS
 from wavtokenizer_hf.training.memory import Estimate, PeakMemory, refusal
 from wavtokenizer_hf.training.settings import read_arguments
 from wavtokenizer_hf.training.state import build, restore, save
-from wavtokenizer_hf.training.train import train_step, validate
+from wavtokenizer_hf.training.loop import train_step, validate
 
 
-loop = importlib.import_module("wavtokenizer_hf.training.train")  # the package has a function of that name
+import wavtokenizer_hf.training.loop as loop
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

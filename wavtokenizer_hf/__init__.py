@@ -1,25 +1,58 @@
-"""WavTokenizer for Hugging Face: 24 kHz audio to one stream of 40 or 75 codes per second, and back."""
+"""WavTokenizer for Hugging Face: 24 kHz audio to one stream of 40 or 75 codes per second, and back.
 
+The import is light: torch and transformers are imported when something of them is used. The Auto classes of transformers give
+the classes of this package as soon as both packages are imported, in whatever order.
+"""
+
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .auto_classes import register as _register_auto_classes
-from .configuration_wavtokenizer import WavTokenizerConfig, WavTokenizerEncoderConfig
-from .feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
-from .modeling_wavtokenizer import (
-    WavTokenizerDecoderOutput,
-    WavTokenizerEncoderModel,
-    WavTokenizerEncoderOutput,
-    WavTokenizerModel,
-    WavTokenizerOutput,
-)
-from .modeling_wavtokenizer_encoder import EncoderState
-from .modeling_wavtokenizer_windows import DecoderState
-from .upgrade import upgrade
+from .import_hook import after_import
+
+
+if TYPE_CHECKING:
+    from .configuration_wavtokenizer import WavTokenizerConfig, WavTokenizerEncoderConfig
+    from .feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
+    from .modeling_wavtokenizer import (
+        WavTokenizerDecoderOutput,
+        WavTokenizerEncoderModel,
+        WavTokenizerEncoderOutput,
+        WavTokenizerModel,
+        WavTokenizerOutput,
+    )
+    from .modeling_wavtokenizer_encoder import EncoderState
+    from .modeling_wavtokenizer_windows import DecoderState
+    from .native_upgrade import upgrade
 
 
 __version__ = "0.1.0"
 
-_register_auto_classes()
+_MODULES = {  # where each name of the interface is defined
+    "DecoderState": "modeling_wavtokenizer_windows",
+    "EncoderState": "modeling_wavtokenizer_encoder",
+    "WavTokenizerConfig": "configuration_wavtokenizer",
+    "WavTokenizerDecoderOutput": "modeling_wavtokenizer",
+    "WavTokenizerEncoderConfig": "configuration_wavtokenizer",
+    "WavTokenizerEncoderModel": "modeling_wavtokenizer",
+    "WavTokenizerEncoderOutput": "modeling_wavtokenizer",
+    "WavTokenizerFeatureExtractor": "feature_extraction_wavtokenizer",
+    "WavTokenizerModel": "modeling_wavtokenizer",
+    "WavTokenizerOutput": "modeling_wavtokenizer",
+    "upgrade": "native_upgrade",
+}
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value  # the next time it is found without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
 
 
 def bundled_model() -> Path:
@@ -56,8 +89,26 @@ def _from_original(cls, name_or_path, revision=None, token=None, cache_dir=None)
     return load(name_or_path, cls, revision, token, cache_dir)
 
 
-# added here and not in the class, since the file of the class is copied into every Hub repository, where conversion is not
-WavTokenizerModel.from_original = classmethod(_from_original)
+def _register() -> None:
+    """Register the Auto classes, and add to `WavTokenizerModel` what its file must not hold."""
+    from .auto_classes import register
+    from .modeling_wavtokenizer import WavTokenizerModel
+
+    register()
+    # not in the class, since the file of the class is copied into every Hub repository, where conversion is not
+    WavTokenizerModel.from_original = classmethod(_from_original)
+
+
+_REGISTERED = ("auto_classes", "configuration_wavtokenizer", "feature_extraction_wavtokenizer", "modeling_wavtokenizer")
+_PARTS = ("batching", "cpu", "encoder", "padding", "pickling", "precision", "windows")  # of modeling_wavtokenizer
+after_import(
+    "transformers",
+    _register,
+    dependents=[
+        *(f"{__name__}.{module}" for module in (*_REGISTERED, "native_upgrade")),
+        *(f"{__name__}.modeling_wavtokenizer_{part}" for part in _PARTS),
+    ],
+)
 
 
 __all__ = [

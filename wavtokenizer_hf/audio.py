@@ -19,18 +19,11 @@ from transformers import audio_utils
 from .atomic_files import atomic_write, cannot_write
 from .audio_decoders import open_decoder, soundfile_module, torchcodec_decoder
 from .audio_decoders import reason as _reason
-from .audio_errors import AudioError, CutOffError
+from .audio_errors import AudioError, CutOffError, check_channel
+from .find_files import SUFFIXES
 
 
 logger = logging.getLogger(__name__)
-
-SUFFIXES = (
-    ".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf",
-    ".aifc", ".bwf", ".mp2", ".oga", ".rf64", ".snd", ".sph", ".voc",
-    ".aac", ".amr", ".ape", ".m4a", ".m4b", ".mka", ".mp4", ".wma", ".wv",
-)  # fmt: skip
-"""Endings that are taken for sound files when a folder is searched. `load` itself goes by content. The last line needs
-torchcodec, without which those files fail with a reason."""
 
 BACKENDS = ("soundfile", "torchcodec", "torchaudio")
 
@@ -393,18 +386,6 @@ class Mixer:
                 "their full scale, such as 32768"
             )
         return found
-
-
-def check_channel(channel: str | int) -> int | None:
-    """The index of a channel as `load` takes it, None for the mean. Raises ValueError for anything else."""
-    names = {"mean": None, "left": 0, "right": 1}
-    if isinstance(channel, str) and channel in names:
-        return names[channel]
-    if isinstance(channel, str) and channel.isdecimal() and len(channel) < 6:
-        return int(channel)
-    if isinstance(channel, int) and not isinstance(channel, bool) and channel >= 0:
-        return channel
-    raise ValueError(f"Got the channel {channel!r}, expected mean, left, right or a number from 0.")
 
 
 def check_sampling_rate(rate, name: str) -> int:

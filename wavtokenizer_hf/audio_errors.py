@@ -51,3 +51,15 @@ def failure_kind(error: BaseException) -> str:
     if isinstance(error, OSError):
         return "no-access"
     return "memory" if isinstance(error, MemoryError) else "error"
+
+
+def check_channel(channel: str | int) -> int | None:
+    """The index of a channel as `load` takes it, None for the mean. Raises ValueError for anything else."""
+    names = {"mean": None, "left": 0, "right": 1}
+    if isinstance(channel, str) and channel in names:
+        return names[channel]
+    if isinstance(channel, str) and channel.isdecimal() and len(channel) < 6:
+        return int(channel)
+    if isinstance(channel, int) and not isinstance(channel, bool) and channel >= 0:
+        return channel
+    raise ValueError(f"Got the channel {channel!r}, expected mean, left, right or a number from 0.")

@@ -7,6 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
+SUFFIXES = (
+    ".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf",
+    ".aifc", ".bwf", ".mp2", ".oga", ".rf64", ".snd", ".sph", ".voc",
+    ".aac", ".amr", ".ape", ".m4a", ".m4b", ".mka", ".mp4", ".wma", ".wv",
+)  # fmt: skip
+"""Extensions of audio files in a folder. `audio.load` goes by content. Files of the last line need torchcodec."""
+
+TOKEN_FORMATS = ("safetensors", "json", "npy", "txt")
+"""Formats of token files, each with its name as its extension."""
+
+
 @dataclass
 class FoundFiles:
     """Paths of the files that were looked for, sorted, and of all others in the folder."""

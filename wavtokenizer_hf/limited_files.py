@@ -14,9 +14,11 @@ import struct
 import tokenize
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 MAX_CONFIG_BYTES = 2**20  # config.json and the like; real ones have a few kilobytes
@@ -134,13 +136,15 @@ def read_yaml(path: str | os.PathLike) -> Any:
     return parse_yaml(read_file(path, MAX_YAML_BYTES))
 
 
-def parse_npy(content: bytes) -> np.ndarray:
+def parse_npy(content: bytes) -> "np.ndarray":
     """
     Parse a .npy file of plain numbers. The header is checked before anything is made of it.
 
     Raises:
         ValueError: Not a .npy file, objects or structures in it, or a shape that its size does not hold.
     """
+    import numpy as np  # here, since command lines read YAML without it
+
     stream = io.BytesIO(content)
     try:
         version = np.lib.format.read_magic(stream)

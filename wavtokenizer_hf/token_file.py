@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.numpy import save as serialize
 
 from .atomic_files import write_bytes
+from .find_files import TOKEN_FORMATS
 from .limited_files import (
     DTYPE_BITS,
     one_line,
@@ -142,7 +143,7 @@ class TokenFile:
         return fields
 
 
-FORMATS = ("safetensors", "json", "npy", "txt")
+FORMATS = TOKEN_FORMATS
 
 MAX_CODE = 2**16 - 1
 

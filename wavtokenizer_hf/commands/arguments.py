@@ -5,11 +5,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from . import COMMANDS
+
 
 MODEL_HELP = "name on the Hub, or folder; bundled: the small model that comes with this package, for a first try"
 
 
-def add_command(commands, name: str, run: Callable, help: str) -> argparse.ArgumentParser:
+class UsageError(ValueError):
+    """Arguments that do not go together. The command line prints the usage of the command before the message."""
+
+
+def add_command(commands, name: str, run: Callable) -> argparse.ArgumentParser:
+    help = COMMANDS[name][1]
     parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
     parser.add_argument("--json", action="store_true", help="print results as JSON, one object a line")
     parser.set_defaults(run=run)

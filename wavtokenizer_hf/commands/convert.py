@@ -10,9 +10,7 @@ from .arguments import add_command, print_facts
 def add(commands) -> None:
     from conversion import command
 
-    convert = add_command(
-        commands, "convert", _convert, "an original checkpoint to a folder for transformers and the Hub"
-    )
+    convert = add_command(commands, "convert", _convert)
     command.add_arguments(convert)
     convert.add_argument(
         "--to-original",
@@ -20,7 +18,7 @@ def add(commands) -> None:
         help="the way back: FILE is a converted folder, and DIR gets a .ckpt and a YAML file for the original's code and for "
         "llama.cpp's converter to GGUF",
     )
-    add_command(commands, "checkpoints", _checkpoints, "the published checkpoints that `convert` knows by name")
+    add_command(commands, "checkpoints", _checkpoints)
 
 
 def _convert(arguments) -> int:

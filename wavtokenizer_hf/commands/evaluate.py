@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 
 from ..atomic_files import refuse_inputs
+from ..audio_errors import check_channel
+from ..find_files import SUFFIXES
 from .arguments import add_channel, add_command, add_model, load_model
 from .files import find_sources
 from .token_folders import DecodedTokens
 
 
 def add(commands) -> None:
-    evaluate = add_command(
-        commands, "evaluate", _evaluate, "how much of the sound survives a model, or any other codec, in numbers"
-    )
+    evaluate = add_command(commands, "evaluate", _evaluate)
     evaluate.description += (
         " Encodes and decodes each file with MODEL and compares what comes back with what went in: means with 95 % "
         "intervals, and with --compare or --decoded also the differences, file by file. A file that cannot be read and a "
@@ -92,14 +92,14 @@ def _model(arguments):
 
 
 def _evaluate(arguments) -> int:
-    from .. import audio
+    if arguments.num_workers < 0:
+        raise ValueError(f"Got --num-workers {arguments.num_workers}, expected 0 or more.")
+    check_channel(arguments.channel)
+    references = find_sources(arguments.audio, SUFFIXES)
+
     from ..evaluation import DecodedFolder, evaluate
     from ..evaluation.report import REPORT_FILES
 
-    if arguments.num_workers < 0:
-        raise ValueError(f"Got --num-workers {arguments.num_workers}, expected 0 or more.")
-    audio.check_channel(arguments.channel)
-    references = find_sources(arguments.audio, audio.SUFFIXES)
     if arguments.output is not None:
         refuse_inputs([Path(arguments.output, name) for name in REPORT_FILES], [file for file, _ in references])
     systems = [

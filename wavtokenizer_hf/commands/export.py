@@ -14,9 +14,7 @@ _MEGATRON = (
 
 
 def add(commands) -> None:
-    export = add_command(
-        commands, "export", _export, "a token folder to the files that language models are trained from"
-    )
+    export = add_command(commands, "export", _export)
     export.description += (
         " Runs are resumable: after a crash, run the same command again. The files do not depend on the number of processes, "
         "and no model is needed. Needs the extra `bulk`, and `lhotse` for that format."

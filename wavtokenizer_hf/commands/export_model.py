@@ -8,7 +8,7 @@ DTYPES = ("float32", "float16", "int8")
 
 
 def add(commands) -> None:
-    export = add_command(commands, "export-model", _export_model, "a model to files for onnxruntime and the like")
+    export = add_command(commands, "export-model", _export_model)
     export.description += (
         " Writes encoder.onnx, encoder_stream.onnx, decoder.onnx, and wavtokenizer_onnx.py, which runs them without torch. "
         "Before the folder appears, the files are compared with the model on audio of one sample to 30 s. The encoder is "

@@ -6,7 +6,7 @@ from .arguments import add_command, print_facts
 
 
 def add(commands) -> None:
-    info = add_command(commands, "info", _info, "what a model, a token file or a token folder is")
+    info = add_command(commands, "info", _info)
     info.add_argument(
         "source",
         help="name or folder of a model, bundled, a token file (.safetensors, .json), or a folder of tokenize",

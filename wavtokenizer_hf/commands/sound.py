@@ -6,11 +6,10 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from ..atomic_files import atomic_write, is_stream
+from ..audio_errors import check_channel
 from ..limited_files import read_file
-from ..token_file import FORMATS
+from ..find_files import SUFFIXES, TOKEN_FORMATS
 from .arguments import add_channel, add_command, add_model, load_model
 from .files import add_files, do_each, find_jobs
 from .token_folders import token_clips
@@ -21,32 +20,30 @@ _RAW = "raw samples (16-bit little-endian integers, mono)"
 
 
 def add(commands) -> None:
-    encode = add_command(commands, "encode", _encode, "sound files to token files")
+    encode = add_command(commands, "encode", _encode)
     add_files(encode, f"sound files, or folders to search for them; {_SOUND_PIPE}")
     add_model(encode, decoder=False)
     encode.add_argument(
         "--format",
-        choices=FORMATS,
+        choices=TOKEN_FORMATS,
         help="of token files; default: the ending of OUTPUT, else safetensors. safetensors and json remember the "
         "model and the exact length, npy and txt hold the numbers alone. To standard output txt flows, one number a line",
     )
     _add_raw_input(encode)
     add_channel(encode)
 
-    decode = add_command(commands, "decode", _decode, "token files to sound files")
+    decode = add_command(commands, "decode", _decode)
     add_files(
         decode, "token files, folders to search for them, or a token folder of tokenize; -: tokens from standard input"
     )
     add_model(decode)
     decode.add_argument("--id", nargs="+", metavar="ID", help="only these clips of a token folder (default: all)")
     decode.add_argument(
-        "--format", choices=FORMATS, help="of INPUT; default: its ending, or for standard input its first two bytes"
+        "--format", choices=TOKEN_FORMATS, help="of INPUT; default: its ending, or for standard input its first two bytes"
     )
     _add_sound(decode)
 
-    reconstruct = add_command(
-        commands, "reconstruct", _reconstruct, "sound files to tokens and back, to hear what is lost"
-    )
+    reconstruct = add_command(commands, "reconstruct", _reconstruct)
     add_files(reconstruct, f"sound files, or folders to search for them; {_SOUND_PIPE}")
     add_model(reconstruct)
     _add_raw_input(reconstruct)
@@ -90,15 +87,18 @@ def _add_sound(parser: argparse.ArgumentParser) -> None:
 
 
 def _encode(arguments) -> int:
-    from .. import audio, pipes
+    named_format = Path(arguments.output).suffix[1:]
+    known = named_format in TOKEN_FORMATS
+    format = arguments.format or (named_format if known and len(arguments.inputs) == 1 else "safetensors")
+    check_channel(arguments.channel)
+    jobs = find_jobs(arguments, SUFFIXES, f".{format}")
+
+    import numpy as np
+
+    from .. import pipes
     from ..token_file import TokenFile
     from ..transcode import Tally, codes_of
 
-    named_format = Path(arguments.output).suffix[1:]
-    known = named_format in FORMATS
-    format = arguments.format or (named_format if known and len(arguments.inputs) == 1 else "safetensors")
-    audio.check_channel(arguments.channel)
-    jobs = find_jobs(arguments, audio.SUFFIXES, f".{format}")
     model = load_model(arguments, encoder_only=True)
     peak_level = _target_peak(arguments, model)
     fingerprint = model.codebook_fingerprint
@@ -129,11 +129,12 @@ def _encode(arguments) -> int:
 
 
 def _decode(arguments) -> int:
+    clips = token_clips(arguments)  # of a token folder; else None
+    token_files = tuple(f".{format}" for format in TOKEN_FORMATS)
+    jobs = clips.jobs if clips is not None else _sound_jobs(arguments, token_files)
+
     from ..transcode import Tally, audio_of, cut_to_length
 
-    clips = token_clips(arguments)  # of a token folder; else None
-    token_files = tuple(f".{format}" for format in FORMATS)
-    jobs = clips.jobs if clips is not None else _sound_jobs(arguments, token_files)
     model = load_model(arguments)
     if clips is not None:
         model.check_codebook_fingerprint(clips.folder.codebook_fingerprint)
@@ -162,14 +163,17 @@ def _decode(arguments) -> int:
 
 
 def _reconstruct(arguments) -> int:
+    jobs = _sound_jobs(arguments, SUFFIXES)
+    if arguments.plot and any(None in job for job in jobs):
+        raise ValueError("Got --plot for a pipe, expected files: a picture is of a whole clip, and has a name.")
+    check_channel(arguments.channel)
+
+    import numpy as np
+
     from .. import audio
     from ..plots import plot_reconstruction
     from ..transcode import WHOLE_SECONDS, Tally, audio_of, codes_of, cut_to_length
 
-    jobs = _sound_jobs(arguments, audio.SUFFIXES)
-    if arguments.plot and any(None in job for job in jobs):
-        raise ValueError("Got --plot for a pipe, expected files: a picture is of a whole clip, and has a name.")
-    audio.check_channel(arguments.channel)
     model = load_model(arguments)
     peak_level = _target_peak(arguments, model)
     windows = _windows(arguments, model, live=jobs[0][0] is None)

@@ -1,8 +1,11 @@
 """Token folders of `tokenize` as an input of other commands."""
 
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-import numpy as np
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class TokenClips:
@@ -52,6 +55,8 @@ class TokenClips:
 
     def read(self, source: Path, model) -> tuple:
         """Codes of a clip in pieces, and its number of samples. Raises ValueError for a row without codes."""
+        import numpy as np
+
         columns = ["audio_codes", "num_samples", "codebook_fingerprint"]
         (row,) = self.folder.read(self._index, np.array([self._numbers[source]]), columns)
         codes = row["audio_codes"]
@@ -96,8 +101,10 @@ class DecodedTokens:
     def describe(self) -> dict:
         return {**self._model.describe(), "kind": "tokens, decoded by the model"}
 
-    def reconstruct(self, place: Path, waveform: np.ndarray):
+    def reconstruct(self, place: Path, waveform: "np.ndarray"):
         """(T,) -> (T,): the audio of the codes of the row whose id is `place`."""
+        import numpy as np
+
         if place.as_posix() not in self._numbers:
             raise ValueError(f"no row with the id {place.as_posix()!r}")
         (row,) = self.folder.read(self._index, np.array([self._numbers[place.as_posix()]]))

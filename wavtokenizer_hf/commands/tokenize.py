@@ -3,12 +3,13 @@
 import sys
 from pathlib import Path
 
+from ..audio_errors import check_channel
 from ..find_files import describe_passed_over
-from .arguments import MODEL_HELP, add_channel, add_command, print_facts
+from .arguments import MODEL_HELP, UsageError, add_channel, add_command, print_facts
 
 
 def add(commands) -> None:
-    tokenize = add_command(commands, "tokenize", _tokenize, "a corpus to a folder of Parquet, resumable")
+    tokenize = add_command(commands, "tokenize", _tokenize)
     tokenize.description += (
         " Killed at any time and run again, it goes on where it was; clips added to SOURCE since are picked up. A clip that "
         "cannot be read is listed in failures.jsonl with the reason. The rows do not depend on the number of processes or "
@@ -93,12 +94,12 @@ def add(commands) -> None:
 
 
 def _tokenize(arguments) -> int:
-    from ..bulk import tokenize
-
     if arguments.verify is not None:
         return _verify(arguments)
-    if None in (arguments.source, arguments.model) or (arguments.output is None and not arguments.dry_run):
-        raise ValueError("Got no SOURCE, --model or --output. All three are needed, or --verify OUTPUT alone.")
+    if arguments.model is None:
+        raise UsageError("Got no --model. Name one; -m bundled is the small model of this package.")
+    if arguments.source is None or (arguments.output is None and not arguments.dry_run):
+        raise UsageError("Got no SOURCE or no --output. Both are needed, or --verify OUTPUT alone.")
     if arguments.dry_run:
         from ..bulk.dry_run import estimate
 
@@ -110,7 +111,11 @@ def _tokenize(arguments) -> int:
         return 0
     index, slash, number = arguments.shard.partition("/")
     if not (slash and index.isdecimal() and number.isdecimal()):
-        raise ValueError(f"Got --shard {arguments.shard}, expected I/N, for example 0/8.")
+        raise UsageError(f"Got --shard {arguments.shard}, expected I/N, for example 0/8.")
+    check_channel(arguments.channel)
+
+    from ..bulk import tokenize
+
     options = {
         name: value
         for name, value in vars(arguments).items()
@@ -167,10 +172,11 @@ def _tokenize(arguments) -> int:
 
 
 def _verify(arguments) -> int:
+    if any(value is not None for value in (arguments.source, arguments.model, arguments.output)):
+        raise UsageError("Got SOURCE, --model or --output with --verify OUTPUT, which takes no other argument.")
+
     from ..bulk import verify
 
-    if any(value is not None for value in (arguments.source, arguments.model, arguments.output)):
-        raise ValueError("Got SOURCE, --model or --output with --verify OUTPUT, which takes no other argument.")
     result = verify(arguments.verify)
     facts = {
         "output": arguments.verify,

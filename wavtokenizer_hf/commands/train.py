@@ -5,7 +5,7 @@ from .arguments import add_command, print_facts
 
 
 def add(commands) -> None:
-    train = add_command(commands, "train", _train, "a new model, or more training for a converted one")
+    train = add_command(commands, "train", _train)
     train.description += (
         " Every setting can stand in a recipe, here, or in both, where what stands here counts; output, train_data and "
         "validation_data are always needed. On several GPUs: accelerate launch -m wavtokenizer_hf train ... "

@@ -1,6 +1,6 @@
 """Training: new models, and more training for converted ones. Needs the extra `training` (accelerate, TensorBoard, PyYAML).
 
-train.py             the loop, one step, validation: read this first
+loop.py              the loop, one step, validation: read this first
 state.py             what a run consists of; making it, saving it, going on from it
 settings.py          one dataclass; YAML recipes and command-line arguments follow from it
 data.py              segments of sound from lists, folders and datasets
@@ -16,9 +16,23 @@ from wavtokenizer_hf.training import Settings, train
 train(Settings.load("small_cpu", {"train_data": "clips", "validation_data": "other_clips", "output": "run"}))
 """
 
+import importlib
+from typing import TYPE_CHECKING
+
 from .settings import Settings
-from .state import State
-from .train import train
+
+
+if TYPE_CHECKING:
+    from .loop import train
+    from .state import State
+
+
+def __getattr__(name: str):
+    # torch is imported with these, and the settings are arguments of the command line, whose help must not wait for it
+    modules = {"State": "state", "train": "loop"}
+    if name not in modules:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{modules[name]}", __name__), name)
 
 
 __all__ = ["Settings", "State", "train"]

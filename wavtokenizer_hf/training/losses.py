@@ -9,22 +9,8 @@ from torch import nn
 from transformers.audio_utils import mel_filter_bank
 
 from .discriminators import NAMES, Judgement
+from .settings import WEIGHTS
 
-
-WEIGHTS = {
-    "mel": 45.0,
-    "mel_scales": 0.0,  # not in the published objective, see MelScalesLoss
-    "phase": 0.0,  # nor in it, see PhaseLoss
-    "commitment": 1000.0,
-    "reencoding": 0.0,  # nor is this: how far decoded audio, encoded again, lands from the entries that it was decoded from
-    "multi_period": 1.0,
-    "multi_period_features": 1.0,
-    "multi_resolution": 1.0,
-    "multi_resolution_features": 1.0,
-    "dac": 1.0,
-    "dac_features": 1.0,
-}
-"""The published weights of the generator's losses. A critic whose two weights are 0 is not made at all."""
 
 MEL_SCALES = (256, 512, 2048)
 

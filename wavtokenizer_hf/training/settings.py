@@ -11,14 +11,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..audio import check_channel
+from ..audio_errors import check_channel
 from ..limited_files import MAX_YAML_BYTES, one_line, parse_yaml, read_file
-from .losses import WEIGHTS
 
 
 NEEDS_YAML = "Recipes need PyYAML: pip install 'wavtokenizer_hf[training]'"
 
 RECIPES = Path(__file__).parent / "recipes"
+
+WEIGHTS = {
+    "mel": 45.0,
+    "mel_scales": 0.0,  # not in the published objective, see losses.MelScalesLoss
+    "phase": 0.0,  # nor in it, see losses.PhaseLoss
+    "commitment": 1000.0,
+    "reencoding": 0.0,  # nor is this: how far decoded audio, encoded again, lands from the entries that it was decoded from
+    "multi_period": 1.0,
+    "multi_period_features": 1.0,
+    "multi_resolution": 1.0,
+    "multi_resolution_features": 1.0,
+    "dac": 1.0,
+    "dac_features": 1.0,
+}
+"""The published weights of the generator's losses. A discriminator whose two weights are 0 is not made."""
 
 
 def _field(help: str, default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, free: bool = False):

@@ -1,0 +1,123 @@
+"""Imports that wait until something needs them: the package, its command line, and the Auto classes in spite of it."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_package import CORE
+
+import wavtokenizer_hf
+from wavtokenizer_hf import bundled_model
+from wavtokenizer_hf.commands import COMMANDS
+
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "transformers", "numpy", "huggingface_hub", "gradio")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    line = [sys.executable, *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
+
+
+ARGUMENTS = [
+    (["--help"], 0),
+    (["--version"], 0),
+    (["checkpoints"], 0),
+    *(([command, "--help"], 0) for command in COMMANDS),
+    ([], 2),
+    (["nonsense"], 2),
+    (["encode"], 2),
+    (["encode", "absent.wav", "-m", "bundled", "-o", "x.json"], 2),
+    (["encode", "examples/speech.flac", "-m", "bundled", "-o", "x.json", "--channel", "middle"], 2),
+    (["tokenize", "corpus", "-o", "tokens"], 2),
+    (["train", "--no-such-option"], 2),
+]
+
+
+def test_help_and_wrong_arguments_import_nothing_heavy():
+    code = f"""
+import io, sys
+from contextlib import redirect_stderr, redirect_stdout
+from wavtokenizer_hf.cli import main
+for arguments, expected in {ARGUMENTS}:
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        try:
+            exit_code = main(arguments)
+        except SystemExit as error:
+            exit_code = error.code
+    heavy = sorted(set({HEAVY}) & set(sys.modules))
+    assert exit_code == expected, (arguments, exit_code)
+    assert not heavy, (arguments, heavy)
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_help_takes_little_longer_than_python_itself():
+    def shortest(*arguments: str) -> float:
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            run(*arguments)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    # measured: 0.03 s and 0.10 s; with torch and transformers it would be 3 s
+    assert shortest("-m", "wavtokenizer_hf", "--help") < 10 * shortest("-c", "pass") + 0.2
+
+
+FIRST_IMPORTS = [
+    "import wavtokenizer_hf; from transformers import AutoModel",
+    "from transformers import AutoModel; import wavtokenizer_hf",
+    "from wavtokenizer_hf import *",
+    "import wavtokenizer_hf.modeling_wavtokenizer_batching",
+    "import wavtokenizer_hf.native_upgrade",
+]
+
+
+def check_first_imports(imports: list[str]) -> None:
+    """Run each line in a process that has imported torch and nothing of transformers: ours must be registered afterwards."""
+    code = f"""
+import os, sys, torch, huggingface_hub
+for line in {imports}:
+    assert "transformers" not in sys.modules and "wavtokenizer_hf" not in sys.modules
+    if (child := os.fork()) == 0:
+        exec(line)
+        from transformers import AutoModel
+        from transformers.models.auto.modeling_auto import MODEL_MAPPING
+        import wavtokenizer_hf
+        from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel, upgrade
+        assert MODEL_MAPPING[WavTokenizerConfig] is WavTokenizerModel, line
+        assert callable(WavTokenizerModel.from_original) and callable(upgrade), line
+        assert not any(type(finder).__module__.startswith("wavtokenizer") for finder in sys.meta_path), line
+        assert not type(sys.modules["transformers"].__spec__.loader).__module__.startswith("wavtokenizer"), line
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, line
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_the_auto_classes_give_ours_whatever_is_imported_first():
+    check_first_imports(FIRST_IMPORTS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_every_module_of_the_core_can_be_the_first_import():
+    """A module that waits for transformers must not be met half imported."""
+    check_first_imports([f"import wavtokenizer_hf.{name}" for name in CORE])
+
+
+def test_the_interface_is_complete():
+    for name in wavtokenizer_hf.__all__:
+        assert getattr(wavtokenizer_hf, name) is not None
+    assert set(wavtokenizer_hf.__all__) <= set(dir(wavtokenizer_hf))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        wavtokenizer_hf.nothing  # noqa: B018

@@ -1,0 +1,63 @@
+"""Run a function once transformers has been imported, without importing it."""
+
+import sys
+from collections.abc import Callable, Collection
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def after_import(name: str, function: Callable[[], None], dependents: Collection[str] = ()) -> None:
+    """
+    Call a function once, as soon as a module has been imported; now, if it is imported already.
+
+    Args:
+        name: Module to wait for, such as "transformers".
+        function: Called without arguments, in the thread that imports the module.
+        dependents: Modules that import `name` and that `function` imports. While one of them is being imported, `function`
+            would meet half of it, so the call waits until it is complete.
+    """
+    if name in sys.modules:
+        function()
+    else:
+        sys.meta_path.insert(0, _Finder(name, function, dependents))
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, name: str, function: Callable[[], None], dependents: Collection[str]):
+        self.name, self.function, self.watched = name, function, {name, *dependents}
+        self.depth = 0  # watched modules that are being imported, one inside the other
+
+    def find_spec(self, name: str, path=None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in self.watched:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self)
+        return spec
+
+    def finish(self) -> None:
+        if self in sys.meta_path and self.name in sys.modules:
+            sys.meta_path.remove(self)
+            self.function()
+
+
+class _Loader(Loader):
+    """The loader of a watched module, which says when the module is complete."""
+
+    def __init__(self, loader: Loader, finder: _Finder):
+        self.loader, self.finder = loader, finder
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader  # for what asks a module for its source or its data
+        self.finder.depth += 1
+        try:
+            self.loader.exec_module(module)
+        finally:
+            self.finder.depth -= 1
+        if self.finder.depth == 0:
+            self.finder.finish()
