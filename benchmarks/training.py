@@ -29,9 +29,9 @@ import original
 from compare_with_original import reference_folder
 
 from wavtokenizer_hf.training import Settings
+from wavtokenizer_hf.training.loop import train_step
 from wavtokenizer_hf.training.losses import MelLoss
 from wavtokenizer_hf.training.state import build
-from wavtokenizer_hf.training.loop import train_step
 
 
 class TheirStep:

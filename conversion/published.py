@@ -143,7 +143,7 @@ class Published:
 def table() -> dict[str, Published]:
     """All published checkpoints by their names."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
-    content = yaml.load(TABLE.read_text(encoding="utf-8"), loader)  # noqa: S506 - both are safe loaders
+    content = yaml.load(TABLE.read_text(encoding="utf-8"), loader)
     return {name: _published(name, **fields) for name, fields in content.items()}
 
 

@@ -19,7 +19,8 @@ from test_conversion import large_checkpoint, memory_and_seconds, new_name, smal
 from conversion.command import main
 from conversion.convert import convert
 from conversion.published import find
-from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
+from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerEncoderModel, WavTokenizerModel, cli, loading
+from wavtokenizer_hf.model_names import converted_folder, find_model
 
 
 SMALL_75 = find("small-speech-75")
@@ -458,3 +459,85 @@ def test_all_without_a_token_to_push_with_is_refused_once_and_before_the_work(
     (said,) = capsys.readouterr().err.splitlines()
     assert "Log in with `hf auth login`" in said
     assert not (tmp_path / "all").exists() and not hub.requests
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of published checkpoints as models
+# ---------------------------------------------------------------------------------------------------------------------
+
+SPEECH = str(Path(__file__).parent.parent / "examples" / "speech.flac")
+
+
+@pytest.fixture
+def assets(tmp_path, monkeypatch):
+    """An empty assets cache of huggingface_hub, where converted copies are."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    return tmp_path / "assets"
+
+
+def test_a_published_name_is_converted_on_first_use_and_found_without_the_network_afterwards(
+    hub, cache, assets, small, tmp_path, capsys, monkeypatch
+):
+    hub.repositories[SMALL_75.repository] = Repository()
+    hub.repositories[SMALL_75.repository].commit({SMALL_75.file: small.read_bytes()})
+    output = tmp_path / "tokens.json"
+    assert cli.main(["encode", SPEECH, "-m", "small-speech-75", "-o", str(output)]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("small-speech-75: ")]
+    assert len(said) == 2 and SMALL_75.file in said[0] and str(assets) in said[1]
+    tokens = json.loads(output.read_text())
+    assert tokens["model"] == "small-speech-75"
+    assert tokens["codebook_fingerprint"] == WavTokenizerModel.from_original(small).codebook_fingerprint
+
+    requests = len(hub.requests)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    encoder = loading.load_model(WavTokenizerEncoderModel, "small-speech-75")
+    assert encoder.codebook_fingerprint == tokens["codebook_fingerprint"]
+    assert cli.main(["info", "small-speech-75", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["codebook_fingerprint"] == tokens["codebook_fingerprint"]
+    assert "small-speech-75:" not in printed.err and len(hub.requests) == requests
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("small-speech-75", "offline mode is on (HF_HUB_OFFLINE). Go online and run this again."),
+        (
+            "large-speech-75-v1",
+            "`wavtokenizer convert FILE --checkpoint large-speech-75-v1` takes a copy that you have.",
+        ),
+        ("small-speach-75", "Did you mean small-speech-75"),
+        ("encodec", "`wavtokenizer checkpoints` lists the names"),
+    ],
+)
+def test_a_published_name_that_cannot_be_had_is_one_line_with_the_next_step(name, message, cache, assets, capsys):
+    assert cli.main(["encode", SPEECH, "-m", name, "-o", "-"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(f"{name}: first use")]
+    assert len(lines) == 1 and message in lines[0]
+    assert not converted_folder(name).exists()
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_anything_is_downloaded(hub, cache, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"cannot be written .* Set HF_HOME to another folder"):
+        find_model("small-speech-75")
+    assert hub.requests == []
+
+
+def test_a_damaged_download_leaves_no_converted_copy(hub, cache, assets):
+    hub.repositories[SMALL_75.repository] = Repository()
+    hub.repositories[SMALL_75.repository].commit({SMALL_75.file: b"<html>"})
+    with pytest.raises(ValueError, match="Cannot load the model 'small-speech-75'"):
+        find_model("small-speech-75")
+    assert not converted_folder("small-speech-75").exists()
+
+
+def test_a_revision_of_a_published_name_has_a_copy_of_its_own(assets):
+    assert converted_folder("small-speech-75", "refs/pr/1").name == "small-speech-75@refs--pr--1"
+
+
+def test_a_folder_goes_before_a_published_checkpoint_of_its_name(tmp_path, monkeypatch, assets):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small-speech-75").mkdir()
+    assert find_model("small-speech-75") == "small-speech-75"

@@ -59,8 +59,8 @@ ROOMS = sorted({path for path in PACKAGE.iterdir() if path.suffix == ".py" or (p
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-# what every room may use: writing and reading of files, finding them, and kinds of failures of audio
-SHARED = {"atomic_files", "limited_files", "find_files", "audio_errors"}
+# what every room may use: writing and reading of files, finding them and models, and kinds of failures of audio
+SHARED = {"atomic_files", "limited_files", "find_files", "audio_errors", "model_names"}
 
 
 def imports(path: Path, everywhere: bool = True) -> set[str]:

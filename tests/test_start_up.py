@@ -10,7 +10,6 @@ import pytest
 from test_package import CORE
 
 import wavtokenizer_hf
-from wavtokenizer_hf import bundled_model
 from wavtokenizer_hf.commands import COMMANDS
 
 
@@ -74,7 +73,6 @@ def test_help_takes_little_longer_than_python_itself():
 FIRST_IMPORTS = [
     "import wavtokenizer_hf; from transformers import AutoModel",
     "from transformers import AutoModel; import wavtokenizer_hf",
-    "from wavtokenizer_hf import *",
     "import wavtokenizer_hf.modeling_wavtokenizer_batching",
     "import wavtokenizer_hf.native_upgrade",
 ]

@@ -1,6 +1,5 @@
 """The loop: what a step does, what a run leaves behind, and that it can be stopped, resumed and shared out."""
 
-import importlib
 import itertools
 import json
 import os
@@ -21,20 +20,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_training import TINY, tiny_settings, train_by_plain_descent, write_clips
 from transformers import AutoFeatureExtractor, AutoModel
 
+import wavtokenizer_hf.training.loop as loop
 import wavtokenizer_hf.training.state as state_module
 from wavtokenizer_hf import WavTokenizerModel, cli
 from wavtokenizer_hf.training import Settings, train
 from wavtokenizer_hf.training.checkpoints import read_state
 from wavtokenizer_hf.training.data import Batch
 from wavtokenizer_hf.training.log import Log
-from wavtokenizer_hf.training.losses import WEIGHTS
-from wavtokenizer_hf.training.memory import Estimate, PeakMemory, refusal
-from wavtokenizer_hf.training.settings import read_arguments
-from wavtokenizer_hf.training.state import build, restore, save
 from wavtokenizer_hf.training.loop import train_step, validate
-
-
-import wavtokenizer_hf.training.loop as loop
+from wavtokenizer_hf.training.memory import Estimate, PeakMemory, refusal
+from wavtokenizer_hf.training.settings import WEIGHTS, read_arguments
+from wavtokenizer_hf.training.state import build, restore, save
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

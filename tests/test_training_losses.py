@@ -13,7 +13,6 @@ from conftest import REFERENCE
 from wavtokenizer_hf.training.discriminators import Discriminators
 from wavtokenizer_hf.training.losses import (
     MEL_SCALES,
-    WEIGHTS,
     MelLoss,
     MelScalesLoss,
     PhaseLoss,
@@ -22,6 +21,7 @@ from wavtokenizer_hf.training.losses import (
     total,
     used_discriminators,
 )
+from wavtokenizer_hf.training.settings import WEIGHTS
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -99,7 +99,12 @@ def _register() -> None:
     WavTokenizerModel.from_original = classmethod(_from_original)
 
 
-_REGISTERED = ("auto_classes", "configuration_wavtokenizer", "feature_extraction_wavtokenizer", "modeling_wavtokenizer")
+_REGISTERED = (
+    "auto_classes",
+    "configuration_wavtokenizer",
+    "feature_extraction_wavtokenizer",
+    "modeling_wavtokenizer",
+)
 _PARTS = ("batching", "cpu", "encoder", "padding", "pickling", "precision", "windows")  # of modeling_wavtokenizer
 after_import(
     "transformers",

@@ -1,4 +1,4 @@
-"""Models by name, as the command line and bulk work load them: what is wrong with one is a ValueError that says so in a line."""
+"""Load models by name. Raises ValueError with a one-line reason."""
 
 import os
 
@@ -8,29 +8,14 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from . import bundled_model
 from .configuration_wavtokenizer import WavTokenizerConfig
 from .feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 from .limited_files import FLOAT_DTYPES, MAX_HEADER_BYTES, one_line, read_json_object, read_safetensors_header
+from .model_names import find_model
 
 
 UNREADABLE = (OSError, ValueError, SafetensorError, RuntimeError, StrictDataclassError, OverflowError, KeyError)
 """What reading a damaged model raises."""
-
-
-def find_model(name: str | os.PathLike) -> str:
-    """
-    Where a model is to be loaded from: of `bundled` the folder, of any other name the name.
-
-    Raises:
-        ValueError: the name is a path, and there is no such folder.
-    """
-    name = os.fspath(name)
-    if name == "bundled":
-        return str(bundled_model())
-    if not os.path.isdir(name) and (name.startswith((".", "~", "/")) or name.count("/") > 1):
-        raise ValueError(f"Cannot load the model {name!r}: there is no such folder.")
-    return name
 
 
 def load_model(
@@ -41,20 +26,21 @@ def load_model(
     **arguments,
 ) -> PreTrainedModel:
     """
-    Loads a model for inference.
+    Load a model for inference.
 
     Args:
-        model_class: what of it is loaded, `WavTokenizerModel` or `WavTokenizerEncoderModel`.
-        name: `bundled`, a folder, or a name on the Hub.
-        revision: branch, tag or commit on the Hub.
-        device: to which it goes; default: the CPU.
-        arguments: further ones of `from_pretrained`.
+        model_class: `WavTokenizerModel`, or `WavTokenizerEncoderModel` for the encoder alone.
+        name: `bundled`, the name of a published checkpoint, a folder, or OWNER/NAME on the Hub. A published checkpoint is
+            converted on first use, see `model_names`.
+        revision: Branch, tag or commit on the Hub. Default: main.
+        device: Device to load the model on. Defaults to CPU.
+        arguments: Further arguments of `from_pretrained`.
 
     Raises:
-        ValueError: it cannot be loaded, or lacks tensors; or there is no such device.
+        ValueError: The model cannot be loaded or lacks tensors, or there is no such device.
     """
     name = os.fspath(name)
-    source, revision = find_model(name), revision or "main"
+    source, revision = find_model(name, revision), revision or "main"
     try:
         check_files(model_class, source, revision)
         model, info = model_class.from_pretrained(
@@ -79,7 +65,7 @@ def load_feature_extractor(
     Load the feature extractor beside a model, which may scale clips to a peak. A folder may lack it: then nothing is scaled.
 
     Args:
-        name: `bundled`, a folder, or a name on the Hub.
+        name: `bundled`, the name of a published checkpoint, a folder, or OWNER/NAME on the Hub.
         revision: branch, tag or commit on the Hub.
         config: of the model.
 
@@ -87,7 +73,7 @@ def load_feature_extractor(
         ValueError: it cannot be loaded, a value in it makes no sense, or it is for another sampling rate than the model.
     """
     name = os.fspath(name)
-    folder, revision = find_model(name), revision or "main"
+    folder, revision = find_model(name, revision), revision or "main"
     if os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "preprocessor_config.json")):
         return WavTokenizerFeatureExtractor(sampling_rate=config.sampling_rate, hop_length=config.hop_length)
     try:

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from .. import audio
 from ..configuration_wavtokenizer import WavTokenizerEncoderConfig
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
-from ..loading import find_model, load_model, target_peak
+from ..loading import load_model, target_peak
+from ..model_names import find_model
 from ..modeling_wavtokenizer import WavTokenizerModel
 from . import encoding
 from .encoding import Failure
@@ -32,7 +33,9 @@ class _Mapped:
 
     def __init__(self, model: str, revision: str | None, device: str | None):
         try:
-            config = WavTokenizerEncoderConfig.from_pretrained(find_model(model), revision=revision or "main")
+            config = WavTokenizerEncoderConfig.from_pretrained(
+                find_model(model, revision), revision=revision or "main"
+            )
         except OSError as error:
             raise ValueError(f"Cannot load the model {model!r}: {error}") from error
         self.model = str(model)

@@ -5,10 +5,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from ..model_names import find_model
 from . import COMMANDS
 
 
-MODEL_HELP = "name on the Hub, or folder; bundled: the small model that comes with this package, for a first try"
+MODEL_HELP = (
+    "bundled (the small model of this package, for a first try); name of a published checkpoint, as `wavtokenizer checkpoints` "
+    "lists them (downloaded and converted on first use); folder; or OWNER/NAME on the Hub"
+)
 
 
 class UsageError(ValueError):
@@ -25,7 +29,7 @@ def add_command(commands, name: str, run: Callable) -> argparse.ArgumentParser:
 
 def add_model(parser: argparse.ArgumentParser, required: bool = True, decoder: bool = True) -> None:
     parser.add_argument("-m", "--model", required=required, help=MODEL_HELP)
-    parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub (default: main)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
     if decoder:
         parser.add_argument(
@@ -37,6 +41,8 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True, decoder: b
 
 
 def load_model(arguments, encoder_only: bool = False, allow_exported: bool = True):
+    find_model(arguments.model, arguments.revision)  # before torch is imported
+
     import torch
 
     from .. import WavTokenizerEncoderModel, WavTokenizerModel, loading

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..atomic_files import atomic_write, is_stream
 from ..audio_errors import check_channel
-from ..limited_files import read_file
 from ..find_files import SUFFIXES, TOKEN_FORMATS
+from ..limited_files import read_file
 from .arguments import add_channel, add_command, add_model, load_model
 from .files import add_files, do_each, find_jobs
 from .token_folders import token_clips
@@ -39,7 +39,9 @@ def add(commands) -> None:
     add_model(decode)
     decode.add_argument("--id", nargs="+", metavar="ID", help="only these clips of a token folder (default: all)")
     decode.add_argument(
-        "--format", choices=TOKEN_FORMATS, help="of INPUT; default: its ending, or for standard input its first two bytes"
+        "--format",
+        choices=TOKEN_FORMATS,
+        help="of INPUT; default: its ending, or for standard input its first two bytes",
     )
     _add_sound(decode)
 

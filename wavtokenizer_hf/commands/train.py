@@ -1,5 +1,6 @@
 """`wavtokenizer train`: a new model, or more training for one that is there."""
 
+from ..model_names import find_model
 from ..training import settings
 from .arguments import add_command, print_facts
 
@@ -15,11 +16,11 @@ def add(commands) -> None:
 
 
 def _train(arguments) -> int:
-    from ..loading import find_model
-    from ..training import train
-
     wanted = settings.read_arguments(arguments)
     wanted.model = wanted.model and find_model(wanted.model)
+
+    from ..training import train
+
     state = train(wanted)
     facts = {
         "output": state.settings.output,

@@ -9,7 +9,6 @@ from torch import nn
 from transformers.audio_utils import mel_filter_bank
 
 from .discriminators import NAMES, Judgement
-from .settings import WEIGHTS
 
 
 MEL_SCALES = (256, 512, 2048)

@@ -1,0 +1,106 @@
+"""Find a model by its name: `bundled`, a published checkpoint, a folder, or OWNER/NAME on the Hub.
+
+A published checkpoint is converted on first use. The converted folder stays in the assets cache of huggingface_hub
+(HF_ASSETS_CACHE, by default below HF_HOME), where it is found without the network from then on.
+"""
+
+import difflib
+import os
+import sys
+from contextlib import ExitStack, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+from . import bundled_model
+from .limited_files import one_line
+
+
+def find_model(name: str | os.PathLike, revision: str | None = None) -> str:
+    """
+    Return what `from_pretrained` loads: a folder, or a name on the Hub.
+
+    Args:
+        name: `bundled`, the name of a published checkpoint (see `wavtokenizer checkpoints`), a folder, or OWNER/NAME on the Hub.
+            A folder goes before a published checkpoint of the same name.
+        revision: Branch, tag or commit of a published checkpoint's repository. Default: main.
+
+    Raises:
+        ValueError: There is no such folder or checkpoint, or the checkpoint cannot be downloaded, verified or converted.
+    """
+    name = os.fspath(name)
+    if name == "bundled":
+        return str(bundled_model())
+    if os.path.isdir(name):
+        return name
+    if name.startswith((".", "~", "/")) or name.count("/") > 1:
+        raise ValueError(f"Cannot load the model {name!r}: there is no such folder.")
+    if "/" in name:
+        return name
+    if name in (names := published_names()):
+        return str(converted_model(name, revision))
+    nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(nearest)}?" if nearest else "`wavtokenizer checkpoints` lists the names."
+    raise ValueError(
+        f"Cannot load the model {name!r}: there is no such folder, and no published checkpoint has this name. {hint} A model on "
+        "the Hub is OWNER/NAME; bundled is the small model of this package."
+    )
+
+
+def published_names() -> list[str]:
+    """Names of the published checkpoints; none where the package `conversion` is not installed."""
+    try:
+        from conversion.published import table
+    except ModuleNotFoundError:
+        return []
+    return list(table())
+
+
+def converted_folder(name: str, revision: str | None = None) -> Path:
+    """Folder in the cache where the converted copy of a published checkpoint is, or will be."""
+    from huggingface_hub import constants
+
+    folder = name if revision is None else f"{name}@{revision.replace('/', '--')}"
+    return Path(constants.HF_ASSETS_CACHE, "wavtokenizer_hf", "converted", folder)
+
+
+def converted_model(name: str, revision: str | None = None) -> Path:
+    """
+    Return the folder of a published checkpoint; download, verify and convert it first if it is not in the cache.
+
+    Standard error says in two lines what is done. Processes that need the same checkpoint wait for the one that converts it.
+
+    Raises:
+        ValueError: It cannot be downloaded, is not the published checkpoint, or the cache cannot be written.
+    """
+    folder = converted_folder(name, revision)
+    if (folder / "config.json").is_file():  # folders appear complete or not at all
+        return folder
+
+    from huggingface_hub.utils import WeakFileLock
+
+    from conversion.convert import convert
+    from conversion.download import download
+    from conversion.published import find
+
+    published = find(name)
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(WeakFileLock(folder.with_name(f"{folder.name}.lock")))
+        except OSError as error:
+            raise ValueError(
+                f"Cannot load the model {name!r}: the cache {folder.parent} cannot be written ({error.strerror or error}). Set "
+                f"HF_HOME to another folder, or run `wavtokenizer convert --checkpoint {name} -o FOLDER` and give FOLDER."
+            ) from error
+        if (folder / "config.json").is_file():  # another process was first
+            return folder
+        where = f"{published.file} of {published.repository}" if published.repository else published.file
+        print(f"{name}: first use: downloading {where}, then converting it", file=sys.stderr)
+        try:
+            path = download(published, revision)
+            with redirect_stdout(StringIO()):  # the report of `wavtokenizer convert`
+                convert(path, folder, published=published)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"Cannot load the model {name!r}: {one_line(error)}") from error
+        print(f"{name}: verified and converted; from now on it is loaded from {folder}", file=sys.stderr)
+    return folder
