@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
+import re
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,8 +15,10 @@ import soundfile
 import torch
 from safetensors import safe_open
 
-from wavtokenizer_hf import WavTokenizerModel, audio, pipes, transcode
-from wavtokenizer_hf.cli import main
+import wavtokenizer_hf.progress as progress_module
+from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel, __version__, audio, pipes, transcode
+from wavtokenizer_hf.cli import _parsers, main
+from wavtokenizer_hf.progress import Progress
 from wavtokenizer_hf.token_file import TokenFile
 from wavtokenizer_hf.transcode import codes_of
 
@@ -166,6 +171,13 @@ def test_info_describes_a_model_and_a_token_file(model_folder, sound, tmp_path, 
         (["encode", "SOUND", "-m", "MODEL", "-o", "x", "--device", "abacus"], "abacus"),
         (["encode", "SOUND", "COPY", "-m", "MODEL", "-o", "x"], "would both become"),
         (["encode", "SOUND", "COPY", "-m", "MODEL", "-o", "-"], "2 files for standard output"),
+        (["encode", "SOUND", "-m", "MODEL", "-o", "x.foo"], "expected .safetensors, .json, .npy, .txt"),
+        (["reconstruct", "SOUND", "-m", "MODEL", "-o", "x.foo"], "expected .wav, .flac, .ogg, .mp3"),
+        (["reconstruct", "SOUND", "-m", "MODEL", "-o", "x"], "Got no extension of the output x"),
+        (
+            ["encode", "SOUND", "COPY", "-m", "MODEL", "-o", "x.json"],
+            "as the output of 2 files, expected a folder: x/",
+        ),
         (["info", "SOUND"], "is not a token file"),
         (["info", "CAUSAL"], "use_causal_conv="),
         (["convert", "SOUND", "-o", "x"], "sound.wav"),
@@ -254,6 +266,119 @@ def test_a_damaged_token_file_is_refused_in_one_line(name, model_folder, tmp_pat
     printed = capsys.readouterr().err.splitlines()
     assert len([line for line in printed if line.startswith("wavtokenizer decode: ") and name in line]) == 1
     assert not (tmp_path / "x.wav").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode", "a.wav", "-o", "x.json"], "-m bundled is the small model of this package"),
+        (["encode", "a.wav", "-o", "x.json", "-m"], "-m bundled is the small model of this package"),
+        (["encode", "a.wav", "-o", "x.json", "-m", "bundled", "--foo"], "unrecognized arguments: --foo"),
+        (
+            ["encode", "a.wav", "-o", "x.json", "-m", "bundled", "--peak-dbfs", "3"],
+            "expected a level of at most 0 dBFS",
+        ),
+    ],
+)
+def test_wrong_arguments_show_the_usage_of_their_command(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("usage: wavtokenizer encode ") and message in printed.splitlines()[-1]
+
+
+def test_arguments_that_do_not_go_together_show_the_usage_of_their_command(capsys):
+    assert main(["tokenize", "corpus", "-o", "tokens"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("usage: wavtokenizer tokenize ") and "-m bundled" in printed.splitlines()[-1]
+
+
+def test_no_option_has_underscores_only():
+    for command, parser in _parsers(None)[1].items():
+        for action in parser._actions:
+            assert not action.option_strings or any("_" not in name for name in action.option_strings), command
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"wavtokenizer_hf {__version__}\n"
+
+
+def test_peak_dbfs_scales_each_clip_as_the_feature_extractor_does(model_folder, tmp_path, tiny_model):
+    quiet = 0.01 * NOISE
+    soundfile.write(tmp_path / "quiet.wav", quiet, 24000, subtype="FLOAT")
+    found = {}
+    for level in ("-3", "none", "model"):
+        output = tmp_path / f"{level}.npy"
+        line = ["encode", str(tmp_path / "quiet.wav"), "-m", model_folder, "-o", str(output), "--peak-dbfs", level]
+        assert main(line) == 0
+        found[level] = np.load(output)
+    extractor = WavTokenizerFeatureExtractor(hop_length=16, normalize_audio=True, target_peak_dB_FS=-3.0)
+    inputs = extractor(quiet, sampling_rate=24000, return_tensors="pt")
+    np.testing.assert_array_equal(found["-3"], tiny_model.encode(**inputs).audio_codes[0, 0].numpy())
+    assert not np.array_equal(found["-3"], found["none"])
+    np.testing.assert_array_equal(found["none"], found["model"])  # the folder asks for none
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def work_of_half_a_second(progress: Progress) -> None:
+    for _ in range(10):
+        time.sleep(0.05)
+        progress.update()
+
+
+def test_progress_is_a_line_with_the_time_left_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.2)
+    with Progress(10, "files") as outer, Progress(5, "s of audio"):
+        work_of_half_a_second(outer)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(re.fullmatch(r"\d+ of 10 files, about 0:00:0\d left", line) for line in lines)
+
+
+def test_progress_is_a_bar_on_a_terminal_and_is_removed(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(progress_module, "DELAY_SECONDS", 0.1)
+    with Progress(10, "files") as progress:
+        work_of_half_a_second(progress)
+    shown = sys.stderr.getvalue()
+    assert "/10 files [00:00, 00:00 left" in shown
+    assert shown.rstrip(" ").endswith("\r") and "\n" not in shown
+
+
+def test_short_work_and_hidden_work_show_nothing(monkeypatch, capsys):
+    with Progress(10, "files") as progress:
+        work_of_half_a_second(progress)
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.1)
+    with Progress(10, "files", shown=False) as progress:
+        work_of_half_a_second(progress)
+    assert capsys.readouterr().err == ""
+
+
+def test_only_what_a_command_says_is_on_standard_error(run, sound, tmp_path):
+    """Not the bars of transformers, "Loading weights" and the like."""
+    result = run("encode", sound, "-o", tmp_path / "x.json")
+    assert result.returncode == 0 and result.stderr == b""
+
+
+def test_the_shell_gets_completions(tmp_path):
+    pytest.importorskip("argcomplete")
+    environment = {
+        **os.environ,
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out"),
+        "COMP_LINE": "wavtokenizer recon",
+        "COMP_POINT": "18",
+    }
+    subprocess.run([sys.executable, "-m", "wavtokenizer_hf"], env=environment, timeout=60)
+    assert (tmp_path / "out").read_text().strip() == "reconstruct"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

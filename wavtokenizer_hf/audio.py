@@ -20,6 +20,7 @@ from .atomic_files import atomic_write, cannot_write
 from .audio_decoders import open_decoder, soundfile_module, torchcodec_decoder
 from .audio_decoders import reason as _reason
 from .audio_errors import AudioError, CutOffError, check_channel
+from .find_files import SUFFIXES as SUFFIXES
 
 
 logger = logging.getLogger(__name__)

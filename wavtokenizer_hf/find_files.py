@@ -14,6 +14,13 @@ SUFFIXES = (
 )  # fmt: skip
 """Extensions of audio files in a folder. `audio.load` goes by content. Files of the last line need torchcodec."""
 
+WRITABLE_FORMATS = (
+    "wav", "flac", "ogg", "mp3",
+    "aiff", "au", "avr", "caf", "htk", "ircam", "mat4", "mat5", "mpc2k", "nist", "paf", "pvf", "raw", "rf64", "sd2", "sds",
+    "svx", "voc", "w64", "wavex", "wve", "xi",
+)  # fmt: skip
+"""Formats of audio files that soundfile writes, each with its name as its extension. The first line is for people."""
+
 TOKEN_FORMATS = ("safetensors", "json", "npy", "txt")
 """Formats of token files, each with its name as its extension."""
 

@@ -1,5 +1,6 @@
 """Load models by name. Raises ValueError with a one-line reason."""
 
+import math
 import os
 
 import torch
@@ -59,20 +60,33 @@ def load_model(
 
 
 def load_feature_extractor(
-    name: str | os.PathLike, revision: str | None, config: WavTokenizerConfig
+    name: str | os.PathLike, revision: str | None, config: WavTokenizerConfig, peak_dbfs: float | str = "model"
 ) -> WavTokenizerFeatureExtractor:
     """
     Load the feature extractor beside a model, which may scale clips to a peak. A folder may lack it: then nothing is scaled.
 
     Args:
         name: `bundled`, the name of a published checkpoint, a folder, or OWNER/NAME on the Hub.
-        revision: branch, tag or commit on the Hub.
-        config: of the model.
+        revision: Branch, tag or commit on the Hub. Default: main.
+        config: Config of the model.
+        peak_dbfs: Peak level that clips are scaled to, in dBFS, at most 0. `"none"`: no scaling. Default: as the file says.
 
     Raises:
-        ValueError: it cannot be loaded, a value in it makes no sense, or it is for another sampling rate than the model.
+        ValueError: It cannot be loaded, a value in it makes no sense, or it is for another sampling rate than the model.
     """
-    name = os.fspath(name)
+    feature_extractor = _read_feature_extractor(os.fspath(name), revision, config)
+    if peak_dbfs == "none":
+        feature_extractor.normalize_audio = False
+    elif peak_dbfs != "model":
+        if not (isinstance(peak_dbfs, (int, float)) and -math.inf < peak_dbfs <= 0):
+            raise ValueError(f"Got peak_dbfs={peak_dbfs!r}, expected a level of at most 0 dBFS, 'none' or 'model'.")
+        feature_extractor.normalize_audio, feature_extractor.target_peak_dB_FS = True, float(peak_dbfs)
+    return feature_extractor
+
+
+def _read_feature_extractor(
+    name: str, revision: str | None, config: WavTokenizerConfig
+) -> WavTokenizerFeatureExtractor:
     folder, revision = find_model(name, revision), revision or "main"
     if os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "preprocessor_config.json")):
         return WavTokenizerFeatureExtractor(sampling_rate=config.sampling_rate, hop_length=config.hop_length)

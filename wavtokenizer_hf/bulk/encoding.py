@@ -47,7 +47,10 @@ MAX_CLIP_SECONDS = audio.MAX_CLIP_SECONDS
 
 
 def load_encoder(
-    model: str, revision: str | None = None, device: str | torch.device | None = None
+    model: str,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    peak_dbfs: float | str = "model",
 ) -> tuple[WavTokenizerEncoderModel, WavTokenizerFeatureExtractor]:
     """Loads the encoder of a model, and the feature extractor beside it, which may scale clips to a peak.
 
@@ -55,6 +58,7 @@ def load_encoder(
         model: name on the Hub, folder, or `bundled`.
         revision: branch, tag or commit on the Hub.
         device: default: a GPU if there is one.
+        peak_dbfs: Peak level of clips, as in `loading.load_feature_extractor`.
 
     Raises:
         ValueError: it cannot be loaded, lacks tensors, has codes that 16 bits cannot hold; or there is no such device.
@@ -65,7 +69,7 @@ def load_encoder(
         raise ValueError(
             f"Got a codebook of {config.codebook_size} entries, expected at most 65,536: codes are uint16."
         )
-    return encoder, load_feature_extractor(model, revision, config)
+    return encoder, load_feature_extractor(model, revision, config, peak_dbfs)
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

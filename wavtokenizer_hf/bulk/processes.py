@@ -89,6 +89,7 @@ def run_in_processes(
 def _serve(connection: Connection, job: Job, rank: int) -> None:
     # tqdm's own is one between processes, which Python calls leaked when this one is killed
     library("tqdm.auto").tqdm.set_lock(threading.RLock())
+    library("transformers.utils.logging").disable_progress_bar()  # "Loading weights", once for each worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the keyboard is for the process that drives
     try:
         worker = Worker(job, rank)

@@ -27,7 +27,7 @@ class Progress:
         """Takes in what was done since the last call."""
         self.total += summary
         now = time.monotonic()
-        if self.shown and now - self.last >= (0.5 if self.on_terminal else 60):
+        if self.shown and now - self.last >= (0.5 if self.on_terminal else 30):
             self.last = now
             start, end = ("\r", "\x1b[K") if self.on_terminal else ("", "\n")
             print(f"{start}{self.line(now - self.started)}", end=end, file=sys.stderr, flush=True)

@@ -79,6 +79,7 @@ def tokenize(
     channel: str | int = "mean",
     max_clip_seconds: float = encoding.MAX_CLIP_SECONDS,
     tar_names: str = "ending",
+    peak_dbfs: float | str = "model",
 ) -> Result:
     """
     Encodes every clip of a source into a folder of Parquet parts, going on where an earlier run ended.
@@ -88,7 +89,7 @@ def tokenize(
 
     Args:
         source, column, dataset_config, split, dataset_revision: the clips, see `sources.open_source`.
-        model: name on the Hub, folder, or `bundled`. Its preprocessor_config.json may ask for a peak level, as Apertus 1.5 does.
+        model: `bundled`, the name of a published checkpoint, a folder, or OWNER/NAME on the Hub. Its preprocessor_config.json may ask for a peak level, as Apertus 1.5 does.
         output: a folder, new or of an earlier run with the same source and model.
         revision: of the model on the Hub.
         device: default: each process has the GPU of its number, or the CPU.
@@ -111,6 +112,8 @@ def tokenize(
         channel: of clips that have several, as `audio.load` takes it.
         max_clip_seconds: a longer clip fails, before it is read if its header says so.
         tar_names: how names in tar shards are split, see `sources.open_source`.
+        peak_dbfs: Peak level that each clip is scaled to, in dBFS, at most 0; `"none"`: no scaling. Default: as the model's
+            preprocessor_config.json says.
 
     Raises:
         ValueError: bad arguments, no clips, a model that cannot be loaded, a folder of other settings, a clip that failed
@@ -131,7 +134,7 @@ def tokenize(
         raise ValueError(
             f"The output {output} lies in the source {source}, whose Parquet it would become. Name another."
         )
-    encoder, feature_extractor = encoding.load_encoder(model, revision, "cpu")
+    encoder, feature_extractor = encoding.load_encoder(model, revision, "cpu", peak_dbfs)
     commit = getattr(encoder.config, "_commit_hash", None)
     clips = open_source(source, column, dataset_config, split, dataset_revision, tar_names)
     selection = clips.selection
@@ -182,6 +185,7 @@ def tokenize(
             stop_at_failure=on_error == "fail",
             channel=channel,
             max_clip_seconds=max_clip_seconds,
+            peak_dbfs=peak_dbfs,
         )
         watch = Progress(len(to_do), settings.sampling_rate, progress)
         report = _Summaries(folder, watch)

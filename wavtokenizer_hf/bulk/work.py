@@ -30,6 +30,7 @@ class Job:
         stop_at_failure: the first clip that fails ends the work.
         channel: of clips that have several.
         max_clip_seconds: a longer clip fails.
+        peak_dbfs: Peak level of clips, as in `loading.load_feature_extractor`.
     """
 
     source: Source
@@ -43,6 +44,7 @@ class Job:
     stop_at_failure: bool
     channel: str = "mean"
     max_clip_seconds: float = encoding.MAX_CLIP_SECONDS
+    peak_dbfs: float | str = "model"
 
 
 class Worker:
@@ -54,7 +56,7 @@ class Worker:
             torch.set_num_threads(job.num_threads)
         self.job = job
         device = job.device or encoding.default_device(rank)
-        self.encoder, self.feature_extractor = encoding.load_encoder(job.model, job.revision, device)
+        self.encoder, self.feature_extractor = encoding.load_encoder(job.model, job.revision, device, job.peak_dbfs)
         settings = job.output.settings
         here = self.encoder.codebook_fingerprint, encoding.weights_fingerprint(self.encoder.encoder)
         if here != (settings.codebook_fingerprint, settings.encoder_fingerprint):

@@ -2,10 +2,10 @@
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
-from ..model_names import find_model
 from . import COMMANDS
 
 
@@ -41,7 +41,7 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True, decoder: b
 
 
 def load_model(arguments, encoder_only: bool = False, allow_exported: bool = True):
-    find_model(arguments.model, arguments.revision)  # before torch is imported
+    quiet_transformers()
 
     import torch
 
@@ -72,6 +72,40 @@ def add_channel(parser: argparse.ArgumentParser) -> None:
         metavar="mean|left|right|N",
         help="of audio with several channels (default: their mean; N counts from 0)",
     )
+
+
+def add_peak(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--peak-dbfs",
+        type=_peak,
+        default="model",
+        metavar="DB|none|model",
+        help="scale each clip to this peak level before it is encoded, in dBFS, at most 0, such as -3 for Apertus 1.5; none: no "
+        "scaling; model: as the model's preprocessor_config.json says (default)",
+    )
+
+
+def _peak(text: str) -> str | float:
+    if text in ("model", "none"):
+        return text
+    try:
+        level = float(text)
+    except ValueError:
+        level = math.nan
+    if not -math.inf < level <= 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a level of at most 0 dBFS, none or model")
+    return level
+
+
+def quiet_transformers() -> None:
+    """Turn off the progress bars of transformers ("Loading weights"), but not those of downloads from the Hub."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    hidden = are_progress_bars_disabled()
+    logging.disable_progress_bar()  # turns off those of huggingface_hub too
+    if not hidden:
+        enable_progress_bars()
 
 
 def _load_exported(arguments):

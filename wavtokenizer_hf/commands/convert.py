@@ -4,7 +4,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 
-from .arguments import add_command, print_facts
+from .arguments import add_command, print_facts, quiet_transformers
 
 
 def add(commands) -> None:
@@ -24,6 +24,7 @@ def add(commands) -> None:
 def _convert(arguments) -> int:
     from conversion import command
 
+    quiet_transformers()
     if arguments.to_original:
         return _to_original(arguments)
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):

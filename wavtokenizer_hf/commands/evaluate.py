@@ -9,6 +9,7 @@ from pathlib import Path
 from ..atomic_files import refuse_inputs
 from ..audio_errors import check_channel
 from ..find_files import SUFFIXES
+from ..model_names import find_model
 from .arguments import add_channel, add_command, add_model, load_model
 from .files import find_sources
 from .token_folders import DecodedTokens
@@ -96,6 +97,9 @@ def _evaluate(arguments) -> int:
         raise ValueError(f"Got --num-workers {arguments.num_workers}, expected 0 or more.")
     check_channel(arguments.channel)
     references = find_sources(arguments.audio, SUFFIXES)
+    for name, revision in ((arguments.model, arguments.revision), (arguments.compare, None)):
+        if name is not None:
+            find_model(name, revision)
 
     from ..evaluation import DecodedFolder, evaluate
     from ..evaluation.report import REPORT_FILES
@@ -123,7 +127,7 @@ def _evaluate(arguments) -> int:
         metrics=arguments.metrics,
         utmos_weights=arguments.utmos,
         num_workers=min(arguments.num_workers, len(references)),
-        progress=sys.stderr.isatty(),
+        progress=True,
         channel=arguments.channel,
         crepe=arguments.crepe,
         asr=arguments.asr,

@@ -1,7 +1,9 @@
 """`wavtokenizer export`: tokens to the files that language models are trained from."""
 
 import sys
+from contextlib import ExitStack
 
+from ..progress import Progress
 from .arguments import add_command, print_facts
 
 
@@ -80,13 +82,14 @@ def _export(arguments) -> int:
         print_facts({**_facts(total, folder), "seconds_of_one_process": round(seconds, 1)}, arguments.json)
         return 0
 
-    from tqdm import tqdm
-
-    with tqdm(unit="chunk", disable=not sys.stderr.isatty()) as bar:
+    with ExitStack() as stack:
+        progress = None
 
         def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            nonlocal progress
+            if progress is None:  # the first call says what an earlier run did
+                progress = stack.enter_context(Progress(total, "chunks", done))
+            progress.update(done - progress.done)
 
         total = export_tokens(
             arguments.tokens, arguments.output, format, arguments.num_processes, arguments.on_error, show

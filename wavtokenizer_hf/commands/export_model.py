@@ -1,6 +1,7 @@
 """`wavtokenizer export-model`: a model to ONNX files."""
 
-from .arguments import MODEL_HELP, add_command, print_facts
+from ..model_names import find_model
+from .arguments import MODEL_HELP, add_command, print_facts, quiet_transformers
 
 
 FORMATS = ("onnx",)
@@ -33,6 +34,9 @@ def add(commands) -> None:
 
 
 def _export_model(arguments) -> int:
+    find_model(arguments.model, arguments.revision)
+    quiet_transformers()
+
     from .. import WavTokenizerModel, loading
     from ..export import export_onnx
 

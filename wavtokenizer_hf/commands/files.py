@@ -4,12 +4,14 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..atomic_files import is_stream, refuse_inputs, remove_leftovers
 from ..audio_errors import failure_kind
 from ..find_files import describe_passed_over, find_files
+from ..progress import Progress, write
+from .arguments import UsageError
 
 
 def add_files(parser: argparse.ArgumentParser, help: str) -> None:
@@ -44,8 +46,26 @@ def find_sources(inputs: list[str], suffixes: tuple[str, ...]) -> list[tuple[Pat
     return sources
 
 
-def find_jobs(arguments, suffixes: tuple[str, ...], new_suffix: str) -> list[tuple[Path | None, Path | None]]:
-    """Pairs of a file to read and the file to write for it; None is standard input or output."""
+def find_jobs(
+    arguments, suffixes: tuple[str, ...], new_suffix: str, formats: Sequence[str], format_is_given: bool = False
+) -> list[tuple[Path | None, Path | None]]:
+    """
+    Find the files to read, and name the file to write for each.
+
+    Args:
+        arguments: Arguments of the command.
+        suffixes: Extensions of files that are read from a folder.
+        new_suffix: Extension of files that are written to a folder.
+        formats: Formats that a single output file may name by its extension, the usual ones first.
+        format_is_given: Whether an option names the format, so that the extension of a single output file does not matter.
+
+    Returns:
+        Pairs of a file to read and the file to write; None is standard input or output.
+
+    Raises:
+        UsageError: Inputs and output do not go together, or the extension of the output names no format.
+        FileNotFoundError: There is no such input.
+    """
     inputs, output = arguments.inputs, arguments.output
     from_pipe = "-" in inputs
     if from_pipe and len(inputs) > 1:
@@ -63,7 +83,13 @@ def find_jobs(arguments, suffixes: tuple[str, ...], new_suffix: str) -> list[tup
     if from_pipe and is_folder:
         raise ValueError(f"Got the folder {output} for standard input, which has no name. Name a file as OUTPUT.")
     if len(inputs) == 1 and (from_pipe or Path(inputs[0]).is_file()) and not is_folder:
+        if not format_is_given:
+            _check_suffix(folder, formats)
         return _without_overwriting(arguments, [(sources[0][0], folder)])
+    if not is_folder and folder.suffix[1:].lower() in formats:
+        raise UsageError(
+            f"Got the file {output} as the output of {len(sources)} files, expected a folder: {folder.stem}/"
+        )
     jobs, seen = [], {}
     for source, place in sources:
         target = folder / place.with_suffix(new_suffix)
@@ -74,6 +100,16 @@ def find_jobs(arguments, suffixes: tuple[str, ...], new_suffix: str) -> list[tup
         seen[target] = source
         jobs.append((source, target))
     return _without_overwriting(arguments, jobs)
+
+
+def _check_suffix(path: Path, formats: Sequence[str]) -> None:
+    """Raise UsageError if the extension of an output file names no format. A token file may have none."""
+    suffix = path.suffix[1:].lower()
+    if suffix in formats or is_stream(path) or (not suffix and "safetensors" in formats):
+        return
+    expected = ", ".join(f".{format}" for format in formats[:4])
+    what = f"the extension .{suffix}" if suffix else "no extension"
+    raise UsageError(f"Got {what} of the output {path}, expected {expected}, or a folder: {path}/")
 
 
 def _without_overwriting(
@@ -96,11 +132,16 @@ def _without_overwriting(
 
 def do_each(jobs: list[tuple[Path | None, Path | None]], work: Callable, arguments, model) -> int:
     """Does every job, says what came of it, goes on after a failed one; returns the exit code."""
+    with Progress(len(jobs), "files", shown=len(jobs) > 1) as progress:
+        return _do_each(jobs, work, arguments, model, progress)
+
+
+def _do_each(jobs, work: Callable, arguments, model, progress: Progress) -> int:
     import torch
-    from tqdm import tqdm
 
     failures = 0
-    for source, target in tqdm(jobs, unit="file", disable=len(jobs) == 1 or not sys.stderr.isatty()):
+    for number, (source, target) in enumerate(jobs):
+        progress.update(number - progress.done)
         name = "standard input" if source is None else str(source)
         started = time.perf_counter()
         try:
@@ -129,7 +170,7 @@ def do_each(jobs: list[tuple[Path | None, Path | None]], work: Callable, argumen
             f"{result['times_real_time']:.1f} x real time"
         )
         if tally.window_seconds is not None:
-            tqdm.write(
+            write(
                 f"{name}: decoded in windows of {tally.window_seconds:g} s that share {tally.overlap_seconds:.3g} s, close to "
                 "the exact sound; --window-seconds 0 gives that, in memory that grows with the length",
                 file=sys.stderr,
@@ -146,12 +187,10 @@ def do_each(jobs: list[tuple[Path | None, Path | None]], work: Callable, argumen
 
 def _tell(arguments, result: dict, message: str, target: Path | None, failed: bool) -> None:
     """Says what came of one job; on standard error where standard output holds the result itself."""
-    from tqdm import tqdm
-
     if arguments.json:
-        tqdm.write(json.dumps(result), file=sys.stderr if target is None else sys.stdout)
+        write(json.dumps(result), file=sys.stderr if target is None else sys.stdout)
     elif failed or target is not None:
-        tqdm.write(message, file=sys.stderr if failed else sys.stdout)
+        write(message, file=sys.stderr if failed else sys.stdout)
 
 
 def _figures(model, tally, seconds: float) -> dict:

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from .arguments import add_command, print_facts
+from ..model_names import find_model
+from .arguments import MODEL_HELP, add_command, print_facts, quiet_transformers
 
 
 def add(commands) -> None:
     info = add_command(commands, "info", _info)
     info.add_argument(
         "source",
-        help="name or folder of a model, bundled, a token file (.safetensors, .json), or a folder of tokenize",
+        help=f"a model: {MODEL_HELP}; or a token file (.safetensors, .json), or a folder of tokenize",
     )
     info.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
 
@@ -33,6 +34,9 @@ def _info(arguments) -> int:
     elif is_token_folder(arguments.source):
         facts = _folder_facts(arguments.source)
     else:
+        find_model(arguments.source, arguments.revision)
+        quiet_transformers()
+
         from .. import WavTokenizerModel
         from ..loading import load_model
 

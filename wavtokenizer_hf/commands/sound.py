@@ -8,9 +8,11 @@ from pathlib import Path
 
 from ..atomic_files import atomic_write, is_stream
 from ..audio_errors import check_channel
-from ..find_files import SUFFIXES, TOKEN_FORMATS
+from ..find_files import SUFFIXES, TOKEN_FORMATS, WRITABLE_FORMATS
 from ..limited_files import read_file
-from .arguments import add_channel, add_command, add_model, load_model
+from ..model_names import find_model
+from ..progress import Progress
+from .arguments import add_channel, add_command, add_model, add_peak, load_model
 from .files import add_files, do_each, find_jobs
 from .token_folders import token_clips
 
@@ -31,6 +33,7 @@ def add(commands) -> None:
     )
     _add_raw_input(encode)
     add_channel(encode)
+    add_peak(encode)
 
     decode = add_command(commands, "decode", _decode)
     add_files(
@@ -50,6 +53,7 @@ def add(commands) -> None:
     add_model(reconstruct)
     _add_raw_input(reconstruct)
     add_channel(reconstruct)
+    add_peak(reconstruct)
     _add_sound(reconstruct)
     reconstruct.add_argument(
         "--plot",
@@ -93,7 +97,8 @@ def _encode(arguments) -> int:
     known = named_format in TOKEN_FORMATS
     format = arguments.format or (named_format if known and len(arguments.inputs) == 1 else "safetensors")
     check_channel(arguments.channel)
-    jobs = find_jobs(arguments, SUFFIXES, f".{format}")
+    jobs = find_jobs(arguments, SUFFIXES, f".{format}", TOKEN_FORMATS, format_is_given=arguments.format is not None)
+    find_model(arguments.model, arguments.revision)
 
     import numpy as np
 
@@ -107,7 +112,7 @@ def _encode(arguments) -> int:
 
     def work(source: Path | None, target: Path | None) -> Tally:
         tally, pieces = Tally(), []
-        with _sound_blocks(source, arguments, model, tally, peak_level) as blocks:
+        with _sound_blocks(source, arguments, model, tally, peak_level) as (blocks, _):
             for codes in tally.count_codes(codes_of(model, blocks, _whole_seconds(source)), tell=lambda _: None):
                 pieces.append(codes.astype(np.uint16))
                 if target is None and format == "txt":
@@ -134,6 +139,7 @@ def _decode(arguments) -> int:
     clips = token_clips(arguments)  # of a token folder; else None
     token_files = tuple(f".{format}" for format in TOKEN_FORMATS)
     jobs = clips.jobs if clips is not None else _sound_jobs(arguments, token_files)
+    find_model(arguments.model, arguments.revision)
 
     from ..transcode import Tally, audio_of, cut_to_length
 
@@ -150,8 +156,8 @@ def _decode(arguments) -> int:
             pieces, num_samples = _read_tokens(source, arguments.format, model)
         windows = _windows(arguments, model, live=num_samples is None)
         seconds = 0 if num_samples is None else num_samples / model.config.sampling_rate
-        with _progress(seconds) as bar:
-            pieces = tally.count_codes(pieces, tell=lambda count: bar.update(count / model.config.frame_rate))
+        with Progress(seconds, "s of audio", shown=seconds > 0) as progress:
+            pieces = tally.count_codes(pieces, tell=lambda count: progress.update(count / model.config.frame_rate))
             blocks = audio_of(model, pieces, windows, tally)
             if num_samples is not None:
                 blocks = cut_to_length(blocks, lambda: num_samples, model.config.hop_length)
@@ -169,6 +175,7 @@ def _reconstruct(arguments) -> int:
     if arguments.plot and any(None in job for job in jobs):
         raise ValueError("Got --plot for a pipe, expected files: a picture is of a whole clip, and has a name.")
     check_channel(arguments.channel)
+    find_model(arguments.model, arguments.revision)
 
     import numpy as np
 
@@ -191,7 +198,7 @@ def _reconstruct(arguments) -> int:
                     kept.append(piece)
                 yield piece
 
-        with _sound_blocks(source, arguments, model, tally, peak_level) as blocks:
+        with _sound_blocks(source, arguments, model, tally, peak_level, passes=2) as (blocks, progress):
             codes = codes_of(model, keep(blocks, waveform), _whole_seconds(source))
             codes = tally.count_codes(keep(codes, all_codes), tell=lambda _: None)
             decoded = audio_of(model, codes, windows, tally)
@@ -201,6 +208,7 @@ def _reconstruct(arguments) -> int:
             with _picture_file(picture) as partial, _writing_sound(target, arguments, model) as write:
                 for block in keep(decoded, reconstruction):
                     write(block)
+                    progress.update(len(block) / model.config.sampling_rate)
                 if arguments.plot:
                     clips = [np.concatenate(pieces) for pieces in (waveform, reconstruction, all_codes)]
                     try:
@@ -223,14 +231,12 @@ def _picture_file(path: Path | None):
 
 
 def _sound_jobs(arguments, suffixes: tuple[str, ...]) -> list[tuple[Path | None, Path | None]]:
-    return find_jobs(arguments, suffixes, f".{arguments.sound_format}")
+    return find_jobs(arguments, suffixes, f".{arguments.sound_format}", WRITABLE_FORMATS)
 
 
 def _whole_seconds(source: Path | None) -> float:
-    """Up to what length audio is encoded in one piece: what comes through a pipe is wanted as soon as it comes."""
-    from ..transcode import WHOLE_SECONDS
-
-    return 0 if source is None else WHOLE_SECONDS
+    """Up to what length audio is encoded in one piece. Chunks have the same codes, reach a pipe at once, and show progress."""
+    return 0 if source is None else 20
 
 
 def _windows(arguments, model, live: bool):
@@ -252,21 +258,25 @@ def _windows(arguments, model, live: bool):
 
 
 def _target_peak(arguments, model) -> float | None:
-    """The level that the model's preprocessor_config.json asks for; standard error says that a pipe has to wait for it."""
+    """Return the peak level of --peak-dbfs or of the model. Standard error says that a pipe has to wait for it."""
     from ..loading import load_feature_extractor, target_peak
 
-    level = target_peak(load_feature_extractor(arguments.model, arguments.revision, model.config))
+    extractor = load_feature_extractor(arguments.model, arguments.revision, model.config, arguments.peak_dbfs)
+    level = target_peak(extractor)
     if level is not None and "-" in arguments.inputs:
         print(
-            f"standard input: read to its end first, since the model scales each clip to a peak of {level:g} dBFS",
+            f"standard input: read to its end first, since each clip is scaled to a peak of {level:g} dBFS",
             file=sys.stderr,
         )
     return level
 
 
 @contextmanager
-def _sound_blocks(source: Path | None, arguments, model, tally, peak_level: float | None):
-    """The audio of a file, or of standard input, in blocks, scaled, counted by `tally` and shown by a bar."""
+def _sound_blocks(source: Path | None, arguments, model, tally, peak_level: float | None, passes: int = 1):
+    """Yield the audio of a file or of standard input in blocks, scaled and counted by `tally`, and its progress.
+
+    With two passes the progress is complete when as much audio was decoded.
+    """
     from .. import audio, pipes
     from ..transcode import scale_to_peak
 
@@ -280,20 +290,9 @@ def _sound_blocks(source: Path | None, arguments, model, tally, peak_level: floa
         blocks = audio.read_blocks(source, rate, block_seconds=5 if on_cpu else 60, **options)
         with audio.AudioReader(source, rate, quiet=True) as reader:
             seconds = reader.source_seconds or 0
-    with _progress(seconds) as bar:
-        counted = tally.count_audio(blocks, tell=lambda count: bar.update(count / rate))
-        yield scale_to_peak(counted, peak_level)
-
-
-def _progress(seconds: float):
-    """A bar of seconds of audio, for what takes long and before someone's eyes."""
-    from tqdm import tqdm
-
-    from ..transcode import WHOLE_SECONDS
-
-    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}]"
-    hidden = seconds <= WHOLE_SECONDS or not sys.stderr.isatty()
-    return tqdm(total=seconds, bar_format=form, disable=hidden, leave=False)
+    with Progress(passes * seconds, "s of audio", shown=seconds > 0) as progress:
+        counted = tally.count_audio(blocks, tell=lambda count: progress.update(count / rate))
+        yield scale_to_peak(counted, peak_level), progress
 
 
 def _writing_sound(target: Path | None, arguments, model, num_samples: int | None = None):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ..audio_errors import check_channel
 from ..find_files import describe_passed_over
-from .arguments import MODEL_HELP, UsageError, add_channel, add_command, print_facts
+from ..model_names import find_model
+from .arguments import MODEL_HELP, UsageError, add_channel, add_command, add_peak, print_facts, quiet_transformers
 
 
 def add(commands) -> None:
@@ -57,6 +58,7 @@ def add(commands) -> None:
         "--on-error", choices=("record", "fail"), default="record", help="list failed clips, or stop at the first"
     )
     add_channel(tokenize)
+    add_peak(tokenize)
     tokenize.add_argument(
         "--max-clip-seconds",
         type=float,
@@ -101,6 +103,8 @@ def _tokenize(arguments) -> int:
     if arguments.source is None or (arguments.output is None and not arguments.dry_run):
         raise UsageError("Got no SOURCE or no --output. Both are needed, or --verify OUTPUT alone.")
     if arguments.dry_run:
+        quiet_transformers()
+
         from ..bulk.dry_run import estimate
 
         facts = estimate(
@@ -113,6 +117,8 @@ def _tokenize(arguments) -> int:
     if not (slash and index.isdecimal() and number.isdecimal()):
         raise UsageError(f"Got --shard {arguments.shard}, expected I/N, for example 0/8.")
     check_channel(arguments.channel)
+    find_model(arguments.model, arguments.revision)
+    quiet_transformers()
 
     from ..bulk import tokenize
 

@@ -2,7 +2,7 @@
 
 from ..model_names import find_model
 from ..training import settings
-from .arguments import add_command, print_facts
+from .arguments import add_command, print_facts, quiet_transformers
 
 
 def add(commands) -> None:
@@ -18,6 +18,8 @@ def add(commands) -> None:
 def _train(arguments) -> int:
     wanted = settings.read_arguments(arguments)
     wanted.model = wanted.model and find_model(wanted.model)
+
+    quiet_transformers()
 
     from ..training import train
 

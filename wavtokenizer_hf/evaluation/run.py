@@ -21,6 +21,7 @@ import torch
 from .. import __version__, audio
 from ..feature_extraction_wavtokenizer import peak_gain
 from ..find_files import utf8_name
+from ..progress import Progress
 from ..transcode import scale_to_peak
 from .codebook import CodebookUsage
 from .metrics import DISTRIBUTIONS, METRICS, PRESETS, SAMPLING_RATE, Clip, Options, package, score, why_not
@@ -152,7 +153,7 @@ def evaluate(
             number. Nothing is downloaded.
         num_workers: processes for the metrics; 0: none but this one. They are spawned, so a script that asks for some
             needs `if __name__ == "__main__":`.
-        progress: shows a progress bar.
+        progress: Show progress on standard error.
         channel: of references that have several, as `audio.load` takes it.
         crepe: size of the pitch tracker CREPE, "full" as in the paper or "tiny", which is about fifty times as fast.
         asr: speech recognizer for the word error rate, by its name or folder for transformers' pipeline. Default:
@@ -169,8 +170,6 @@ def evaluate(
         ImportError: scipy, soundfile or soxr is missing, which every evaluation needs.
         ChildProcessError: a worker process was killed.
     """
-    from tqdm import tqdm
-
     package("scipy")  # the report needs it at the very end, and its lack should stop the work before it begins
 
     asked = list(dict.fromkeys([*(metrics or ()), *(["utmos"] if utmos_weights is not None else [])]))
@@ -189,13 +188,15 @@ def evaluate(
     jobs = _reconstruct_all(references, systems, channel)
     scored = _score_all(jobs, runnable, options, num_workers)
     measured = set()
-    for place, seconds, reconstructions, scores in tqdm(
-        scored, total=len(references), unit="file", disable=not progress
-    ):
-        for system, result, reconstruction, scored_pair in zip(systems, results, reconstructions, scores, strict=True):
-            if scored_pair is not None:
-                measured.add(system.name)
-            result.files.append(_file_result(place, seconds, system, reconstruction, scored_pair, metrics, runnable))
+    with Progress(len(references), "files", shown=progress) as shown:
+        for place, seconds, reconstructions, scores in scored:
+            rows = zip(systems, results, reconstructions, scores, strict=True)
+            for system, result, reconstruction, scored_pair in rows:
+                if scored_pair is not None:
+                    measured.add(system.name)
+                file_result = _file_result(place, seconds, system, reconstruction, scored_pair, metrics, runnable)
+                result.files.append(file_result)
+            shown.update()
     for result in results:
         if result.name not in measured:
             first = result.files[0]

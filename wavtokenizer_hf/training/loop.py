@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrize import cached
 
+from ..progress import Progress, write
 from .codebook import num_workers, sum_over_workers, usage_figures
 from .data import Batch, one_warning_of_a_kind, open_clips, training_batches, validation_clips
 from .log import Log, write_curves
@@ -52,8 +53,6 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
         OSError: a checkpoint cannot be written (the last one stays).
         ImportError: a package of the extra `training` is missing.
     """
-    from tqdm import tqdm
-
     with one_warning_of_a_kind():
         train_data = _given(settings, "train_data") if train_data is None else train_data
         clips = open_clips(train_data)
@@ -89,11 +88,11 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
         if settings.normalize_encoder and settings.model is None and state.step == 0:
             normalize_encoder(state, batches(0))
         log = Log(output, config.sampling_rate, state.step + 1) if accelerator.is_main_process else None
-        bar = tqdm(initial=state.step, total=settings.steps, unit="step", disable=not accelerator.is_main_process)
+        progress = Progress(settings.steps, "steps", state.step, shown=accelerator.is_main_process)
         try:
-            _run(state, batches, validation, output, log, bar)
+            _run(state, batches, validation, output, log, progress)
         finally:
-            bar.close()
+            progress.close()
             if log:
                 log.close()
         if log:
@@ -105,7 +104,12 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
 
 
 def _run(
-    state: State, batches: Callable[[int], Iterator[Batch]], validation: Batch, output: Path, log: Log | None, bar
+    state: State,
+    batches: Callable[[int], Iterator[Batch]],
+    validation: Batch,
+    output: Path,
+    log: Log | None,
+    progress: Progress,
 ) -> None:
     """The loop: steps, entries in the log, validations and checkpoints."""
     settings, device = state.settings, state.accelerator.device
@@ -118,14 +122,14 @@ def _run(
         if state.quantizes and not state.model.quantizer.codebook.inited:
             if log:
                 entries = state.model.config.codebook_size
-                bar.write(
+                write(
                     f"Step {state.step}: choosing {entries} codebook entries by k-means from {settings.kmeans_latents} "
                     "latents. This takes a while.",
                     file=sys.stderr,
                 )
             start_codebook(state, batches(state.step * settings.gradient_accumulation))
         figures = train_step(state, [_take(state, next(stream)) for _ in range(settings.gradient_accumulation)])
-        bar.update()
+        progress.update()
         last = state.step == settings.steps
         if state.step % settings.log_every == 0 or last:
             figures["data/repeated"] = (state.num_repeated - repeated_before) / (state.num_taken - taken_before)
@@ -133,7 +137,7 @@ def _run(
             figures |= {f"codebook/{name}": value for name, value in state.learner.report().items()}
             _share_skipped(state)
             figures["data/skipped"] = len(state.skipped)
-            bar.set_postfix(_shown(figures))
+            progress.show_figures(_shown(figures))
             if log:
                 log.figures(figures, state.step)
             if log and figures["data/repeated"] == 1 and not warned:
