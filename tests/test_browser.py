@@ -1,19 +1,17 @@
 """The page of examples/browser in headless Chromium: the tokens are Python's."""
 
-import base64
 import functools
 import http.server
-import json
 import shutil
 import subprocess
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from browser import Browser
 
 from wavtokenizer_hf import WavTokenizerModel, audio, bundled_model
 from wavtokenizer_hf.export import WavTokenizerOnnx, export_onnx
@@ -21,57 +19,6 @@ from wavtokenizer_hf.export import WavTokenizerOnnx, export_onnx
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("onnx")
-
-
-class Browser:
-    """Chromium, driven by the WebDriver protocol, which needs no package."""
-
-    def __init__(self, folder: Path):
-        self._driver = subprocess.Popen(["chromedriver", "--port=9517"], stdout=subprocess.DEVNULL)
-        options = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--window-size=900,900",
-        ]
-        options += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        options.append(f"--user-data-dir={folder}")
-        wanted = {"browserName": "chrome", "goog:chromeOptions": {"args": options}, "timeouts": {"script": 30_000}}
-        for _ in range(100):
-            try:
-                answer = self._ask("", {"capabilities": {"alwaysMatch": wanted}})
-                break
-            except ConnectionError:
-                time.sleep(0.1)
-            except urllib.error.URLError:
-                time.sleep(0.1)
-        self._session = f"/{answer['sessionId']}"
-
-    def _ask(self, path: str, content: dict | None = None):
-        request = urllib.request.Request(
-            f"http://127.0.0.1:9517/session{path}",
-            None if content is None else json.dumps(content).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=120) as response:
-            return json.loads(response.read())["value"]
-
-    def open(self, url: str) -> None:
-        self._ask(f"{self._session}/url", {"url": url})
-
-    def evaluate(self, script: str):
-        return self._ask(f"{self._session}/execute/sync", {"script": f"return {script}", "args": []})
-
-    def screenshot(self) -> bytes:
-        return base64.b64decode(self._ask(f"{self._session}/screenshot"))
-
-    def close(self) -> None:
-        request = urllib.request.Request(f"http://127.0.0.1:9517/session{self._session}", method="DELETE")
-        urllib.request.urlopen(request, timeout=60).close()
-        self._driver.terminate()
-        self._driver.wait()
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
         "training",
         "evaluation",
         "bulk",
+        "demo",
         "export",
         "llm",
         "loading",
@@ -50,6 +51,7 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
     "pipes": {"audio", "audio_containers", "audio_errors"},  # the same samples from a stream as from a file
     "transcode": {"audio", "long_audio"},  # streams, and the error of audio that is cut off
     "__main__": {"cli"},
+    "demo": {"audio", "evaluation", "loading", "plots", "token_file", ""},
     "bulk": {"audio", "audio_errors", "find_files", "loading", ""},
     "training": {"audio", "find_files", "loading", ""},  # audio is the only door to sound files
     "evaluation": {"audio", "find_files", "plots", "transcode", ""},  # transcode scales clips as a model asks
@@ -136,7 +138,7 @@ def test_everything_imports_without_the_extras_and_says_which_is_missing(tmp_pat
     code = """
 import sys
 for name in ("soundfile", "soxr", "matplotlib", "datasets", "torchaudio", "torchcodec", "accelerate", "tensorboard",
-             "scipy", "sklearn", "librosa", "pesq", "pystoi", "auraloss", "pyarrow", "ray", "onnx", "onnxruntime", "lhotse"):
+             "scipy", "sklearn", "librosa", "pesq", "pystoi", "auraloss", "pyarrow", "ray", "onnx", "onnxruntime", "lhotse", "gradio"):
     sys.modules[name] = None
 import pkgutil, importlib, wavtokenizer_hf, conversion.convert
 for module in pkgutil.walk_packages(wavtokenizer_hf.__path__, "wavtokenizer_hf."):

@@ -30,7 +30,7 @@ def write_token_folder(
     settings = Settings(
         source="made up", column=None, dataset_config=None, dataset_revision=None, split=None, model="tiny", revision=None,
         codebook_fingerprint=fingerprint, encoder_fingerprint="0" * 16, codebook_size=codebook_size, hop_length=hop_length,
-        sampling_rate=24_000, peak_dbfs=None, columns={field.name: str(field.type) for field in schema},
+        sampling_rate=24_000, target_peak_dB_FS=None, columns={field.name: str(field.type) for field in schema},
     )  # fmt: skip
     rows = []
     with Output(folder, settings, schema).open() as output:

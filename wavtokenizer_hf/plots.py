@@ -1,11 +1,15 @@
 """Pictures of what the codec does. Needs the extra `audio` (matplotlib)."""
 
 import os
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
 from .atomic_files import atomic_write, cannot_write
+
+
+NEEDS_MATPLOTLIB = "Pictures need matplotlib: pip install 'wavtokenizer_hf[audio]'"
 
 
 def plot_reconstruction(
@@ -30,7 +34,7 @@ def plot_reconstruction(
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, no state
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'wavtokenizer_hf[audio]'") from error
+        raise ImportError(NEEDS_MATPLOTLIB) from error
 
     seconds = len(original) / sampling_rate
     figure = Figure(figsize=(10, 7), layout="constrained")
@@ -54,6 +58,29 @@ def plot_reconstruction(
     bottom.set(xlabel="seconds", xlim=(0, seconds))
     figure.suptitle(title)
     return save_figure(figure, path, format)
+
+
+def spectrogram_png(audio: np.ndarray, max_width: int = 1000) -> bytes:
+    """
+    Return the spectrogram of a clip as a PNG picture without axes: time to the right, 0 Hz at the bottom.
+
+    Args:
+        audio: Audio of shape (T,).
+        max_width: Largest width, in pixels.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.image import imsave
+    except ImportError as error:
+        raise ImportError(NEEDS_MATPLOTLIB) from error
+
+    level = _decibels(audio, step=max(256, -(-len(audio) // max_width)))
+    level = level[:-1].reshape(256, 2, -1).max(1)  # 256 rows of 47 Hz at 24 kHz
+    file = BytesIO()
+    imsave(file, level, origin="lower", vmin=-80, vmax=0, cmap="magma", format="png")
+    return file.getvalue()
 
 
 def save_figure(figure, path: str | os.PathLike, format: str | None = None) -> Path:

@@ -15,6 +15,7 @@ COMMANDS = {
     "checkpoints": ("convert", "list the published checkpoints, whose names are models everywhere"),
     "export-model": ("export_model", "a model to files for onnxruntime and the like"),
     "train": ("train", "train a new model, or fine-tune a converted one"),
+    "demo": ("demo", "open a page to see and hear the codec in a browser"),
     "info": ("info", "describe a model, a token file or a token folder"),
 }
 """Name of each command -> its module here, and its help in one line."""

@@ -1,0 +1,68 @@
+"""`wavtokenizer demo`: a page to see and hear the codec."""
+
+import socket
+
+from ..model_names import find_model, published_names
+from .arguments import MODEL_HELP, UsageError, add_command, quiet_transformers
+
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def add(commands) -> None:
+    demo = add_command(commands, "demo", _demo)
+    demo.description += (
+        " Record, upload or choose a clip; hear original and reconstruction; see both spectrograms and the tokens; paste tokens "
+        "back. Nothing leaves this machine, unless --share is given. Needs the extra `demo`."
+    )
+    demo.add_argument(
+        "-m",
+        "--model",
+        nargs="+",
+        metavar="MODEL",
+        help=f"models to choose from, the first one at the start: {MODEL_HELP}. Default: bundled and all published checkpoints; "
+        "bundled alone where others can open the page",
+    )
+    demo.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only); 0.0.0.0: all"
+    )
+    demo.add_argument("--port", type=int, default=7860, help="port (default: 7860); 0: any free one")
+    demo.add_argument(
+        "--share", action="store_true", help="also open a public address at Gradio's servers, for 7 days"
+    )
+    demo.add_argument(
+        "--max-seconds", type=float, default=60, metavar="SECONDS", help="longest clip that is taken (default: 60)"
+    )
+
+
+def _demo(arguments) -> int:
+    if not 0 < arguments.max_seconds <= 300:
+        raise UsageError(f"Got --max-seconds {arguments.max_seconds:g}, expected more than 0 and at most 300.")
+    if not 0 <= arguments.port < 65536:
+        raise UsageError(f"Got --port {arguments.port}, expected a number from 0 to 65535.")
+    is_private = arguments.host in LOCAL and not arguments.share
+    models = arguments.model or ["bundled", *(published_names() if is_private else [])]
+    for name in arguments.model or ():
+        find_model(name)
+    port = _free_port(arguments.host, arguments.port)
+
+    from .. import demo
+
+    page = demo.build_page(models, any_model=is_private, max_seconds=arguments.max_seconds)
+    quiet_transformers()
+    demo.launch(page, arguments.host, port, arguments.share)
+    return 0
+
+
+def _free_port(host: str, port: int) -> int:
+    """The port, or a free one for 0. Raises OSError if it cannot be had."""
+    try:
+        with socket.create_server((host, port)) as server:
+            return server.getsockname()[1]
+    except socket.gaierror as error:
+        raise OSError(f"Got --host {host}, expected an address of this machine, such as 127.0.0.1.") from error
+    except (OSError, OverflowError) as error:
+        raise OSError(
+            f"Cannot listen on port {port} of {host}: {getattr(error, 'strerror', None) or error}. Choose another with --port; "
+            "--port 0 takes any free one."
+        ) from error
