@@ -59,10 +59,8 @@ def _free_port(host: str, port: int) -> int:
     try:
         with socket.create_server((host, port)) as server:
             return server.getsockname()[1]
-    except socket.gaierror as error:
-        raise OSError(f"Got --host {host}, expected an address of this machine, such as 127.0.0.1.") from error
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise OSError(
-            f"Cannot listen on port {port} of {host}: {getattr(error, 'strerror', None) or error}. Choose another with --port; "
-            "--port 0 takes any free one."
+            f"Cannot listen on port {port} of {host}: {error.strerror or error}. Choose another with --port (0: any free one) or "
+            "--host (127.0.0.1: this machine)."
         ) from error
