@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow
 
 from wavtokenizer_hf.bulk.encoding import Tokens
-from wavtokenizer_hf.bulk.output import Output, Settings
+from wavtokenizer_hf.bulk.output import NO_FILE, Output, Settings
 
 
 FINGERPRINT = "0123456789abcdef"
@@ -43,7 +43,7 @@ def write_token_folder(
                 for size in sizes
             ]
             beside = [{name: values[number] for name, values in columns.items()} for number in numbers]
-            output.write_part(ids, tokens, beside)
+            output.write_part(ids, tokens, beside, [NO_FILE] * len(ids))
             rows += [
                 {"id": id, "audio_codes": each.audio_codes, "num_samples": each.num_samples, **more}
                 for id, each, more in zip(ids, tokens, beside, strict=True)
