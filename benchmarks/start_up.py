@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
     "--help", "--version", "checkpoints", "encode --help", "decode --help", "reconstruct --help", "tokenize --help",
-    "export --help", "evaluate --help", "convert --help", "export-model --help", "train --help", "info --help",
+    "export --help", "evaluate --help", "convert --help", "export-model --help", "train --help", "demo --help",
+    "info --help",
     "nonsense", "encode", "encode absent.wav -m bundled -o tokens.json", "encode README.md -m bundled -o tokens.foo",
     "tokenize corpus -o tokens", "train --no-such-option",
 )  # fmt: skip

@@ -81,6 +81,13 @@ class Browser:
         found = self._ask(f"{self._session}/element", {"using": "css selector", "value": selector})
         return next(iter(found.values()))
 
+    def settle(self) -> None:
+        """Wait until all images are decoded and two frames were drawn."""
+        script = """const done = arguments[0];
+Promise.all([...document.images].map((image) => image.decode().catch(() => {}))).then(
+  () => requestAnimationFrame(() => requestAnimationFrame(() => done(null))))"""
+        self._ask(f"{self._session}/execute/async", {"script": script, "args": []})
+
     def screenshot(self) -> bytes:
         return base64.b64decode(self._ask(f"{self._session}/screenshot"))
 

@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from browser import Browser
+from conftest import load_script
 
 from wavtokenizer_hf import audio
 from wavtokenizer_hf.cli import main
@@ -17,6 +19,7 @@ from wavtokenizer_hf.demo import build_page, launch
 from wavtokenizer_hf.demo.codec import Codec, parse_tokens
 
 
+SPACE = Path(__file__).parent.parent / "examples" / "space"
 CODES = [3, 1, 4, 1, 5, 9, 2, 6]
 NOISE = 0.5 * np.random.default_rng(0).uniform(-1, 1, 24_005).astype(np.float32)
 
@@ -132,6 +135,22 @@ def test_what_the_command_cannot_do_is_one_line(arguments, message, capsys):
         port = str(server.getsockname()[1])
         assert main(["demo", *(port if argument == "PORT" else argument for argument in arguments)]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_space_runs_the_same_page_with_the_gradio_that_is_tested():
+    pytest.importorskip("gradio")
+    header = (SPACE / "README.md").read_text().split("---")[1]
+    assert "sdk: gradio" in header and "app_file: app.py" in header
+    version = re.search(r"^gradio==(.+)$", (SPACE.parent.parent / "constraints.txt").read_text(), re.MULTILINE)[1]
+    assert f"sdk_version: {version}" in header
+    assert load_script(SPACE / "app.py").page.title == "WavTokenizer"
+    assert "wavtokenizer_hf[demo]" in (SPACE / "requirements.txt").read_text()
+
+
+def test_the_page_sends_no_analytics(model_folder):
+    pytest.importorskip("gradio")
+    page = build_page([model_folder])
+    assert page.analytics_enabled is False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
