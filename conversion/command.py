@@ -7,6 +7,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from wavtokenizer_hf.progress import shown_progress
+
 from .published import Published, find, table
 
 
@@ -126,16 +128,19 @@ def _convert(arguments: argparse.Namespace, published: Published | None, output:
     from .download import download
     from .push import push
 
-    folder = convert(
-        arguments.files or download(published, arguments.revision),
-        output,
-        arguments.config,
-        arguments.with_discriminators,
-        arguments.average,
-        published,
-        keep_existing=published is not None
-        or hub_name is not None,  # so that the same command again finishes the rest
-    )
+    files = arguments.files or download(published, arguments.revision)
+    with shown_progress("steps") as show:
+        folder = convert(
+            files,
+            output,
+            arguments.config,
+            arguments.with_discriminators,
+            arguments.average,
+            published,
+            # so that the same command again finishes the rest
+            keep_existing=published is not None or hub_name is not None,
+            on_progress=show,
+        )
     result = {} if published is None else {"checkpoint": published.name}
     result["output"] = str(folder)
     result["codebook_fingerprint"] = WavTokenizerConfig.from_pretrained(folder).codebook_fingerprint

@@ -20,7 +20,7 @@ The names and configuration fields are those of transformers' port of WavTokeniz
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,6 +46,7 @@ def convert(
     average: bool = False,
     published: Published | None = None,
     keep_existing: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """
     Converts a checkpoint of the original training code and prints a report of it.
@@ -66,6 +67,7 @@ def convert(
         published: from `published.find`; the file must agree with all that is known of it, which the card says, and whether
             that tells it from others.
         keep_existing: also accept a folder that holds the result of this very conversion already, and leave it alone.
+        on_progress: Called with the number of steps that are done, and of all: read, write, compare.
 
     Returns:
         The folder.
@@ -83,6 +85,7 @@ def convert(
     if not exists:
         check_new_folder(output)
     files = [checkpoint] if isinstance(checkpoint, (str, Path)) else checkpoint
+    on_progress(0, 3)
     source = read_source(
         [Path(file) for file in files],
         None if config is None else Path(config),
@@ -90,6 +93,7 @@ def convert(
         average,
         published,
     )
+    on_progress(1, 3)
     if exists:
         if problems := _differences(source, output, published):
             raise ValueError(
@@ -100,6 +104,7 @@ def convert(
     else:
         with new_folder(output) as folder:
             _write(source, folder, output, published)
+            on_progress(2, 3)
             if problems := _differences(source, folder, published):  # a fault of this program
                 raise RuntimeError(
                     f"The folder is not equal to {source.name}: {'; '.join(problems)}. Please report this."

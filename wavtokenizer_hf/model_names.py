@@ -13,6 +13,7 @@ from pathlib import Path
 
 from . import bundled_model
 from .limited_files import one_line
+from .progress import shown_progress
 
 
 def find_model(name: str | os.PathLike, revision: str | None = None) -> str:
@@ -98,8 +99,8 @@ def converted_model(name: str, revision: str | None = None) -> Path:
         print(f"{name}: first use: downloading {where}, then converting it", file=sys.stderr)
         try:
             path = download(published, revision)
-            with redirect_stdout(StringIO()):  # the report of `wavtokenizer convert`
-                convert(path, folder, published=published)
+            with redirect_stdout(StringIO()), shown_progress("steps") as show:  # without the report of `convert`
+                convert(path, folder, published=published, on_progress=show)
         except (OSError, ValueError) as error:
             raise ValueError(f"Cannot load the model {name!r}: {one_line(error)}") from error
         print(f"{name}: verified and converted; from now on it is loaded from {folder}", file=sys.stderr)

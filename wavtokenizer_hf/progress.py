@@ -3,6 +3,8 @@
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import ClassVar
 
@@ -102,6 +104,21 @@ class Progress:
                 self._bar.refresh()
             elif self._open[0] is self:
                 print(self.line(time.monotonic() - self._started), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def shown_progress(unit: str) -> Iterator[Callable[[float, float], None]]:
+    """Yield a function that shows progress; it takes the amount that is done and the total, first before any work."""
+    with ExitStack() as stack:
+        progress = None
+
+        def show(done: float, total: float) -> None:
+            nonlocal progress
+            if progress is None:  # the first call says what an earlier run did
+                progress = stack.enter_context(Progress(total, unit, done))
+            progress.update(done - progress.done)
+
+        yield show
 
 
 def write(text: str, file=None) -> None:

@@ -1,6 +1,7 @@
 """What a run of `tokenize` would make, from a sample of its clips."""
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -25,12 +26,14 @@ def estimate(
     dataset_revision: str | None = None,
     device: str | None = None,
     batch_seconds: float = 120,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
     """
     Encode up to 50 clips, evenly spread over the source, and scale up. The number of clips is exact, all else is an estimate.
 
     Args:
         source, model, revision, column, dataset_config, split, dataset_revision, device, batch_seconds: as for `tokenize`.
+        on_progress: Called with the number of clips of the sample that are done, and of all.
 
     Returns:
         `clips`, `hours` of audio, `tokens`, `mib` of Parquet, `hours_of_one_process`, and of the sample `clips_sampled` and
@@ -46,7 +49,11 @@ def estimate(
     read = [partial(clips.sound, clips.items[number].place) for number in numbers]
     started = time.monotonic()
     windows = encoding.tokenize_clips(encoder, feature_extractor, read, batch_seconds, num_cores())
-    results = [result for window in windows for result in window]
+    results = []
+    on_progress(0, len(read))
+    for window in windows:
+        results += window
+        on_progress(len(results), len(read))
     seconds = time.monotonic() - started
     good = [result for result in results if not isinstance(result, Failure)]
     if not good:

@@ -1,9 +1,8 @@
 """`wavtokenizer export`: tokens to the files that language models are trained from."""
 
 import sys
-from contextlib import ExitStack
 
-from ..progress import Progress
+from ..progress import shown_progress
 from .arguments import add_command, print_facts
 
 
@@ -82,15 +81,7 @@ def _export(arguments) -> int:
         print_facts({**_facts(total, folder), "seconds_of_one_process": round(seconds, 1)}, arguments.json)
         return 0
 
-    with ExitStack() as stack:
-        progress = None
-
-        def show(done: int, total: int) -> None:
-            nonlocal progress
-            if progress is None:  # the first call says what an earlier run did
-                progress = stack.enter_context(Progress(total, "chunks", done))
-            progress.update(done - progress.done)
-
+    with shown_progress("chunks") as show:
         total = export_tokens(
             arguments.tokens, arguments.output, format, arguments.num_processes, arguments.on_error, show
         )

@@ -1,6 +1,7 @@
 """`wavtokenizer export-model`: a model to ONNX files."""
 
 from ..model_names import find_model
+from ..progress import shown_progress
 from .arguments import MODEL_HELP, add_command, print_facts, quiet_transformers
 
 
@@ -41,7 +42,10 @@ def _export_model(arguments) -> int:
     from ..export import export_onnx
 
     model = loading.load_model(WavTokenizerModel, arguments.model, arguments.revision)
-    report = export_onnx(model.float(), arguments.output, arguments.model, arguments.dtype, arguments.quantize)
+    with shown_progress("steps") as show:
+        report = export_onnx(
+            model.float(), arguments.output, arguments.model, arguments.dtype, arguments.quantize, show
+        )
     facts = {
         "output": arguments.output,
         "codebook_fingerprint": model.codebook_fingerprint,

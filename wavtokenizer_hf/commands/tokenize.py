@@ -6,6 +6,7 @@ from pathlib import Path
 from ..audio_errors import check_channel
 from ..find_files import describe_passed_over
 from ..model_names import find_model
+from ..progress import shown_progress
 from .arguments import MODEL_HELP, UsageError, add_channel, add_command, add_peak, print_facts, quiet_transformers
 
 
@@ -107,10 +108,11 @@ def _tokenize(arguments) -> int:
 
         from ..bulk.dry_run import estimate
 
-        facts = estimate(
-            arguments.source, arguments.model, arguments.revision, arguments.column, arguments.dataset_config,
-            arguments.split, arguments.dataset_revision, arguments.device, arguments.batch_seconds,
-        )  # fmt: skip
+        with shown_progress("clips") as show:
+            facts = estimate(
+                arguments.source, arguments.model, arguments.revision, arguments.column, arguments.dataset_config,
+                arguments.split, arguments.dataset_revision, arguments.device, arguments.batch_seconds, show,
+            )  # fmt: skip
         print_facts(facts, arguments.json)
         return 0
     index, slash, number = arguments.shard.partition("/")

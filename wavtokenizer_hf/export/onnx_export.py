@@ -53,6 +53,7 @@ def export_onnx(
     source: str,
     dtype: str = "float32",
     quantize: str | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> OnnxReport:
     """
     Write `encoder.onnx`, `encoder_stream.onnx`, `decoder.onnx`, and what runs them without torch.
@@ -65,6 +66,7 @@ def export_onnx(
         source: Name of the model, for the files' metadata.
         dtype: type in which the decoder's weights are stored, `"float32"`, `"float16"` or `"int8"`; it computes in float32.
         quantize: `"int8"` computes the decoder's matrix products in 8-bit integers, but for the last layer and the inverse DFT.
+        on_progress: Called with the number of steps that are done and of all: three files and the signals of the comparison.
 
     Returns:
         `OnnxReport`: the comparison with the model.
@@ -94,9 +96,13 @@ def export_onnx(
     }
     metadata = {name: str(value) for name, value in facts.items()}
     decoder_metadata = {**metadata, "dtype": dtype, "quantize": quantize or "none"}
+    num_steps = 3 + len(check_signals(config.sampling_rate))
     with atomic_folder(output) as folder:
+        on_progress(0, num_steps)
         onnx.save(graph.encoder_graph(model, metadata, __version__), folder / "encoder.onnx")
+        on_progress(1, num_steps)
         onnx.save(graph.encoder_stream_graph(model, metadata, __version__), folder / "encoder_stream.onnx")
+        on_progress(2, num_steps)
         decoder = graph.decoder_graph(model, decoder_metadata, __version__)
         if quantize is not None:
             decoder = _quantize(decoder, folder)
@@ -115,7 +121,8 @@ def export_onnx(
         }
         _write_json(folder / CONFIG_NAME, content)
         exported = WavTokenizerOnnx(folder, num_threads=torch.get_num_threads())
-        report = compare(model, exported, sizes, exact=dtype == "float32" and quantize is None)
+        is_exact = dtype == "float32" and quantize is None
+        report = compare(model, exported, sizes, is_exact, lambda done: on_progress(3 + done, num_steps))
         _write_json(folder / CONFIG_NAME, {**content, "compared_with_the_model": asdict(report)})
     return report
 
@@ -186,7 +193,13 @@ def _store_weights(decoder, dtype: str) -> None:
 
 
 @torch.inference_mode()
-def compare(model: WavTokenizerModel, exported: WavTokenizerOnnx, sizes: dict[str, int], exact: bool) -> OnnxReport:
+def compare(
+    model: WavTokenizerModel,
+    exported: WavTokenizerOnnx,
+    sizes: dict[str, int],
+    exact: bool,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> OnnxReport:
     """
     Run the files and the model on the same audio and codes.
 
@@ -197,7 +210,8 @@ def compare(model: WavTokenizerModel, exported: WavTokenizerOnnx, sizes: dict[st
     entries = model.encoder_model.quantizer.codebook.embed.double().cpu().numpy()
     num_codes = num_near_ties = 0
     largest = signal = noise = 0.0
-    for name, audio in check_signals(model.config.sampling_rate).items():
+    for index, (name, audio) in enumerate(check_signals(model.config.sampling_rate).items()):
+        on_progress(index)
         encoded = model.encode(torch.from_numpy(audio)[None, None].to(model.device), output_latents=True)
         expected = encoded.audio_codes[0, 0].cpu().numpy()
         latents = encoded.latents[0].double().cpu().numpy()  # (D, L)
