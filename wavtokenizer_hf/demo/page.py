@@ -113,12 +113,16 @@ def launch(page, host: str = "127.0.0.1", port: int | None = None, share: bool =
         quiet=True,
         prevent_thread_lock=True,
         footer_links=[],
+        max_file_size="200mb",
         theme=gradio.themes.Default(font=fonts[0], font_mono=fonts[1]),
     )
     address = page.share_url or page.local_url
     write(f"The page is at {address} (Ctrl+C ends it)")
     if block:
-        page.block_thread()
+        try:
+            page.block_thread()
+        finally:  # also when SIGTERM ends the process, which else waits for the server's thread
+            page.close(verbose=False)
     return address
 
 
