@@ -23,47 +23,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="*",
         metavar="FILE",
-        help="the original's Lightning .ckpt, or a state dict (.ckpt, .pt, .bin, .safetensors); several: the parts into which "
-        "somebody has split one",
+        help="Lightning .ckpt of the original code, or a state dict (.ckpt, .pt, .bin, .safetensors); several files: parts of one "
+        "checkpoint",
     )
     add(
         "--checkpoint",
         metavar="NAME",
-        help="a published checkpoint (see `wavtokenizer checkpoints`): it is downloaded, or FILE is taken for it. It is checked by "
-        "what is known of that checkpoint; where that is the rate alone, report and card say that a FILE was not verified",
+        help="name of a published checkpoint (see `wavtokenizer checkpoints`) to download, or that FILE is. It is verified by what is "
+        "known of that checkpoint; where that is the rate alone, report and card say so",
     )
     add(
         "--all",
         action="store_true",
-        help="every published checkpoint that is still on the Hub, each into a folder of its name in DIR",
+        help="convert every published checkpoint that is still on the Hub, each to a folder of its name in DIR",
     )
     add(
         "-o",
         "--output",
         metavar="DIR",
         required=True,
-        help="the folder to make; must not exist, or be empty",
+        help="folder for the converted model; must not exist, or be empty",
     )
     add("--revision", help="branch, tag or commit of the checkpoint's repository on the Hub")
     add(
         "--config",
         metavar="YAML",
-        help="the YAML file that FILE was trained with: what it says of the shape is compared with the tensors, and its "
-        "sampling rate replaces 24000 Hz (all else is read off the tensors)",
+        help="YAML file that FILE was trained with. The shape is read from the tensors and compared with it; its sampling rate "
+        "replaces 24000 Hz",
     )
-    add("--average", action="store_true", help="take the mean of the FILEs, checkpoints of one training run")
+    add("--average", action="store_true", help="average the FILEs, which are checkpoints of one training run")
     add(
         "--with-discriminators",
         action="store_true",
-        help="keep the discriminators in a second file, so that training can go on from them",
+        help="keep the discriminators in a second file, for fine-tuning",
     )
-    add("--push-to-hub", metavar="NAME", help="upload the folder; with --all NAME is the user or organization")
+    add(
+        "--push-to-hub",
+        metavar="NAME",
+        help="upload the folder to this repository; with --all, NAME is the user or organization",
+    )
     add(
         "--private",
         action="store_true",
-        help="make the repository on the Hub private; one that exists and is public is refused",
+        help="create the repository as private; a public one that exists is refused",
     )
-    add("--create-pr", action="store_true", help="propose the files on the Hub as a pull request")
+    add("--create-pr", action="store_true", help="upload the files as a pull request")
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict], int]:

@@ -22,7 +22,7 @@ class UsageError(ValueError):
 def add_command(commands, name: str, run: Callable) -> argparse.ArgumentParser:
     help = COMMANDS[name][1]
     parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-    parser.add_argument("--json", action="store_true", help="print results as JSON, one object a line")
+    parser.add_argument("--json", action="store_true", help="print results as JSON, one object per line")
     parser.set_defaults(run=run)
     return parser
 
@@ -30,13 +30,15 @@ def add_command(commands, name: str, run: Callable) -> argparse.ArgumentParser:
 def add_model(parser: argparse.ArgumentParser, required: bool = True, decoder: bool = True) -> None:
     parser.add_argument("-m", "--model", required=required, help=MODEL_HELP)
     parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub (default: main)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
+    parser.add_argument(
+        "--device", help="device of the model: cpu, cuda, cuda:1, mps (default: a GPU if there is one)"
+    )
     if decoder:
         parser.add_argument(
             "--dtype",
             choices=("float32", "bfloat16", "float16"),
             default="float32",
-            help="of the decoder (default float32); tokens are always computed in float32",
+            help="type in which the decoder computes (default: float32); tokens are always computed in float32",
         )
 
 
@@ -70,7 +72,7 @@ def add_channel(parser: argparse.ArgumentParser) -> None:
         "--channel",
         default="mean",
         metavar="mean|left|right|N",
-        help="of audio with several channels (default: their mean; N counts from 0)",
+        help="channel to take of audio that has several: a name, or its number N from 0 (default: their mean)",
     )
 
 

@@ -15,7 +15,7 @@ def add(commands) -> None:
     convert.add_argument(
         "--to-original",
         action="store_true",
-        help="the way back: FILE is a converted folder, and DIR gets a .ckpt and a YAML file for the original's code and for "
+        help="convert back: FILE is a converted folder, and DIR gets a .ckpt and a YAML file for the original code and for "
         "llama.cpp's converter to GGUF",
     )
     add_command(commands, "checkpoints", _checkpoints)

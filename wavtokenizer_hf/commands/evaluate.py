@@ -18,24 +18,25 @@ from .token_folders import DecodedTokens
 def add(commands) -> None:
     evaluate = add_command(commands, "evaluate", _evaluate)
     evaluate.description += (
-        " Encodes and decodes each file with MODEL and compares what comes back with what went in: means with 95 % "
-        "intervals, and with --compare or --decoded also the differences, file by file. A file that cannot be read and a "
-        "number that cannot be computed are listed with the reason, count as failures, and are left out of the means. "
-        "Needs the extra `evaluation`."
+        " Encodes and decodes each file with MODEL and compares the result with the file. Prints means with 95 % intervals, and "
+        "with --compare or --decoded also the differences, file by file. Files that cannot be read and metrics that cannot be "
+        "computed are listed with the reason and left out of the means. Needs the extra `evaluation`."
     )
-    evaluate.add_argument("--audio", nargs="+", required=True, metavar="INPUT", help="sound files, or folders of them")
+    evaluate.add_argument(
+        "--audio", nargs="+", required=True, metavar="INPUT", help="audio files, or folders to search for them"
+    )
     add_model(evaluate, required=False)
     add_channel(evaluate)
-    evaluate.add_argument("--compare", metavar="MODEL", help="a second model, measured on the same files")
+    evaluate.add_argument("--compare", metavar="MODEL", help="second model, measured on the same files")
     evaluate.add_argument(
         "--tokens",
         metavar="FOLDER",
-        help="token folder of tokenize, made of INPUT: measure what MODEL decodes of its codes, instead of encoding again",
+        help="token folder that `wavtokenizer tokenize` made of INPUT: measure what MODEL decodes of it, instead of encoding again",
     )
     evaluate.add_argument(
         "--decoded",
         metavar="FOLDER",
-        help="what any other codec decoded: sound files with the names and sub-folders of those in INPUT, in any format",
+        help="folder with the output of any other codec: audio files with the names and subfolders of INPUT, in any format",
     )
     evaluate.add_argument(
         "-o",
@@ -53,15 +54,15 @@ def add(commands) -> None:
         "--metrics",
         nargs="+",
         metavar="NAME",
-        help="only these of pesq_wb, stoi, estoi, si_sdr, mel_distance, stft_distance, mcd, visqol, f0_error, voicing_f1, "
-        "dnsmos, speaker_similarity, word_error_rate, utmos; one that cannot run here is then an error",
+        help="only these metrics, of pesq_wb, stoi, estoi, si_sdr, mel_distance, stft_distance, mcd, visqol, f0_error, voicing_f1, "
+        "dnsmos, speaker_similarity, word_error_rate, utmos. One that cannot run here is an error",
     )
     evaluate.add_argument(
         "--crepe",
         default="full",
         metavar="SIZE",
-        help="size of the pitch tracker of f0_error and voicing_f1: full (default, as in the paper) or tiny, which is about "
-        "fifty times as fast on a CPU",
+        help="size of the pitch tracker of f0_error and voicing_f1: full (default, as in the paper) or tiny (about fifty times as "
+        "fast on a CPU)",
     )
     evaluate.add_argument(
         "--asr",
@@ -72,14 +73,14 @@ def add(commands) -> None:
     evaluate.add_argument(
         "--utmos",
         metavar="FILE",
-        help="adds UTMOS: a TorchScript that takes float32 audio (1, samples) at 16 kHz and gives one number; without it "
-        "UTMOS is reported as not run, nothing is downloaded",
+        help="TorchScript of UTMOS, which takes float32 audio (1, samples) at 16 kHz and returns one number. Without it UTMOS is "
+        "reported as not run",
     )
     evaluate.add_argument(
         "--num-workers",
         type=int,
         default=os.cpu_count() or 1,
-        help="processes for the metrics (default: one per processor; 0: none); results do not depend on it",
+        help="worker processes for the metrics (default: one per core; 0: none). Results do not depend on it",
     )
 
 

@@ -19,7 +19,7 @@ def add(commands) -> None:
     export.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     export.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
     export.add_argument("--format", choices=FORMATS, default="onnx", help="format of the files (default onnx)")
-    export.add_argument("-o", "--output", required=True, help="folder to make; must not exist, or be empty")
+    export.add_argument("-o", "--output", required=True, help="folder for the files; must not exist, or be empty")
     export.add_argument(
         "--dtype",
         choices=DTYPES,

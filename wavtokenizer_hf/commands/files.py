@@ -20,7 +20,7 @@ def add_files(parser: argparse.ArgumentParser, help: str) -> None:
         "-o",
         "--output",
         required=True,
-        help="a file for one input file; -: standard output; else a folder, in which the inputs' folders are mirrored",
+        help="output file for a single input file; -: standard output; else a folder, which gets the subfolders of the inputs",
     )
 
 

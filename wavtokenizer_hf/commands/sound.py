@@ -17,19 +17,19 @@ from .files import add_files, do_each, find_jobs
 from .token_folders import token_clips
 
 
-_SOUND_PIPE = "-: a WAV stream on standard input, taken as it comes"
+_SOUND_PIPE = "-: a WAV stream on standard input, encoded while it comes in"
 _RAW = "raw samples (16-bit little-endian integers, mono)"
 
 
 def add(commands) -> None:
     encode = add_command(commands, "encode", _encode)
-    add_files(encode, f"sound files, or folders to search for them; {_SOUND_PIPE}")
+    add_files(encode, f"audio files, or folders to search for them; {_SOUND_PIPE}")
     add_model(encode, decoder=False)
     encode.add_argument(
         "--format",
         choices=TOKEN_FORMATS,
-        help="of token files; default: the ending of OUTPUT, else safetensors. safetensors and json remember the "
-        "model and the exact length, npy and txt hold the numbers alone. To standard output txt flows, one number a line",
+        help="format of the token files (default: the extension of OUTPUT, else safetensors). safetensors and json record the "
+        "model and the exact length; npy and txt hold the numbers alone. On standard output txt is a stream, one number per line",
     )
     _add_raw_input(encode)
     add_channel(encode)
@@ -37,19 +37,22 @@ def add(commands) -> None:
 
     decode = add_command(commands, "decode", _decode)
     add_files(
-        decode, "token files, folders to search for them, or a token folder of tokenize; -: tokens from standard input"
+        decode,
+        "token files, folders to search for them, or a token folder of `wavtokenizer tokenize`; -: tokens on standard input",
     )
     add_model(decode)
-    decode.add_argument("--id", nargs="+", metavar="ID", help="only these clips of a token folder (default: all)")
+    decode.add_argument(
+        "--id", nargs="+", metavar="ID", help="ids of the clips of a token folder to decode (default: all)"
+    )
     decode.add_argument(
         "--format",
         choices=TOKEN_FORMATS,
-        help="of INPUT; default: its ending, or for standard input its first two bytes",
+        help="format of INPUT (default: its extension; of standard input its first two bytes)",
     )
     _add_sound(decode)
 
     reconstruct = add_command(commands, "reconstruct", _reconstruct)
-    add_files(reconstruct, f"sound files, or folders to search for them; {_SOUND_PIPE}")
+    add_files(reconstruct, f"audio files, or folders to search for them; {_SOUND_PIPE}")
     add_model(reconstruct)
     _add_raw_input(reconstruct)
     add_channel(reconstruct)
@@ -58,17 +61,22 @@ def add(commands) -> None:
     reconstruct.add_argument(
         "--plot",
         action="store_true",
-        help="also write a .png with both spectrograms and the tokens (files up to five minutes)",
+        help="also write a PNG picture of both spectrograms and the tokens (files of up to five minutes)",
     )
 
 
 def _add_raw_input(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--raw", type=int, metavar="RATE", help=f"standard input holds {_RAW} at RATE Hz")
+    parser.add_argument(
+        "--raw", type=int, metavar="RATE", help=f"standard input holds {_RAW} at this sample rate, in Hz"
+    )
 
 
 def _add_sound(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--sound-format", choices=("wav", "flac", "ogg", "mp3"), default="wav", help="in a folder; default wav"
+        "--sound-format",
+        choices=("wav", "flac", "ogg", "mp3"),
+        default="wav",
+        help="format of audio files in an output folder (default: wav)",
     )
     parser.add_argument(
         "--raw-output",
@@ -80,15 +88,15 @@ def _add_sound(parser: argparse.ArgumentParser) -> None:
         "--window-seconds",
         type=float,
         metavar="SECONDS",
-        help="decode what is longer than this in windows of this length, in memory that does not grow; the sound is then "
-        "close to the exact one, and standard error says so. 0: always exact. Default: files up to five minutes exact, "
-        "longer ones in windows of 10, pipes in windows of 3, which is also how long their sound is behind",
+        help="decode audio longer than SECONDS in overlapping windows (constant memory, approximate; standard error says so). 0: "
+        "always exact. Default: files of up to five minutes exact, longer ones in windows of 10 s, pipes in windows of 3 s, which "
+        "is also their latency",
     )
     parser.add_argument(
         "--overlap-seconds",
         type=float,
         metavar="SECONDS",
-        help="what a window has in common with the next; default 0.25, or a third of the window if that is less",
+        help="overlap of two windows (default: 0.25, or a third of the window if that is less)",
     )
 
 

@@ -13,50 +13,59 @@ from .arguments import MODEL_HELP, UsageError, add_channel, add_command, add_pea
 def add(commands) -> None:
     tokenize = add_command(commands, "tokenize", _tokenize)
     tokenize.description += (
-        " Killed at any time and run again, it goes on where it was; clips added to SOURCE since are picked up. A clip that "
-        "cannot be read is listed in failures.jsonl with the reason. The rows do not depend on the number of processes or "
-        "on the batches. Needs the extra `bulk`."
+        " Runs are resumable: after a crash, or when clips were added to SOURCE, run the same command again. A clip that cannot "
+        "be read is listed in failures.jsonl with the reason. The rows do not depend on the number of processes or on the "
+        "batches. Needs the extra `bulk`."
     )
     tokenize.add_argument(
         "source",
         nargs="?",
         metavar="SOURCE",
-        help="a folder of sound files, tar shards or Parquet, or a glob of them in quotes; a list of paths (.txt, or .csv or "
-        ".jsonl with further columns); a dataset on disk, or its name on the Hub",
+        help="folder of audio files, tar shards or Parquet files, or a glob of them in quotes; list of paths (.txt, or .csv or .jsonl "
+        "with further columns); dataset on disk, or its name on the Hub",
     )
     tokenize.add_argument("-m", "--model", help=MODEL_HELP)
     tokenize.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
-    tokenize.add_argument("-o", "--output", help="folder, new or of an earlier run")
     tokenize.add_argument(
-        "--column", help="of the sound, or of the paths in a list; default: audio, and in lists also path or file_name"
+        "-o", "--output", help="folder for the Parquet files (created if missing; resumes an earlier run)"
     )
-    tokenize.add_argument("--dataset-config", help="of a dataset on the Hub")
-    tokenize.add_argument("--dataset-revision", help="of a dataset on the Hub")
-    tokenize.add_argument("--split", help="of a dataset (default train)")
-    tokenize.add_argument("--device", help="cpu, cuda, cuda:1; default: each process has a GPU, if there is one")
+    tokenize.add_argument(
+        "--column",
+        help="column of the audio, or of the paths in a list (default: audio, and in lists also path or file_name)",
+    )
+    tokenize.add_argument("--dataset-config", help="configuration of a dataset on the Hub")
+    tokenize.add_argument("--dataset-revision", help="branch, tag or commit of a dataset on the Hub")
+    tokenize.add_argument("--split", help="split of a dataset (default: train)")
+    tokenize.add_argument(
+        "--device", help="device of the models: cpu, cuda, cuda:1 (default: one GPU per process, or the CPU)"
+    )
     tokenize.add_argument(
         "--num-processes",
         type=int,
-        help="with a model each; default: one for each GPU, or for two processors, and 2 with Ray",
+        help="number of worker processes (default: one per GPU; on CPU, one per two cores; 2 with Ray)",
     )
     tokenize.add_argument(
         "--num-readers",
         type=int,
-        help="threads in each process that decode and resample ahead; default: its processors",
+        help="threads per process that read and resample audio ahead (default: its share of the cores)",
     )
-    tokenize.add_argument(
-        "--batch-seconds", type=float, default=120, help="of sound that are encoded at once (default 120)"
-    )
+    tokenize.add_argument("--batch-seconds", type=float, default=120, help="seconds of audio per batch (default: 120)")
     tokenize.add_argument(
         "--part-size",
         type=int,
-        help="clips in a Parquet file, which is what a crash costs for each process; default: up to 2000",
+        help="clips per Parquet file (default: up to 2000). A crash costs at most one unfinished file per process",
     )
     tokenize.add_argument(
-        "--shard", default="0/1", metavar="I/N", help="only shard I of N, from 0; all may write to one OUTPUT at once"
+        "--shard",
+        default="0/1",
+        metavar="I/N",
+        help="do only shard I of N, I from 0 (default: 0/1). All shards may write to one OUTPUT at once",
     )
     tokenize.add_argument(
-        "--on-error", choices=("record", "fail"), default="record", help="list failed clips, or stop at the first"
+        "--on-error",
+        choices=("record", "fail"),
+        default="record",
+        help="list clips that fail and go on (default), or stop at the first",
     )
     add_channel(tokenize)
     add_peak(tokenize)
@@ -65,35 +74,41 @@ def add(commands) -> None:
         type=float,
         default=21600,
         metavar="SECONDS",
-        help="a longer clip fails, before it is read if its header says so (default 21600, 6 hours)",
+        help="longest clip; a longer one fails (default: 21600, 6 hours)",
     )
     tokenize.add_argument(
         "--tar-names",
         choices=("ending", "webdataset"),
         default="ending",
-        help="names in tar shards are split before the known ending of a sound, or at the first dot as WebDataset does "
-        "(default ending)",
+        help="split names in tar shards before the extension of the audio file (default), or at the first dot as WebDataset does",
     )
-    tokenize.add_argument("--retry-failed", action="store_true", help="try again what failed in earlier runs")
+    tokenize.add_argument("--retry-failed", action="store_true", help="try clips again that failed in earlier runs")
     tokenize.add_argument(
         "--refresh",
         action="store_true",
-        help="do clips again whose file has another size or time than when it was read; without it they are only counted",
+        help="encode clips again whose file changed since (size or time); without this option they are only counted",
     )
     tokenize.add_argument(
         "--verify",
         metavar="OUTPUT",
-        help="read all of an earlier OUTPUT and check it (checksums, schema, codes, totals); takes no other argument. Exit "
-        "code 1: something is wrong, one line each",
+        help="check the OUTPUT of an earlier run (checksums, schema, codes, totals); takes no other argument. Exit code 1: something is "
+        "wrong, one line each",
     )
-    tokenize.add_argument("--engine", choices=("processes", "ray"), default="processes", help="default processes")
-    tokenize.add_argument("--ray-address", help="of a Ray cluster, or auto; default: Ray is started here")
+    tokenize.add_argument(
+        "--engine",
+        choices=("processes", "ray"),
+        default="processes",
+        help="run on this machine (default), or on a Ray cluster",
+    )
+    tokenize.add_argument(
+        "--ray-address", help="address of a Ray cluster, or auto (default: start Ray on this machine)"
+    )
     tokenize.add_argument(
         "--dry-run",
         action="store_true",
-        help="print clips, hours, tokens, sizes and about how long it takes, from a sample of the clips; writes nothing",
+        help="print the number of clips, hours, tokens, sizes and about how long it takes, from a sample of the clips; write nothing",
     )
-    tokenize.add_argument("--push-to-hub", metavar="NAME", help="upload OUTPUT to this dataset on the Hub in the end")
+    tokenize.add_argument("--push-to-hub", metavar="NAME", help="upload OUTPUT to this dataset on the Hub at the end")
 
 
 def _tokenize(arguments) -> int:

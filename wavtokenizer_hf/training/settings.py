@@ -44,51 +44,55 @@ def _field(help: str, default: Any = dataclasses.MISSING, *, factory: Any = data
 class Settings:
     """What a training run does. The defaults are the published training at 40 tokens/s, but for the number of GPUs."""
 
-    output: str = _field("folder of the run: best/, last/, previous/ and log/ appear in it", "", free=True)
+    output: str = _field("folder of the run, which gets best/, last/, previous/ and log/", "", free=True)
     train_data: str = _field(
-        "sound to train on: a folder to search, a text file with one path a line (relative to the file), or a folder "
-        "saved by datasets' save_to_disk",
+        "audio to train on: a folder to search, a text file with one path per line (relative to the file), or a folder "
+        "saved by save_to_disk of datasets",
         "",
     )
-    validation_data: str = _field("sound to validate on, likewise; never trained on", "")
+    validation_data: str = _field("audio to validate on, given likewise; never trained on", "")
     model: str | None = _field(
-        "start from this model: a converted folder or a name on the Hub; its discriminators.safetensors is used too. "
-        "Default: random weights",
+        "model to start from: a folder, a published checkpoint or a name on the Hub; its discriminators.safetensors is used too "
+        "(default: random weights)",
         None,
     )
     config: dict[str, Any] = _field(
-        "fields of a new model's config that differ from the defaults, such as 'upsampling_ratios=[8, 5, 4, 2]' for 75 "
-        "tokens/s; one that is given as `model` must have them already",
+        "fields of a new model's config, such as 'upsampling_ratios=[8, 5, 4, 2]' for 75 tokens/s; a model that is given must "
+        "have these values",
         factory=dict,
     )
 
-    steps: int = _field("steps in all; may grow when the run is resumed", 1_000_000, free=True)
-    mel_only_steps: int = _field("first steps without discriminators, on mel and commitment losses alone", 0)
+    steps: int = _field("number of steps in all; may grow when the run is resumed", 1_000_000, free=True)
+    mel_only_steps: int = _field("number of first steps without discriminators, on mel and commitment losses alone", 0)
     freeze: str | None = _field(
-        "part of the model that stays as it is: encoder (with the codebook, so that codes keep their meaning); `none` "
-        "undoes a recipe's",
+        "part of the model that is not trained: encoder (with the codebook, so that codes keep their meaning); none overrides a "
+        "recipe",
         None,
     )
     continuous_steps: int = _field(
-        "first steps without the codebook, in which the decoder gets the encoder's output itself; k-means then chooses the "
-        "entries from an encoder that has learned something, which a short run needs",
+        "number of first steps in which the decoder gets the encoder's output without the codebook; then k-means chooses the "
+        "entries. For short runs, whose encoder has to learn something first",
         0,
     )
-    batch_size: int = _field("segments in a batch of each process", 40)
-    gradient_accumulation: int = _field("batches of each process in a step", 1)
-    segment_seconds: float = _field("length of a segment; shorter clips are repeated to it", 3.0)
-    channel: str = _field("of clips with several channels: mean, left, right, or its number from 0", "mean")
-    num_workers: int = _field("processes that load sound, for each process that trains; 0: none", 8, free=True)
-    seed: int = _field("of all that is random: equal settings give equal runs on a CPU", 0)
+    batch_size: int = _field("segments per batch and process", 40)
+    gradient_accumulation: int = _field("batches per step and process", 1)
+    segment_seconds: float = _field("length of a segment, in seconds; shorter clips are repeated", 3.0)
+    channel: str = _field(
+        "channel to take of clips that have several: mean, left, right, or its number from 0", "mean"
+    )
+    num_workers: int = _field("processes that load audio, for each process that trains; 0: none", 8, free=True)
+    seed: int = _field("seed of all random numbers; equal settings give equal runs on a CPU", 0)
 
-    learning_rate: float = _field("of the AdamW optimizers; decays to 0 by a cosine", 2e-4)
-    discriminator_learning_rate: float | None = _field("of the discriminators' optimizer, if it is another", None)
-    warmup_steps: int = _field("first steps of each optimizer, in which its learning rate rises from 0", 0)
+    learning_rate: float = _field("learning rate of the AdamW optimizers; decays to 0 by a cosine", 2e-4)
+    discriminator_learning_rate: float | None = _field(
+        "learning rate of the discriminators (default: learning_rate)", None
+    )
+    warmup_steps: int = _field("number of first steps of each optimizer in which its learning rate rises from 0", 0)
     max_gradient_norm: float | None = _field(
-        "gradients of a larger norm are scaled down to this one; default: never; `none` undoes a recipe's", None
+        "largest norm of the gradients, which are clipped to it (default: no clipping); none overrides a recipe", None
     )
     precision: str = _field(
-        "float32, or bfloat16 for autocast of decoder and discriminators; encoder and codebook stay in float32",
+        "float32, or bfloat16 for autocast of decoder and discriminators; encoder and codebook always use float32",
         "float32",
     )
     compile: bool = _field(
@@ -96,41 +100,43 @@ class Settings:
         False,
         free=True,
     )
-    dropout: float = _field("of the residual blocks in the backbone's front", 0.1)
+    dropout: float = _field("dropout of the residual blocks at the front of the backbone", 0.1)
     loss_weights: dict[str, float] = _field(
         "weights of the losses that differ from the published "
         + ", ".join(f"{name}={weight:g}" for name, weight in WEIGHTS.items())
         + "; 0 for both of a discriminator (multi_period, multi_resolution, dac) leaves it out",
         factory=dict,
     )
-    discriminator_scale: float = _field("inner channels of the discriminators, as a factor of the published ones", 1.0)
+    discriminator_scale: float = _field("channels of the discriminators, as a factor of the published ones", 1.0)
 
-    codebook_decay: float = _field("of the codebook's moving averages", 0.99)
-    restart_below: float = _field("entries used less than this share of an even count are replaced", 0.1)
+    codebook_decay: float = _field("decay of the codebook's moving averages", 0.99)
+    restart_below: float = _field("replace codebook entries that are used less than this share of an even count", 0.1)
     normalize_encoder: bool = _field(
-        "begin a new model with an encoder whose layers all give mean 0 and deviation 1 on the first batch (weight norm's "
-        "data-dependent initialization); PyTorch's own gives latents that hardly vary, and a slow start",
+        "initialize a new encoder so that each layer has mean 0 and deviation 1 on the first batch (data-dependent "
+        "initialization of weight norm). PyTorch's default gives latents that hardly vary, and a slow start",
         False,
     )
-    kmeans_iterations: int = _field("of k-means, at most, which chooses the first codebook of a new model", 200)
-    kmeans_latents: int = _field("encoder outputs that k-means works on, over all processes", 72_000)
+    kmeans_iterations: int = _field(
+        "largest number of iterations of k-means, which chooses the first codebook of a new model", 200
+    )
+    kmeans_latents: int = _field("number of encoder outputs for k-means, over all processes", 72_000)
 
     log_every: int = _field("steps between entries in the log", 100, free=True)
     validate_every: int = _field(
-        "steps between validations, each of which saves last/, and best/ if the score (mel + commitment by its weight) fell",
+        "steps between validations. Each saves last/, and best/ if the score fell (mel loss + weighted commitment loss)",
         5000,
     )
-    num_validation_clips: int = _field("clips of a validation, at most; of each the first segment_seconds", 200)
-    num_logged_clips: int = _field("clips of the validation that the log lets hear and see", 4, free=True)
+    num_validation_clips: int = _field("largest number of validation clips; of each the first segment_seconds", 200)
+    num_logged_clips: int = _field("number of validation clips in the log, to hear and see", 4, free=True)
     resume: bool = _field(
-        "go on from last/ in the output folder, after an interruption, with the same settings but for a larger `steps`; from "
-        "previous/, the one before, if last/ is damaged",
+        "resume from last/ in the output folder, or from previous/ if last/ is damaged. The settings must be the same, but steps "
+        "may be larger",
         False,
         free=True,
     )
     memory_gb: float | None = _field(
-        "GB that the run may take. Default: what the GPU, or the machine and its control group, has free. After the first "
-        "step the run stops if its next ones need more",
+        "memory that the run may take, in GB (default: what the GPU, or the machine and its control group, has free). The run "
+        "stops after the first step if the next ones need more",
         None,
         free=True,
     )
@@ -218,7 +224,7 @@ class Settings:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the recipe and one argument for each field; `read_arguments` takes them back."""
     recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    parser.add_argument("recipe", nargs="?", help=f"YAML file of settings, or the name of a bundled one: {recipes}")
+    parser.add_argument("recipe", nargs="?", help=f"YAML file of settings, or the name of a bundled recipe: {recipes}")
     types_ = typing.get_type_hints(Settings)
     for f in dataclasses.fields(Settings):
         help, options = f.metadata["help"], {}
