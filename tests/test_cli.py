@@ -294,10 +294,13 @@ def test_arguments_that_do_not_go_together_show_the_usage_of_their_command(capsy
     assert printed.startswith("usage: wavtokenizer tokenize ") and "-m bundled" in printed.splitlines()[-1]
 
 
-def test_no_option_has_underscores_only():
-    for command, parser in _parsers(None)[1].items():
-        for action in parser._actions:
-            assert not action.option_strings or any("_" not in name for name in action.option_strings), command
+def test_options_have_hyphens_and_the_names_of_recipes_still_work():
+    parser, commands = _parsers(None)
+    for command in commands.values():
+        shown = re.findall(r"^  +(?:-\w[^-]*, )?(--[\w-]+)", command.format_help(), re.MULTILINE)
+        assert shown and not any("_" in option for option in shown)
+    arguments = parser.parse_args(["train", "--batch_size", "3", "--num-workers", "0", "--no-normalize_encoder"])
+    assert (arguments.batch_size, arguments.num_workers, arguments.normalize_encoder) == ("3", "0", False)
 
 
 def test_the_version_is_printed(capsys):

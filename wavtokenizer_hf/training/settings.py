@@ -237,8 +237,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             if f.default not in ("", None):
                 help += f" (default {f.default:g})" if isinstance(f.default, float) else f" (default {f.default})"
         # no default here: what is not given must not go before the recipe's value
-        names = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
-        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **options)
+        options |= {"dest": f.name, "default": argparse.SUPPRESS}
+        parser.add_argument(f"--{f.name.replace('_', '-')}", help=help.replace("%", "%%"), **options)
+        if "_" in f.name:  # as the field is called in a recipe
+            parser.add_argument(f"--{f.name}", help=argparse.SUPPRESS, **options)
 
 
 def read_arguments(arguments: argparse.Namespace) -> Settings:
