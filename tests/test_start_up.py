@@ -113,6 +113,18 @@ def test_every_module_of_the_core_can_be_the_first_import():
     check_first_imports([f"import wavtokenizer_hf.{name}" for name in CORE])
 
 
+def test_a_module_that_is_only_looked_for_has_a_whole_loader():
+    code = """
+import importlib.util, sys
+import wavtokenizer_hf
+spec = importlib.util.find_spec("transformers")
+assert spec.loader.is_package("transformers") and spec.loader.get_code("transformers") is not None
+assert spec.submodule_search_locations and "transformers" not in sys.modules
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_interface_is_complete():
     for name in wavtokenizer_hf.__all__:
         assert getattr(wavtokenizer_hf, name) is not None

@@ -49,6 +49,9 @@ class _Loader(Loader):
     def __init__(self, loader: Loader, finder: _Finder):
         self.loader, self.finder = loader, finder
 
+    def __getattr__(self, name: str):
+        return getattr(self.loader, name)  # get_code, is_package and the like, for those who only look for the module
+
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 

@@ -77,6 +77,7 @@ def converted_model(name: str, revision: str | None = None) -> Path:
     if (folder / "config.json").is_file():  # folders appear complete or not at all
         return folder
 
+    from huggingface_hub import constants
     from huggingface_hub.utils import WeakFileLock
 
     from conversion.convert import convert
@@ -95,8 +96,9 @@ def converted_model(name: str, revision: str | None = None) -> Path:
             ) from error
         if (folder / "config.json").is_file():  # another process was first
             return folder
-        where = f"{published.file} of {published.repository}" if published.repository else published.file
-        print(f"{name}: first use: downloading {where}, then converting it", file=sys.stderr)
+        if published.repository is not None and not constants.HF_HUB_OFFLINE:
+            where = f"{published.file} of {published.repository}"
+            print(f"{name}: first use: downloading {where}, then converting it", file=sys.stderr)
         try:
             path = download(published, revision)
             with redirect_stdout(StringIO()), shown_progress("steps") as show:  # without the report of `convert`
