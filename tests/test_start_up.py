@@ -20,7 +20,7 @@ HEAVY = ("torch", "transformers", "numpy", "huggingface_hub", "gradio")
 def run(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     line = [sys.executable, *arguments]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
+    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900)
 
 
 ARGUMENTS = [
@@ -70,11 +70,9 @@ def test_help_takes_little_longer_than_python_itself():
     assert shortest("-m", "wavtokenizer_hf", "--help") < 10 * shortest("-c", "pass") + 0.2
 
 
-FIRST_IMPORTS = [
-    "import wavtokenizer_hf; from transformers import AutoModel",
+FIRST_IMPORTS = [  # all other tests import this package first
     "from transformers import AutoModel; import wavtokenizer_hf",
     "import wavtokenizer_hf.modeling_wavtokenizer_batching",
-    "import wavtokenizer_hf.native_upgrade",
 ]
 
 
@@ -110,7 +108,7 @@ def test_the_auto_classes_give_ours_whatever_is_imported_first():
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_every_module_of_the_core_can_be_the_first_import():
     """A module that waits for transformers must not be met half imported."""
-    check_first_imports([f"import wavtokenizer_hf.{name}" for name in CORE])
+    check_first_imports([f"import wavtokenizer_hf.{name}" for name in (*CORE, "native_upgrade")])
 
 
 def test_a_module_that_is_only_looked_for_has_a_whole_loader():
