@@ -61,7 +61,9 @@ def published_checkpoints() -> str:
     rows = ["| name | codes/s | trained on | corpus | on the Hub |", "|---|---|---|---|---|"]
     for published in table().values():
         where = f"`{published.repository}`" if published.repository else "no longer"
-        rows.append(f"| `{published.name}` | {published.frame_rate} | {published.domain} | {published.corpus} | {where} |")
+        rows.append(
+            f"| `{published.name}` | {published.frame_rate} | {published.domain} | {published.corpus} | {where} |"
+        )
     return "\n".join(rows)
 
 
