@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -405,3 +406,32 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1].split("\n\n")[0]
     named = set(re.findall(r"- ([\w/-]+\.md)$", navigation, re.MULTILINE))
     assert named == {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} | {"benchmarks.md"}
+
+
+def test_public_docstrings_are_complete():
+    """`help()` explains arguments, results and errors, and does not point elsewhere for them."""
+    from wavtokenizer_hf import WavTokenizerEncoderModel, upgrade
+    from wavtokenizer_hf.bulk import detokenize_dataset, tokenize, tokenize_dataset
+    from wavtokenizer_hf.evaluation import evaluate
+    from wavtokenizer_hf.export import export_onnx
+    from wavtokenizer_hf.export.run import export_tokens
+    from wavtokenizer_hf.llm import AudioVocabulary, decode_spans, stream_audio
+    from wavtokenizer_hf.long_audio import DecodeStream, EncodeStream
+
+    functions = [
+        WavTokenizerModel.encode, WavTokenizerModel.decode, WavTokenizerModel.forward, WavTokenizerModel.from_original,
+        WavTokenizerEncoderModel.encode, WavTokenizerEncoderModel.forward, WavTokenizerFeatureExtractor.__call__, upgrade,
+        EncodeStream.push, DecodeStream.push, audio.load, audio.read_blocks, audio.save, audio.load_clip, tokenize,
+        tokenize_dataset, detokenize_dataset, evaluate, export_onnx, export_tokens, stream_audio, decode_spans,
+        AudioVocabulary.add_to, AudioVocabulary.codes_to_ids, AudioVocabulary.ids_to_codes, AudioVocabulary.find_spans,
+    ]  # fmt: skip
+    for function in functions:
+        text = inspect.getdoc(function)
+        assert "Args:" in text and "Raises:" in text and ("Returns:" in text or "Yields:" in text), function
+        assert not re.search(r":\n? *(as (in|for|of)|see) ", text), function
+        parameters = set(inspect.signature(function).parameters) - {"self", "cls", "return_dict", "kwargs"}
+        arguments = text.split("Args:")[1].split("Raises:")[0]
+        assert not (missing := {name for name in parameters if not re.search(rf"\b{name}\b", arguments)}), (
+            function,
+            missing,
+        )

@@ -67,7 +67,14 @@ class EncodeStream:
         return self._continue(audio, final=False)
 
     def flush(self) -> torch.LongTensor:
-        """Ends the stream: the codes of what is still inside, `(m,)`, with the right end of the audio where it is."""
+        """End the stream and return the codes that are left.
+
+        Returns:
+            `(m,)` codes, m >= 0, on the CPU. The audio ends here, so these codes are those of the whole clip's end.
+
+        Raises:
+            ValueError: The stream was flushed before.
+        """
         self._check_open()
         if self.state.audio is None:
             codes = torch.zeros(0, dtype=torch.long, device="cpu")
@@ -110,7 +117,8 @@ class DecodeStream:
         model (`WavTokenizerModel`): may serve many streams.
         window_seconds (`float`): length of a window.
         overlap_seconds (`float`): what a window has in common with the next; at most half of it.
-        bandwidth_id (`int`): as in `model.decode`.
+        bandwidth_id (`int`): row of the adaptive norms' tables, in [0, config.adanorm_num_embeddings). The reference
+            implementation always decodes with 0.
         state (`DecoderState`, *optional*): that of another stream with the same settings, as its `state`, to go on where it
             stood. It is small, and can be pickled.
 
@@ -162,7 +170,14 @@ class DecodeStream:
         return self._continue(audio_codes, final=False)
 
     def flush(self) -> torch.FloatTensor:
-        """Ends the stream: the audio of what is still inside, `(m,)`."""
+        """End the stream and return the audio that is left.
+
+        Returns:
+            `(m,)` float32 audio at the model's sampling rate, m >= 0, on the CPU.
+
+        Raises:
+            ValueError: The stream was flushed before.
+        """
         audio_values = self._continue(torch.zeros(1, 1, 0, dtype=torch.long, device="cpu"), final=True)
         self._flushed = True
         return audio_values

@@ -189,10 +189,20 @@ def tokenize_dataset(
 
     Args:
         dataset: `datasets.Dataset`, `IterableDataset`, or a dictionary of either.
-        model, revision, column, device, batch_seconds, on_error, channel, max_clip_seconds: as for `AudioTokenizer`.
-        batch_size: rows that are taken at once.
+        model: Name on the Hub, folder, or `bundled`.
+        revision: Branch, tag or commit of the model on the Hub.
+        column: Column of the audio: an Audio column, decoded or not, or paths.
+        device: Device of the model. Defaults to one GPU per process, or the CPU.
+        batch_seconds: Seconds of audio per batch.
+        batch_size: Rows that are read at once.
         num_proc: processes, each with a model of its own; not for an `IterableDataset`. With GPUs they have to be spawned:
             `multiprocess.set_start_method("spawn")`.
+        on_error: `"record"` writes the reason into the row, `"fail"` raises ValueError at the first clip that cannot be read.
+        channel: Channel of audio that has several: `"mean"`, `"left"`, `"right"` or a number from 0.
+        max_clip_seconds: A longer clip fails.
+
+    Returns:
+        A dataset of the same kind, with the columns of `AudioTokenizer` in place of `column`.
 
     Raises:
         ValueError: there is no such column, or the dataset has columns of the names that the tokens get; the model cannot be
@@ -211,8 +221,10 @@ class AudioDetokenizer(_Mapped):
     cut to it. A row without codes gets no sound.
 
     Args:
-        model, revision, device: as for `AudioTokenizer`.
-        column: of the codes.
+        model: Name on the Hub, folder, or `bundled`.
+        revision: Branch, tag or commit of the model on the Hub.
+        column: Column of the codes.
+        device: Device of the model. Defaults to one GPU per process, or the CPU.
     """
 
     def __init__(
@@ -258,8 +270,15 @@ def detokenize_dataset(
 
     Args:
         dataset: what `tokenize_dataset` gave, or the output folder of `tokenize` as `datasets.load_dataset` reads it.
-        model, revision, column, device: as for `AudioDetokenizer`.
-        batch_size, num_proc: as for `tokenize_dataset`.
+        model: Name on the Hub, folder, or `bundled`.
+        revision: Branch, tag or commit of the model on the Hub.
+        column: Column of the codes.
+        device: Device of the model. Defaults to one GPU per process, or the CPU.
+        batch_size: Rows that are read at once.
+        num_proc: Processes, each with a model; not for an `IterableDataset`.
+
+    Returns:
+        A dataset of the same kind, with `audio` in place of `column`.
 
     Raises:
         ValueError: there is no such column, or an `audio` already; the codes are of another codebook; the model cannot be

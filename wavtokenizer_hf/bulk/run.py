@@ -87,7 +87,11 @@ def tokenize(
     finished is never lost or made twice; clips that were added to the source since are picked up.
 
     Args:
-        source, column, dataset_config, split, dataset_revision: the clips, see `sources.open_source`.
+        source: Folder of audio files, tar shards or Parquet; glob of such files; list (.txt, .csv, .jsonl) of paths; folder of
+            Lhotse Shar or of `save_to_disk`; name of a dataset on the Hub; or a `datasets.Dataset`.
+        column: Column of the audio, or of the paths in a list. Defaults to `audio`, and in lists also `path` or `file_name`.
+        dataset_config, dataset_revision: Configuration and revision of a dataset on the Hub.
+        split: Split of a dataset. Defaults to `train`.
         model: name on the Hub, folder, or `bundled`. Its preprocessor_config.json may ask for a peak level, as Apertus 1.5 does.
         output: a folder, new or of an earlier run with the same source and model.
         revision: of the model on the Hub.
@@ -108,9 +112,13 @@ def tokenize(
         refresh: do clips again whose file has another size or time than when it was read.
         push_to_hub: name of a dataset on the Hub to which the folder is uploaded in the end.
         progress: shows how far it is, on standard error.
-        channel: of clips that have several, as `audio.load` takes it.
+        channel: Channel of clips that have several: `"mean"`, `"left"`, `"right"` or a number from 0.
         max_clip_seconds: a longer clip fails, before it is read if its header says so.
-        tar_names: how names in tar shards are split, see `sources.open_source`.
+        tar_names: Where names in tar shards are split: `"ending"`, before the known ending of an audio file, or `"webdataset"`,
+            at the first dot.
+
+    Returns:
+        `Result`: totals of the folder, failures, and what this run did.
 
     Raises:
         ValueError: bad arguments, no clips, a model that cannot be loaded, a folder of other settings, a clip that failed

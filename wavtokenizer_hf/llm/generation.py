@@ -149,7 +149,8 @@ class AudioStreamer(BaseStreamer):
     Args:
         codec: the WavTokenizer of the codes.
         vocabulary: with marks.
-        window_seconds, overlap_seconds: as for `DecodeStream`. The first sound needs one window of codes.
+        window_seconds: Length of a window, in seconds. The first audio needs one window of codes.
+        overlap_seconds: Overlap of two windows, in seconds; at most half a window.
         timeout: seconds to wait for the next token, as `generate` may have failed; None waits forever.
 
     Raises:
@@ -269,8 +270,18 @@ def stream_audio(
 
     Args:
         model: the language model.
-        codec, vocabulary, window_seconds, overlap_seconds: as for `AudioStreamer`.
-        arguments: for `generate`; one row. All of its `input_ids` are read, unless there is an `attention_mask`.
+        codec: The WavTokenizer of the codes.
+        vocabulary: An `AudioVocabulary` with boundary tokens.
+        window_seconds: Length of a window, in seconds. The first audio needs one window of codes.
+        overlap_seconds: Overlap of two windows, in seconds; at most half a window.
+        arguments: Arguments of `generate`, for one row. All of its `input_ids` are read, unless there is an `attention_mask`.
+
+    Yields:
+        (m,) float32 audio at the codec's sampling rate, m > 0, on the CPU.
+
+    Raises:
+        ValueError: Codes of another codebook, a vocabulary without boundary tokens, bad windows, a model with too few rows, or
+            tokens that make no span.
     """
     vocabulary.check_model(model)
     streamer = AudioStreamer(codec, vocabulary, window_seconds, overlap_seconds)

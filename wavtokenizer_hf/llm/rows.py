@@ -63,8 +63,8 @@ class Template:
         Args:
             messages: as for `apply_chat_template`, with fields in their contents:
                 `[{"role": "user", "content": "Say: {text}"}, {"role": "assistant", "content": "{audio}"}]`.
-            loss_on_prompt: as in `Template`.
-            options: for `apply_chat_template`.
+            loss_on_prompt: Whether the prompt carries loss too.
+            options: Further arguments of `apply_chat_template`.
 
         Raises:
             ValueError: the last message is not the assistant's, or the prompt is not what the whole begins with, as when a
@@ -127,6 +127,12 @@ class TrainingRows:
 
     def __call__(self, batch: dict[str, Sequence]) -> dict[str, list[list[int]]]:
         """
+        Args:
+            batch: Columns of a batch of rows, as `map(..., batched=True)` passes them: text, and codes (L,) for each row.
+
+        Returns:
+            `input_ids` and `labels`, a list of ids for each example. Labels are -100 where there is no loss.
+
         Raises:
             ValueError: a column that a template names is missing, or holds something else than text or codes; a row without
                 codes; codes of another codebook; a text in which the tokenizer finds audio tokens.

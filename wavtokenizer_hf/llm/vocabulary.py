@@ -107,6 +107,8 @@ class AudioVocabulary:
 
     def codes_to_ids(self, audio_codes):
         """
+        Return the token ids of codes: code + `first_token_id`.
+
         Args:
             audio_codes: codes in [0, K), of any integer type and shape: numpy array, torch tensor or list.
 
@@ -121,7 +123,18 @@ class AudioVocabulary:
         return audio_codes + self.first_token_id
 
     def ids_to_codes(self, token_ids):
-        """The way back of `codes_to_ids`, for ids that are all codes. Raises ValueError if one is not."""
+        """
+        Return the codes of token ids, the inverse of `codes_to_ids`.
+
+        Args:
+            token_ids: Ids that are all codes, of any integer type and shape: numpy array, torch tensor or list.
+
+        Returns:
+            int64 codes in [0, K) of the same shape; a torch tensor on the same device for a tensor, else a numpy array.
+
+        Raises:
+            ValueError: No integers, or an id that is no code.
+        """
         token_ids = _integers(token_ids, "token_ids")
         hint = "find_spans finds the audio among other ids."
         _check_range(token_ids, self.first_token_id, self.last_token_id, "token id", hint)
@@ -134,7 +147,7 @@ class AudioVocabulary:
 
     def text_to_codes(self, text: str) -> np.ndarray:
         """
-        The way back of `codes_to_text`: int64 (L,). Blanks between the codes, as some tokenizers write them, are skipped.
+        Return the codes of a text, the inverse of `codes_to_text`: int64 (L,). Blanks between the codes, as some tokenizers write them, are skipped.
 
         Raises:
             ValueError: there is something else in the text, or a code outside [0, K).
@@ -159,7 +172,7 @@ class AudioVocabulary:
     # -----------------------------------------------------------------------------------------------------------------
 
     def span(self, audio_codes) -> list[int]:
-        """Codes (L,) -> their ids with the marks around them."""
+        """Return the token ids of codes (L,), with the boundary tokens around them. Raises ValueError for a code outside [0, K)."""
         token_ids = self.codes_to_ids(_one_row(audio_codes, "audio_codes")).tolist()
         return [self.begin_token_id, *token_ids, self.end_token_id] if self.has_marks else token_ids
 
@@ -173,6 +186,9 @@ class AudioVocabulary:
 
         Args:
             token_ids: ids of one row, (L,).
+
+        Returns:
+            Spans with their codes, and malformed spans with a reason, both in the order of the row.
 
         Raises:
             ValueError: ids of another shape, or no integers.
@@ -288,7 +304,11 @@ class AudioVocabulary:
                 `model.codebook_fingerprint`).
             model: a language model with this tokenizer; None if it is still to be made, with `len(tokenizer)` tokens.
             pad_to_multiple_of: round the number of rows up to a multiple, as GPUs like it.
-            token_format, begin_token, end_token: as in `AudioVocabulary`.
+            token_format: Text of a code, with `{}` for its number.
+            begin_token, end_token: Text of the two boundary tokens.
+
+        Returns:
+            The new `AudioVocabulary`, which the tokenizer stores too.
 
         Raises:
             ValueError: the tokenizer has an audio vocabulary or such tokens already, or does not give them consecutive
