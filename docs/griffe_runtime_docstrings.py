@@ -17,14 +17,19 @@ class RuntimeDocstrings(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.path in ASSIGNED and obj.docstring is None:
             text = inspect.getdoc(griffe.dynamic_import(obj.path))
-            obj.docstring = griffe.Docstring(text, parent=obj, parser=griffe.Parser.google)
+            options = {"warnings": False, "returns_multiple_items": False, "returns_named_value": False}
+            obj.docstring = griffe.Docstring(text, parent=obj, parser=griffe.Parser.google, parser_options=options)
         if obj.docstring is not None:
             obj.docstring.value = _plain(obj.docstring.value)
 
 
 def _plain(text: str) -> str:
-    """Types of arguments without backticks, and names in [`...`], transformers' links, as code."""
+    """Types of arguments without backticks and defaults, which the signature has; names in [`...`] as code."""
     text = re.sub(r"\[`~?([^`\]]*)`\]", r"`\1`", text)
-    return re.sub(
-        r"^( *[\w, ]+)\((.*`.*)\):", lambda m: f"{m[1]}({m[2].replace('`', '').replace('*', '')}):", text, flags=re.M
-    )
+    text = re.sub(r"^( *)`([\w.]+)`:", r"\1\2:", text, flags=re.MULTILINE)
+    return re.sub(r"^( *[\w, ]+)\((.*`.*)\):", _plain_type, text, flags=re.MULTILINE)
+
+
+def _plain_type(match: re.Match) -> str:
+    type_ = re.sub(r", \*optional\*|, defaults? to .*|[`*]", "", match[2])
+    return f"{match[1]}({type_}):"
