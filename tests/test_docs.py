@@ -30,9 +30,9 @@ from wavtokenizer_hf.training.settings import read_arguments
 
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(DOCS.rglob("*.md"))]
 # other files with links to the pages
-LINKING = [ROOT / ".github" / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *ROOT.glob("examples/*/*.md")]
+LINKING = [ROOT / ".github" / "CONTRIBUTING.md", *ROOT.glob("examples/*/*.md")]
 LINKING += ROOT.glob("wavtokenizer_hf/*/README.md")
 MAX_WORDS = 35
 # what makes a recipe a matter of seconds; all else that it says holds
@@ -162,6 +162,8 @@ WITH_PYTHON = [
 @pytest.mark.parametrize("path", WITH_PYTHON)
 def test_python_blocks_of_a_page_run(path, prepare):
     """From top to bottom, in one namespace."""
+    if "transformers.models.wavtokenizer" in path.read_text():
+        pytest.importorskip("transformers.models.wavtokenizer", reason="transformers < 5.24 has no WavTokenizer")
     prepare(page_name(path))
     for command in BEFORE.get(page_name(path), []):
         assert main(shlex.split(command)) == 0
