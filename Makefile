@@ -64,8 +64,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@# pesq comes as source: without a C compiler that one metric is left out, and its tests are skipped
+	@# pesq and webrtcvad come as source: without a C compiler their metrics are left out, and the tests of these are skipped;
+	@# without dependencies: torchcrepe asks for torchaudio, of which it needs nothing here
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pesq || echo "pesq could not be built"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps torchcrepe
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps resemblyzer webrtcvad || \
+		echo "webrtcvad could not be built"
 	touch $@
 
 # transformers' own common tests for models are in its source archive only, not in the package that pip installs

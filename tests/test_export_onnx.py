@@ -288,7 +288,8 @@ def test_the_files_say_what_they_are(folder, bundled):
         model = onnx.load(folder / f"{name}.onnx")
         facts = {prop.key: prop.value for prop in model.metadata_props}
         assert facts["codebook_fingerprint"] == bundled.codebook_fingerprint and facts["source"] == "bundled"
-        assert (facts["sampling_rate"], facts["hop_length"], facts["codebook_size"]) == ("24000", "320", "2048")
+        size = str(bundled.config.codebook_size)
+        assert (facts["sampling_rate"], facts["hop_length"], facts["codebook_size"]) == ("24000", "320", size)
         assert facts["opset"] == str(model.opset_import[0].version) and len(model.opset_import) == 1
         assert {node.domain for node in model.graph.node} == {""}  # no operator of onnxruntime's own
     written = json.loads((folder / "wavtokenizer_onnx.json").read_text())
@@ -427,7 +428,7 @@ def test_missing_packages_are_named(bundled, copy, tmp_path, monkeypatch):
 
 
 def test_bad_arguments_are_refused(exported, bundled, tmp_path):
-    floats = np.zeros((2, 1, 640), np.float32)
+    floats, size = np.zeros((2, 1, 640), np.float32), bundled.config.codebook_size
     bad_audio = {
         "expected floats of shape": [np.zeros(5, np.float32), np.zeros((1, 2, 5), np.float32), np.zeros((1, 1, 0)), floats.astype(int)],
         "NaN or infinite": [np.full((1, 1, 5), np.nan, np.float32)],
@@ -446,7 +447,7 @@ def test_bad_arguments_are_refused(exported, bundled, tmp_path):
         with pytest.raises(ValueError, match=message):
             exported.encode(floats, mask)
     for codes, message in (
-        (np.full((1, 1, 2), 2048), "from 2048 to 2048, expected 0 to 2047"),
+        (np.full((1, 1, 2), size), f"from {size} to {size}, expected 0 to {size - 1}"),
         (np.full((1, 1, 2), -1), "from -1 to -1"),
         (np.zeros((1, 1, 2)), "expected integers"),
         (np.zeros((1, 2), int), "expected \\(batch size, 1, codes\\)"),

@@ -40,6 +40,7 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
         "evaluation",
         "bulk",
         "export",
+        "llm",
         "loading",
         "",
     },

@@ -122,7 +122,7 @@ def apertus(model, tmp_path):
     """The model, with a feature extractor that scales each clip to a peak of -3 dBFS."""
     shutil.copytree(model.folder, tmp_path / "apertus")
     path = tmp_path / "apertus" / "preprocessor_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "peak_dbfs": -3}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "normalize_audio": True, "target_peak_dB_FS": -3}))
     return str(tmp_path / "apertus")
 
 

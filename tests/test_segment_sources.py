@@ -9,6 +9,7 @@ from bulk_corpus import codes_alone, rows_of, save_model
 from test_export_onnx import tiny
 
 from wavtokenizer_hf.bulk import segment_sources, tokenize
+from wavtokenizer_hf.bulk.sources import open_source
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +40,13 @@ ROWS = [
 
 
 def test_segments_get_the_codes_of_a_file_of_their_own_and_a_recording_is_read_once(place, tmp_path, monkeypatch):
-    real, read = segment_sources.audio.soundfile_module().read, []
+    real, read = segment_sources.audio.read_channels, []
 
-    def counted(path, *arguments, **options):
+    def counted(path):
         read.append(str(path))
-        return real(path, *arguments, **options)
+        return real(path)
 
-    monkeypatch.setattr(segment_sources.audio.soundfile_module(), "read", counted)
+    monkeypatch.setattr(segment_sources.audio, "read_channels", counted)
     run(place, write_manifest(place, ROWS), tmp_path / "out", num_readers=1)
     assert sorted(read) == [str(place / "stereo.wav"), str(place / "talk.wav")]
     monkeypatch.undo()
@@ -63,11 +64,25 @@ def test_segments_get_the_codes_of_a_file_of_their_own_and_a_recording_is_read_o
     assert found["talk.wav#1.25+0.5"]["start"] == 1.25 and found["talk.wav#1.25+0.5"]["duration"] == 0.5
 
 
+def test_a_channel_can_be_chosen_and_opposite_phase_is_said(place, tmp_path):
+    samples = np.sin(np.arange(24_000) / 9).astype(np.float32)
+    soundfile.write(place / "opposite.wav", np.stack([samples, -samples], axis=1), 24_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "left.wav", samples[6_000:18_000], 24_000, subtype="FLOAT")
+    manifest = write_manifest(place, [{"audio": "opposite.wav", "start": 0.25, "duration": 0.5}], "opposite.jsonl")
+    run(place, manifest, tmp_path / "mean")
+    (mean,) = rows_of(tmp_path / "mean").values()
+    assert mean["warnings"] == ["cancelled"]
+    run(place, manifest, tmp_path / "left", channel="left")
+    (left,) = rows_of(tmp_path / "left").values()
+    assert left["audio_codes"] == codes_alone(tiny(), {"": tmp_path / "left.wav"})[""] and not left["warnings"]
+
+
 def test_a_segment_beyond_its_recording_is_listed_and_a_bad_row_refused(place, tmp_path):
     rows = [*ROWS, {"audio": "talk.wav", "start": 1.9, "duration": 0.5, "text": "d"}]
     result = run(place, write_manifest(place, rows, "long.jsonl"), tmp_path / "out")
-    (reason,) = result.failures.values()
-    assert "ends after" in reason and "which has 2 s" in reason and result.total.num_clips == 3
+    (failure,) = result.failures.values()
+    assert "ends after" in failure.reason and "which has 2 s" in failure.reason
+    assert failure.kind == "truncated" and result.total.num_clips == 3
     for bad in ({"start": -1, "duration": 1}, {"start": 0, "duration": 0}, {"start": "x", "duration": 1}):
         manifest = write_manifest(place, [{"audio": "talk.wav", **bad}], "bad.jsonl")
         with pytest.raises(ValueError, match=r"Row 1 has .* expected seconds"):
@@ -89,6 +104,8 @@ def test_lhotse_shar_gives_the_codes_of_its_cuts(place, tmp_path):
             cut.supervisions = [lhotse.SupervisionSegment(name, name, 0, cut.duration, text=f"text of {name}")]
             writer.write(cut)
     assert len(list(shar.glob("cuts.*"))) == 2
+    source = open_source(shar)
+    assert {source.file(item.place) for item in source.items} == {str(path) for path in shar.glob("recording.*.tar")}
     run(place, shar, tmp_path / "out")
     found = rows_of(tmp_path / "out")
     for name in files:  # as FLAC of 16 bits, which lhotse wrote

@@ -691,7 +691,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_it_in_one_line(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state.model.state_dict().items())
     (said,) = [record.getMessage() for record in caplog.records if "Went back to step 1" in record.getMessage()]
     assert "\n" not in said and len(said) < 800
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best", "last.damaged", "log", "previous"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "best",
+        "curves.png",
+        "last.damaged",
+        "log",
+        "previous",
+    ]
     save(state, tmp_path / "run", improved=False)  # what was good stays beside it
     assert (
         read_state(tmp_path / "run" / "last")[0]["step"] == read_state(tmp_path / "run" / "previous")[0]["step"] == 1

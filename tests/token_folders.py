@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow
 
 from wavtokenizer_hf.bulk.encoding import Tokens
-from wavtokenizer_hf.bulk.output import Output, Settings
+from wavtokenizer_hf.bulk.output import NO_FILE, Output, Settings
 
 
 FINGERPRINT = "0123456789abcdef"
@@ -30,7 +30,7 @@ def write_token_folder(
     settings = Settings(
         source="made up", column=None, dataset_config=None, dataset_revision=None, split=None, model="tiny", revision=None,
         codebook_fingerprint=fingerprint, encoder_fingerprint="0" * 16, codebook_size=codebook_size, hop_length=hop_length,
-        sampling_rate=24_000, peak_dbfs=None, columns={field.name: str(field.type) for field in schema},
+        sampling_rate=24_000, target_peak_dB_FS=None, columns={field.name: str(field.type) for field in schema},
     )  # fmt: skip
     rows = []
     with Output(folder, settings, schema).open() as output:
@@ -43,7 +43,7 @@ def write_token_folder(
                 for size in sizes
             ]
             beside = [{name: values[number] for name, values in columns.items()} for number in numbers]
-            output.write_part(ids, tokens, beside)
+            output.write_part(ids, tokens, beside, [NO_FILE] * len(ids))
             rows += [
                 {"id": id, "audio_codes": each.audio_codes, "num_samples": each.num_samples, **more}
                 for id, each, more in zip(ids, tokens, beside, strict=True)

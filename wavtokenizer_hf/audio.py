@@ -151,6 +151,21 @@ class Sound:
     warnings: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass
+class Channels:
+    """Audio as its source has it: samples (T', C), float32, at `sampling_rate` Hz. `name` is for messages."""
+
+    samples: np.ndarray
+    sampling_rate: int
+    name: str
+
+
+def read_channels(path: str | os.PathLike) -> Channels:
+    """Reads a sound file with all its channels, at its own rate. Raises AudioError and OSError, as `load` does."""
+    with AudioReader(path, quiet=True) as reader:
+        return Channels(np.concatenate(list(reader.channel_blocks())), reader.source_sampling_rate, reader.name)
+
+
 def decode(
     source: str | os.PathLike | bytes,
     sampling_rate: int = 24000,
@@ -185,7 +200,7 @@ def load_clip(
     Reads a clip as a dataset or another source gives it, to the samples of `load`; arrays are resampled likewise.
 
     Args:
-        value: Path, content of an audio file, or row of an Audio column of the datasets library (decoded or not).
+        value: Path, content of an audio file, row of an Audio column of the datasets library (decoded or not), or `Channels`.
         sampling_rate: Hz of the result.
         channel: `"mean"`, `"left"`, `"right"` or the number of a channel, from 0.
         max_seconds: Longest audio that is read; longer audio is refused. None: no limit.
@@ -197,6 +212,9 @@ def load_clip(
         AudioError: it is not sound, or is refused for another reason of `audio_errors.FAILURE_KINDS`.
         OSError: its file cannot be read.
     """
+    if isinstance(value, Channels):
+        _check_seconds(len(value.samples) / value.sampling_rate, max_seconds, value.name)
+        return mono(value.samples, value.sampling_rate, sampling_rate, channel, value.name)
     if hasattr(value, "as_py"):  # a scalar of pyarrow, in the format "arrow" of datasets
         value = value.as_py()
     encoded = getattr(value, "_hf_encoded", None)  # what the decoder objects of the datasets library are made of
@@ -224,10 +242,7 @@ def _read_array(array, rate, sampling_rate: int, channel, max_seconds: float | N
             f"Got an array of shape {samples.shape}, expected mono audio (T,) with a sample or more.",
             "empty" if samples.size == 0 else "no-audio",
         )
-    if max_seconds is not None and len(samples) > max_seconds * rate:
-        raise AudioError(
-            f"The array lasts {len(samples) / rate:.0f} s, expected at most {max_seconds:g} s.", "too-long"
-        )
+    _check_seconds(len(samples) / rate, max_seconds, "The array")
     return mono(samples[:, None], rate, sampling_rate, channel, "the array")
 
 
@@ -304,6 +319,16 @@ class AudioReader:
     def log_warnings(self) -> None:
         log_warnings(self.name, self.warnings)
 
+    def channel_blocks(self) -> Iterator[np.ndarray]:
+        """Gives what the decoder gives: blocks (n, C), float32, at the source's rate. Raises as `blocks` does."""
+        count = 0
+        for block in self._decoder.blocks():
+            count += len(block)
+            self._check_length(count / self.source_sampling_rate)
+            yield block
+        if count == 0:
+            raise AudioError(f"Got no samples in {self.name}, which holds no samples; expected at least one.", "empty")
+
     def _joined(self, size: int) -> Iterator[np.ndarray]:
         """The decoder's blocks, mono, `size` samples at a time. What comes before a cut is given before its error."""
         pending, length, count, late = [], 0, 0, None
@@ -325,12 +350,7 @@ class AudioReader:
             raise late
 
     def _check_length(self, seconds: float) -> None:
-        if self._max_seconds is not None and seconds > self._max_seconds:
-            raise AudioError(
-                f"{self.name} lasts {seconds:.0f} s or more, expected at most {self._max_seconds:g} s. Cut it, or raise the "
-                "limit (--max-clip-seconds).",
-                "too-long",
-            )
+        _check_seconds(seconds, self._max_seconds, self.name)
 
     def close(self) -> None:
         if hasattr(self, "_decoder"):
@@ -410,6 +430,15 @@ class Mixer:
                 "their full scale, such as 32768"
             )
         return found
+
+
+def _check_seconds(seconds: float, max_seconds: float | None, name: str) -> None:
+    if max_seconds is not None and seconds > max_seconds:
+        raise AudioError(
+            f"{name} lasts {seconds:.0f} s or more, expected at most {max_seconds:g} s. Cut it, or raise the limit "
+            "(--max-clip-seconds).",
+            "too-long",
+        )
 
 
 def check_channel(channel: str | int) -> int | None:

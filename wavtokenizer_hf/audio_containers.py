@@ -162,7 +162,10 @@ def _caf(file: BinaryIO, start: int, size: int) -> Container:
         name, length = struct.unpack(">4sq", _read(file, position, 12))
         if name == b"data":
             end = size if length < 0 else position + 12 + length
-            return Container("caf", start, max(0, end - size), has_more=_read(file, end, 4) == b"caff")
+            found = Container("caf", start, max(0, end - size), has_more=_read(file, end, 4) == b"caff")
+            if length < 0:  # to the end of the file; libsndfile takes it for damage
+                found.patch = (position + 4 - start, (size - position - 12).to_bytes(8, "big"))
+            return found
         position += 12 + max(0, length)
     return Container("caf", start)
 

@@ -176,7 +176,7 @@ class Output:
                 ) from error
 
     def _compare(self, manifest: Path) -> None:
-        before = _with_todays_names(read_manifest(manifest)["settings"])
+        before = read_manifest(manifest)["settings"]
         for name, value in asdict(self.settings).items():
             if before.get(name) != value:
                 raise ValueError(
@@ -218,7 +218,7 @@ class Output:
                     f"{path} is damaged ({size} bytes, manifest.json says {entry['size']}). Delete it, and run again to "
                     "make it anew."
                 )
-            if _with_todays_names(part["settings"]) != asdict(self.settings):
+            if part["settings"] != asdict(self.settings):
                 raise ValueError(
                     f"{path} was made with other settings than {self.folder / 'manifest.json'}. Move it away."
                 )
@@ -412,16 +412,6 @@ class Output:
     def _write_text(self, name: str, text: str) -> None:
         with self._replaced(self.folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
-
-
-def _with_todays_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a folder, with `peak_dbfs`, an older name, put in today's."""
-    settings = dict(settings)
-    if "peak_dbfs" in settings:
-        level = settings.pop("peak_dbfs")
-        # scaled samples were rounded in another order then, so rows with a level are of another kind
-        settings["target_peak_dB_FS"] = None if level is None else f"{level} (as peak_dbfs)"
-    return settings
 
 
 def _schema(settings: Settings, carried):

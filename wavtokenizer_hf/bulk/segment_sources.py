@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import audio
+from ..audio_errors import AudioError
 from .extra import library
 from .sources import Item, Source
 
@@ -46,23 +47,24 @@ class Segments(Source):
     def __setstate__(self, state):
         self.__dict__.update(state, _lock=threading.Lock())
 
-    def sound(self, place) -> dict[str, Any]:
+    def sound(self, place) -> audio.Channels:
         path, start, duration, _ = place
-        samples, rate = self._recording(path)
+        recording = self._recording(path)
+        rate, length = recording.sampling_rate, len(recording.samples)
         first, count = round(start * rate), max(1, round(duration * rate))
-        if first + count > len(samples) + rate // 100:  # durations in manifests are rounded
-            raise ValueError(
-                f"The segment {start:g} s + {duration:g} s ends after {path}, which has {len(samples) / rate:g} s."
+        if first + count > length + rate // 100:  # durations in manifests are rounded
+            raise AudioError(
+                f"The segment {start:g} s + {duration:g} s ends after {path}, which has {length / rate:g} s.",
+                "truncated",
             )
-        return {"array": samples[first : first + count], "sampling_rate": rate}
+        return audio.Channels(recording.samples[first : first + count], rate, f"the segment at {start:g} s of {path}")
 
-    def _recording(self, path: str):
-        """Mono samples at the recording's own rate, so that a segment is resampled as a file of its own would be."""
+    def _recording(self, path: str) -> audio.Channels:
+        """At its own rate, so that a segment is resampled as a file of its own would be."""
         with self._lock:
             if self._held[0] != path:
                 self._held = (None, None)
-                samples, rate = audio.soundfile_module().read(path, dtype="float32", always_2d=True)
-                self._held = (path, (samples.mean(axis=1), rate))
+                self._held = (path, audio.read_channels(path))
             return self._held[1]
 
     def carried(self, place) -> dict[str, Any]:
@@ -119,6 +121,9 @@ class LhotseShar(Source):
     def __setstate__(self, state):
         self.__dict__.update(state, _lock=threading.Lock())
 
+    def file(self, place: tuple[int, int]) -> str:
+        return self._shards[place[0]][1]
+
     def _cut(self, place: tuple[int, int]):
         number, position = place
         with self._lock:
@@ -128,13 +133,13 @@ class LhotseShar(Source):
                 self._held = (number, list(library("lhotse", "lhotse").CutSet.from_shar(fields=fields)))
             return self._held[1][position]
 
-    def sound(self, place: tuple[int, int]) -> dict[str, Any]:
+    def sound(self, place: tuple[int, int]) -> audio.Channels:
         cut = self._cut(place)
         try:
             samples = cut.load_audio()
         except Exception as error:  # lhotse's own classes, which derive from Exception alone
-            raise ValueError(f"lhotse cannot read the cut {cut.id!r}: {error}") from error
-        return {"array": samples.mean(axis=0), "sampling_rate": cut.sampling_rate}
+            raise AudioError(f"lhotse cannot read the cut {cut.id!r}: {error}") from error
+        return audio.Channels(samples.T, cut.sampling_rate, f"the cut {cut.id!r}")
 
     def carried(self, place: tuple[int, int]) -> dict[str, Any]:
         supervisions = self._cut(place).supervisions

@@ -41,12 +41,12 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError("The log needs TensorBoard: pip install 'wavtokenizer_hf[training]'") from error
-        self.samples = output / "samples"
+        self.folder, self.samples = output / "log", output / "samples"
         self.sampling_rate = sampling_rate
         self._hook, threading.excepthook = threading.excepthook, self._on_thread_error
         self.writer, self.failed = None, False
         # a resumed run takes back what was logged after its checkpoint
-        self._try(lambda: setattr(self, "writer", SummaryWriter(output / "log", purge_step=first_step)))
+        self._try(lambda: setattr(self, "writer", SummaryWriter(self.folder, purge_step=first_step)))
 
     def figures(self, figures: dict[str, float], step: int) -> None:
         self._try(lambda: [self.writer.add_scalar(name, value, step) for name, value in figures.items()])
