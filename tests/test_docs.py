@@ -326,7 +326,7 @@ def test_sentences_are_told_apart():
     assert sentences(text) == ["# Head", "One two three.", "Four code, five.", "- six", "- seven", "a b", "c.", "D"]
 
 
-@pytest.mark.parametrize("path", PAGES, ids=page_name)
+@pytest.mark.parametrize("path", [*PAGES, *ROOT.glob("examples/audio_lm/*.md")], ids=page_name)
 def test_sentences_are_short(path):
     found = sentences(path.read_text(encoding="utf-8"))
     assert found
