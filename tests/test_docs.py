@@ -174,7 +174,7 @@ def test_python_blocks_of_a_page_run(path, prepare):
         assert soundfile.info("decoded.wav").frames == soundfile.info("speech.flac").frames
         assert len(names["audio_codes"].unique()) > 10
     if path.name == "language-models.md":
-        assert names["malformed"] == [] and len(names["sounds"]) == 1
+        assert names["malformed"] == [] and len(names["audio_of_spans"]) == 1
         labels = names["batch"]["labels"][0]
         assert (
             sum(label != -100 for label in labels) == names["audio_codes"].numel() + 3
