@@ -1,6 +1,7 @@
 """Pages that MkDocs makes of other files: the command-line reference, the benchmarks and pictures of the repository."""
 
 import argparse
+import posixpath
 import re
 from pathlib import Path
 
@@ -9,9 +10,8 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"benchmarks/README.md": "benchmarks.md"}  # files of the repository that become pages
-PICTURES = ("examples/speech.png", "examples/audio_lm/said.png", "examples/browser/page.png")
-# link or picture whose target lies above docs/
-OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\((?:\.\./)+([^)#]+)(#[^)]*)?\)")
+PICTURES = ("examples/speech.png",)
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(((?:\.\./)+[^)#]+)(#[^)]*)?\)")  # a link or picture, upwards
 
 
 def on_files(files, config):
@@ -28,18 +28,22 @@ def on_page_markdown(markdown, page, config, files):
     for marker, text in MARKERS.items():
         if marker in markdown:
             markdown = markdown.replace(marker, text())
-    depth = "../" * page.file.src_uri.count("/")
-    return OUTSIDE.sub(lambda match: _link(match, depth, config.repo_url), markdown)
+    return LINK.sub(lambda match: _link(match, posixpath.dirname(page.file.src_uri), config.repo_url), markdown)
 
 
-def _link(match: re.Match, depth: str, repository: str | None) -> str:
+def _link(match: re.Match, folder: str, repository: str | None) -> str:
+    """Return a link of a page in `folder` with a target that the site has."""
     mark, text, target, anchor = match[1], match[2], match[3], match[4] or ""
+    path = posixpath.normpath(posixpath.join("docs", folder, target))  # below the root of the repository
+    if path.startswith("docs/"):
+        return match[0]
+    up = "../" * (folder.count("/") + 1) if folder else ""
     if mark:
-        return f"![{text}]({depth}images/{target})"
-    if target in PAGES:
-        return f"[{text}]({depth}{PAGES[target]}{anchor})"
+        return f"![{text}]({up}images/{path})"
+    if path in PAGES:
+        return f"[{text}]({up}{PAGES[path]}{anchor})"
     # the site has no such page: link to the repository if its address is known
-    return f"[{text}]({repository.rstrip('/')}/blob/main/{target}{anchor})" if repository else text
+    return f"[{text}]({repository.rstrip('/')}/blob/main/{path}{anchor})" if repository else text
 
 
 def command_line_reference() -> str:

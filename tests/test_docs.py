@@ -277,11 +277,31 @@ def test_readme_names_every_command():
     assert set(subparsers.choices) <= named
 
 
-def test_the_command_line_reference_has_every_option():
+@pytest.fixture(scope="module")
+def hooks():
+    """The hooks of the site."""
     pytest.importorskip("mkdocs")
     spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_links_of_the_site_stay_on_the_site(hooks):
+    """Benchmarks are a page of it. Other files of the repository are linked where the repository has an address."""
+
+    def converted(text: str, folder: str = "", repository: str | None = None) -> str:
+        return hooks.LINK.sub(lambda match: hooks._link(match, folder, repository), text)
+
+    assert converted("[a](../bulk.md#x)", "api") == "[a](../bulk.md#x)"
+    assert converted("[a](../benchmarks/README.md)") == "[a](benchmarks.md)"
+    assert converted("[a](../../benchmarks/README.md#x)", "api") == "[a](../benchmarks.md#x)"
+    assert converted("![a](../examples/speech.png)") == "![a](images/examples/speech.png)"
+    assert converted("[a](../LICENSE)") == "a"
+    assert converted("[a](../LICENSE)", "", "https://host/name") == "[a](https://host/name/blob/main/LICENSE)"
+
+
+def test_the_command_line_reference_has_every_option(hooks):
     for marker, text in hooks.MARKERS.items():
         assert sum(marker in path.read_text() for path in PAGES) == 1 and text()
     reference = hooks.command_line_reference()
