@@ -2,6 +2,7 @@
 # make test   set up, then run the tests
 # make test-versions  run the tests of the core with the oldest and the newest transformers that pyproject.toml allows
 # make lint   set up, then check style
+# make docs   set up, then build the documentation into site/; make docs-serve shows it on http://localhost:8000
 # make setup  set up only
 # Everything goes into .venv; `rm -r .venv` undoes it. Another interpreter: make test PYTHON=python3.12
 
@@ -17,7 +18,7 @@ VERSION_TESTS := $(addprefix tests/test_, modeling.py auto_classes.py native.py 
 PACKAGES_oldest := $(shell sed -nE 's/^ *"(transformers|huggingface_hub)>=([0-9.]+)".*/\1==\2/p' pyproject.toml)
 PACKAGES_newest := --upgrade transformers huggingface_hub
 
-.PHONY: setup demo test test-versions test-oldest test-newest test-slow lint clean
+.PHONY: setup demo test test-versions test-oldest test-newest test-slow lint docs docs-serve clean
 
 setup: $(VENV)/installed
 
@@ -52,6 +53,13 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# a warning is an error: a broken link, a page that is not in the navigation, an unknown name in the API reference
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -76,4 +84,4 @@ $(TRANSFORMERS_TESTS): $(VENV)/installed
 	$(call unpack_transformers_tests,$(BIN)/python,$(VENV)/sdist,$@)
 
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) demo_output site

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 
-FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
 REFERENCE = FIXTURES / "reference"
-sys.path[:0] = [str(FIXTURES), str(FIXTURES.parent.parent)]  # build_checkpoint, and conversion in a plain checkout
+sys.path[:0] = [str(FIXTURES), str(ROOT)]  # build_checkpoint, and conversion in a plain checkout
 
 import build_checkpoint
 

@@ -18,6 +18,7 @@ def run(script: str, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_a_cpu():
     output = run("gpu.py", "--device", "cpu", "--quick")
     assert "| encode, native one by one |" in output and "| decode, bfloat16 |" in output

@@ -159,6 +159,7 @@ def test_clips_are_short_at_minus_3_dbfs_and_never_digital_silence(clips):
         assert (windows != 0).any(axis=1).all()
 
 
+@pytest.mark.slow
 @needs_espeak
 def test_a_seed_gives_the_same_sound_and_another_seed_or_name_other_sound(clips, tmp_path):
     for name, seed, workers in (("training", 0, 2), ("training", 1, 1), ("validation", 0, 1)):

@@ -392,6 +392,7 @@ def spoil_discriminators(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_written_discriminators_that_differ_in_one_bit_are_found(tensors, discriminators, save, tmp_path, monkeypatch):
     path = save({**tensors, **discriminators})
 
@@ -405,6 +406,7 @@ def test_written_discriminators_that_differ_in_one_bit_are_found(tensors, discri
     assert os.listdir(tmp_path) == [path.name]
 
 
+@pytest.mark.slow
 def test_discriminators_in_a_folder_that_exists_are_compared(tensors, discriminators, save, tmp_path):
     path = save({**tensors, **discriminators})
     folder = convert(path, tmp_path / "converted", with_discriminators=True)

@@ -547,6 +547,7 @@ def test_a_second_model_is_compared_file_by_file(corpus, model_folder, tiny_mode
     assert report["differences"][0]["metrics"]["codebook_entropy"]["mean"] == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_workers(corpus, decoded, tiny_model):
     references = [(corpus / name, Path(name)) for name in ("a.wav", "broken.flac", "deep/b.wav", "silence.wav")]
     systems = [Model("model", tiny_model), DecodedFolder(decoded)]

@@ -130,6 +130,7 @@ def test_a_published_shape_gives_the_originals_codes_from_the_hub(hub, cache, ch
     np.testing.assert_array_equal(codes[clear], golden["codes"][0, clear])
 
 
+@pytest.mark.slow
 def test_a_folder_in_a_cache_made_by_hand_works_offline_with_transformers_alone(small, tmp_path):
     folder = convert(small, tmp_path / "folder")
     cache = tmp_path / "hf_home" / "hub"

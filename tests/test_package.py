@@ -1,6 +1,7 @@
 """The shape of the package: what may import what, and what works with the core dependencies alone."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +174,10 @@ for function, extra in ((lambda: tokenize("x", "m", "o"), "bulk"), (lambda: libr
         raise AssertionError("no error")
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_the_model_is_read_in_two_files_without_cpu_machinery():
+    names = ("modeling_wavtokenizer.py", "modeling_wavtokenizer_encoder.py")
+    texts = [(PACKAGE / name).read_text() for name in names]
+    assert sum(text.count("\n") for text in texts) <= 1050
+    assert not re.search(r"onednn|mkldnn|packed|packing|near.tie", "".join(texts), flags=re.IGNORECASE)

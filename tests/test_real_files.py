@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 from bulk_corpus import codes_of, rows_of, save_model
-from conftest import tiny_config
+from conftest import ROOT, tiny_config
 from corpus.awkward import RATE, encoded, float_wav, integers, quantized, voice, wav
 
 from wavtokenizer_hf import WavTokenizerModel, audio, pipes
@@ -383,7 +383,7 @@ def test_kinds_survive_the_way_between_processes():
 
 
 def test_every_kind_is_in_the_documentation():
-    text = (audio.Path(sources.__file__).parent / "README.md").read_text()
+    text = (ROOT / "docs" / "bulk.md").read_text()
     for kind in (*FAILURE_KINDS, *WARNING_KINDS):
         assert f"`{kind}`" in text
 

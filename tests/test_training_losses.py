@@ -1,6 +1,7 @@
 """Discriminators and losses against the original's values on the formula's weights."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,9 +14,9 @@ from conftest import REFERENCE
 from wavtokenizer_hf.training.discriminators import Discriminators
 from wavtokenizer_hf.training.losses import (
     MEL_SCALES,
+    InstantaneousFrequencyLoss,
     MelLoss,
     MelScalesLoss,
-    PhaseLoss,
     adversarial_losses,
     discriminator_losses,
     total,
@@ -170,18 +171,20 @@ def test_a_discriminator_without_weight_is_not_made():
     assert not hasattr(Discriminators(scale=1 / 16, names=names), "dac")
 
 
-def test_the_phase_loss_sees_phase_that_mel_losses_do_not_and_no_band_above_its_own():
-    time = torch.arange(24000) / 24000
-    low = 0.3 * torch.sin(2 * torch.pi * 220 * time)[None]
-    shifted = 0.3 * torch.cos(2 * torch.pi * 220 * time)[None]
-    high = 0.1 * torch.sin(2 * torch.pi * 5000 * time)[None]
-    loss = PhaseLoss()
+def test_the_frequency_loss_sees_a_pitch_that_mel_losses_hardly_do_and_no_absolute_phase():
+    time = torch.arange(4 * 24000) / 24000  # long, since the ends are mirrored
+
+    def sine(hertz, level=0.3, phase=0.0):
+        return level * torch.sin(2 * torch.pi * (hertz * time + phase))[None]
+
+    loss, low = InstantaneousFrequencyLoss(), sine(220)
     assert loss(low, low).item() == pytest.approx(0, abs=1e-3)  # but for a constant that keeps gradients finite
-    # a quarter period apart: sqrt(2) times the magnitude, wherever there is any
-    assert loss(shifted, low).item() == pytest.approx(2**0.5, rel=0.05)
-    assert loss(-low, low).item() == pytest.approx(2, rel=0.05)
-    assert MelLoss()(-low, low).item() < 1e-3
-    assert loss(low + high, low).item() < 0.1
-    silence = torch.zeros(1, 24000, requires_grad=True)
+    assert loss(sine(220, phase=0.25), low).item() < 0.1
+    assert loss(-low, low).item() < 1e-3
+    # 10 Hz apart the phase moves by 0.335 rad more in a hop of 128 samples, and by 0.670 in one of 256; magnitudes differ, too
+    expected = (2 * math.sin(0.335 / 2) + 2 * math.sin(0.670 / 2)) / 2
+    assert expected < loss(sine(230), low).item() < 1.5 * expected
+    assert loss(low + sine(5000, level=0.1), low).item() < 0.1
+    silence = torch.zeros(1, 4 * 24000, requires_grad=True)
     loss(silence, low).backward()
     assert silence.grad.isfinite().all()

@@ -56,28 +56,31 @@ def __dir__() -> list[str]:
 
 
 def bundled_model() -> Path:
-    """Folder of the small model that comes with this package: 75 tokens/s, for demos, tests and teaching; see its README.md.
+    """Return the folder of the small model that comes with this package: 24 kHz, 75 codes/s.
 
-    It was trained on synthetic sound, so no language model should be trained on its codes.
+    It is made for demos, tests and teaching. Do not train a language model on its codes. README.md in the folder has its figures.
     """
     return Path(__file__).parent / "bundled"
 
 
 def _from_original(cls, name_or_path, revision=None, token=None, cache_dir=None):
     """
-    Loads an original checkpoint of WavTokenizer, with no converted folder in between.
+    Load a checkpoint of the reference implementation, without a converted folder.
 
     Args:
-        name_or_path (`str` or `Path`): a file, or the name of a published checkpoint (`wavtokenizer checkpoints` lists
-            them), which is downloaded from the Hub into its cache, and checked.
-        revision, token, cache_dir: of the download, as in `huggingface_hub.hf_hub_download`.
+        name_or_path (`str` or `Path`):
+            Checkpoint file, or name of a published checkpoint (`wavtokenizer checkpoints` lists them). A published one is
+            downloaded into the cache of huggingface_hub and checked.
+        revision (`str`, *optional*): Branch, tag or commit of the published checkpoint's repository on the Hub.
+        token (`str`, *optional*): Access token of the Hub. Defaults to the one of `hf auth login`.
+        cache_dir (`str` or `Path`, *optional*): Cache folder of the download. Defaults to that of huggingface_hub.
 
     Returns:
-        [`WavTokenizerModel`]: float32, on the CPU, in eval mode.
+        [`WavTokenizerModel`]: Model in float32, on the CPU, in eval mode.
 
     Raises:
-        ValueError: no such name, or the file is not a usable WavTokenizer; see `conversion.convert.convert`.
-        OSError: the file cannot be had or read.
+        ValueError: There is no such name, the file fails a check, or it is not a usable WavTokenizer.
+        OSError: The file cannot be downloaded or read.
     """
     try:
         from conversion.convert import load

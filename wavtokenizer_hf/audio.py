@@ -95,16 +95,19 @@ def read_blocks(
     """Reads a sound file block by block: joined, the very samples of `load`, in memory that does not grow with the file.
 
     Args:
-        path, sampling_rate, channel: as in `load`.
-        block_seconds: length of a block, about; resampled ones vary a little.
-        on_warnings: gets the warnings of the file, kind -> text, after its last block.
+        path: Local file.
+        sampling_rate: Hz of the blocks.
+        block_seconds: Approximate length of a block. Resampled blocks vary a little.
+        channel: `"mean"`, `"left"`, `"right"` or the number of a channel, from 0.
+        on_warnings: Function that gets the warnings of the file, kind -> text, after its last block.
 
     Yields:
         float32 arrays of shape (n,), n > 0.
 
     Raises:
-        FileNotFoundError, AudioError: as `load` does, when the blocks are asked for. A file that is damaged further on
-            fails only there; of one that is cut off all that is left comes first, and then CutOffError.
+        FileNotFoundError: There is no such file. All errors are raised when the blocks are read.
+        AudioError: The file is not audio, is damaged, holds no samples or some that are not finite, or lacks the channel. A
+            file that is damaged later on fails there. A truncated file gives all that is left, and then CutOffError.
     """
     with AudioReader(Path(path), sampling_rate, channel) as reader:
         try:
@@ -116,7 +119,12 @@ def read_blocks(
 
 
 def seconds(path: str | os.PathLike) -> float:
-    """Length of a sound file by its header, or by decoding it where the header does not say. Raises as `load` does."""
+    """Return the length of an audio file in seconds, by its header, or by decoding it if the header has no length.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        AudioError: The file is not audio, is damaged or truncated, or holds no samples.
+    """
     with AudioReader(Path(path)) as reader:
         if reader.source_seconds is not None:
             return reader.source_seconds
@@ -160,12 +168,16 @@ def decode(
     """Reads sound as `load` does with soundfile, to the same samples, and says in the result what `load` says in the log.
 
     Args:
-        source: a local file, or the content of one.
-        sampling_rate: Hz of what is returned.
-        channel, max_seconds: as in `load`.
+        source: Local file, or the content of one.
+        sampling_rate: Hz of the result.
+        channel: `"mean"`, `"left"`, `"right"` or the number of a channel, from 0.
+        max_seconds: Longest audio that is read. Longer audio is refused, before it is read if its header gives the length.
+
+    Returns:
+        `Sound`: float32 audio (T,), nominally in [-1, 1], with rate and channels of its source, and warnings.
 
     Raises:
-        AudioError: as `load` does.
+        AudioError: The audio is damaged, truncated, empty, not finite or too long, or lacks the channel; see `kind`.
         OSError: the file cannot be read.
         ImportError: soundfile or soxr is missing.
     """
@@ -181,8 +193,13 @@ def load_clip(
     Reads a clip as a dataset or another source gives it, to the samples of `load`; arrays are resampled likewise.
 
     Args:
-        value: path, content of a sound file, row of an Audio column of the datasets library (decoded or not), or `Channels`.
-        sampling_rate, channel, max_seconds: as in `load`.
+        value: Path, content of an audio file, row of an Audio column of the datasets library (decoded or not), or `Channels`.
+        sampling_rate: Hz of the result.
+        channel: `"mean"`, `"left"`, `"right"` or the number of a channel, from 0.
+        max_seconds: Longest audio that is read; longer audio is refused. None: no limit.
+
+    Returns:
+        `Sound`: float32 audio (T,), nominally in [-1, 1], with rate and channels of its source, and warnings.
 
     Raises:
         AudioError: it is not sound, or is refused for another reason of `audio_errors.FAILURE_KINDS`.
@@ -480,10 +497,23 @@ def save(
 def writing(
     path: str | os.PathLike, sampling_rate: int = 24000, subtype: str | None = None, format: str | None = None
 ) -> Iterator[Callable]:
-    """`save` for audio that comes block by block: gives a function that takes the next block (n,), float, n >= 0.
+    """Write mono audio block by block: `with writing(path) as write: write(block)`.
 
-    The file gets its name when the `with` block ends well and the file reads back with every sample; when it ends in an
-    error, nothing is left. Raises as `save`.
+    The file gets its name when the `with` block ends without an error and the file reads back with every sample. After an error
+    nothing is left.
+
+    Args:
+        path: File to write. Its ending (.wav, .flac, .ogg, .mp3) names the format.
+        sampling_rate: Hz of the audio.
+        subtype: Sample format by soundfile's name. Defaults to 16-bit integers where the format has them.
+        format: Container by soundfile's name, for a path whose ending says nothing.
+
+    Yields:
+        Function that takes the next block: float array (n,), n >= 0, nominally in [-1, 1]. Integer formats clip, with a warning.
+
+    Raises:
+        ValueError: Audio that is not finite, no audio at all, or an ending that names no format.
+        OSError: The file cannot be written.
     """
     soundfile = soundfile_module()
     path = Path(path)

@@ -18,18 +18,18 @@ _RENAMED = "Got peak_dbfs={}. It has the names of transformers now: normalize_au
 
 class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
     r"""
-    Turns mono waveforms into the model's `input_values` and `padding_mask`.
+    Convert mono waveforms to the model's `input_values` and `padding_mask`.
 
-    It never resamples, mixes channels or clips: audio that does not fit is refused with a reason. Names, defaults and
-    the scaled samples are those of the native extractor of transformers >= 5.24, and either reads the other's folders.
+    It never resamples, mixes channels or clips. Audio that does not fit is refused with a reason. Names, defaults and
+    scaled samples are those of the native extractor of transformers >= 5.24, and each reads the other's folders.
 
     Args:
         feature_size (`int`, defaults to 1): must be 1, a waveform has one number per time step.
         sampling_rate (`int`, defaults to 24000): Hz that the model was trained on.
-        padding_value (`float`, defaults to 0.0): what fills shorter clips of a batch; the model never looks at it.
+        padding_value (`float`, defaults to 0.0): value of the padding; the model does not look at it.
         hop_length (`int`, defaults to 600): samples per code, 600 for 40 codes/s and 320 for 75 codes/s.
         normalize_audio (`bool`, defaults to `False`): scale every clip so that its largest sample has the level
-            `target_peak_dB_FS`. The original's inference does not do it; Apertus 1.5 does.
+            `target_peak_dB_FS`. The reference implementation does not do it; Apertus 1.5 does.
         target_peak_dB_FS (`float`, defaults to -3.0): level in dBFS, at most 0; full scale is 1.0. Clips with a peak
             below -200 dBFS count as silence: they are scaled as if their peak were there.
         padding_side (`str`, defaults to `"right"`): `"right"` or `"left"`; codes are the same with both.
@@ -60,7 +60,7 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
 
     @classmethod
     def from_dict(cls, feature_extractor_dict: dict, **kwargs):
-        """Make an extractor from the fields of a preprocessor_config.json, also one that says `peak_dbfs`.
+        """Make an extractor from the fields of a preprocessor_config.json. The old field `peak_dbfs` is read too.
 
         Raises:
             ValueError: `peak_dbfs` and `normalize_audio` or `target_peak_dB_FS` disagree.
@@ -70,7 +70,7 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
         return super().from_dict(_without_peak_dbfs(feature_extractor_dict), **kwargs)
 
     def get_num_audio_codes(self, num_samples: int) -> int:
-        """Number of codes that the model gives for `num_samples` samples of audio: one per started hop."""
+        """Return the number of codes for `num_samples` samples of audio: one per started hop."""
         return -(-num_samples // self.hop_length)
 
     def __call__(
@@ -86,7 +86,7 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
         target_peak_dB_FS: float | None = None,
     ) -> BatchFeature:
         r"""
-        Checks one clip or a batch of clips and pads them to one length.
+        Check one clip or a batch of clips, and pad them to one length.
 
         Args:
             audio: one clip, or a list or tuple of clips. A clip is a numpy array, a torch tensor or a list of floats,
@@ -95,8 +95,8 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
             truncation (`bool`, defaults to `False`): cut clips longer than `max_length`.
             max_length (`int`, *optional*): samples, for `padding="max_length"` and `truncation`.
             return_tensors (`str`, *optional*): `"pt"` or `"np"`; default numpy.
-            sampling_rate (`int`): Hz of `audio`; must equal `self.sampling_rate`. Leaving it out is allowed and warned
-                about, since audio at another rate would give wrong codes without any other sign.
+            sampling_rate (`int`): Hz of `audio`; must equal `self.sampling_rate`. Without it there is a warning, since
+                audio at another rate would give wrong codes without any other sign.
             pad_to_multiple_of (`int`, *optional*): round the padded length up to a multiple of this.
             normalize_audio, target_peak_dB_FS (*optional*): override the attributes of these names for this call.
 

@@ -1,4 +1,4 @@
-"""Live streams: audio in pieces of any size -> the codes of the whole, and codes in pieces -> audio."""
+"""Streams: blocks of audio -> the codes of the whole clip, and blocks of codes -> audio."""
 
 from functools import partial
 
@@ -12,10 +12,10 @@ from .modeling_wavtokenizer_windows import DecoderState, decode_chunk, window_fr
 
 class EncodeStream:
     """
-    Encodes audio as it comes, from a file read block by block, a microphone or a socket.
+    Encode audio as it arrives, from a file read in blocks, a microphone or a socket.
 
-    The codes are those of the whole audio, however it is cut. A code comes out as soon as all that it reaches to has come
-    in: `delay` samples after its own first sample. Memory does not grow with the length of the stream.
+    The codes are those of the whole audio, for blocks of any size. A code comes out `delay` samples after its own first sample,
+    when all audio that it depends on has arrived. Memory does not grow with the length of the stream.
 
     ```python
     stream = EncodeStream(model)
@@ -25,8 +25,8 @@ class EncodeStream:
     ```
 
     Args:
-        model (`WavTokenizerModel` or `WavTokenizerEncoderModel`): may serve many streams.
-        state (`EncoderState`, *optional*): that of another stream, as its `state`, to go on where it stood. It is small, and
+        model (`WavTokenizerModel` or `WavTokenizerEncoderModel`): Model, in eval mode. One model can serve many streams.
+        state (`EncoderState`, *optional*): State of another stream (its attribute `state`), to continue from. It is small and
             can be pickled.
     """
 
@@ -37,24 +37,24 @@ class EncodeStream:
 
     @property
     def delay(self) -> int:
-        """Samples from the first sample of a code to the last one that it depends on, at most."""
+        """Number of samples from the first sample of a code to the last one that it depends on, at most."""
         encoder = self.encoder_model.encoder
         return (1 + encoder.right_context + encoder.output_context) * encoder.hop_length
 
     def push(self, audio, sampling_rate: int | None = None) -> torch.LongTensor:
         """
-        Takes the next samples, and gives the codes that are complete with them.
+        Take the next samples and return the codes that are complete with them.
 
         Args:
-            audio: float array or tensor of shape (n,), n >= 0, at the model's sampling rate, nominally in [-1, 1]; any float
-                dtype, computed in float32.
-            sampling_rate: Hz of `audio`, to have it compared with the model's.
+            audio: Float array or tensor of shape (n,), n >= 0, at the model's sampling rate, nominally in [-1, 1]. Any float
+                dtype; it is computed in float32.
+            sampling_rate: Hz of `audio`, which is compared with that of the model. Defaults to no check.
 
         Returns:
-            `(m,)` codes, m >= 0, on the CPU.
+            `(m,)` int64 codes in [0, K), m >= 0, on the CPU.
 
         Raises:
-            ValueError: audio of another shape or dtype, at another rate or not finite, or a stream that has been flushed.
+            ValueError: Audio of another shape or dtype, at another rate or not finite, or a stream that has been flushed.
         """
         expected = self.encoder_model.config.sampling_rate
         if sampling_rate not in (None, expected):
@@ -67,7 +67,14 @@ class EncodeStream:
         return self._continue(audio, final=False)
 
     def flush(self) -> torch.LongTensor:
-        """Ends the stream: the codes of what is still inside, `(m,)`, with the right end of the audio where it is."""
+        """End the stream and return the codes that are left.
+
+        Returns:
+            `(m,)` codes, m >= 0, on the CPU. The audio ends here, so these codes are those of the whole clip's end.
+
+        Raises:
+            ValueError: The stream was flushed before.
+        """
         self._check_open()
         if self.state.audio is None:
             codes = torch.zeros(0, dtype=torch.long, device="cpu")
@@ -92,12 +99,11 @@ class EncodeStream:
 
 class DecodeStream:
     """
-    Decodes codes as they come, from a language model that is still generating, a file or a socket.
+    Decode codes as they arrive, from a language model that is still generating, a file or a socket.
 
-    What comes out, joined, is what `model.decode(..., window_seconds=..., overlap_seconds=...)` gives for all codes, however
-    they are cut: audio comes out as soon as a window is full, less the overlap, which waits to be faded into the next. A
-    shorter window gives sound earlier, a longer one comes closer to the exact audio, at the same cost per second. Memory does
-    not grow with the length of the stream.
+    The audio is that of `model.decode(..., window_seconds=..., overlap_seconds=...)` for all codes, for blocks of any size. It
+    comes out when a window is full, except for the overlap, which is faded into the next window. A shorter window gives audio
+    earlier, a longer one is closer to exact decoding. Memory does not grow with the length of the stream.
 
     ```python
     stream = DecodeStream(model)
@@ -107,15 +113,16 @@ class DecodeStream:
     ```
 
     Args:
-        model (`WavTokenizerModel`): may serve many streams.
-        window_seconds (`float`): length of a window.
-        overlap_seconds (`float`): what a window has in common with the next; at most half of it.
-        bandwidth_id (`int`): as in `model.decode`.
-        state (`DecoderState`, *optional*): that of another stream with the same settings, as its `state`, to go on where it
-            stood. It is small, and can be pickled.
+        model (`WavTokenizerModel`): Model, in eval mode. One model can serve many streams.
+        window_seconds (`float`, defaults to 3.0): Length of a window.
+        overlap_seconds (`float`, defaults to 0.25): Overlap of two windows, at most half a window.
+        bandwidth_id (`int`, defaults to 0): Row of the adaptive norms' tables, in [0, config.adanorm_num_embeddings). The
+            reference implementation always decodes with 0.
+        state (`DecoderState`, *optional*): State of another stream with the same settings (its attribute `state`), to continue
+            from. It is small and can be pickled.
 
     Raises:
-        ValueError: a window shorter than a frame or than twice the overlap, or a `bandwidth_id` that the model lacks.
+        ValueError: A window shorter than a frame or than twice the overlap, or a `bandwidth_id` that the model lacks.
     """
 
     def __init__(
@@ -135,21 +142,21 @@ class DecodeStream:
 
     @property
     def delay(self) -> int:
-        """Codes that have to come before the first audio comes out."""
+        """Number of codes that have to arrive before the first audio comes out."""
         return self._window[0]
 
     def push(self, audio_codes) -> torch.FloatTensor:
         """
-        Takes the next codes, and gives the audio that is complete with them.
+        Take the next codes and return the audio that is complete with them.
 
         Args:
-            audio_codes: integer array, list or tensor of shape (n,), n >= 0, in [0, K).
+            audio_codes: Integer array, list or tensor of shape (n,), n >= 0, in [0, K).
 
         Returns:
             `(m,)` float32 audio at the model's sampling rate, m >= 0, on the CPU.
 
         Raises:
-            ValueError: codes of another shape or dtype or outside [0, K), or a stream that has been flushed.
+            ValueError: Codes of another shape or dtype or outside [0, K), or a stream that has been flushed.
         """
         if not isinstance(audio_codes, torch.Tensor):
             audio_codes = torch.as_tensor(audio_codes, device="cpu")
@@ -162,7 +169,14 @@ class DecodeStream:
         return self._continue(audio_codes, final=False)
 
     def flush(self) -> torch.FloatTensor:
-        """Ends the stream: the audio of what is still inside, `(m,)`."""
+        """End the stream and return the audio that is left.
+
+        Returns:
+            `(m,)` float32 audio at the model's sampling rate, m >= 0, on the CPU.
+
+        Raises:
+            ValueError: The stream was flushed before.
+        """
         audio_values = self._continue(torch.zeros(1, 1, 0, dtype=torch.long, device="cpu"), final=True)
         self._flushed = True
         return audio_values

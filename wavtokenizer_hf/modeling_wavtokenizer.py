@@ -79,7 +79,9 @@ class WavTokenizerOutput(ModelOutput):
     """
     Args:
         audio_values (`torch.FloatTensor` of shape `(B, 1, T)`): the reconstruction, as long as the input.
-        audio_codes, audio_codes_mask, latents: as in [`WavTokenizerEncoderOutput`].
+        audio_codes (`torch.LongTensor` of shape `(B, 1, L)`): codes in [0, K); 0 where the mask is 0.
+        audio_codes_mask (`torch.Tensor` of shape `(B, 1, L)`, *optional*): 1 for the codes of real audio, 0 for padding.
+        latents (`torch.FloatTensor` of shape `(B, D, L)`, *optional*): the encoder's output before it is quantized.
     """
 
     audio_values: torch.FloatTensor | None = None
@@ -206,9 +208,7 @@ class WavTokenizerResnetBlock(GradientCheckpointingLayer):
         self.conv1 = nn.Conv1d(channels, channels, kernel_size=3, padding=1)
         self.norm2 = WavTokenizerGroupNorm(groups, channels, eps=config.norm_eps)
         self.conv2 = nn.Conv1d(channels, channels, kernel_size=3, padding=1)
-        self.dropout = nn.Dropout(
-            0.1
-        )  # not a field of the config; the reference implementation always trains with 0.1
+        self.dropout = nn.Dropout(0.1)  # no field of the config: the reference implementation always trains with it
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         residual = hidden_states
@@ -407,11 +407,8 @@ class WavTokenizerPreTrainedModel(PicklableModel, PreTrainedAudioTokenizerBase):
     input_modalities = ("audio",)
     supports_gradient_checkpointing = True
     _no_split_modules = [
-        "WavTokenizerResidualBlock",
-        "WavTokenizerResnetBlock",
-        "WavTokenizerAttention",
-        "WavTokenizerConvNeXtBlock",
-    ]
+        "WavTokenizerResidualBlock", "WavTokenizerResnetBlock", "WavTokenizerAttention", "WavTokenizerConvNeXtBlock"
+    ]  # fmt: skip
     _supports_sdpa = True
     _can_compile_fullgraph = True
 
@@ -419,13 +416,13 @@ class WavTokenizerPreTrainedModel(PicklableModel, PreTrainedAudioTokenizerBase):
     def codebook_fingerprint(self) -> str:
         """Short hash of the codebook: 16 hex digits of the SHA-256 of its entries as little-endian float32.
 
-        Checkpoints of equal shape decode each other's codes to fluent babble; equal fingerprints rule that out.
+        Checkpoints of equal shape decode each other's codes to unrelated audio. Equal fingerprints rule that out.
         """
         entries = self.quantizer.codebook.embed.detach().cpu().numpy().astype("<f4")
         return hashlib.sha256(entries.tobytes()).hexdigest()[:16]
 
     def check_codebook_fingerprint(self, fingerprint: str) -> None:
-        """Raises ValueError unless codes made with the codebook of that fingerprint are this model's."""
+        """Raise ValueError if `fingerprint`, 16 hex digits, is not that of this model's codebook."""
         own = self.codebook_fingerprint
         if fingerprint != own:
             raise ValueError(
@@ -463,9 +460,7 @@ class WavTokenizerPreTrainedModel(PicklableModel, PreTrainedAudioTokenizerBase):
         Only modules with tensors of their own are handled. What differs among them is an attribute set by their parent,
         since transformers does not call this for modules without tensors (5.23.0, modeling_utils.py:2371).
         """
-        if isinstance(
-            module, ParametrizationList
-        ):  # weight norm: PyTorch's initialisation, split into gain and direction
+        if isinstance(module, ParametrizationList):  # weight norm: PyTorch's, split into gain and direction
             gain, direction = module.original0, module.original1
             init.kaiming_uniform_(direction, a=math.sqrt(5))
             init.copy_(gain, torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True))
@@ -531,15 +526,15 @@ class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):
                 Audio at `config.sampling_rate`, nominally in [-1, 1], of any float dtype. It is computed in float32.
             padding_mask (`torch.Tensor` of shape `(B, T)` or `(B, 1, T)`, *optional*):
                 1 for valid samples and 0 for padding, on the left or on the right of a row. Padding may hold any values.
-            output_latents (`bool`, defaults to `False`):
-                Whether to return the encoder's output before quantization.
+            output_latents (`bool`, defaults to `False`): Whether to return the encoder's output before quantization.
             chunk_seconds (`float`, *optional*):
                 Maximum length of the chunks in which the audio is encoded, at least 4 frames. Memory does not grow with T.
                 Defaults to 60.
 
         Returns:
-            [`WavTokenizerEncoderOutput`]: `audio_codes` and, with a padding mask, `audio_codes_mask` (B, 1, L) with
-            L = ceil(T / hop). A row that is padded on the left has its codes at the right end.
+            [`WavTokenizerEncoderOutput`]: `audio_codes` (B, 1, L), int64 in [0, K), L = ceil(T / hop). With a padding mask also
+            `audio_codes_mask` (B, 1, L), with `output_latents` also `latents` (B, D, L). A row that is padded on the left
+            has its codes at the right end.
 
         Raises:
             ValueError: Audio of another shape or dtype, without samples, not finite, or so loud that latents are not finite.
@@ -556,8 +551,9 @@ class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):
         chunk_seconds: float | None = None,
         **kwargs,
     ) -> WavTokenizerEncoderOutput:
-        """Encode audio to codes, as [`~WavTokenizerEncoderModel.encode`] does."""
         return self.encode(input_values, padding_mask, output_latents, chunk_seconds, **kwargs)
+
+    forward.__doc__ = encode.__doc__
 
     def decode(self, *args, **kwargs):
         raise ValueError(
@@ -629,14 +625,8 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
     """WavTokenizer: audio to codes (`encode`), codes to audio (`decode`), or both in one go (`forward`)."""
 
     _keep_in_fp32_modules_strict = [
-        "encoder_model",
-        "norm",
-        "norm1",
-        "norm2",
-        "pos_net.5",
-        "dwconv",
-        "final_layer_norm",
-    ]
+        "encoder_model", "norm", "norm1", "norm2", "pos_net.5", "dwconv", "final_layer_norm"
+    ]  # fmt: skip
 
     def __init__(self, config: WavTokenizerConfig):
         super().__init__(config)
@@ -674,10 +664,9 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         Decode codes to audio. Each row of a padded batch gets the audio that it gets alone.
 
         Args:
-            audio_codes (`torch.LongTensor` of shape `(B, 1, L)`):
-                Codes in [0, K), of any integer dtype.
-            bandwidth_id (`int`, defaults to 0):
-                Row of the adaptive norms' tables, in [0, 4). The reference implementation always decodes with 0.
+            audio_codes (`torch.LongTensor` of shape `(B, 1, L)`): Codes in [0, K), of any integer dtype.
+            bandwidth_id (`int`, defaults to 0): Row of the adaptive norms' tables, in
+                [0, config.adanorm_num_embeddings). The reference implementation always decodes with 0.
             audio_codes_mask (`torch.Tensor` of shape `(B, 1, L)`, *optional*):
                 1 for valid codes and 0 for padding, on the left or on the right of a row. Padding may hold any values.
             window_seconds (`float`, *optional*):
@@ -692,9 +681,9 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
             on the left has its audio at the right end.
 
         Raises:
-            ValueError: Codes of another shape or dtype, or outside [0, K). A mask that `encode` would refuse. A `bandwidth_id`
-                outside [0, config.adanorm_num_embeddings). A window shorter than a frame or than twice the overlap. A compiled
-                graph checks shapes and dtypes only.
+            ValueError: Codes of another shape or dtype, or outside [0, K). A mask of another shape or on another device, or one
+                that is not a single run of ones at the start or end of each row. A `bandwidth_id` outside its range. A window
+                shorter than a frame or than twice the overlap. A compiled graph checks shapes and dtypes only.
         """
         codes, batch = self._read_codes(audio_codes, audio_codes_mask)
         self._check_bandwidth_id(bandwidth_id)
@@ -716,11 +705,23 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         output_latents: bool = False,
     ) -> WavTokenizerOutput:
         r"""
-        Encode audio to codes and decode these. Arguments and errors are those of `encode` and `decode`.
+        Encode audio to codes, and decode all of these at once. Each row of a padded batch gets what it gets alone.
+
+        Args:
+            input_values (`torch.FloatTensor` of shape `(B, 1, T)`):
+                Audio at `config.sampling_rate`, nominally in [-1, 1], of any float dtype. The encoder computes in float32.
+            padding_mask (`torch.Tensor` of shape `(B, T)` or `(B, 1, T)`, *optional*):
+                1 for valid samples and 0 for padding, on the left or on the right of a row.
+            bandwidth_id (`int`, defaults to 0): Row of the adaptive norms' tables. The reference implementation uses 0.
+            output_latents (`bool`, defaults to `False`): Whether to return the encoder's output before quantization.
 
         Returns:
-            [`WavTokenizerOutput`]: `audio_values` (B, 1, T) at the positions of the input, 0 where `padding_mask` is 0. The
-            other fields are those of `encode`.
+            [`WavTokenizerOutput`]: `audio_values` (B, 1, T), float32, at the positions of the input, 0 where `padding_mask`
+            is 0, and `audio_codes` (B, 1, L). With a padding mask also `audio_codes_mask`, with `output_latents` `latents`.
+
+        Raises:
+            ValueError: Audio of another shape or dtype, without samples, or not finite. A mask of another shape or device, or
+                one that is not a single run of ones at one end of each row. A `bandwidth_id` outside its range.
         """
         audio, batch = self.encoder_model._read_audio(input_values, padding_mask)
         self._check_bandwidth_id(bandwidth_id)

@@ -19,23 +19,22 @@ logger = logging.get_logger(__name__)
 
 def upgrade(model: nn.Module) -> nn.Module:
     """
-    Exchange a native WavTokenizer for ours, or every one inside a larger model, such as Apertus 1.5.
+    Replace a native WavTokenizer of transformers >= 5.24, or every one inside a larger model such as Apertus 1.5.
 
-    Ours is exact in padded batches, faster on a CPU, and has chunks, streams and training. It shares the tensors: nothing
-    is copied, and device, dtype, `requires_grad` and training mode stay. The exception are tensors of a model in
-    bfloat16 or float16 that ours computes with in float32 (the encoder and the norms); they are copied to float32.
+    The new model is exact in padded batches, faster on a CPU, and has chunks, streams and training. It shares the tensors, so
+    nothing is copied, and device, dtype, `requires_grad` and training mode stay. Only the encoder and the norms of a model in
+    bfloat16 or float16 are copied, to float32.
 
     Args:
-        model (`nn.Module`): a native `WavTokenizerModel` or `WavTokenizerEncoderModel`, or a module that holds one.
+        model (`nn.Module`): Native `WavTokenizerModel` or `WavTokenizerEncoderModel`, or a module that holds one.
 
     Returns:
-        [`WavTokenizerModel`] or [`WavTokenizerEncoderModel`] for a native one, which stays usable; else `model`, with
-        ours in its place. What is ours already is left as it is.
+        [`WavTokenizerModel`] or [`WavTokenizerEncoderModel`] for a native one, which stays usable. For a larger model `model`
+        itself, changed in place. Models of this package are left as they are.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: there is no WavTokenizer in it; a field of its config is not built here; its weights are offloaded
-            to the CPU or the disk.
+        ValueError: `model` holds no WavTokenizer, has a config that this package does not build, or has offloaded weights.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Got {type(model).__name__}, expected a model. Load it first, with from_pretrained.")

@@ -79,22 +79,21 @@ def _in_child() -> bool:
 
 class AudioTokenizer(_Mapped):
     """
-    Tokens of sounds: `dataset.map(AudioTokenizer("org/wavtokenizer-75"), batched=True, with_rank=True, num_proc=2)`.
+    Function for `map` that encodes audio: `dataset.map(AudioTokenizer("bundled"), batched=True, with_rank=True, num_proc=2)`.
 
-    Gives for each row `audio_codes` (list of uint16), `num_samples`, `duration` (seconds), `source_sampling_rate`,
-    `source_channels`, `codebook_fingerprint`, `warnings` (kinds), and `failure` and `failure_kind`: the reason why a sound could
-    not be read, and then no codes. The kinds are those of `wavtokenizer_hf.audio_errors`.
-    `tokenize_dataset` is the comfortable way to this.
+    Each row gets `audio_codes` (list of uint16), `num_samples`, `duration` (seconds), `source_sampling_rate` (Hz),
+    `source_channels`, `codebook_fingerprint`, `warnings` (kinds), `failure` and `failure_kind`. Audio that cannot be read gets no
+    codes, and the reason in `failure`. The kinds are those of `wavtokenizer_hf.audio_errors`. `tokenize_dataset` calls this.
 
     Args:
-        model: name on the Hub, folder, or `bundled`.
-        revision: branch, tag or commit on the Hub; it is resolved here, once.
-        column: of the sounds: an Audio column, decoded or not, or paths.
-        device: default: the GPU of the process's number, or the CPU.
-        batch_seconds: of sound that are encoded at once.
-        on_error: `"record"`, or `"fail"` to raise ValueError at the first sound that cannot be read.
-        channel: of sounds that have several: `"mean"`, `"left"`, `"right"` or a number from 0.
-        max_clip_seconds: a longer sound fails.
+        model: Name on the Hub, folder, or `bundled`.
+        revision: Branch, tag or commit of the model on the Hub. It is resolved once.
+        column: Column of the audio: an Audio column, decoded or not, or paths.
+        device: Device of the model. Defaults to one GPU per process, or the CPU.
+        batch_seconds: Seconds of audio per batch.
+        on_error: `"record"` writes the reason into the row, `"fail"` raises ValueError at the first clip that cannot be read.
+        channel: Channel of audio that has several: `"mean"`, `"left"`, `"right"` or a number from 0.
+        max_clip_seconds: A longer clip fails.
     """
 
     def __init__(
@@ -185,17 +184,27 @@ def tokenize_dataset(
     max_clip_seconds: float = encoding.MAX_CLIP_SECONDS,
 ):
     """
-    The dataset with tokens in the place of its sounds.
+    Replace the audio column of a dataset by codes.
 
-    Sounds are decoded here and not by the dataset, so that one that is damaged becomes a row with the reason in `failure`
-    and no codes. Other columns are carried along. An `IterableDataset` stays one: it is tokenized as it is read.
+    Audio is decoded here and not by the dataset, so damaged audio becomes a row with the reason in `failure` and no codes.
+    Other columns are carried along. An `IterableDataset` stays one and is encoded while it is read.
 
     Args:
         dataset: `datasets.Dataset`, `IterableDataset`, or a dictionary of either.
-        model, revision, column, device, batch_seconds, on_error, channel, max_clip_seconds: as for `AudioTokenizer`.
-        batch_size: rows that are taken at once.
+        model: Name on the Hub, folder, or `bundled`.
+        revision: Branch, tag or commit of the model on the Hub.
+        column: Column of the audio: an Audio column, decoded or not, or paths.
+        device: Device of the model. Defaults to one GPU per process, or the CPU.
+        batch_seconds: Seconds of audio per batch.
+        batch_size: Rows that are read at once.
         num_proc: processes, each with a model of its own; not for an `IterableDataset`. With GPUs they have to be spawned:
             `multiprocess.set_start_method("spawn")`.
+        on_error: `"record"` writes the reason into the row, `"fail"` raises ValueError at the first clip that cannot be read.
+        channel: Channel of audio that has several: `"mean"`, `"left"`, `"right"` or a number from 0.
+        max_clip_seconds: A longer clip fails.
+
+    Returns:
+        A dataset of the same kind, with the columns of `AudioTokenizer` in place of `column`.
 
     Raises:
         ValueError: there is no such column, or the dataset has columns of the names that the tokens get; the model cannot be
@@ -208,14 +217,16 @@ def tokenize_dataset(
 
 class AudioDetokenizer(_Mapped):
     """
-    Sounds of tokens, the way back of `AudioTokenizer`: gives a column `audio`, each a FLAC file of 16 bits.
+    Function for `map` that decodes codes to a column `audio`, FLAC files of 16 bits; the inverse of `AudioTokenizer`.
 
-    Codes of another codebook are refused, if the rows say of which they are. Where a row has `num_samples`, its sound is
-    cut to it. A row without codes gets no sound.
+    Codes of another codebook are refused if the rows have `codebook_fingerprint`. Audio is cut to `num_samples` where a row has
+    it. A row without codes gets no audio.
 
     Args:
-        model, revision, device: as for `AudioTokenizer`.
-        column: of the codes.
+        model: Name on the Hub, folder, or `bundled`.
+        revision: Branch, tag or commit of the model on the Hub.
+        column: Column of the codes.
+        device: Device of the model. Defaults to one GPU per process, or the CPU.
     """
 
     def __init__(
@@ -257,12 +268,19 @@ def detokenize_dataset(
     num_proc: int | None = None,
 ):
     """
-    The dataset with sounds, in an Audio column `audio` at the model's sampling rate, in the place of its tokens.
+    Replace the codes of a dataset by audio, in an Audio column `audio` at the model's sampling rate.
 
     Args:
         dataset: what `tokenize_dataset` gave, or the output folder of `tokenize` as `datasets.load_dataset` reads it.
-        model, revision, column, device: as for `AudioDetokenizer`.
-        batch_size, num_proc: as for `tokenize_dataset`.
+        model: Name on the Hub, folder, or `bundled`.
+        revision: Branch, tag or commit of the model on the Hub.
+        column: Column of the codes.
+        device: Device of the model. Defaults to one GPU per process, or the CPU.
+        batch_size: Rows that are read at once.
+        num_proc: Processes, each with a model; not for an `IterableDataset`.
+
+    Returns:
+        A dataset of the same kind, with `audio` in place of `column`.
 
     Raises:
         ValueError: there is no such column, or an `audio` already; the codes are of another codebook; the model cannot be

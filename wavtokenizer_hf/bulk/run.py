@@ -82,44 +82,53 @@ def tokenize(
     peak_dbfs: float | str = "model",
 ) -> Result:
     """
-    Encodes every clip of a source into a folder of Parquet parts, going on where an earlier run ended.
+    Encode every clip of a source to a folder of Parquet files. Runs are resumable: run the same call again.
 
-    The rows do not depend on the number of processes, batches, the engine, or how often the work was interrupted. What is
-    finished is never lost or made twice; clips that were added to the source since are picked up.
+    The rows do not depend on the number of processes, on the batches, on the engine, or on interruptions. Nothing is lost or
+    encoded twice. Clips that were added to the source since the last run are encoded too.
 
     Args:
-        source, column, dataset_config, split, dataset_revision: the clips, see `sources.open_source`.
-        model: `bundled`, the name of a published checkpoint, a folder, or OWNER/NAME on the Hub. Its preprocessor_config.json may ask for a peak level, as Apertus 1.5 does.
-        output: a folder, new or of an earlier run with the same source and model.
-        revision: of the model on the Hub.
-        device: default: each process has the GPU of its number, or the CPU.
+        source: Folder of audio files, tar shards or Parquet; glob of such files; list (.txt, .csv, .jsonl) of paths; folder of
+            Lhotse Shar or of `save_to_disk`; name of a dataset on the Hub; or a `datasets.Dataset`.
+        model: `bundled`, the name of a published checkpoint, a folder, or OWNER/NAME on the Hub. Its preprocessor_config.json
+            may ask for a peak level, as Apertus 1.5 does.
+        output: Folder for the Parquet files (created if missing), or that of an earlier run with the same source and model.
+        revision: Branch, tag or commit of the model on the Hub.
+        column: Column of the audio, or of the paths in a list. Defaults to `audio`, and in lists also `path` or `file_name`.
+        dataset_config: Configuration of a dataset on the Hub.
+        split: Split of a dataset. Defaults to `train`.
+        dataset_revision: Branch, tag or commit of a dataset on the Hub.
+        device: Device of the models. Defaults to one GPU per process, or the CPU.
         engine: `"processes"` on this machine, or `"ray"`.
-        ray_address: of a Ray cluster, all of whose machines see source and output under the same names; default: Ray is
-            started on this machine.
-        num_processes: with a model each. Default: one for each GPU, or one for two processors; with Ray: two. They are
-            spawned, so a script that asks for several needs `if __name__ == "__main__":`.
-        num_readers: threads in each process that read, decode and resample ahead of the model; default: its share of the
-            processors.
-        batch_seconds: of sound, padding included, that are encoded at once. Memory grows with it.
-        part_size: clips in a part; what a crash costs is at most one part for each process. Default: 2000, or fewer if there
-            would be less than four parts for each process.
-        shard: `(i, n)`: do only the i-th of n shards of the clips, i from 0; all of them may write to one folder at once.
-        on_error: `"record"` lists a clip that fails and goes on, `"fail"` stops at the first.
-        retry_failed: try clips again that failed in an earlier run.
-        refresh: do clips again whose file has another size or time than when it was read.
-        push_to_hub: name of a dataset on the Hub to which the folder is uploaded in the end.
-        progress: shows how far it is, on standard error.
-        channel: of clips that have several, as `audio.load` takes it.
-        max_clip_seconds: a longer clip fails, before it is read if its header says so.
-        tar_names: how names in tar shards are split, see `sources.open_source`.
-        peak_dbfs: Peak level that each clip is scaled to, in dBFS, at most 0; `"none"`: no scaling. Default: as the model's
-            preprocessor_config.json says.
+        ray_address: Address of a Ray cluster. All its machines must see source and output under the same paths. By default Ray
+            starts on this machine.
+        num_processes: Number of worker processes, each with a model. Default: one per GPU; on a CPU, one per two cores; 2 with
+            Ray. Workers are spawned, so a script with several needs `if __name__ == "__main__":`.
+        num_readers: Threads per process that read, decode and resample ahead of the model. Defaults to its share of the cores.
+        batch_seconds: Seconds of audio per batch, padding included. Memory grows with it.
+        part_size: Clips per Parquet file. A crash costs at most one file per process. Default: 2000, or fewer if there would
+            be less than four files per process.
+        shard: `(i, n)`: encode only shard i of n, from 0. All shards may write to one folder at the same time.
+        on_error: `"record"` lists a clip that fails and continues, `"fail"` stops at the first one.
+        retry_failed: Try clips again that failed in an earlier run.
+        refresh: Encode clips again whose file has another size or time than when it was read.
+        push_to_hub: Name of a dataset on the Hub, to which the folder is uploaded at the end.
+        progress: Show progress on standard error.
+        channel: Channel of clips that have several: `"mean"`, `"left"`, `"right"` or a number from 0.
+        max_clip_seconds: A longer clip fails, before it is read if its header gives its length.
+        tar_names: Where names in tar shards are split: `"ending"`, before the known ending of an audio file, or `"webdataset"`,
+            at the first dot.
+        peak_dbfs: Peak level that each clip is scaled to, in dBFS, at most 0; `"none"`: no scaling. Defaults to what the
+            model's preprocessor_config.json says.
+
+    Returns:
+        `Result`: totals of the folder, failures, and what this run did.
 
     Raises:
-        ValueError: bad arguments, no clips, a model that cannot be loaded, a folder of other settings, a clip that failed
+        ValueError: Bad arguments, no clips, a model that cannot be loaded, a folder with other settings, or a clip that failed
             with `on_error="fail"`.
-        OSError: something cannot be read or written; ChildProcessError, which is one, if a worker was killed.
-        ImportError: a package of the extra `bulk` (or `ray`) is missing.
+        OSError: Something cannot be read or written. ChildProcessError, a kind of OSError: a worker was killed.
+        ImportError: A package of the extra `bulk` (or `ray`) is missing.
     """
     processes.stop_in_unguarded_script()
     started = time.monotonic()

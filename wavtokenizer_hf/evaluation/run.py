@@ -45,13 +45,13 @@ class System(Protocol):
 
 
 class Model:
-    """A WavTokenizer as a system.
+    """A WavTokenizer to measure.
 
     Args:
-        name: for the report.
-        model: a `WavTokenizerModel` at 24 kHz, on any device.
-        peak_level: dBFS that clips are scaled to before they are encoded, as its feature extractor says; what is decoded is
-            scaled back. Default: none.
+        name: Name in the report.
+        model: `WavTokenizerModel` at 24 kHz, on any device.
+        peak_level: Level in dBFS that clips are scaled to before they are encoded, as its feature extractor says. Decoded audio
+            is scaled back. Defaults to no scaling.
     """
 
     gives_codes = True
@@ -96,11 +96,11 @@ class Model:
 
 
 class DecodedFolder:
-    """Sound files that some other codec decoded, as a system: each has its reference's place and name, any format.
+    """Audio files that another codec decoded, to measure. Each has the place and name of its reference, in any format.
 
     Args:
-        folder: where they are.
-        name: for the report; default: the folder as given.
+        folder: Folder of the files.
+        name: Name in the report. Defaults to the folder as given.
     """
 
     gives_codes = False
@@ -141,34 +141,35 @@ def evaluate(
     asr: str | None = None,
     preset: str = "quick",
 ) -> Report:
-    """Measures each system on the same files.
+    """
+    Measure one or more systems on the same audio files.
 
     Args:
-        references: for each file where it is, and its place (a relative path), which names it in the report and finds
-            its partner in a `DecodedFolder`.
-        systems: at least one; the others are compared with the first, file by file.
-        metrics: names from `METRICS`, each of which must be able to run here. Default: those of the preset, and one that
-            cannot run is reported so.
-        utmos_weights: asks for UTMOS: a TorchScript file of UTMOS that takes float32 (1, N) at 16 kHz, nominally in [-1, 1], and gives one
-            number. Nothing is downloaded.
-        num_workers: processes for the metrics; 0: none but this one. They are spawned, so a script that asks for some
-            needs `if __name__ == "__main__":`.
+        references: For each file its path, and its place: a relative path that names it in the report and finds its partner in a
+            `DecodedFolder`.
+        systems: `Model`, `DecodedFolder`, or anything with their interface; at least one. The others are compared with the
+            first, file by file.
+        metrics: Names from `METRICS`, each of which must be able to run here. Defaults to those of the preset; one that cannot
+            run is then reported as not run.
+        utmos_weights: TorchScript file of UTMOS, which takes float32 (1, N) at 16 kHz, nominally in [-1, 1], and returns one
+            number. It adds UTMOS to the metrics. Nothing is downloaded.
+        num_workers: Number of processes for the metrics; 0: this process. Workers are spawned, so a script with some needs
+            `if __name__ == "__main__":`.
         progress: Show progress on standard error.
-        channel: of references that have several, as `audio.load` takes it.
-        crepe: size of the pitch tracker CREPE, "full" as in the paper or "tiny", which is about fifty times as fast.
-        asr: speech recognizer for the word error rate, by its name or folder for transformers' pipeline. Default:
-            pocketsphinx, which knows English.
-        preset: a key of `PRESETS`, which names the metrics where `metrics` does not.
+        channel: Channel of references that have several: `"mean"`, `"left"`, `"right"` or a number from 0.
+        crepe: Size of the pitch tracker CREPE: `"full"`, as in the paper, or `"tiny"`, about fifty times as fast.
+        asr: Speech recognizer for the word error rate: name or folder for the pipeline of transformers. Defaults to pocketsphinx,
+            for English.
+        preset: Key of `PRESETS`, which names the metrics if `metrics` is None.
 
     Returns:
-        A report on all files. What fails (a file that cannot be read or has no partner, a metric that gives no number)
-        is in it with its reason.
+        `Report` on all files. Files that cannot be read or have no partner, and metrics without a number, are in it with the reason.
 
     Raises:
-        ValueError: nothing to measure, an unknown preset or size of CREPE, a metric that is unknown or was asked for and cannot run, two files of one place,
-            a system without a single reconstruction.
+        ValueError: Nothing to measure, an unknown preset or size of CREPE, a metric that is unknown or was asked for and cannot
+            run, two files of one place, or a system without a single reconstruction.
         ImportError: scipy, soundfile or soxr is missing, which every evaluation needs.
-        ChildProcessError: a worker process was killed.
+        ChildProcessError: A worker process was killed.
     """
     package("scipy")  # the report needs it at the very end, and its lack should stop the work before it begins
 

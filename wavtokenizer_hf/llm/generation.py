@@ -1,4 +1,4 @@
-"""Audio out of `generate()`: only codes inside a span, and sound while it runs."""
+"""Audio from `generate()`: only codes inside a span, and audio while it runs."""
 
 import logging
 import threading
@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 class AudioSpanProcessor(LogitsProcessor):
     """
-    Lets a language model write whole spans only: inside one codes and then its end, outside one neither.
+    Logits processor that allows only whole spans: inside a span codes and then its end, outside a span no audio.
 
-    A row is inside a span if its last begin has no end after it, wherever that came from: the prompt or the model.
+    A row is inside a span if no end follows its last begin, whether the prompt or the model wrote it.
 
     Args:
-        vocabulary: with marks.
-        min_codes: no end before so many codes of a span; at least 1.
-        max_codes: the end after so many.
+        vocabulary: `AudioVocabulary` with boundary tokens.
+        min_codes: Least number of codes in a span, at least 1.
+        max_codes: Largest number of codes in a span. None: no limit.
     """
 
     def __init__(self, vocabulary: AudioVocabulary, min_codes: int = 1, max_codes: int | None = None):
@@ -46,7 +46,7 @@ class AudioSpanProcessor(LogitsProcessor):
         self._largest = max(vocabulary.token_ids)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """input_ids (B, L), scores (B, V) -> scores (B, V), -inf where a token may not come."""
+        """Set the scores (B, V) of tokens to -inf that must not follow input_ids (B, L)."""
         vocabulary, size = self.vocabulary, scores.shape[-1]
         if size <= self._largest:
             raise ValueError(
@@ -79,20 +79,28 @@ def span_arguments(
     vocabulary: AudioVocabulary, tokenizer: PreTrainedTokenizerBase, min_codes: int = 1, max_codes: int | None = None
 ) -> dict:
     """
-    Arguments for `generate()` that make it write one span and stop at its end, in each row of a batch.
+    Return arguments for `generate()`, with which each row of a batch gets one span and ends after it.
 
     ```python
     output = model.generate(**inputs, **span_arguments(vocabulary, tokenizer, max_codes=750), max_new_tokens=800)
     spans, malformed = vocabulary.find_spans(output[0])
     ```
 
-    Padding must be given beside the end, since `generate` would else pad the rows that are done with end marks. A batch is
-    padded on the left, as for any generation: `tokenizer.padding_side = "left"`. Give `generate` an `attention_mask`, as
-    `inputs` has it here: without one it takes every padding token in the prompt for padding, and where that is the end of
-    text, as for a tokenizer without a pad_token, the ends of the turns of a chat are not read.
+    Pad a batch of prompts on the left, as for any generation: `tokenizer.padding_side = "left"`. Pass an `attention_mask`, as
+    `inputs` has it here. Without one, `generate` takes every padding token of the prompt for padding. If that is the end of
+    text, as with a tokenizer without pad_token, it does not read the ends of the turns of a chat.
+
+    Args:
+        vocabulary: `AudioVocabulary` with boundary tokens.
+        tokenizer: Tokenizer of the language model. Its pad_token, or else its eos_token, fills rows that have ended.
+        min_codes: Least number of codes in the span, at least 1.
+        max_codes: Largest number of codes in the span. None: no limit.
+
+    Returns:
+        Dictionary with `logits_processor`, `eos_token_id` and `pad_token_id`.
 
     Raises:
-        ValueError: a vocabulary without marks, or a tokenizer with neither padding nor end of text.
+        ValueError: A vocabulary without marks, or a tokenizer with neither padding nor end of text.
     """
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad_token_id is None:
@@ -108,19 +116,19 @@ def decode_spans(
     codec: WavTokenizerModel, vocabulary: AudioVocabulary, spans: Sequence[AudioSpan], batch_size: int = 8
 ) -> list[torch.FloatTensor]:
     """
-    Sound of many spans at once; each gets what it gets alone.
+    Decode many spans in batches. Each gets the audio that it gets alone.
 
     Args:
-        codec: the WavTokenizer of the codes.
-        vocabulary: that found the spans.
-        spans: from `vocabulary.find_spans`, of one row or many.
-        batch_size: spans that are decoded at once, those of similar length together.
+        codec: The WavTokenizer of the codes.
+        vocabulary: The `AudioVocabulary` that found the spans.
+        spans: Spans of `vocabulary.find_spans`, of one row or many.
+        batch_size: Number of spans per batch. Spans of similar length are decoded together.
 
     Returns:
-        (L * hop,) float32 audio of each, in their order, on the CPU.
+        List of (L * hop,) float32 audio, in the order of the spans, on the CPU.
 
     Raises:
-        ValueError: codes of another codebook.
+        ValueError: The codes belong to another codebook.
     """
     vocabulary.check_codec(codec)
     audio: list = [None] * len(spans)
@@ -140,22 +148,23 @@ def decode_spans(
 
 class AudioStreamer(BaseStreamer):
     """
-    Hands out sound while `generate(streamer=...)` runs in another thread; `stream_audio` starts it for you.
+    Iterator over audio while `generate(streamer=...)` runs in another thread. `stream_audio` starts that thread for you.
 
-    Iterating gives (m,) float32 audio on the CPU, m > 0, as soon as it is complete: joined, for each span, the windowed decode
-    `codec.decode(..., window_seconds=..., overlap_seconds=...)`. It is decoded by whoever iterates, so that `generate` does
-    not wait for it. What the prompt holds is not played; a span that it begins is.
+    Iterating gives (m,) float32 audio on the CPU, m > 0, as soon as a window is complete. For each span this is the audio of
+    `codec.decode(..., window_seconds=..., overlap_seconds=...)`. Whoever iterates decodes, so `generate` does not wait. Audio in
+    the prompt is not decoded, except for a span that the prompt begins and the model continues.
 
     Args:
-        codec: the WavTokenizer of the codes.
-        vocabulary: with marks.
-        window_seconds, overlap_seconds: as for `DecodeStream`. The first sound needs one window of codes.
-        timeout: seconds to wait for the next token, as `generate` may have failed; None waits forever.
+        codec: The WavTokenizer of the codes.
+        vocabulary: `AudioVocabulary` with boundary tokens.
+        window_seconds: Length of a window, in seconds. The first audio needs one window of codes.
+        overlap_seconds: Overlap of two windows, in seconds; at most half a window.
+        timeout: Seconds to wait for the next token, since `generate` may have failed. None: no limit.
 
     Raises:
-        ValueError: codes of another codebook, a vocabulary without marks, or bad windows. While iterating: tokens that make no
-            span; `AudioSpanProcessor` keeps the model from writing such.
-        TimeoutError: while iterating.
+        ValueError: Codes of another codebook, a vocabulary without boundary tokens, or bad windows. While iterating: tokens that
+            are no span; `AudioSpanProcessor` prevents them.
+        TimeoutError: While iterating, no token came in time.
     """
 
     def __init__(
@@ -256,7 +265,7 @@ def stream_audio(
     **arguments,
 ) -> Iterator[torch.FloatTensor]:
     """
-    `model.generate(**arguments)` in a thread, and the sound of it as it comes.
+    Run `model.generate(**arguments)` in a thread, and yield the audio as soon as it is complete.
 
     ```python
     arguments = span_arguments(vocabulary, tokenizer)
@@ -264,13 +273,23 @@ def stream_audio(
         play(audio)
     ```
 
-    The generation stops when this generator is closed, or collected because nobody holds it any more: so whoever leaves
-    the loop early, and keeps it, calls its `close()`. An error of `generate` is raised here.
+    Generation stops when this generator is closed or garbage-collected. If you leave the loop early, call its `close()`. An
+    error of `generate` is raised here.
 
     Args:
-        model: the language model.
-        codec, vocabulary, window_seconds, overlap_seconds: as for `AudioStreamer`.
-        arguments: for `generate`; one row. All of its `input_ids` are read, unless there is an `attention_mask`.
+        model: The language model.
+        codec: The WavTokenizer of the codes.
+        vocabulary: An `AudioVocabulary` with boundary tokens.
+        window_seconds: Length of a window, in seconds. The first audio needs one window of codes.
+        overlap_seconds: Overlap of two windows, in seconds; at most half a window.
+        arguments: Arguments of `generate`, for one row. All of its `input_ids` are read, unless there is an `attention_mask`.
+
+    Yields:
+        (m,) float32 audio at the codec's sampling rate, m > 0, on the CPU.
+
+    Raises:
+        ValueError: Codes of another codebook, a vocabulary without boundary tokens, bad windows, a model with too few rows, or
+            tokens that make no span.
     """
     vocabulary.check_model(model)
     streamer = AudioStreamer(codec, vocabulary, window_seconds, overlap_seconds)

@@ -1,4 +1,4 @@
-"""Codes and text -> rows to train a language model on: functions for `datasets.Dataset.map`."""
+"""Codes and text -> training examples of a language model: functions for `datasets.Dataset.map`."""
 
 import logging
 import re
@@ -21,7 +21,7 @@ AUDIO = "audio"
 @dataclass(frozen=True)
 class Template:
     """
-    How one example is written. `{audio}` stands for a row's codes with their marks, `{name}` for its column of that name.
+    Text of one training example. `{audio}` stands for the codes of a row with their boundary tokens, `{name}` for a column.
 
     ```python
     speak = Template(prompt="{text}", response="{audio}" + tokenizer.eos_token)
@@ -29,15 +29,15 @@ class Template:
     audio_only = Template(prompt="", response="{audio}" + tokenizer.eos_token)
     ```
 
-    Nothing is added to it: tokens such as the begin and the end of a text belong into the template.
+    Nothing is added to it. Tokens such as begin and end of text belong into the template.
 
     Args:
-        prompt: what the model will be given.
-        response: what it shall write. It carries the loss.
-        loss_on_prompt: whether the prompt carries loss too.
+        prompt: Text that the model is given.
+        response: Text that the model learns to write. It carries the loss.
+        loss_on_prompt: Whether the prompt carries loss too.
 
     Raises:
-        ValueError: the response is empty, or `{audio}` is nowhere.
+        ValueError: The response is empty, or there is no `{audio}`.
     """
 
     prompt: str
@@ -55,20 +55,21 @@ class Template:
         cls, tokenizer: PreTrainedTokenizerBase, messages: list[dict], loss_on_prompt: bool = False, **options
     ) -> "Template":
         """
-        By the tokenizer's chat template: the last message, of the assistant, becomes the response.
+        Make a template from the tokenizer's chat template. The last message, of the assistant, becomes the response.
 
-        It is rendered once, with the fields still in it: what the chat template does to its contents, such as
-        stripping blanks, is not done to the rows.
+        The chat template is rendered once, with the fields in it. So its changes to contents, such as stripped blanks, do not
+        apply to the rows.
 
         Args:
-            messages: as for `apply_chat_template`, with fields in their contents:
+            tokenizer: Tokenizer with a chat template.
+            messages: Messages for `apply_chat_template`, with fields in their contents:
                 `[{"role": "user", "content": "Say: {text}"}, {"role": "assistant", "content": "{audio}"}]`.
-            loss_on_prompt: as in `Template`.
-            options: for `apply_chat_template`.
+            loss_on_prompt: Whether the prompt carries loss too.
+            options: Further arguments of `apply_chat_template`.
 
         Raises:
-            ValueError: the last message is not the assistant's, or the prompt is not what the whole begins with, as when a
-                chat template puts a thought before the answer.
+            ValueError: The last message is not the assistant's, or the rendered chat does not begin with the rendered prompt, for
+                example because the chat template puts a thought before the answer.
         """
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError("Expected the last message to be the assistant's: it is what the model shall write.")
@@ -91,26 +92,24 @@ def _pieces(text: str) -> list[tuple[str, bool]]:
 
 class TrainingRows:
     """
-    What `datasets.Dataset.map` calls: `input_ids` and `labels` of each row by each template.
+    Function for `datasets.Dataset.map` that makes `input_ids` and `labels` of each row, for each template.
 
     ```python
     rows = TrainingRows(tokenizer, vocabulary, speak)
     dataset = dataset.map(rows, batched=True, remove_columns=dataset.column_names)
     ```
 
-    With several templates, as for both orders, each row gives an example of each, one after the other. Labels are the ids
-    where there is loss and -100 elsewhere; models in transformers shift them themselves. Text between two audio fields,
-    or of a prompt, is tokenized together; prompt and response are not, so that a prompt has the ids in training that it
-    has alone.
+    With several templates, each row gives one example of each. Labels are the ids where there is loss and -100 elsewhere. Models
+    of transformers shift them themselves. Prompt and response are tokenized apart, so a prompt has the same ids in training and
+    in generation.
 
-    For rows of different lengths use transformers' `DataCollatorForSeq2Seq(tokenizer)`, which pads labels too, or
-    `PackedRows`.
+    For rows of different lengths use `DataCollatorForSeq2Seq(tokenizer)` of transformers, which pads labels too, or `PackedRows`.
 
     Args:
-        tokenizer: of the language model.
-        vocabulary: its audio.
-        templates: one or several.
-        audio_column: of the codes, integers (L,) each. A column `codebook_fingerprint`, as bulk work writes it, is checked.
+        tokenizer: Tokenizer of the language model.
+        vocabulary: `AudioVocabulary` of the tokenizer.
+        templates: One or several `Template`.
+        audio_column: Column of the codes, integers (L,) each. A column `codebook_fingerprint`, as in token folders, is checked.
     """
 
     def __init__(
@@ -127,6 +126,12 @@ class TrainingRows:
 
     def __call__(self, batch: dict[str, Sequence]) -> dict[str, list[list[int]]]:
         """
+        Args:
+            batch: Columns of a batch of rows, as `map(..., batched=True)` passes them: text, and codes (L,) for each row.
+
+        Returns:
+            `input_ids` and `labels`, a list of ids for each example. Labels are -100 where there is no loss.
+
         Raises:
             ValueError: a column that a template names is missing, or holds something else than text or codes; a row without
                 codes; codes of another codebook; a text in which the tokenizer finds audio tokens.
@@ -153,13 +158,17 @@ class TrainingRows:
 
     def prompt(self, row: dict, template: Template | None = None) -> list[int]:
         """
-        Ids to generate from, with which an example begins too: the prompt, and, if the first field of the response is
-        audio, what stands before it and the begin of a span. Text before a field of text is left to the model, as in
-        training one token may go across both.
+        Return the ids to generate from: the prompt and, if the response begins with audio, the begin of a span.
+
+        Text of the response before the audio is part of these ids. Text before a text field is left to the model, since in training
+        one token may cover both.
 
         Args:
-            row: what the fields of the prompt need.
-            template: one of several; default: the first.
+            row: Columns that the fields of the prompt need.
+            template: One of several templates. Defaults to the first.
+
+        Returns:
+            List of token ids.
         """
         template = template or self.templates[0]
         pieces = _pieces(template.response)
@@ -216,25 +225,24 @@ def _fields(template: Template) -> list[tuple[str, bool]]:
 
 class PackedRows:
     """
-    What `datasets.Dataset.map` calls to put several examples into each row: `input_ids`, `labels`, `position_ids`, (size,).
+    Function for `datasets.Dataset.map` that packs examples into rows of one length: `input_ids`, `labels`, `position_ids`.
 
     ```python
     packed = dataset.map(PackedRows(2048, tokenizer.pad_token_id), batched=True, remove_columns=dataset.column_names)
     ```
 
-    Examples stay whole and keep to themselves: positions start anew with each, and the first label of each is -100, so no
-    example is predicted from the one before. From such positions the models of transformers make an attention mask with
-    these boundaries, if they are given no `attention_mask` and no cache: so rows have none, all have one length, and
-    `default_data_collator` is theirs. Trainer switches the cache off; a loop of your own calls `model(..., use_cache=False)`.
-    Padding at the end is an example of its own without loss.
+    Examples stay whole and do not see each other. Positions restart with each, and the first label of each is -100. Models of
+    transformers make an attention mask from such positions, if they get no `attention_mask` and no cache. So rows have no mask;
+    use `default_data_collator`. Trainer switches the cache off; in your own loop call `model(..., use_cache=False)`. Padding at the
+    end is an example of its own without loss.
 
-    Under FlashAttention transformers does so only for a batch of one row, and with more the examples see each other: use it
-    with one row per device, or `attn_implementation="sdpa"` or `"eager"`.
+    Under FlashAttention, transformers does this only for a batch of one row. Use one row per device, or
+    `attn_implementation="sdpa"` or `"eager"`.
 
     Args:
-        size: ids in a row.
-        pad_token_id: fills a row up.
-        too_long: `"error"`, or `"drop"` for examples longer than `size`.
+        size: Number of ids in a row.
+        pad_token_id: Id that fills a row.
+        too_long: `"error"` raises ValueError for an example longer than `size`, `"drop"` leaves it out.
     """
 
     def __init__(self, size: int, pad_token_id: int, too_long: str = "error"):

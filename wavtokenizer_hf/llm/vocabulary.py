@@ -15,7 +15,7 @@ KEY = "audio_vocabulary"  # in tokenizer_config.json
 
 @dataclass(frozen=True)
 class AudioSpan:
-    """Codes that stand together: `ids[start:stop]` are their token ids, without the marks around them."""
+    """Consecutive codes: `ids[start:stop]` are their token ids, without the boundary tokens around them."""
 
     start: int
     stop: int
@@ -24,7 +24,7 @@ class AudioSpan:
 
 @dataclass(frozen=True)
 class MalformedSpan:
-    """`ids[start:stop]` have audio ids or marks in them that do not make a span; `reason` says why."""
+    """`ids[start:stop]` hold audio ids or boundary tokens that are no span; `reason` says why."""
 
     start: int
     stop: int
@@ -34,22 +34,22 @@ class MalformedSpan:
 @dataclass(frozen=True)
 class AudioVocabulary:
     """
-    Where the codes of one codebook lie in the vocabulary of a language model: code c is token id `first_token_id` + c.
+    Range of a language model's vocabulary that holds the codes of one codebook: code c is token id `first_token_id` + c.
 
-    The range is closed: what a tokenizer adds behind it later is no audio. It knows nothing of models, and needs none.
-    `add_to` makes one by adding tokens; `from_tokenizer` finds the one that a tokenizer was saved with.
+    Tokens that are added to the tokenizer later are no audio. `add_to` makes a vocabulary by adding tokens to a tokenizer;
+    `from_tokenizer` reads the one that a tokenizer was saved with.
 
     Args:
-        first_token_id: id of code 0.
-        codebook_size: number of codes, K.
-        begin_token_id, end_token_id: of the marks around a span of audio; both or, for a model without marks, none.
-        codebook_fingerprint: of the codebook that the codes belong to; None is not checked.
-        token_format: text form of a code, with its number for `{}`.
-        begin_token, end_token: text form of the marks.
+        first_token_id: Token id of code 0.
+        codebook_size: Number of codes, K.
+        begin_token_id, end_token_id: Ids of the boundary tokens around a span of audio. None for a model without them.
+        codebook_fingerprint: Fingerprint of the codebook of the codes. None: not checked.
+        token_format: Text of a code, with `{}` for its number.
+        begin_token, end_token: Text of the boundary tokens.
 
     Raises:
-        ValueError: a range that starts below 0 or is empty, marks inside of it or the same twice, or one alone; a
-            `token_format` without a place for the number.
+        ValueError: A range that starts below 0 or is empty; one boundary token alone, the same twice, or one inside the range; a
+            `token_format` without `{}`.
     """
 
     first_token_id: int
@@ -92,7 +92,7 @@ class AudioVocabulary:
 
     @property
     def token_ids(self) -> list[int]:
-        """Of all codes and of the marks."""
+        """Ids of all codes and of the boundary tokens."""
         marks = [self.begin_token_id, self.end_token_id] if self.has_marks else []
         return [*range(self.first_token_id, self.last_token_id + 1), *marks]
 
@@ -101,12 +101,14 @@ class AudioVocabulary:
     # -----------------------------------------------------------------------------------------------------------------
 
     def is_audio(self, token_ids):
-        """Which ids are codes: bool, of the shape and the library (numpy or torch) of `token_ids`."""
+        """Return which ids are codes: bool, in the shape and the library (numpy or torch) of `token_ids`."""
         token_ids = _integers(token_ids, "token_ids")
         return (token_ids >= self.first_token_id) & (token_ids <= self.last_token_id)
 
     def codes_to_ids(self, audio_codes):
         """
+        Return the token ids of codes: code + `first_token_id`.
+
         Args:
             audio_codes: codes in [0, K), of any integer type and shape: numpy array, torch tensor or list.
 
@@ -121,20 +123,31 @@ class AudioVocabulary:
         return audio_codes + self.first_token_id
 
     def ids_to_codes(self, token_ids):
-        """The way back of `codes_to_ids`, for ids that are all codes. Raises ValueError if one is not."""
+        """
+        Return the codes of token ids, the inverse of `codes_to_ids`.
+
+        Args:
+            token_ids: Ids that are all codes, of any integer type and shape: numpy array, torch tensor or list.
+
+        Returns:
+            int64 codes in [0, K) of the same shape; a torch tensor on the same device for a tensor, else a numpy array.
+
+        Raises:
+            ValueError: No integers, or an id that is no code.
+        """
         token_ids = _integers(token_ids, "token_ids")
         hint = "find_spans finds the audio among other ids."
         _check_range(token_ids, self.first_token_id, self.last_token_id, "token id", hint)
         return token_ids - self.first_token_id
 
     def codes_to_text(self, audio_codes) -> str:
-        """Codes (L,) -> `<|audio_17|><|audio_4|>…`, which the tokenizer reads as the ids of the codes."""
+        """Return the text of codes (L,), `<|audio_17|><|audio_4|>…`, which the tokenizer reads as their token ids."""
         token_ids = self.codes_to_ids(_one_row(audio_codes, "audio_codes"))
         return "".join(self.token_format.format(id - self.first_token_id) for id in token_ids.tolist())
 
     def text_to_codes(self, text: str) -> np.ndarray:
         """
-        The way back of `codes_to_text`: int64 (L,). Blanks between the codes, as some tokenizers write them, are skipped.
+        Return the codes of a text, the inverse of `codes_to_text`: int64 (L,). Blanks between the codes, as some tokenizers write them, are skipped.
 
         Raises:
             ValueError: there is something else in the text, or a code outside [0, K).
@@ -159,20 +172,22 @@ class AudioVocabulary:
     # -----------------------------------------------------------------------------------------------------------------
 
     def span(self, audio_codes) -> list[int]:
-        """Codes (L,) -> their ids with the marks around them."""
+        """Return the token ids of codes (L,), with the boundary tokens around them. Raises ValueError for a code outside [0, K)."""
         token_ids = self.codes_to_ids(_one_row(audio_codes, "audio_codes")).tolist()
         return [self.begin_token_id, *token_ids, self.end_token_id] if self.has_marks else token_ids
 
     def find_spans(self, token_ids) -> tuple[list[AudioSpan], list[MalformedSpan]]:
         """
-        The audio in what a language model wrote, prompt and padding included.
+        Find the spans of audio in the output of a language model, prompt and padding included.
 
-        Nothing is guessed at: a span without an end, an end without a begin, codes outside a span, anything else
-        inside one, and a span without codes are given as malformed, and the caller decides. Without marks a span is a run of
-        codes, and nothing is malformed.
+        Malformed are: a span without an end, an end without a begin, codes outside a span, other tokens inside a span, and a span
+        without codes. Without boundary tokens a span is a run of codes, and nothing is malformed.
 
         Args:
             token_ids: ids of one row, (L,).
+
+        Returns:
+            Spans with their codes, and malformed spans with a reason, both in the order of the row.
 
         Raises:
             ValueError: ids of another shape, or no integers.
@@ -222,7 +237,7 @@ class AudioVocabulary:
     # -----------------------------------------------------------------------------------------------------------------
 
     def check_codebook_fingerprint(self, fingerprint: str | None) -> None:
-        """Raises ValueError unless codes of the codebook of that fingerprint are those meant here."""
+        """Raise ValueError if this vocabulary is for the codes of another codebook than that of `fingerprint`."""
         if self.codebook_fingerprint is not None and fingerprint != self.codebook_fingerprint:
             raise ValueError(
                 f"Got codes of the codebook {fingerprint}, and this vocabulary is for those of "
@@ -231,7 +246,7 @@ class AudioVocabulary:
             )
 
     def check_codec(self, codec) -> None:
-        """Raises ValueError unless the codes of this WavTokenizer are those meant here."""
+        """Raise ValueError if this vocabulary is for the codes of another WavTokenizer than `codec`."""
         if codec.config.codebook_size != self.codebook_size:
             raise ValueError(
                 f"Got a WavTokenizer of {codec.config.codebook_size} codes, expected {self.codebook_size}. Take the one "
@@ -241,9 +256,9 @@ class AudioVocabulary:
 
     def check_model(self, model: PreTrainedModel, writes: bool = True) -> None:
         """
-        Raises ValueError unless the language model has an embedding for each code and mark and, if it `writes` audio, an output.
+        Raise ValueError if the language model has too few embeddings for the audio or, if it `writes` audio, too few outputs.
 
-        A model may read more than it can write: Apertus 1.5 has outputs for text only.
+        A model may read more tokens than it writes: Apertus 1.5 has outputs for text only.
         """
         largest = max(self.token_ids)
         parts = [("embeddings", model.get_input_embeddings())]
@@ -273,22 +288,25 @@ class AudioVocabulary:
         end_token: str = end_token,
     ) -> "AudioVocabulary":
         """
-        Adds the codes and the marks to a tokenizer, and rows for them to a model; both are changed in place.
+        Add the codes and two boundary tokens to a tokenizer, and rows for them to a model. Both are changed in place.
 
-        None of the tokens is "special" to the tokenizer: `decode(..., skip_special_tokens=True)` would drop codes and
-        marks without a word. They are never split.
+        The tokens are never split. They are no special tokens, which `decode(..., skip_special_tokens=True)` would drop.
 
-        New rows of embeddings and of the output head are the mean of the old tokens' rows, so that what the model wrote
-        before stays about as likely; the old rows keep every bit. Rows that a model has beyond its tokenizer's
-        ids are used up first, and a matrix never shrinks. With DeepSpeed ZeRO-3, do this before the model is partitioned.
+        New rows of the embeddings and of the output layer are the mean of the old rows, so the model's earlier output stays about
+        as likely. Old rows do not change. Rows beyond the tokenizer's ids are used first, and a matrix never shrinks. With
+        DeepSpeed ZeRO-3, call this before the model is partitioned.
 
         Args:
-            tokenizer: any of transformers. Save it afterwards: it remembers the vocabulary.
-            codebook_size, codebook_fingerprint: of the WavTokenizer (`model.config.codebook_size`,
-                `model.codebook_fingerprint`).
-            model: a language model with this tokenizer; None if it is still to be made, with `len(tokenizer)` tokens.
-            pad_to_multiple_of: round the number of rows up to a multiple, as GPUs like it.
-            token_format, begin_token, end_token: as in `AudioVocabulary`.
+            tokenizer: Tokenizer of transformers. Save it afterwards: it stores the vocabulary.
+            codebook_size: Number of codes, `codec.config.codebook_size`.
+            codebook_fingerprint: Fingerprint of the codebook, `codec.codebook_fingerprint`. None: not checked.
+            model: Language model with this tokenizer. None if it will be made later, with `len(tokenizer)` tokens.
+            pad_to_multiple_of: Round the number of rows up to a multiple of this, which GPUs compute faster with.
+            token_format: Text of a code, with `{}` for its number.
+            begin_token, end_token: Text of the two boundary tokens.
+
+        Returns:
+            The new `AudioVocabulary`, which the tokenizer stores too.
 
         Raises:
             ValueError: the tokenizer has an audio vocabulary or such tokens already, or does not give them consecutive
@@ -329,10 +347,10 @@ class AudioVocabulary:
 
     def attach(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """
-        Makes the tokenizer remember this vocabulary: `save_pretrained` writes it into tokenizer_config.json.
+        Store this vocabulary in a tokenizer. `save_pretrained` writes it to tokenizer_config.json.
 
         Raises:
-            ValueError: the tokenizer has other tokens at these ids, splits them, or remembers another vocabulary.
+            ValueError: The tokenizer has other tokens at these ids, splits them, or stores another vocabulary.
         """
         before = tokenizer.init_kwargs.get(KEY, asdict(self))
         if before != asdict(self):
@@ -360,7 +378,7 @@ class AudioVocabulary:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "AudioVocabulary":
-        """The vocabulary that a tokenizer remembers. Raises ValueError if it remembers none, or an unreadable one."""
+        """Return the vocabulary that a tokenizer stores. Raises ValueError if it stores none, or one that is damaged."""
         content: Any = tokenizer.init_kwargs.get(KEY)
         if content is None:
             raise ValueError(

@@ -181,8 +181,8 @@ def _train_step(state: State, batches: list[torch.Tensor], rehearsal: bool) -> d
             losses = {"mel": state.mel_loss(made_audio[:, 0], audio[:, 0]), **codebook_losses}
             if state.mel_scales_loss is not None:
                 losses["mel_scales"] = state.mel_scales_loss(made_audio[:, 0], audio[:, 0])
-            if state.phase_loss is not None:
-                losses["phase"] = state.phase_loss(made_audio[:, 0], audio[:, 0])
+            if state.frequency_loss is not None:
+                losses["instantaneous_frequency"] = state.frequency_loss(made_audio[:, 0], audio[:, 0])
             if critics_train:
                 losses |= _judge(state, audio, made_audio, bandwidth_id)
             loss = total(losses, settings.loss_weights)

@@ -22,7 +22,7 @@ RECIPES = Path(__file__).parent / "recipes"
 WEIGHTS = {
     "mel": 45.0,
     "mel_scales": 0.0,  # not in the published objective, see losses.MelScalesLoss
-    "phase": 0.0,  # nor in it, see losses.PhaseLoss
+    "instantaneous_frequency": 0.0,  # nor in it, see losses.InstantaneousFrequencyLoss
     "commitment": 1000.0,
     "reencoding": 0.0,  # nor is this: how far decoded audio, encoded again, lands from the entries that it was decoded from
     "multi_period": 1.0,

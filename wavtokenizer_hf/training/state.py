@@ -21,7 +21,7 @@ from ..modeling_wavtokenizer import WavTokenizerModel
 from .checkpoints import LAST, PREVIOUS, DamagedError, load_discriminators, read_state, recover, save_checkpoint
 from .codebook import CodebookLearner
 from .discriminators import Discriminators
-from .losses import MelLoss, MelScalesLoss, PhaseLoss, used_discriminators
+from .losses import InstantaneousFrequencyLoss, MelLoss, MelScalesLoss, used_discriminators
 from .settings import Settings, derived_seed
 
 
@@ -78,7 +78,7 @@ class State:
     codec: nn.Module
     mel_loss: MelLoss
     mel_scales_loss: MelScalesLoss | None  # only if it has a weight
-    phase_loss: PhaseLoss | None  # likewise
+    frequency_loss: InstantaneousFrequencyLoss | None  # likewise
     learner: CodebookLearner
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -146,7 +146,7 @@ def build(settings: Settings) -> State:
         settings, accelerator, model, accelerator.prepare(codec),
         MelLoss(model.config.sampling_rate).to(accelerator.device),
         MelScalesLoss(model.config.sampling_rate).to(accelerator.device) if settings.loss_weights["mel_scales"] else None,
-        PhaseLoss(model.config.sampling_rate).to(accelerator.device) if settings.loss_weights["phase"] else None,
+        InstantaneousFrequencyLoss(model.config.sampling_rate).to(accelerator.device) if settings.loss_weights["instantaneous_frequency"] else None,
         CodebookLearner(model.quantizer, settings.codebook_decay, settings.restart_below, settings.seed),
         optimizer, get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps),
     )  # fmt: skip
