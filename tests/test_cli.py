@@ -380,7 +380,7 @@ def test_the_shell_gets_completions(tmp_path):
         "COMP_LINE": "wavtokenizer recon",
         "COMP_POINT": "18",
     }
-    subprocess.run([sys.executable, "-m", "wavtokenizer_hf"], env=environment, timeout=60)
+    subprocess.run([sys.executable, "-m", "wavtokenizer_hf"], env=environment, timeout=300)
     assert (tmp_path / "out").read_text().strip() == "reconstruct"
 
 
@@ -395,7 +395,7 @@ def run(model_folder):
 
     def run(command, *arguments, stdin=b""):
         line = [sys.executable, "-m", "wavtokenizer_hf", command, *map(str, arguments), "-m", model_folder]
-        return subprocess.run(line, input=stdin, capture_output=True, timeout=60)
+        return subprocess.run(line, input=stdin, capture_output=True, timeout=300)
 
     return run
 
