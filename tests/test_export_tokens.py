@@ -126,6 +126,22 @@ def test_interleaved_sequences_hold_the_clips_of_a_source_in_order(made, tokeniz
     assert len(expected) == 10 and sequences_of(tmp_path / "out") == expected
 
 
+def test_clip_numbers_of_a_csv_list_are_ordered_as_numbers(tokenizer, vocabulary, tmp_path):
+    """A CSV list carries its columns as text, in which 10 comes before 9."""
+    columns = {"source_id": ["talk"] * 12, "clip_num": [str(number) for number in range(12)]}
+    rows = write_token_folder(tmp_path / "tokens", 12, rows_per_part=5, columns=columns)
+    sequences = Sequences("interleaved", vocabulary, tokenizer, text_column=None)
+    export_tokens(tmp_path / "tokens", tmp_path / "out", MegatronFormat(sequences))
+    (sequence,) = sequences_of(tmp_path / "out")
+    expected = sorted(rows, key=lambda row: int(row["clip_num"]))
+    assert sequence[1:-1] == [id for row in expected for id in vocabulary.span(row["audio_codes"])]
+    columns["clip_num"][3] = "third"
+    write_token_folder(tmp_path / "bad", 12, columns=columns)
+    with pytest.raises(ValueError, match="Got 'third' in the column 'clip_num', expected a number"):
+        export_tokens(tmp_path / "bad", tmp_path / "out of bad", MegatronFormat(sequences))
+    assert not (tmp_path / "out of bad").exists()
+
+
 def test_interleaved_sequences_are_cut_between_clips_at_the_length(made, tokenizer, vocabulary, tmp_path):
     folder, _ = made
     whole, cut = tmp_path / "whole", tmp_path / "cut"
