@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,9 +17,12 @@ import filelock
 import numpy as np
 import pyarrow
 import pytest
-from language_models import byte_level
+import torch
+from conftest import ROOT, load_script
+from language_models import byte_level, tiny_llama
 from pyarrow import parquet
 from token_folders import FINGERPRINT, write_token_folder
+from transformers import AutoTokenizer
 
 from wavtokenizer_hf.cli import main
 from wavtokenizer_hf.export import formats, run
@@ -199,6 +203,28 @@ def test_the_vocabulary_lies_beside_the_files_and_makes_the_next_export(made, to
     assert main([*command, "-o", str(tmp_path / "two")]) == 0
     inner = [sequence[1:-1] for sequence in sequences_of(tmp_path / "one")]  # no tokenizer, so no BOS and EOS
     assert sequences_of(tmp_path / "two") == inner
+
+
+def test_a_megatron_file_is_read_back_in_a_training_loop(made, tokenizer, vocabulary, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="pip install megatron-core")
+    loop = load_script(ROOT / "examples" / "audio_lm" / "megatron_loop.py")
+    folder, rows = made
+    torch.manual_seed(0)
+    for each in (tokenizer, tiny_llama(len(tokenizer))):
+        each.save_pretrained(tmp_path / "llm")
+    sequences = Sequences("text-to-audio", vocabulary, tokenizer)
+    export_tokens(folder, tmp_path / "out", MegatronFormat(sequences, loss_mask=True))
+    batch = {"text": [row["text"] for row in rows], "audio_codes": [row["audio_codes"].tolist() for row in rows]}
+    expected = TrainingRows(tokenizer, vocabulary, sequences.templates)(batch)
+    found = loop.MegatronRows(tmp_path / "out")
+    for name in ("input_ids", "labels"):
+        assert [row[name].tolist() for row in (found[index] for index in range(len(found)))] == expected[name]
+    command = f"loop --language_model {tmp_path}/llm --tokens {tmp_path}/out --output {tmp_path}/trained"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--steps", "20", "--learning_rate", "0.01"])
+    loop.main()
+    first, last = map(float, re.findall(r"\d\.\d+", capsys.readouterr().out))
+    assert last < first - 0.5
+    AudioVocabulary.from_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "trained"))
 
 
 def test_the_command_line_writes_what_the_function_writes(made, tokenizer, vocabulary, tmp_path, capsys):
