@@ -14,6 +14,7 @@ import soundfile
 import torch
 from conftest import load_script, tiny_config
 from language_models import byte_level, tiny_llama
+from token_folders import FINGERPRINT, write_token_folder
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments
 
@@ -127,6 +128,30 @@ def test_a_tokenizer_without_end_of_text_is_refused():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no eos_token"):
         fine_tune.template("speak", tokenizer, fine_tune.Arguments(language_model="llm", tokens="tokens"))
+
+
+def test_a_token_folder_is_trained_on_as_a_stream(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    stream = load_script(EXAMPLE / "stream.py")
+    rows = write_token_folder(tmp_path / "tokens", 60, lengths=(5, 20))
+    tokenizer = byte_level()
+    model = tiny_llama(len(tokenizer))
+    vocabulary = AudioVocabulary.add_to(tokenizer, 64, FINGERPRINT, model=model)
+    for each in (tokenizer, model):
+        each.save_pretrained(tmp_path / "llm")
+    settings = TrainingArguments(
+        output_dir=str(tmp_path / "trained"), max_steps=15, per_device_train_batch_size=8, learning_rate=1e-2,
+        logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = stream.main(stream.Arguments(str(tmp_path / "llm"), str(tmp_path / "tokens")), settings)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 15 and losses[-1] < losses[0] - 0.5
+    examples = [example["input_ids"][2:-2] for example in trainer.train_dataset]  # BOS, begin, codes, end, EOS
+    expected = [vocabulary.codes_to_ids(row["audio_codes"]).tolist() for row in rows]
+    assert sorted(examples) == sorted(expected) != examples
+    AudioVocabulary.from_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "trained")).check_codebook_fingerprint(
+        FINGERPRINT
+    )
 
 
 def test_sound_is_never_paired_with_texts_of_another_run(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Manifests of segments and Lhotse Shar as sources of `tokenize`: the codes that each part gets as a file of its own."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -62,6 +64,29 @@ def test_segments_get_the_codes_of_a_file_of_their_own_and_a_recording_is_read_o
     by_text = {row["text"]: row["audio_codes"] for row in found.values()}
     assert by_text == codes_alone(tiny(), files)
     assert found["talk.wav#1.25+0.5"]["start"] == 1.25 and found["talk.wav#1.25+0.5"]["duration"] == 0.5
+
+
+def test_several_readers_read_each_recording_once(place, monkeypatch):
+    rows = [
+        {"audio": f"{number}.wav", "start": position / 10, "duration": 0.1}
+        for position in range(10)
+        for number in range(4)
+    ]
+    for number in range(4):
+        soundfile.write(place / f"{number}.wav", np.zeros(24_000), 24_000)
+    real, read = segment_sources.audio.read_channels, []
+
+    def slow(path):
+        read.append(path)
+        time.sleep(0.02)  # long enough for all readers to wait for it
+        return real(path)
+
+    monkeypatch.setattr(segment_sources.audio, "read_channels", slow)
+    source = open_source(write_manifest(place, rows, "many.jsonl"))
+    with ThreadPoolExecutor(4) as readers:
+        clips = list(readers.map(source.sound, [item.place for item in source.items]))
+    assert {len(clip.samples) for clip in clips} == {2_400}
+    assert sorted(read) == [str(place / f"{number}.wav") for number in range(4)]
 
 
 def test_a_channel_can_be_chosen_and_opposite_phase_is_said(place, tmp_path):

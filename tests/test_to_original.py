@@ -4,6 +4,7 @@ import json
 import os
 import pickletools
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -249,3 +250,17 @@ def test_the_original_itself_loads_the_files_and_gives_its_codes(back, rate, mon
     clear = golden["margin"] > 1e-6
     np.testing.assert_array_equal(codes[0, clear], golden["codes"][0, clear])
     assert CODEBOOK + "embed" in model.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="set it to a checkout of ggml-org/llama.cpp")
+def test_llama_cpps_converters_make_gguf_of_it(back):
+    """The commands of docs/onnx.md."""
+    checkout, checkpoint = Path(os.environ["LLAMA_CPP"]), back(75)
+    gguf = checkpoint.parent / "wavtokenizer.gguf"
+    for command in (
+        ["tools/tts/convert_pt_to_hf.py", checkpoint],
+        ["convert_hf_to_gguf.py", checkpoint.parent, "--outfile", gguf],
+    ):
+        subprocess.run([sys.executable, checkout / command[0], *command[1:]], check=True)
+    assert gguf.read_bytes()[:4] == b"GGUF"

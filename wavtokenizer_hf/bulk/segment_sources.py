@@ -4,9 +4,11 @@ import gzip
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from .. import audio
 from ..audio_errors import AudioError
@@ -17,11 +19,45 @@ from .sources import Item, Source
 START, DURATION = "start", "duration"
 
 
+class _Entry:
+    """A value that is read once, by the first thread that needs it."""
+
+    def __init__(self):
+        self.lock, self.value = threading.Lock(), None
+
+
+class _RecentValues:
+    """
+    Values by key: the last two, and those that a thread waits for.
+
+    Readers at the end of one recording and at the beginning of the next share both, so each is read once.
+    """
+
+    def __init__(self):
+        self._lock, self._entries, self._recent = threading.Lock(), WeakValueDictionary(), deque(maxlen=2)
+
+    def __reduce__(self):
+        return _RecentValues, ()  # another process reads for itself
+
+    def get(self, key, read: Callable[[], Any]) -> Any:
+        """The value of `key`, by calling `read` if it is not there."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                entry = self._entries[key] = _Entry()
+            if entry not in self._recent:
+                self._recent.append(entry)
+        with entry.lock:
+            if entry.value is None:
+                entry.value = read()
+            return entry.value
+
+
 class Segments(Source):
     """
     Rows of a manifest that name a recording, and where in it a clip lies; a place is path, start, duration and carried columns.
 
-    Rows of one recording follow each other, so that it is read once for all of them: it is kept until another one is asked for.
+    Rows of one recording follow each other, so that it is read once for all of them. Two recordings are held in memory, and those that readers are at.
 
     Args:
         rows: as in the manifest.
@@ -32,7 +68,7 @@ class Segments(Source):
 
     def __init__(self, rows: list[dict], column: str, schema, base: Path):
         self.schema, self.selection = schema, {"column": column}
-        self._lock, self._held = threading.Lock(), (None, None)
+        self._recordings = _RecentValues()
         items = []
         for number, row in enumerate(rows, start=1):
             start, duration = (_seconds(row, name, number) for name in (START, DURATION))
@@ -41,15 +77,10 @@ class Segments(Source):
             items.append(Item(str(id), (str(base / row[column]), start, duration, carried)))
         self.items = sorted(items, key=lambda item: item.place[:2])
 
-    def __getstate__(self):
-        return {**self.__dict__, "_lock": None, "_held": (None, None)}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state, _lock=threading.Lock())
-
     def sound(self, place) -> audio.Channels:
         path, start, duration, _ = place
-        recording = self._recording(path)
+        # at its own rate, so that a segment is resampled as a file of its own would be
+        recording = self._recordings.get(path, lambda: audio.read_channels(path))
         rate, length = recording.sampling_rate, len(recording.samples)
         first, count = round(start * rate), max(1, round(duration * rate))
         if first + count > length + rate // 100:  # durations in manifests are rounded
@@ -58,14 +89,6 @@ class Segments(Source):
                 "truncated",
             )
         return audio.Channels(recording.samples[first : first + count], rate, f"the segment at {start:g} s of {path}")
-
-    def _recording(self, path: str) -> audio.Channels:
-        """At its own rate, so that a segment is resampled as a file of its own would be."""
-        with self._lock:
-            if self._held[0] != path:
-                self._held = (None, None)
-                self._held = (path, audio.read_channels(path))
-            return self._held[1]
 
     def carried(self, place) -> dict[str, Any]:
         return place[3]
@@ -95,8 +118,8 @@ class LhotseShar(Source):
     """
     Cuts of a Lhotse Shar folder, with `recording` as audio. A place is the numbers of shard and cut.
 
-    Text and speaker of the first supervision are carried along. A shard is read in order, as Shar is meant to be; a reader holds
-    the one that it is in.
+    Text and speaker of the first supervision are carried along. A shard is read whole, as Shar is meant to be. Two shards
+    are held in memory, and those that readers are at.
     """
 
     def __init__(self, folder: Path):
@@ -104,7 +127,7 @@ class LhotseShar(Source):
         pyarrow = library("pyarrow")
         self.folder = folder
         self._shards = [(str(cuts), str(folder / _beside(cuts.name))) for cuts in sorted(folder.glob("cuts*.jsonl*"))]
-        self._lock, self._held = threading.Lock(), (None, {})
+        self._cuts = _RecentValues()
         self.items = []
         for number, (cuts, recordings) in enumerate(self._shards):
             if not os.path.isfile(recordings):
@@ -115,23 +138,18 @@ class LhotseShar(Source):
                 self.items.append(Item(id, (number, position)))
         self.schema = pyarrow.schema([("text", pyarrow.string()), ("speaker", pyarrow.string())])
 
-    def __getstate__(self):
-        return {**self.__dict__, "_lock": None, "_held": (None, {})}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state, _lock=threading.Lock())
-
     def file(self, place: tuple[int, int]) -> str:
         return self._shards[place[0]][1]
 
     def _cut(self, place: tuple[int, int]):
         number, position = place
-        with self._lock:
-            if self._held[0] != number:
-                cuts, recordings = self._shards[number]
-                fields = {"cuts": [cuts], "recording": [recordings]}
-                self._held = (number, list(library("lhotse", "lhotse").CutSet.from_shar(fields=fields)))
-            return self._held[1][position]
+
+        def read() -> list:
+            cuts, recordings = self._shards[number]
+            fields = {"cuts": [cuts], "recording": [recordings]}
+            return list(library("lhotse", "lhotse").CutSet.from_shar(fields=fields))
+
+        return self._cuts.get(number, read)[position]
 
     def sound(self, place: tuple[int, int]) -> audio.Channels:
         cut = self._cut(place)

@@ -301,7 +301,7 @@ def _plain(value):
 @dataclass
 class LhotseFormat(ShardedFormat):
     """
-    Lhotse Shar: `cuts.000000.jsonl.gz`, a CutSet, and `audio_codes.000000.tar`, its arrays, uint16.
+    Lhotse Shar: `shar/cuts.000000.jsonl.gz`, a CutSet, and `shar/audio_codes.000000.tar`, its arrays, uint16.
 
     A column `text` and a column `speaker` become the supervision of a cut, further columns its custom fields.
     """
@@ -313,7 +313,8 @@ class LhotseFormat(ShardedFormat):
         import_optional("lhotse", "lhotse")
 
     def chunk_files(self, output, parts, number):
-        return [output / f"cuts.{number:06d}.jsonl.gz", output / f"audio_codes.{number:06d}.tar"]
+        shar = output / "shar"  # of its own, since lhotse takes every file of a folder for a field of the cuts
+        return [shar / f"cuts.{number:06d}.jsonl.gz", shar / f"audio_codes.{number:06d}.tar"]
 
     def _write(self, folder, rows, output, number):
         lhotse, shar = import_optional("lhotse", "lhotse"), import_optional("lhotse.shar", "lhotse")
@@ -339,5 +340,6 @@ class LhotseFormat(ShardedFormat):
                     cut.attach_tensor("audio_codes", row["audio_codes"], frame_shift=frame_shift, temporal_dim=0)
                 )
         for path in self.chunk_files(output, "", number):
+            path.parent.mkdir(exist_ok=True)
             (partial / path.name.replace(f".{number:06d}", "")).replace(path)
         shutil.rmtree(partial)

@@ -179,7 +179,7 @@ class Sequences:
                 documents.append(begin + current + end)
                 current = []
             source = row["source_id"]
-            current = current + clip_ids
+            current += clip_ids
             assert NO_LOSS not in clip_labels  # all of it carries loss
         if current:
             documents.append(begin + current + end)
@@ -200,9 +200,22 @@ def load_vocabulary(path: str | os.PathLike) -> AudioVocabulary:
 
 
 def order_by_source(index, columns: Sequence[str] = ("source_id", "clip_num")) -> np.ndarray:
-    """Numbers of the rows, by source and clip. Raises ValueError if a row has none."""
+    """Numbers of the rows, by source and clip. Raises ValueError if a row has none, or its clip is no number."""
     sources, clips = (index.columns[name] for name in columns)
     for name, values in zip(columns, (sources, clips), strict=True):
         if any(value is None or value != value for value in values.tolist()):
             raise ValueError(f"A row has nothing in the column {name!r}. Interleaved sequences need it in every row.")
-    return np.lexsort((clips, sources.astype(str)))
+    return np.lexsort((_numbers(clips, columns[1]), sources.astype(str)))
+
+
+def _numbers(values: np.ndarray, name: str) -> np.ndarray:
+    """A column as numbers; a CSV list gives them as text."""
+    if np.issubdtype(values.dtype, np.number):
+        return values
+    numbers = np.zeros(len(values))
+    for position, value in enumerate(values.tolist()):
+        try:
+            numbers[position] = float(value)
+        except ValueError as error:
+            raise ValueError(f"Got {value!r} in the column {name!r}, expected a number.") from error
+    return numbers
