@@ -55,8 +55,8 @@ class TokenClips:
         columns = ["audio_codes", "num_samples", "codebook_fingerprint"]
         (row,) = self.folder.read(self._index, np.array([self._numbers[source]]), columns)
         codes = row["audio_codes"]
-        if codes is None or len(codes) == 0:
-            raise ValueError("The row has no codes.")
+        if problem := self.folder.problem(row):
+            raise ValueError(f"The row cannot be decoded: {problem}.")
         model.check_codebook_fingerprint(row["codebook_fingerprint"])
         return (codes[start : start + 1024] for start in range(0, len(codes), 1024)), row["num_samples"]
 
@@ -89,7 +89,7 @@ class DecodedTokens:
 
         self.folder, self.name = TokenFolder(path), path
         self._model = Model(path, model)
-        model.check_codebook_fingerprint(self.folder.codebook_fingerprint)
+        self.folder.check_model(model)
         self._index = self.folder.index(["id"])
         self._numbers = {id: number for number, id in enumerate(self._index.columns["id"])}
 
@@ -101,6 +101,7 @@ class DecodedTokens:
         if place.as_posix() not in self._numbers:
             raise ValueError(f"no row with the id {place.as_posix()!r}")
         (row,) = self.folder.read(self._index, np.array([self._numbers[place.as_posix()]]))
-        if row["audio_codes"] is None or len(row["audio_codes"]) == 0:
-            raise ValueError("the row has no codes")
+        if problem := self.folder.problem(row):
+            raise ValueError(f"the row cannot be decoded: {problem}")
+        self._model.model.check_codebook_fingerprint(row["codebook_fingerprint"])
         return self._model.decode(row["audio_codes"].astype(np.int64), row["num_samples"])

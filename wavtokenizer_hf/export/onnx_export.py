@@ -14,7 +14,7 @@ from .. import __version__
 from ..modeling_wavtokenizer import WavTokenizerModel
 from . import graph, wavtokenizer_onnx
 from .extra import import_optional
-from .files import atomic_folder
+from .files import new_folder
 from .wavtokenizer_onnx import CONFIG_NAME, WavTokenizerOnnx
 
 
@@ -94,7 +94,7 @@ def export_onnx(
     }
     metadata = {name: str(value) for name, value in facts.items()}
     decoder_metadata = {**metadata, "dtype": dtype, "quantize": quantize or "none"}
-    with atomic_folder(output) as folder:
+    with new_folder(output) as folder:
         onnx.save(graph.encoder_graph(model, metadata, __version__), folder / "encoder.onnx")
         onnx.save(graph.encoder_stream_graph(model, metadata, __version__), folder / "encoder_stream.onnx")
         decoder = graph.decoder_graph(model, decoder_metadata, __version__)

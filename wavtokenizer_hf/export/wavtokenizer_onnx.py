@@ -24,6 +24,12 @@ import numpy as np
 
 
 CONFIG_NAME = "wavtokenizer_onnx.json"
+MAX_CONFIG_BYTES = 2**20
+_LIMITS = {
+    "sampling_rate": (1000, 768_000), "hop_length": (1, 2**20), "codebook_size": (1, 2**20), "frames_back": (0, 2**20),
+    "frames_ahead": (0, 2**20), "last_reach": (0, 2**20), "num_lstm_layers": (1, 64), "lstm_size": (1, 2**14),
+}  # fmt: skip
+"""Numbers of the configuration -> smallest and largest value, so that a damaged file takes no memory."""
 CHUNK_SECONDS, CHUNKS_ABOVE_SECONDS = 10, 60
 """`encode` takes audio above the second length in chunks of the first."""
 
@@ -74,8 +80,7 @@ class WavTokenizerOnnx:
                 f"{self.folder} has no {CONFIG_NAME}, expected a folder that `wavtokenizer export-model` wrote."
             )
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            files, fields = fields["files"], fields["model"]
+            files, fields = _read_config(path)
             self.config = SimpleNamespace(
                 sampling_rate=fields["sampling_rate"],
                 hop_length=fields["hop_length"],
@@ -85,8 +90,8 @@ class WavTokenizerOnnx:
             self.codebook_fingerprint = fields["codebook_fingerprint"]
             self._reach = {name: fields[name] for name in ("frames_back", "frames_ahead", "last_reach")}
             self._state_shape = fields["num_lstm_layers"], fields["lstm_size"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error!r}. Export the model again.") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: {str(error)[:200]}. Export the model again.") from error
         if missing := [name for name in files if not (self.folder / name).is_file()]:
             raise ValueError(f"{self.folder} lacks {missing[0]}. Export the model again, or copy the whole folder.")
         self.files = tuple(files)
@@ -283,6 +288,24 @@ def _bounds(mask: np.ndarray | None, values: np.ndarray, name: str) -> list[tupl
             raise ValueError(f"Row {row} of {name} is not a single run of ones at the row's beginning or end.")
         bounds.append((start, stop))
     return bounds
+
+
+def _read_config(path: Path) -> tuple[list[str], dict]:
+    """Names of the files, and the model's fields, whose numbers are checked. Raises ValueError and the like for others."""
+    with path.open("rb") as file:
+        content = file.read(MAX_CONFIG_BYTES + 1)
+    if len(content) > MAX_CONFIG_BYTES:
+        raise ValueError(f"it has more than {MAX_CONFIG_BYTES} bytes")
+    content = json.loads(content)
+    files, fields = content["files"], content["model"]
+    if not isinstance(files, list) or not all(
+        isinstance(name, str) and name == os.path.basename(name) for name in files
+    ):
+        raise ValueError("its list of files is none")
+    for name, (least, most) in _LIMITS.items():
+        if type(fields[name]) is not int or not least <= fields[name] <= most:
+            raise ValueError(f"{name}={str(fields[name])[:50]}, expected {least} to {most}")
+    return files, fields
 
 
 class EncodeStream:
