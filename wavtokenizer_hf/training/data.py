@@ -72,7 +72,7 @@ def open_clips(source: str | os.PathLike | Sequence) -> Sequence:
             raise ValueError(
                 f"{source} is not text, expected a list with the path of one sound file a line."
             ) from error
-        lines = text.splitlines()
+        lines = text.replace("\r", "\n").split("\n")  # no other characters: they occur in names
         clips = [str(Path(source).parent / line.strip()) for line in lines if line.strip()]
     else:
         raise ValueError(f"There is no file or folder {str(source)!r} to take sound from. Check the path.")
