@@ -420,6 +420,15 @@ def test_a_folder_of_another_hop_or_with_a_missing_file_is_refused(copy, tmp_pat
         WavTokenizerOnnx(tmp_path)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e37])
+def test_samples_that_overflow_inside_are_refused(value, exported):
+    audio = np.full((1, 1, 500), value, np.float32)
+    with pytest.raises(ValueError, match="NaN or infinite samples, or some beyond"):
+        exported.encode(audio)
+    with pytest.raises(ValueError, match="expected finite floats"):
+        exported.encode_stream().push(audio[0, 0])
+
+
 HOSTILE_CONFIGS = {
     "brackets": lambda fields: "[" * 200_000,
     "2 MB": lambda fields: " " * 2**21 + "{}",

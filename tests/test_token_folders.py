@@ -113,6 +113,17 @@ def test_what_cannot_be_decoded_is_refused(place, tmp_path, monkeypatch, capsys,
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
+@pytest.mark.parametrize("kind", ["link", "hard link"])
+def test_a_part_of_the_folder_is_no_output(kind, place, tmp_path, capsys):
+    shutil.copytree(place / "tokens", tmp_path / "tokens")
+    part, target = next((tmp_path / "tokens" / "data").glob("*.parquet")), tmp_path / "x.wav"
+    before = part.read_bytes()
+    target.symlink_to(part) if kind == "link" else target.hardlink_to(part)
+    command = ["decode", str(tmp_path / "tokens"), "-m", str(place / "model"), "--id", "b/1.wav", "-o", str(target)]
+    assert main(command) == 2
+    assert "would overwrite the input" in capsys.readouterr().err and part.read_bytes() == before
+
+
 def test_an_id_that_leads_out_of_the_output_is_refused(place, tmp_path, capsys):
     folder = tmp_path / "tokens"
     write_token_folder(folder, 1, fingerprint=WavTokenizerModel.from_pretrained(place / "model").codebook_fingerprint)

@@ -4,6 +4,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from ..atomic_files import refuse_inputs
+
 
 class TokenClips:
     """
@@ -15,7 +17,7 @@ class TokenClips:
     """
 
     def __init__(self, arguments):
-        from ..export.token_folder import TokenFolder
+        from ..export.token_folder import MANIFEST, TokenFolder
 
         self.folder = TokenFolder(arguments.inputs[0])
         self._index = self.folder.index(["id"])
@@ -27,7 +29,9 @@ class TokenClips:
                 f"{next(iter(numbers))!r}. Clips that failed are in its failures.jsonl."
             )
         self._numbers = {self.folder.folder / id: numbers[id] for id in wanted}
-        self.jobs = list(zip(self._numbers, self._targets(wanted, arguments), strict=True))
+        targets = self._targets(wanted, arguments)
+        refuse_inputs(filter(None, targets), [*self.folder.files, self.folder.folder / MANIFEST])
+        self.jobs = list(zip(self._numbers, targets, strict=True))
 
     @staticmethod
     def _targets(ids: list[str], arguments) -> list[Path | None]:

@@ -30,6 +30,7 @@ _LIMITS = {
     "frames_ahead": (0, 2**20), "last_reach": (0, 2**20), "num_lstm_layers": (1, 64), "lstm_size": (1, 2**14),
 }  # fmt: skip
 """Numbers of the configuration -> smallest and largest value, so that a damaged file takes no memory."""
+NO_SAMPLE = 1e10  # what lies beyond is refused: it overflows inside, and codes of it would look valid
 CHUNK_SECONDS, CHUNKS_ABOVE_SECONDS = 10, 60
 """`encode` takes audio above the second length in chunks of the first."""
 
@@ -186,8 +187,11 @@ class WavTokenizerOnnx:
         mask = np.zeros_like(audio_codes, dtype=bool)
         for row, (start, stop) in enumerate(_bounds(padding_mask, input_values, "padding_mask")):
             audio = input_values[row : row + 1, :, start:stop].astype(np.float32)
-            if not np.isfinite(audio).all():
-                raise ValueError(f"Row {row} of input_values holds NaN or infinite samples. Repair or drop the clip.")
+            if not _is_audio(audio):
+                raise ValueError(
+                    f"Row {row} of input_values holds NaN or infinite samples, or some beyond ±{NO_SAMPLE:g}. Repair or drop "
+                    "the clip."
+                )
             codes = self._encode_row(audio, chunk_seconds)
             end = num_codes if start > 0 else -(-stop // hop)
             audio_codes[row, :, end - codes.shape[-1] : end] = codes
@@ -290,6 +294,10 @@ def _bounds(mask: np.ndarray | None, values: np.ndarray, name: str) -> list[tupl
     return bounds
 
 
+def _is_audio(audio: np.ndarray) -> bool:
+    return bool((np.abs(audio) <= NO_SAMPLE).all())  # false for NaN
+
+
 def _read_config(path: Path) -> tuple[list[str], dict]:
     """Names of the files, and the model's fields, whose numbers are checked. Raises ValueError and the like for others."""
     with path.open("rb") as file:
@@ -338,7 +346,7 @@ class EncodeStream:
     def push(self, audio: np.ndarray) -> np.ndarray:
         """Take the next samples (n,), n >= 0, and return the codes (m,) int64 that are complete with them."""
         audio = np.asarray(audio)
-        if audio.ndim != 1 or not np.issubdtype(audio.dtype, np.floating) or not np.isfinite(audio).all():
+        if audio.ndim != 1 or not np.issubdtype(audio.dtype, np.floating) or not _is_audio(audio):
             raise ValueError(f"Got audio of shape {audio.shape}, {audio.dtype}; expected finite floats of shape (n,).")
         return self._step(audio.astype(np.float32), final=False)
 
