@@ -333,6 +333,16 @@ def rows_of_a_dataset():
 KINDS = [None, "sampling-rate", "sampling-rate", "sampling-rate", "empty", "not-finite", "no-audio"]
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "3", '{"_data_files": 3}'])
+def test_a_saved_dataset_with_hostile_json_is_refused_in_one_line(content, tmp_path):
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / name).write_text(content)
+    for open_it in (sources.open_source, open_clips):
+        with pytest.raises(ValueError, match="Cannot read") as error:
+            open_it(tmp_path)
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("format", [None, "arrow", "numpy", "pandas"])
 def test_bad_rows_fail_alone_in_every_format_of_a_dataset(format, model):
     rows = tokenize_dataset(rows_of_a_dataset().with_format(format), model.folder).with_format(None)

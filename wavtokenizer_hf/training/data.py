@@ -254,7 +254,10 @@ def _load_dataset(folder: str | os.PathLike):
         import datasets
     except ImportError as error:
         raise ImportError("Saved datasets need the datasets library: pip install datasets") from error
-    return datasets.load_from_disk(str(folder))
+    try:
+        return datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"Cannot read {folder} as a saved dataset: {' '.join(str(error).split())[:300]}") from error
 
 
 def _join(batches: list[Batch]) -> Batch:
