@@ -1,11 +1,13 @@
 """Bulk tokenization of files: the same rows however they are made, nothing lost or doubled, failures with reasons."""
 
 import errno
+import importlib.util
 import json
 import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -875,7 +877,7 @@ def test_two_hundred_clips_give_the_same_rows_in_every_way(place, model, tmp_pat
     names = write_corpus(tmp_path / "corpus", 200, (0.1, 20))
     alone = codes_alone(model, {name: tmp_path / "corpus" / name for name in names})
     ways = [{"num_processes": 1, "batch_seconds": seconds} for seconds in (1, 30, 600)]
-    ways += [{"num_processes": 2}, {"engine": "ray"}]
+    ways += [{"num_processes": 2}, *([{"engine": "ray"}] if importlib.util.find_spec("ray") else [])]
     for number, way in enumerate(ways):
         output = tmp_path / str(number)
         result = tokenize(tmp_path / "corpus", str(place / "model"), output, part_size=25, **way)
@@ -896,7 +898,7 @@ def test_the_command_with_two_processes_is_killed_and_run_again(place, tmp_path,
             command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
         )
         # the imports take seconds and the work less than one: wait for the first new part before the dice are rolled
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         before = _num_parts(tmp_path / "out")
         while _num_parts(tmp_path / "out") == before and time.monotonic() < deadline:
             if process.poll() is not None:
@@ -915,7 +917,7 @@ def test_the_command_with_two_processes_is_killed_and_run_again(place, tmp_path,
 
 
 def _group_ends(group):
-    for _ in range(1000):
+    for _ in range(12_000):  # a worker that is importing torch ends after that; a busy machine takes a minute
         try:
             os.killpg(group, 0)
         except ProcessLookupError:
@@ -932,11 +934,14 @@ def test_workers_that_are_ended_leave_one_line(place, tmp_path):
     lines = [
         line for line in process.stderr.splitlines() if line and not line.startswith(("Loading weights", "Note: "))
     ]
+    lines = [line for line in lines if not re.match(r"\d+ of \d+ clips", line)]  # progress, on a slow machine
     assert process.returncode == 2 and len(lines) == 1 and "Cannot read" in lines[0], process.stderr
 
 
 @pytest.mark.slow
 def test_ray_gives_up_a_clip_that_kills_its_actors(place, tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="pip install 'wavtokenizer_hf[ray]'")
+
     class Deadly(sources.Files):
         def sound(self, place):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -949,6 +954,7 @@ def test_ray_gives_up_a_clip_that_kills_its_actors(place, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_ray_says_what_went_wrong(place, tmp_path):
+    pytest.importorskip("ray", reason="pip install 'wavtokenizer_hf[ray]'")
     with pytest.raises(ValueError, match="Cannot read"):
         tokenize(place / "corpus", str(place / "model"), tmp_path / "out", engine="ray", on_error="fail")
 

@@ -197,6 +197,10 @@ DAMAGES = {
     "another code": (change_rows(with_code(1)), "do not fit their digest"),
     "a code beyond the codebook": (change_rows(with_code(64)), "has the code 64, expected codes below 64"),
     "a column lost": (change_rows(lambda table: table.drop_columns(["duration"])), "has the columns"),
+    "failures nested deep": (
+        lambda folder: (folder / "failures.jsonl").write_text("[" * 10**5),
+        "failures.jsonl: cannot be",
+    ),
     "failures lost": (lambda folder: (folder / "failures.jsonl").write_text(""), "does not list the 1 clips"),
 }
 

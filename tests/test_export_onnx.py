@@ -1,7 +1,9 @@
 """ONNX files: the codes and the audio of the model, at any length, without torch."""
 
+import errno
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -416,6 +418,45 @@ def test_a_folder_of_another_hop_or_with_a_missing_file_is_refused(copy, tmp_pat
         WavTokenizerOnnx(copy)
     with pytest.raises(ValueError, match="expected a folder that `wavtokenizer export-model` wrote"):
         WavTokenizerOnnx(tmp_path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e37])
+def test_samples_that_overflow_inside_are_refused(value, exported):
+    audio = np.full((1, 1, 500), value, np.float32)
+    with pytest.raises(ValueError, match="NaN or infinite samples, or some beyond"):
+        exported.encode(audio)
+    with pytest.raises(ValueError, match="expected finite floats"):
+        exported.encode_stream().push(audio[0, 0])
+
+
+HOSTILE_CONFIGS = {
+    "brackets": lambda fields: "[" * 200_000,
+    "2 MB": lambda fields: " " * 2**21 + "{}",
+    "a hop of 0": lambda fields: {**fields, "model": {**fields["model"], "hop_length": 0}},
+    "an infinite rate": lambda fields: {**fields, "model": {**fields["model"], "sampling_rate": float("inf")}},
+    "10**9 layers": lambda fields: {**fields, "model": {**fields["model"], "num_lstm_layers": 10**9}},
+    "files of numbers": lambda fields: {**fields, "files": [1]},
+    "a file elsewhere": lambda fields: {**fields, "files": ["../encoder.onnx"]},
+    "a list": lambda fields: [],
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_CONFIGS)
+def test_a_hostile_configuration_is_refused_in_one_line(case, folder, tmp_path):
+    content = HOSTILE_CONFIGS[case](json.loads((folder / "wavtokenizer_onnx.json").read_text()))
+    (tmp_path / "wavtokenizer_onnx.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=r"wavtokenizer_onnx\.json is damaged") as error:
+        WavTokenizerOnnx(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 800
+
+
+def test_the_longest_name_can_be_exported_to_where_there_is_no_fsync(tmp_path, short_signals, monkeypatch):
+    def no_fsync(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", no_fsync)
+    export_onnx(tiny(), tmp_path / ("x" * 250), "tiny")
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 250]
 
 
 def test_missing_packages_are_named(bundled, copy, tmp_path, monkeypatch):

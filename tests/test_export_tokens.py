@@ -1,5 +1,6 @@
 """Token folders to training files: what each consumer's own reader gives equals the rows, and interruptions change no byte."""
 
+import errno
 import itertools
 import json
 import os
@@ -535,3 +536,23 @@ def test_a_second_export_to_the_same_folder_at_once_is_refused(made, tmp_path):
     with filelock.FileLock(tmp_path / "out" / ".lock"), pytest.raises(OSError, match="Another process is exporting"):
         export_tokens(folder, tmp_path / "out", JsonlFormat())
     assert run.EXPORT not in os.listdir(tmp_path / "out")
+
+
+def test_a_file_system_without_fsync_can_be_exported_to(made, tmp_path, monkeypatch):
+    def no_fsync(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", no_fsync)
+    assert export_tokens(made[0], tmp_path / "out", JsonlFormat()).num_clips == NUM_ROWS
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, "[]", "{}", '{"settings": {}, "totals": 3}', " " * 2**21])
+def test_a_damaged_export_or_vocabulary_is_refused_in_one_line(content, made, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    for path in (tmp_path / "out" / "export.json", tmp_path / "vocabulary.json"):
+        path.write_text(content)
+    line = ["export", str(made[0]), "-o", str(tmp_path / "out"), "--format"]
+    for format in (["jsonl"], ["megatron", "--vocabulary", str(tmp_path / "vocabulary.json")]):
+        assert main([*line, *format]) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert (".json" in said) and len(said) < 800

@@ -79,6 +79,29 @@ def test_a_channel_is_chosen_in_every_command(channel, expected, model, tmp_path
     np.testing.assert_allclose(read_clip([str(tmp_path / "a.wav")], 0, RATE, channel), expected(sound), atol=1e-7)
 
 
+def test_the_worst_clips_of_an_evaluation_are_of_the_channel_that_was_measured(model, tmp_path):
+    sound = voice(channels=2)
+    (tmp_path / "a.wav").write_bytes(float_wav(sound))
+    line = [
+        "evaluate",
+        "--audio",
+        str(tmp_path / "a.wav"),
+        "-m",
+        model.folder,
+        "--metrics",
+        "si_sdr",
+        "--num-workers",
+        "0",
+    ]
+    assert main([*line, "--channel", "right", "-o", str(tmp_path / "out")]) == 0
+    worst = audio.load(tmp_path / "out" / "worst" / "00_original.wav")
+    np.testing.assert_allclose(worst, sound[:, 1], atol=1e-4)
+    before = (tmp_path / "out" / "worst" / "00_original.wav").read_bytes()
+    line[2] = str(tmp_path / "out" / "worst")
+    assert main([*line, "-o", str(tmp_path / "out")]) == 2
+    assert (tmp_path / "out" / "worst" / "00_original.wav").read_bytes() == before
+
+
 @pytest.mark.parametrize("channel", ["both", "-1", "1.5", "", None, True])
 def test_a_channel_that_makes_no_sense_is_refused(channel):
     with pytest.raises(ValueError, match="expected mean, left, right or a number from 0"):
@@ -308,6 +331,16 @@ def rows_of_a_dataset():
 
 
 KINDS = [None, "sampling-rate", "sampling-rate", "sampling-rate", "empty", "not-finite", "no-audio"]
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "3", '{"_data_files": 3}'])
+def test_a_saved_dataset_with_hostile_json_is_refused_in_one_line(content, tmp_path):
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / name).write_text(content)
+    for open_it in (sources.open_source, open_clips):
+        with pytest.raises(ValueError, match="Cannot read") as error:
+            open_it(tmp_path)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("format", [None, "arrow", "numpy", "pandas"])

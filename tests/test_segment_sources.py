@@ -1,15 +1,22 @@
 """Manifests of segments and Lhotse Shar as sources of `tokenize`: the codes that each part gets as a file of its own."""
 
+import gzip
+import io
 import json
+import re
+import tarfile
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import soundfile
 from bulk_corpus import codes_alone, rows_of, save_model
+from corpus.awkward import cases
 from test_export_onnx import tiny
 
+from wavtokenizer_hf import audio
 from wavtokenizer_hf.bulk import segment_sources, tokenize
 from wavtokenizer_hf.bulk.sources import open_source
 
@@ -145,3 +152,123 @@ def test_lhotse_shar_gives_the_codes_of_its_cuts(place, tmp_path):
         soundfile.write(tmp_path / f"{name}.wav", cut.load_audio().mean(axis=0), cut.sampling_rate, subtype="FLOAT")
         expected = codes_alone(tiny(), {name: tmp_path / f"{name}.wav"})
         assert found[name]["audio_codes"] == expected[name] and found[name]["text"] == f"text of {name}"
+
+
+def test_a_recording_that_would_take_too_much_memory_fails_before_it_is_read(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "LARGEST_WHOLE", 150_000)  # talk.wav needs 192,000 bytes, stereo.wav 128,000
+    result = run(place, write_manifest(place, ROWS, "large.jsonl"), tmp_path / "out")
+    assert {failure.kind for failure in result.failures.values()} == {"memory"} and len(result.failures) == 2
+    assert set(rows_of(tmp_path / "out")) == {"stereo.wav#0+1"}
+
+
+@pytest.mark.parametrize("times", [{"start": 1e305}, {"duration": 1e305}])
+def test_times_beyond_all_measure_are_beyond_the_recording(times, place, tmp_path):
+    row = {"audio": "talk.wav", "start": 0, "duration": 0.1, **times}
+    (failure,) = run(place, write_manifest(place, [row], "huge.jsonl"), tmp_path / "out").failures.values()
+    assert failure.kind == "truncated" and "ends after" in failure.reason
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lhotse Shar that others wrote
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_shar(folder, contents: dict[str, tuple[bytes, dict]]):
+    """Shar of recordings as they are, each with its rate, channels and number of samples, as `audio_format="original"` gives it."""
+    folder.mkdir()
+    lines = []
+    with tarfile.open(folder / "recording.000000.tar", "w") as tar:
+        for id, (content, facts) in contents.items():
+            rate, num_samples, channels = facts["rate"], facts["num_samples"], list(range(facts["channels"]))
+            source = {"type": "shar", "channels": channels, "source": ""}
+            recording = {
+                "id": id, "sources": [source], "sampling_rate": rate, "num_samples": num_samples,
+                "duration": num_samples / rate, "channel_ids": channels,
+            }  # fmt: skip
+            cut = {"id": id, "start": 0, "duration": num_samples / rate, "recording": recording, "supervisions": []}
+            kind = (
+                {"type": "MultiCut", "channel": channels} if len(channels) > 1 else {"type": "MonoCut", "channel": 0}
+            )
+            lines.append(json.dumps({**cut, **kind}))
+            for ending, member in (("wav", content), ("json", json.dumps(recording).encode())):
+                info = tarfile.TarInfo(f"{id}.{ending}")
+                info.size = len(member)
+                tar.addfile(info, io.BytesIO(member))
+    with gzip.open(folder / "cuts.000000.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines))
+    return folder
+
+
+SHAR_FILES = (
+    "variable_without_header.mp3",
+    "stereo.wav",
+    "tag_in_front.wav",
+    "opposite.wav",
+    "flac_half.flac",
+    "nan.wav",
+)
+
+
+def test_awkward_files_in_shar_give_what_they_give_as_files(place, tmp_path):
+    pytest.importorskip("lhotse", reason="pip install lhotse")
+    contents, files, kinds, warnings = {}, {}, {}, {}
+    for case in cases():
+        if case.name not in SHAR_FILES:
+            continue
+        path = tmp_path / case.name
+        path.write_bytes(case.content)
+        id, facts = case.name.replace(".", "_"), {"rate": case.rate, "num_samples": 4801, "channels": 1}
+        if case.kind is None:
+            whole = audio.read_channels(path)
+            facts = {"rate": case.rate, "num_samples": len(whole.samples), "channels": whole.samples.shape[1]}
+            files[id], warnings[id] = path, list(case.warnings)
+        else:
+            kinds[id] = case.kind
+        contents[id] = (case.content, facts)
+    assert len(files) == 4 and len(kinds) == 2
+    result = run(place, write_shar(tmp_path / "shar", contents), tmp_path / "out")
+    found = rows_of(tmp_path / "out")
+    assert {id: failure.kind for id, failure in result.failures.items()} == kinds
+    assert {id: row["audio_codes"] for id, row in found.items()} == codes_alone(tiny(), files)
+    assert {id: row["warnings"] for id, row in found.items()} == warnings
+
+
+def test_files_beside_shar_are_counted_and_a_damaged_shard_fails_alone(place, tmp_path):
+    pytest.importorskip("lhotse", reason="pip install lhotse")
+    content = (place / "talk.wav").read_bytes()
+    shar = write_shar(tmp_path / "shar", {"a": (content, {"rate": 24_000, "num_samples": 48_000, "channels": 1})})
+    for kind in ("cuts", "recording"):
+        (whole,) = shar.glob(f"{kind}.*")
+        (shar / whole.name.replace("000000", "000001")).write_bytes(whole.read_bytes().replace(b'"a"', b'"b"'))
+    cuts = gzip.decompress((shar / "cuts.000000.jsonl.gz").read_bytes()).replace(b'"a"', b'"b"')
+    (shar / "cuts.000001.jsonl.gz").write_bytes(gzip.compress(cuts))
+    (shar / "recording.000001.tar").write_bytes(b"no tar")
+    (shar / "cover.jpg").touch()
+    result = run(place, shar, tmp_path / "out")
+    assert [path.rsplit("/", 1)[-1] for path in result.passed_over] == ["cover.jpg"]
+    assert {id: failure.kind for id, failure in result.failures.items()} == {"b": "unreadable"}
+    assert not re.search("0x[0-9a-f]{6}", result.failures["b"].reason)
+    assert set(rows_of(tmp_path / "out")) == {"a"}
+
+
+HOSTILE_CUTS = {
+    "cut": gzip.compress(b'{"id": "a"}\n' * 100)[:-12],
+    "flipped": bytes(byte ^ (255 * (place == 12)) for place, byte in enumerate(gzip.compress(b'{"id": "a"}\n' * 100))),
+    "a list": gzip.compress(b"[1]\n"),
+    "nested deep": gzip.compress(b"[" * 100_000),
+    "a number as id": gzip.compress(b'{"id": 3}\n'),
+    "a bomb": gzip.compress(bytes(2**25)),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_CUTS)
+def test_hostile_cuts_are_refused_in_one_line(case, tmp_path):
+    pytest.importorskip("lhotse", reason="pip install lhotse")
+    (tmp_path / "cuts.000000.jsonl.gz").write_bytes(HOSTILE_CUTS[case])
+    (tmp_path / "recording.000000.tar").touch()
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="Cannot read the cuts of") as error:
+        open_source(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * 2**20 and "\n" not in str(error.value)

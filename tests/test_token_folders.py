@@ -2,12 +2,16 @@
 
 import csv
 import json
+import re
+import shutil
 
 import numpy as np
+import pyarrow
 import pytest
 import soundfile
 import torch
 from bulk_corpus import save_model
+from pyarrow import parquet
 from test_export_onnx import tiny
 from token_folders import write_token_folder
 
@@ -109,10 +113,18 @@ def test_what_cannot_be_decoded_is_refused(place, tmp_path, monkeypatch, capsys,
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
-def test_an_id_that_leads_out_of_the_output_is_refused(place, tmp_path, capsys):
-    import pyarrow
-    from pyarrow import parquet
+@pytest.mark.parametrize("kind", ["link", "hard link"])
+def test_a_part_of_the_folder_is_no_output(kind, place, tmp_path, capsys):
+    shutil.copytree(place / "tokens", tmp_path / "tokens")
+    part, target = next((tmp_path / "tokens" / "data").glob("*.parquet")), tmp_path / "x.wav"
+    before = part.read_bytes()
+    target.symlink_to(part) if kind == "link" else target.hardlink_to(part)
+    command = ["decode", str(tmp_path / "tokens"), "-m", str(place / "model"), "--id", "b/1.wav", "-o", str(target)]
+    assert main(command) == 2
+    assert "would overwrite the input" in capsys.readouterr().err and part.read_bytes() == before
 
+
+def test_an_id_that_leads_out_of_the_output_is_refused(place, tmp_path, capsys):
     folder = tmp_path / "tokens"
     write_token_folder(folder, 1, fingerprint=WavTokenizerModel.from_pretrained(place / "model").codebook_fingerprint)
     path = next((folder / "data").glob("*.parquet"))
@@ -121,3 +133,122 @@ def test_an_id_that_leads_out_of_the_output_is_refused(place, tmp_path, capsys):
     assert main(["decode", str(folder), "-m", str(place / "model"), "-o", str(tmp_path / "out" / "deep")]) == 2
     assert "leads out of the output folder" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.wav"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def one_part(folder):
+    return next((folder / "data").glob("*.parquet"))
+
+
+def one_bit_in_the_codes(folder):
+    content, column = (
+        bytearray(one_part(folder).read_bytes()),
+        parquet.read_metadata(one_part(folder)).row_group(0).column(1),
+    )
+    content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    one_part(folder).write_bytes(content)
+
+
+def setting(name, value):
+    def damage(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["settings"][name] = value
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+def manifest(text):
+    return lambda folder: (folder / "manifest.json").write_text(text)
+
+
+def column(name, value, kind=None):
+    """Every row with another value, as a faulty program would leave it."""
+
+    def damage(folder):
+        with parquet.ParquetFile(one_part(folder)) as file:
+            table = file.read()
+        values = pyarrow.array([value] * len(table), kind or table.schema.field(name).type)
+        changed = table.set_column(table.column_names.index(name), name, values)
+        parquet.write_table(changed.replace_schema_metadata(table.schema.metadata), one_part(folder))
+
+    return damage
+
+
+DAMAGES = {
+    "one bit in the codes": (one_bit_in_the_codes, r"is damaged \(.*CRC"),
+    "a part gone": (lambda folder: one_part(folder).unlink(), "is missing, and manifest.json lists it"),
+    "a manifest nested deep": (manifest("[" * 200_000), "nested more than 100 deep"),
+    "a manifest that is a list": (manifest("[]"), "holds a list, expected a JSON object"),
+    "a manifest of nothing": (manifest("{}"), "is damaged: its settings have"),
+    "an infinite hop": (manifest('{"settings": {"hop_length": 1e999}}'), "expected finite numbers"),
+    "a hop of 0": (setting("hop_length", 0), "is damaged: its settings have hop_length=0"),
+    "a rate of text": (setting("sampling_rate", "fast"), "is damaged: its settings have sampling_rate='fast'"),
+    "a length of null": (column("num_samples", None), "rows without num_samples"),
+    "ids of null": (column("id", None), "rows without id"),
+    "codes of text": (column("audio_codes", "1 2", pyarrow.string()), "audio_codes of type string"),
+}  # fmt: skip
+
+
+READ_BY = {  # where not every command reads the column
+    "one bit in the codes": ("decode", "evaluate", "export"),
+    "a length of null": ("export", "info"),
+    "ids of null": ("decode", "evaluate"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_token_folder_is_refused_in_one_line_by_every_command(case, place, tmp_path, capsys):
+    damage, message = DAMAGES[case]
+    shutil.copytree(place / "tokens", tmp_path / "tokens")
+    damage(tmp_path / "tokens")
+    folder, model, clips = str(tmp_path / "tokens"), str(place / "model"), str(place / "clips")
+    commands = {
+        "decode": [folder, "-m", model, "-o", str(tmp_path / "decoded")],
+        "evaluate": ["--audio", clips, "-m", model, "--tokens", folder, "--metrics", "si_sdr", "--num-workers", "0"],
+        "export": [folder, "--format", "jsonl", "-o", str(tmp_path / "exported")],
+        "info": [folder],
+    }
+    commands = {name: commands[name] for name in READ_BY.get(case, commands)}
+    for command, arguments in commands.items():
+        code = main([command, *arguments])
+        said = [line for line in capsys.readouterr().err.splitlines() if re.search(message, line)]
+        assert (code, bool(said)) == (1 if said and ": failed: " in said[0] else 2, True), command
+    assert not list(tmp_path.rglob("*.wav")) and not list(tmp_path.rglob("tokens-*.jsonl"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("hop_length", 32), ("sampling_rate", 8000)])
+def test_tokens_of_another_rate_are_refused(name, value, place, tmp_path, capsys):
+    shutil.copytree(place / "tokens", tmp_path / "tokens")
+    setting(name, value)(tmp_path / "tokens")
+    line = ["-m", str(place / "model")]
+    assert main(["decode", str(tmp_path / "tokens"), *line, "-o", str(tmp_path / "out")]) == 2
+    assert f"have {name}={value}, and the model has" in capsys.readouterr().err
+    assert main(["evaluate", "--audio", str(place / "clips"), "--tokens", str(tmp_path / "tokens"), *line]) == 2
+    assert f"have {name}={value}, and the model has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (column("num_samples", 10**15), "16 samples each for num_samples=1000000000000000"),
+        (column("num_samples", -5), "16 samples each for num_samples=-5"),
+        (column("audio_codes", [64] * 600), "codes"),
+        (column("codebook_fingerprint", "f" * 16), "the codebook ffffffffffffffff"),
+    ],
+)
+def test_a_row_that_does_not_fit_together_has_no_audio_and_is_not_exported(damage, message, place, tmp_path, capsys):
+    shutil.copytree(place / "tokens", tmp_path / "tokens")
+    damage(tmp_path / "tokens")
+    line, clips = ["-m", str(place / "model")], str(place / "clips")
+    assert main(["decode", str(tmp_path / "tokens"), *line, "-o", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.count(message) >= 3 and not list(tmp_path.rglob("*.wav"))
+    evaluate = ["evaluate", "--audio", clips, "--tokens", str(tmp_path / "tokens"), *line, "--metrics", "si_sdr"]
+    assert main([*evaluate, "--num-workers", "0"]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "tokens"), "--format", "jsonl", "-o", str(tmp_path / "exported")]) == 2
+    assert message in capsys.readouterr().err

@@ -581,6 +581,13 @@ def test_a_run_does_not_overwrite_another(finished):
         train(tiny_settings(folder))
 
 
+def test_a_run_does_not_overwrite_the_best_model_of_one_whose_state_is_gone(tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "model.safetensors").write_bytes(b"of the user")
+    with pytest.raises(ValueError, match="holds a run already"):
+        state_module.check_output(tiny_settings(tmp_path), tmp_path)
+
+
 def test_resuming_nothing_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no state of training"):
         train(tiny_settings(tmp_path, resume=True))

@@ -165,3 +165,9 @@ def test_a_stereo_corpus_is_mentioned_once(tmp_path, caplog):
     with one_warning_of_a_kind():
         batches(tmp_path, 3)
     assert sum("channels" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_list_of_training_data_is_split_at_line_ends_alone(tmp_path):
+    names = ["a\u2028b.wav", "c\x85d.wav", "e\x0cf.wav"]
+    (tmp_path / "list.txt").write_bytes("\r\n".join(names).encode())
+    assert open_clips(tmp_path / "list.txt") == [str(tmp_path / name) for name in names]

@@ -17,7 +17,7 @@ import numpy as np
 from transformers import audio_utils
 
 from .atomic_files import atomic_write, cannot_write
-from .audio_decoders import open_decoder, soundfile_module, torchcodec_decoder
+from .audio_decoders import LARGEST_WHOLE, open_decoder, soundfile_module, torchcodec_decoder
 from .audio_decoders import reason as _reason
 from .audio_errors import AudioError, CutOffError, check_channel
 from .find_files import SUFFIXES as SUFFIXES
@@ -153,10 +153,20 @@ class Channels:
     name: str
 
 
-def read_channels(path: str | os.PathLike) -> Channels:
-    """Reads a sound file with all its channels, at its own rate. Raises AudioError and OSError, as `load` does."""
-    with AudioReader(path, quiet=True) as reader:
-        return Channels(np.concatenate(list(reader.channel_blocks())), reader.source_sampling_rate, reader.name)
+def read_channels(source: str | os.PathLike | bytes, name: str | None = None) -> Channels:
+    """Read an audio file, or the content of one, with all its channels, at its own rate.
+
+    Raises AudioError and OSError, as `load` does, also for more than `LARGEST_WHOLE` bytes of samples.
+    """
+    with AudioReader(source, name=name, quiet=True) as reader:
+        rate, frame_size = reader.source_sampling_rate, 4 * reader.source_channels
+        _check_memory(frame_size * rate * (reader.source_seconds or 0), reader.name)
+        blocks, num_bytes = [], 0
+        for block in reader.channel_blocks():
+            num_bytes += block.nbytes
+            _check_memory(num_bytes, reader.name)
+            blocks.append(block)
+        return Channels(np.concatenate(blocks), rate, reader.name)
 
 
 def decode(
@@ -431,6 +441,15 @@ def _check_seconds(seconds: float, max_seconds: float | None, name: str) -> None
             f"{name} lasts {seconds:.0f} s or more, expected at most {max_seconds:g} s. Cut it, or raise the limit "
             "(--max-clip-seconds).",
             "too-long",
+        )
+
+
+def _check_memory(num_bytes: float, name: str) -> None:
+    if num_bytes > LARGEST_WHOLE:
+        raise AudioError(
+            f"{name} would take {num_bytes / 2**30:.0f} GiB of memory, since it is read whole; expected at most "
+            f"{LARGEST_WHOLE / 2**30:.0f}. Cut it.",
+            "memory",
         )
 
 

@@ -1,22 +1,28 @@
 """Sources of segments: parts of recordings, in a manifest with `start` and `duration`, or in the shards of Lhotse Shar."""
 
 import gzip
-import json
 import os
+import re
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import numpy as np
+
 from .. import audio
 from ..audio_errors import AudioError
+from ..find_files import walk
+from ..limited_files import one_line, parse_json
 from .extra import library
 from .sources import Item, Source
 
 
 START, DURATION = "start", "duration"
+MAX_CUT_BYTES = 2**24  # of one line of a CutSet; real ones have a few kilobytes
 
 
 class _Entry:
@@ -82,12 +88,12 @@ class Segments(Source):
         # at its own rate, so that a segment is resampled as a file of its own would be
         recording = self._recordings.get(path, lambda: audio.read_channels(path))
         rate, length = recording.sampling_rate, len(recording.samples)
-        first, count = round(start * rate), max(1, round(duration * rate))
-        if first + count > length + rate // 100:  # durations in manifests are rounded
+        if start + duration > length / rate + 0.01:  # durations in manifests are rounded
             raise AudioError(
                 f"The segment {start:g} s + {duration:g} s ends after {path}, which has {length / rate:g} s.",
                 "truncated",
             )
+        first, count = round(start * rate), max(1, round(duration * rate))
         return audio.Channels(recording.samples[first : first + count], rate, f"the segment at {start:g} s of {path}")
 
     def carried(self, place) -> dict[str, Any]:
@@ -137,6 +143,8 @@ class LhotseShar(Source):
             for position, id in enumerate(_cut_ids(cuts)):
                 self.items.append(Item(id, (number, position)))
         self.schema = pyarrow.schema([("text", pyarrow.string()), ("speaker", pyarrow.string())])
+        used = {path for shard in self._shards for path in shard}
+        self.passed_over = [path for path in walk(folder) if path not in used]
 
     def file(self, place: tuple[int, int]) -> str:
         return self._shards[place[0]][1]
@@ -147,22 +155,53 @@ class LhotseShar(Source):
         def read() -> list:
             cuts, recordings = self._shards[number]
             fields = {"cuts": [cuts], "recording": [recordings]}
-            return list(library("lhotse", "lhotse").CutSet.from_shar(fields=fields))
+            try:
+                return list(library("lhotse", "lhotse").CutSet.from_shar(fields=fields))
+            except Exception as error:  # of lhotse, tarfile and gzip
+                raise AudioError(f"lhotse cannot read the shard {recordings}: {_reason(error)}") from error
 
         return self._cuts.get(number, read)[position]
 
     def sound(self, place: tuple[int, int]) -> audio.Channels:
         cut = self._cut(place)
-        try:
+        recording, name = getattr(cut, "recording", None), f"the cut {cut.id!r}"
+        if recording is not None and not recording.transforms and isinstance(recording.sources[0].source, bytes):
+            return _of_recording(cut, recording, name)
+        try:  # mixed or augmented cuts
             samples = cut.load_audio()
         except Exception as error:  # lhotse's own classes, which derive from Exception alone
-            raise AudioError(f"lhotse cannot read the cut {cut.id!r}: {error}") from error
-        return audio.Channels(samples.T, cut.sampling_rate, f"the cut {cut.id!r}")
+            raise AudioError(f"lhotse cannot read {name}: {_reason(error)}") from error
+        return audio.Channels(np.atleast_2d(samples).T, cut.sampling_rate, name)
 
     def carried(self, place: tuple[int, int]) -> dict[str, Any]:
         supervisions = self._cut(place).supervisions
         first = supervisions[0] if supervisions else None
         return {"text": getattr(first, "text", None), "speaker": getattr(first, "speaker", None)}
+
+
+def _of_recording(cut, recording, name: str) -> audio.Channels:
+    """A cut of a recording that lies in the shard, decoded as the same bytes in any other source are."""
+    whole = audio.read_channels(recording.sources[0].source, name)
+    if whole.sampling_rate != recording.sampling_rate:
+        raise AudioError(f"{name} has {whole.sampling_rate} Hz, and its manifest says {recording.sampling_rate} Hz.")
+    first, count = round(cut.start * whole.sampling_rate), cut.num_samples
+    if first + count > len(whole.samples) + whole.sampling_rate // 100:
+        raise AudioError(
+            f"{name} needs {first + count} samples, and its recording has {len(whole.samples)}.", "truncated"
+        )
+    wanted = cut.channel if isinstance(cut.channel, list) else [cut.channel]
+    try:
+        samples = whole.samples[first : first + count, [recording.channel_ids.index(number) for number in wanted]]
+    except (ValueError, IndexError) as error:
+        raise AudioError(
+            f"{name} names the channels {wanted}, and its recording has {whole.samples.shape[1]}.", "no-channel"
+        ) from error
+    return audio.Channels(samples, whole.sampling_rate, name)
+
+
+def _reason(error: Exception) -> str:
+    """Without addresses in memory, which are others each time."""
+    return one_line(re.sub(r" at 0x[0-9a-f]+", "", str(error) or type(error).__name__))
 
 
 def _beside(cuts: str) -> str:
@@ -171,9 +210,18 @@ def _beside(cuts: str) -> str:
 
 
 def _cut_ids(path: str) -> list[str]:
-    content = Path(path).read_bytes()
+    ids = []
     try:
-        text = (gzip.decompress(content) if path.endswith(".gz") else content).decode()
-        return [json.loads(line)["id"] for line in text.splitlines() if line.strip()]
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"Cannot read the cuts of {path}: {error!r}") from error
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            while line := file.readline(MAX_CUT_BYTES + 1):
+                if len(line) > MAX_CUT_BYTES:
+                    raise ValueError(f"line {len(ids) + 1} has more than {MAX_CUT_BYTES} bytes")
+                if not line.strip():
+                    continue
+                cut = parse_json(line)
+                if not isinstance(cut, dict) or not isinstance(cut.get("id"), str):
+                    raise ValueError(f"line {len(ids) + 1} is no cut with an id of text")
+                ids.append(cut["id"])
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"Cannot read the cuts of {path}: {one_line(error)}") from error
+    return ids

@@ -534,8 +534,8 @@ def _from_disk(path: Path, column: str, split: str | None) -> Dataset:
     datasets = library("datasets")
     try:
         dataset = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"Cannot read {path} as a dataset on disk: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"Cannot read {path} as a dataset on disk: {' '.join(str(error).split())[:300]}") from error
     if isinstance(dataset, datasets.DatasetDict):
         split = split or "train"
         if split not in dataset:

@@ -137,7 +137,7 @@ def _total_problems(folder: Path, manifest: dict[str, Any], total: Summary) -> I
         ids = [json.loads(line)["id"] for line in lines]
     except FileNotFoundError:
         ids = None if total.num_failures else []
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         ids = None
     if ids is None or len(ids) != total.num_failures:
         yield f"failures.jsonl: cannot be read, or does not list the {total.num_failures} clips that failed"

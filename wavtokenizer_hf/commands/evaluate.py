@@ -106,7 +106,10 @@ def _evaluate(arguments) -> int:
     from ..evaluation.report import REPORT_FILES
 
     if arguments.output is not None:
-        refuse_inputs([Path(arguments.output, name) for name in REPORT_FILES], [file for file, _ in references])
+        inputs = [file for file, _ in references]
+        inputs += Path(arguments.decoded).rglob("*") if arguments.decoded is not None else []
+        outputs = [Path(arguments.output, name) for name in REPORT_FILES]
+        refuse_inputs([*outputs, *Path(arguments.output, "worst").glob("*.wav")], inputs)
     systems = [
         _model(argparse.Namespace(**{**vars(arguments), "model": name, "revision": revision}))
         for name, revision in ((arguments.model, arguments.revision), (arguments.compare, None))

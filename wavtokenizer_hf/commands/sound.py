@@ -153,7 +153,7 @@ def _decode(arguments) -> int:
 
     model = load_model(arguments)
     if clips is not None:
-        model.check_codebook_fingerprint(clips.folder.codebook_fingerprint)
+        clips.folder.check_model(model)
     _windows(arguments, model, live=False)  # refuses what makes no sense before any file is met
 
     def work(source: Path | None, target: Path | None) -> Tally:

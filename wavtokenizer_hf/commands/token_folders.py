@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
+from ..atomic_files import refuse_inputs
+
 
 class TokenClips:
     """
@@ -18,7 +20,7 @@ class TokenClips:
     """
 
     def __init__(self, arguments):
-        from ..export.token_folder import TokenFolder
+        from ..export.token_folder import MANIFEST, TokenFolder
 
         self.folder = TokenFolder(arguments.inputs[0])
         self._index = self.folder.index(["id"])
@@ -30,7 +32,9 @@ class TokenClips:
                 f"{next(iter(numbers))!r}. Clips that failed are in its failures.jsonl."
             )
         self._numbers = {self.folder.folder / id: numbers[id] for id in wanted}
-        self.jobs = list(zip(self._numbers, self._targets(wanted, arguments), strict=True))
+        targets = self._targets(wanted, arguments)
+        refuse_inputs(filter(None, targets), [*self.folder.files, self.folder.folder / MANIFEST])
+        self.jobs = list(zip(self._numbers, targets, strict=True))
 
     @staticmethod
     def _targets(ids: list[str], arguments) -> list[Path | None]:
@@ -60,8 +64,8 @@ class TokenClips:
         columns = ["audio_codes", "num_samples", "codebook_fingerprint"]
         (row,) = self.folder.read(self._index, np.array([self._numbers[source]]), columns)
         codes = row["audio_codes"]
-        if codes is None or len(codes) == 0:
-            raise ValueError("The row has no codes.")
+        if problem := self.folder.problem(row):
+            raise ValueError(f"The row cannot be decoded: {problem}.")
         model.check_codebook_fingerprint(row["codebook_fingerprint"])
         return (codes[start : start + 1024] for start in range(0, len(codes), 1024)), row["num_samples"]
 
@@ -94,7 +98,7 @@ class DecodedTokens:
 
         self.folder, self.name = TokenFolder(path), path
         self._model = Model(path, model)
-        model.check_codebook_fingerprint(self.folder.codebook_fingerprint)
+        self.folder.check_model(model)
         self._index = self.folder.index(["id"])
         self._numbers = {id: number for number, id in enumerate(self._index.columns["id"])}
 
@@ -108,6 +112,7 @@ class DecodedTokens:
         if place.as_posix() not in self._numbers:
             raise ValueError(f"no row with the id {place.as_posix()!r}")
         (row,) = self.folder.read(self._index, np.array([self._numbers[place.as_posix()]]))
-        if row["audio_codes"] is None or len(row["audio_codes"]) == 0:
-            raise ValueError("the row has no codes")
+        if problem := self.folder.problem(row):
+            raise ValueError(f"the row cannot be decoded: {problem}")
+        self._model.model.check_codebook_fingerprint(row["codebook_fingerprint"])
         return self._model.decode(row["audio_codes"].astype(np.int64), row["num_samples"])

@@ -211,11 +211,11 @@ def evaluate(
     if asr is not None and "word_error_rate" in metrics:
         settings["word_error_rate"] = f"against the transcript of the original, by {asr}"
     report = Report(results, _versions(runnable), settings)
-    report.worst = _worst_clips(report, references, systems)
+    report.worst = _worst_clips(report, references, systems, channel)
     return report
 
 
-def _worst_clips(report: Report, references, systems: Sequence[System], count: int = 10) -> list[WorstClip]:
+def _worst_clips(report: Report, references, systems: Sequence[System], channel, count: int = 10) -> list[WorstClip]:
     """The clips that came out worst by the first metric that gave numbers, reconstructed again to be heard."""
     name = report.ranking
     if name is None:
@@ -231,7 +231,7 @@ def _worst_clips(report: Report, references, systems: Sequence[System], count: i
     for _, index, number in sorted(scored)[:count]:
         source, place = references[index]
         try:
-            waveform = audio.load(source, sampling_rate=SAMPLING_RATE)
+            waveform = audio.load(source, SAMPLING_RATE, channel=channel, max_seconds=audio.MAX_CLIP_SECONDS)
             estimate, _ = systems[number].reconstruct(place, waveform)
         except (
             ValueError,

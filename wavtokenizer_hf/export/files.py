@@ -1,43 +1,25 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, by the package's own way to write them."""
 
 import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-
-@contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator:
-    """Open a temporary file beside `path`; on success it is flushed to disk and takes that name, else it vanishes."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open(mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+from ..atomic_files import atomic_folder, atomic_write
 
 
 @contextmanager
-def atomic_folder(output: str | os.PathLike) -> Iterator[Path]:
-    """
-    Make a new folder beside `output`; on success it takes that name, else it vanishes.
+def open_atomic(path: str | os.PathLike, mode: str = "wb") -> Iterator:
+    """Open a temporary file beside `path`, see `atomic_write`. On success it takes that name, else it vanishes."""
+    with atomic_write(path) as partial, partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
 
-    Raises:
-        ValueError: the output exists and is not an empty folder.
-    """
+
+@contextmanager
+def new_folder(output: str | os.PathLike) -> Iterator[Path]:
+    """`atomic_folder` for an output that must not exist, or be an empty folder. Raises ValueError if it does."""
     output = Path(output).resolve()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder. Name a new one.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", suffix=".partial", dir=output.parent) as temporary:
-        folder = Path(temporary, output.name)  # one level down, since a temporary folder is closed to other users
-        folder.mkdir()
+    with atomic_folder(output) as folder:
         yield folder
-        with suppress(FileNotFoundError):
-            output.rmdir()  # empty; Windows replaces no folder
-        os.replace(folder, output)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..atomic_files import fsync
 from .extra import import_optional
-from .files import atomic_write
+from .files import open_atomic
 from .sequences import BadRow, Sequences, order_by_source
 from .token_folder import Index, TokenFolder
 
@@ -153,9 +154,9 @@ class MegatronFormat(Format):
         types = list(self._kinds().values())
         paths = self.chunk_files(output, parts, number)
         for path, values, kind in zip(paths[:-1], content, types, strict=False):
-            with atomic_write(path) as file:
+            with open_atomic(path) as file:
                 file.write(values.astype(np.dtype(kind).newbyteorder("<")).tobytes())
-        with atomic_write(paths[-1]) as file:
+        with open_atomic(paths[-1]) as file:
             file.write(lengths.astype("<i4").tobytes())
         return {"num_sequences": len(lengths), "num_ids": int(lengths.sum())}
 
@@ -166,16 +167,16 @@ class MegatronFormat(Format):
         size = 0
         for position, (name, kind) in enumerate(self._kinds().items()):
             paths = (self.chunk_files(output, parts, number)[position] for number in range(num_chunks))
-            with atomic_write(output / f"{name}.bin") as file:
+            with open_atomic(output / f"{name}.bin") as file:
                 for path in paths:
                     with path.open("rb") as part:
                         shutil.copyfileobj(part, file, 2**20)
                 size += file.tell()
-            with atomic_write(output / f"{name}.idx") as file:
+            with open_atomic(output / f"{name}.idx") as file:
                 _write_index(file, lengths, kind)
                 size += file.tell()
         content = {**self.sequences.describe(), "codebook_fingerprint": folder.codebook_fingerprint}
-        with atomic_write(output / "vocabulary.json", "w") as file:
+        with open_atomic(output / "vocabulary.json", "w") as file:
             file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         return size
 
@@ -224,8 +225,6 @@ class ShardedFormat(Format):
         return np.split(np.arange(len(index)), np.flatnonzero(np.diff(shards)) + 1)
 
     def write_chunk(self, folder, rows, output, parts, number, bad):
-        bad += [BadRow(row["id"], "it has no codes") for row in rows if not _has_codes(row)]
-        rows = [row for row in rows if _has_codes(row)]
         self._write(folder, rows, output, number)
         size = sum(path.stat().st_size for path in self.chunk_files(output, parts, number))
         return {
@@ -236,10 +235,6 @@ class ShardedFormat(Format):
 
     def _write(self, folder: TokenFolder, rows: list[dict], output: Path, number: int) -> None:
         raise NotImplementedError
-
-
-def _has_codes(row: dict) -> bool:
-    return row["audio_codes"] is not None and len(row["audio_codes"]) > 0
 
 
 def _beside(row: dict, folder: TokenFolder) -> dict:
@@ -260,7 +255,7 @@ class WebDatasetFormat(ShardedFormat):
 
     def _write(self, folder, rows, output, number):
         (path,) = self.chunk_files(output, "", number)
-        with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        with open_atomic(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for position, row in enumerate(rows):
                 key, codes = f"{number:06d}-{position:07d}", io.BytesIO()
                 np.save(codes, row["audio_codes"].astype("<u2"))
@@ -283,7 +278,7 @@ class JsonlFormat(ShardedFormat):
 
     def _write(self, folder, rows, output, number):
         (path,) = self.chunk_files(output, "", number)
-        with atomic_write(path, "w") as file:
+        with open_atomic(path, "w") as file:
             for row in rows:
                 line = {**_beside(row, folder), "audio_codes": row["audio_codes"].tolist()}
                 file.write(json.dumps(line, ensure_ascii=False, default=_plain) + "\n")
@@ -341,5 +336,6 @@ class LhotseFormat(ShardedFormat):
                 )
         for path in self.chunk_files(output, "", number):
             path.parent.mkdir(exist_ok=True)
+            fsync(partial / path.name.replace(f".{number:06d}", ""))
             (partial / path.name.replace(f".{number:06d}", "")).replace(path)
         shutil.rmtree(partial)

@@ -14,7 +14,7 @@ from .. import __version__
 from ..modeling_wavtokenizer import WavTokenizerModel
 from . import graph, wavtokenizer_onnx
 from .extra import import_optional
-from .files import atomic_folder
+from .files import new_folder
 from .wavtokenizer_onnx import CONFIG_NAME, WavTokenizerOnnx
 
 
@@ -97,7 +97,7 @@ def export_onnx(
     metadata = {name: str(value) for name, value in facts.items()}
     decoder_metadata = {**metadata, "dtype": dtype, "quantize": quantize or "none"}
     num_steps = 3 + len(check_signals(config.sampling_rate))
-    with atomic_folder(output) as folder:
+    with new_folder(output) as folder:
         on_progress(0, num_steps)
         onnx.save(graph.encoder_graph(model, metadata, __version__), folder / "encoder.onnx")
         on_progress(1, num_steps)

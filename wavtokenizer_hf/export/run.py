@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
+from ..limited_files import one_line, read_json_object
 from .extra import import_optional
-from .files import atomic_write
+from .files import open_atomic
 from .formats import Format
 from .sequences import BadRow
 from .token_folder import TokenFolder
@@ -32,6 +33,7 @@ from .token_folder import TokenFolder
 
 EXPORT = "export.json"
 PARTS = ".parts"
+MAX_SUMMARY_BYTES = 2**28  # of a chunk, whose skipped rows it lists
 _IGNORED = (".lock", PARTS, EXPORT)  # of this command, beside the files of a format
 
 
@@ -167,10 +169,11 @@ def _complete(output: Path, settings: dict) -> ExportResult | None:
         if not path.exists():
             continue
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = read_json_object(path)
             before_settings, result = before["settings"], before.get("totals")
+            result = None if result is None else ExportResult(**result)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error!r}. Name another folder.") from error
+            raise ValueError(f"{path} is damaged: {one_line(error)}. Name another folder.") from error
         plain = json.loads(json.dumps(settings))
         if before_settings != plain:
             names = [
@@ -184,7 +187,7 @@ def _complete(output: Path, settings: dict) -> ExportResult | None:
                 "another folder."
             )
         if result is not None:
-            return ExportResult(**result)
+            return result
     return None
 
 
@@ -197,7 +200,7 @@ def _begin(output: Path, settings: dict) -> None:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    with atomic_write(path, "w") as file:
+    with open_atomic(path, "w") as file:
         file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -264,7 +267,9 @@ def _make_chunk(job: Job, index, numbers: np.ndarray, number: int) -> int:
             f"{job.folder.folder} has rows of the codebook {sorted(other)[0]}, and its manifest.json says "
             f"{job.folder.codebook_fingerprint}. Make it anew."
         )
-    bad: list[BadRow] = []
+    problems = [job.folder.problem(row) for row in rows]
+    bad = [BadRow(row["id"], problem) for row, problem in zip(rows, problems, strict=True) if problem is not None]
+    rows = [row for row, problem in zip(rows, problems, strict=True) if problem is None]
     summary = job.format.write_chunk(job.folder, rows, job.output, PARTS, number, bad)
     if bad and job.on_error == "fail":
         for path in job.format.chunk_files(job.output, PARTS, number):
@@ -289,14 +294,14 @@ def _finish(job: Job, settings: dict, num_chunks: int) -> ExportResult:
     """Puts the chunks together, and says that all is complete."""
     totals, skipped = ExportResult(), []
     for number in range(num_chunks):
-        summary = json.loads(_summary_path(job.output, number).read_text(encoding="utf-8"))
+        summary = read_json_object(_summary_path(job.output, number), MAX_SUMMARY_BYTES)
         totals += ExportResult(**summary["totals"])
         skipped += summary["skipped"]
     if totals.num_sequences == 0:
         raise ValueError(f"No row of {job.folder.folder} can be exported; the first: {skipped[0]['reason']}.")
     totals.num_bytes += job.format.finish(job.folder, job.output, PARTS, num_chunks)
     if skipped:
-        with atomic_write(job.output / "skipped.jsonl", "w") as file:
+        with open_atomic(job.output / "skipped.jsonl", "w") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped)
     content = {
         "settings": settings,

@@ -1,15 +1,14 @@
 """Token folder -> sequences of token ids for language-model training, by the templates and the vocabulary of `llm`."""
 
-import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..limited_files import one_line, read_json_object
 from ..llm import AudioVocabulary, PackedRows, Template, TrainingRows
 
 
@@ -193,10 +192,10 @@ def _field_names(template: Template) -> set[str]:
 def load_vocabulary(path: str | os.PathLike) -> AudioVocabulary:
     """An `AudioVocabulary` from the vocabulary.json beside an export, or a JSON file of its fields alone. Raises ValueError."""
     try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        fields = read_json_object(path)
         return AudioVocabulary(**fields.get("vocabulary", fields))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"Cannot read a vocabulary from {path}: {error}") from error
+        raise ValueError(f"Cannot read a vocabulary from {path}: {one_line(error)}") from error
 
 
 def order_by_source(index, columns: Sequence[str] = ("source_id", "clip_num")) -> np.ndarray:

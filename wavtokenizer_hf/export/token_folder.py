@@ -1,17 +1,21 @@
 """Token folders, as `wavtokenizer tokenize` writes them, as an input."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ..limited_files import one_line, read_json_object
 from .extra import import_optional
 
 
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 2**28  # a million parts
+_NUMBERS = {"codebook_size": 2**16, "hop_length": 2**20, "sampling_rate": 768_000}  # of the settings -> largest value
+_TEXTS = ("codebook_fingerprint", "model")  # of the settings
 
 
 def is_token_folder(path: str | os.PathLike) -> bool:
@@ -52,26 +56,49 @@ class TokenFolder:
         self.folder = Path(folder)
         if not is_token_folder(folder):
             raise ValueError(f"{folder} is not a token folder, expected one that `wavtokenizer tokenize` wrote.")
-        try:
-            manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-            self.settings, self.complete = manifest["settings"], bool(manifest["complete"])
-            self.hop_length, self.sampling_rate = self.settings["hop_length"], self.settings["sampling_rate"]
-            self.codebook_fingerprint = self.settings["codebook_fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.folder / MANIFEST} is damaged: {error!r}. Run `tokenize` again.") from error
+        manifest = read_json_object(self.folder / MANIFEST, MAX_MANIFEST_BYTES)
+        self.settings, self.complete = manifest.get("settings"), manifest.get("complete") is True
+        self._check_settings()
+        self.hop_length, self.sampling_rate = self.settings["hop_length"], self.settings["sampling_rate"]
+        self.codebook_fingerprint = self.settings["codebook_fingerprint"]
         self.files = sorted((self.folder / "data").glob("*.parquet"))
-        self.column_names: list[str] = self._open(self.files[0]).schema_arrow.names if self.files else []
+        if missing := sorted(set(manifest.get("files") or ()) - {path.name for path in self.files}):
+            raise ValueError(
+                f"{self.folder / 'data' / missing[0]} is missing, and manifest.json lists it. Run `tokenize` again."
+            )
+        self.column_names: list[str] = []
+        if self.files:
+            with self._open(self.files[0]) as file:
+                self.column_names = file.schema_arrow.names
         self._held = (None, None)  # the row group that was read last
 
     def __getstate__(self):
         return {**self.__dict__, "_held": (None, None)}
 
-    def _open(self, path: Path):
+    def _check_settings(self) -> None:
+        settings = self.settings if isinstance(self.settings, dict) else {}
+        wrong = [name for name in _TEXTS if not isinstance(settings.get(name), str)]
+        wrong += [
+            name for name, most in _NUMBERS.items()
+            if type(settings.get(name)) is not int or not 1 <= settings[name] <= most
+        ]  # fmt: skip
+        if wrong:
+            raise ValueError(
+                f"{self.folder / MANIFEST} is damaged: its settings have {wrong[0]}={settings.get(wrong[0])!r:.100}. "
+                "Run `tokenize` again."
+            )
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator:
+        """A Parquet file, whose page checksums are compared. Raises ValueError if it is damaged, here or in the block."""
         parquet, pyarrow = import_optional("pyarrow.parquet", "bulk"), import_optional("pyarrow", "bulk")
         try:
-            return parquet.ParquetFile(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is damaged ({error}). Delete it, and run `tokenize` again.") from error
+            with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+                if wrong := _wrong_columns(file.schema_arrow):
+                    raise ValueError(f"it has {wrong}")
+                yield file
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({one_line(error)}). Delete it, and run `tokenize` again.") from error
 
     def index(self, columns: Sequence[str] = ()) -> Index:
         """
@@ -90,6 +117,8 @@ class TokenFolder:
                 if columns and size:
                     table = file.read(columns=list(columns))
                     for name in columns:
+                        if name in _NEVER_NULL and table[name].null_count:
+                            raise ValueError(f"it has rows without {name}")
                         values[name].append(table[name].to_numpy())
             files.append(np.full(size, number, np.int32))
             rows.append(np.arange(size, dtype=np.int32))
@@ -138,6 +167,27 @@ class TokenFolder:
                 size = file.metadata.num_rows
             yield from (row for _, row in self._rows_of(number, list(range(size)), columns))
 
+    def problem(self, row: dict) -> str | None:
+        """Why a row with `audio_codes` and `num_samples` cannot be used, or None."""
+        codes, num_samples = row["audio_codes"], row["num_samples"]
+        if codes is None or len(codes) == 0:
+            return "it has no codes"
+        if num_samples is None or num_samples < 1 or -(-num_samples // self.hop_length) != len(codes):
+            return f"it has {len(codes)} codes of {self.hop_length} samples each for num_samples={num_samples}"
+        if (largest := int(codes.max())) >= self.settings["codebook_size"]:
+            return f"it has the code {largest}, expected codes below {self.settings['codebook_size']}"
+        return None
+
+    def check_model(self, model) -> None:
+        """Raise ValueError unless a model has the codebook, the sampling rate and the samples per code of these rows."""
+        model.check_codebook_fingerprint(self.codebook_fingerprint)
+        for name in ("sampling_rate", "hop_length"):
+            if getattr(self, name) != getattr(model.config, name):
+                raise ValueError(
+                    f"The tokens in {self.folder} have {name}={getattr(self, name)}, and the model has "
+                    f"{getattr(model.config, name)}. Use the model that made them, {self.settings['model']}."
+                )
+
     def find(self, ids: Sequence[str]) -> list[dict]:
         """The rows of these ids. Raises ValueError for an id that has none."""
         index = self.index(["id"])
@@ -148,6 +198,26 @@ class TokenFolder:
                 f"{index.columns['id'][0]!r}. Clips that failed are in its failures.jsonl."
             )
         return self.read(index, np.array([numbers[id] for id in ids]))
+
+
+_NEVER_NULL = ("id", "num_samples")
+
+
+def _wrong_columns(schema) -> str | None:
+    """What is wrong with the columns that every token file has, or None."""
+    types = import_optional("pyarrow", "bulk").types
+    checks = {
+        "id": types.is_string,
+        "audio_codes": lambda kind: types.is_list(kind) and types.is_uint16(kind.value_type),
+        "num_samples": types.is_int64,
+        "codebook_fingerprint": types.is_string,
+    }
+    for name, is_right in checks.items():
+        if name not in schema.names:
+            return f"no column {name}"
+        if not is_right(schema.field(name).type):
+            return f"{name} of type {schema.field(name).type}"
+    return None
 
 
 def _to_rows(table) -> list[dict]:

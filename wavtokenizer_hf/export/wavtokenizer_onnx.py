@@ -24,6 +24,13 @@ import numpy as np
 
 
 CONFIG_NAME = "wavtokenizer_onnx.json"
+MAX_CONFIG_BYTES = 2**20
+_LIMITS = {
+    "sampling_rate": (1000, 768_000), "hop_length": (1, 2**20), "codebook_size": (1, 2**20), "frames_back": (0, 2**20),
+    "frames_ahead": (0, 2**20), "last_reach": (0, 2**20), "num_lstm_layers": (1, 64), "lstm_size": (1, 2**14),
+}  # fmt: skip
+"""Numbers of the configuration -> smallest and largest value, so that a damaged file takes no memory."""
+NO_SAMPLE = 1e10  # what lies beyond is refused: it overflows inside, and codes of it would look valid
 CHUNK_SECONDS, CHUNKS_ABOVE_SECONDS = 10, 60
 """`encode` takes audio above the second length in chunks of the first."""
 
@@ -74,8 +81,7 @@ class WavTokenizerOnnx:
                 f"{self.folder} has no {CONFIG_NAME}, expected a folder that `wavtokenizer export-model` wrote."
             )
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            files, fields = fields["files"], fields["model"]
+            files, fields = _read_config(path)
             self.config = SimpleNamespace(
                 sampling_rate=fields["sampling_rate"],
                 hop_length=fields["hop_length"],
@@ -85,8 +91,8 @@ class WavTokenizerOnnx:
             self.codebook_fingerprint = fields["codebook_fingerprint"]
             self._reach = {name: fields[name] for name in ("frames_back", "frames_ahead", "last_reach")}
             self._state_shape = fields["num_lstm_layers"], fields["lstm_size"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error!r}. Export the model again.") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: {str(error)[:200]}. Export the model again.") from error
         if missing := [name for name in files if not (self.folder / name).is_file()]:
             raise ValueError(f"{self.folder} lacks {missing[0]}. Export the model again, or copy the whole folder.")
         self.files = tuple(files)
@@ -181,8 +187,11 @@ class WavTokenizerOnnx:
         mask = np.zeros_like(audio_codes, dtype=bool)
         for row, (start, stop) in enumerate(_bounds(padding_mask, input_values, "padding_mask")):
             audio = input_values[row : row + 1, :, start:stop].astype(np.float32)
-            if not np.isfinite(audio).all():
-                raise ValueError(f"Row {row} of input_values holds NaN or infinite samples. Repair or drop the clip.")
+            if not _is_audio(audio):
+                raise ValueError(
+                    f"Row {row} of input_values holds NaN or infinite samples, or some beyond ±{NO_SAMPLE:g}. Repair or drop "
+                    "the clip."
+                )
             codes = self._encode_row(audio, chunk_seconds)
             end = num_codes if start > 0 else -(-stop // hop)
             audio_codes[row, :, end - codes.shape[-1] : end] = codes
@@ -285,6 +294,28 @@ def _bounds(mask: np.ndarray | None, values: np.ndarray, name: str) -> list[tupl
     return bounds
 
 
+def _is_audio(audio: np.ndarray) -> bool:
+    return bool((np.abs(audio) <= NO_SAMPLE).all())  # false for NaN
+
+
+def _read_config(path: Path) -> tuple[list[str], dict]:
+    """Names of the files, and the model's fields, whose numbers are checked. Raises ValueError and the like for others."""
+    with path.open("rb") as file:
+        content = file.read(MAX_CONFIG_BYTES + 1)
+    if len(content) > MAX_CONFIG_BYTES:
+        raise ValueError(f"it has more than {MAX_CONFIG_BYTES} bytes")
+    content = json.loads(content)
+    files, fields = content["files"], content["model"]
+    if not isinstance(files, list) or not all(
+        isinstance(name, str) and name == os.path.basename(name) for name in files
+    ):
+        raise ValueError("its list of files is none")
+    for name, (least, most) in _LIMITS.items():
+        if type(fields[name]) is not int or not least <= fields[name] <= most:
+            raise ValueError(f"{name}={str(fields[name])[:50]}, expected {least} to {most}")
+    return files, fields
+
+
 class EncodeStream:
     """
     Encode audio as it comes. The codes are those of the whole audio, however it is cut.
@@ -315,7 +346,7 @@ class EncodeStream:
     def push(self, audio: np.ndarray) -> np.ndarray:
         """Take the next samples (n,), n >= 0, and return the codes (m,) int64 that are complete with them."""
         audio = np.asarray(audio)
-        if audio.ndim != 1 or not np.issubdtype(audio.dtype, np.floating) or not np.isfinite(audio).all():
+        if audio.ndim != 1 or not np.issubdtype(audio.dtype, np.floating) or not _is_audio(audio):
             raise ValueError(f"Got audio of shape {audio.shape}, {audio.dtype}; expected finite floats of shape (n,).")
         return self._step(audio.astype(np.float32), final=False)
 

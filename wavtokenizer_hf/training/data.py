@@ -72,7 +72,7 @@ def open_clips(source: str | os.PathLike | Sequence) -> Sequence:
             raise ValueError(
                 f"{source} is not text, expected a list with the path of one sound file a line."
             ) from error
-        lines = text.splitlines()
+        lines = text.replace("\r", "\n").split("\n")  # no other characters: they occur in names
         clips = [str(Path(source).parent / line.strip()) for line in lines if line.strip()]
     else:
         raise ValueError(f"There is no file or folder {str(source)!r} to take sound from. Check the path.")
@@ -254,7 +254,10 @@ def _load_dataset(folder: str | os.PathLike):
         import datasets
     except ImportError as error:
         raise ImportError("Saved datasets need the datasets library: pip install datasets") from error
-    return datasets.load_from_disk(str(folder))
+    try:
+        return datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"Cannot read {folder} as a saved dataset: {' '.join(str(error).split())[:300]}") from error
 
 
 def _join(batches: list[Batch]) -> Batch:

@@ -281,9 +281,9 @@ def _load_part(name: str, part: Any, values: Any) -> None:
 
 
 def check_output(settings: Settings, output: Path) -> None:
-    """Raises ValueError if a run would overwrite another."""
+    """Raises ValueError if a run would overwrite another, or the best model of one."""
     recover(output / "best")
-    if ((output / LAST).exists() or (output / PREVIOUS).exists()) and not settings.resume:
+    if any((output / name).exists() for name in (LAST, PREVIOUS, "best")) and not settings.resume:
         raise ValueError(f"{output} holds a run already. Resume it (--resume), or choose another output.")
 
 
