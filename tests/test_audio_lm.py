@@ -140,12 +140,12 @@ def test_a_token_folder_is_trained_on_as_a_stream(tmp_path, monkeypatch):
     for each in (tokenizer, model):
         each.save_pretrained(tmp_path / "llm")
     settings = TrainingArguments(
-        output_dir=str(tmp_path / "trained"), max_steps=15, per_device_train_batch_size=8, learning_rate=1e-2,
+        output_dir=str(tmp_path / "trained"), max_steps=8, per_device_train_batch_size=8, learning_rate=1e-2,
         logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     trainer = stream.main(stream.Arguments(str(tmp_path / "llm"), str(tmp_path / "tokens")), settings)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 15 and losses[-1] < losses[0] - 0.5
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.5
     examples = [example["input_ids"][2:-2] for example in trainer.train_dataset]  # BOS, begin, codes, end, EOS
     expected = [vocabulary.codes_to_ids(row["audio_codes"]).tolist() for row in rows]
     assert sorted(examples) == sorted(expected) != examples

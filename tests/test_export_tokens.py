@@ -221,7 +221,7 @@ def test_a_megatron_file_is_read_back_in_a_training_loop(made, tokenizer, vocabu
     for name in ("input_ids", "labels"):
         assert [row[name].tolist() for row in (found[index] for index in range(len(found)))] == expected[name]
     command = f"loop --language_model {tmp_path}/llm --tokens {tmp_path}/out --output {tmp_path}/trained"
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--steps", "20", "--learning_rate", "0.01"])
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--steps", "10", "--learning_rate", "0.01"])
     loop.main()
     first, last = map(float, re.findall(r"\d\.\d+", capsys.readouterr().out))
     assert last < first - 0.5

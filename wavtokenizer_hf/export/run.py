@@ -220,11 +220,11 @@ def _run(job: Job, index, chunks: list[np.ndarray], to_do: list[int], num_proces
             _make_chunk(job, index, chunks[number], number)
             yield number
         return
-    # a fork of this process would copy locks that threads hold; one of a server shares the memory of torch among the workers
+    # a fork of this process would copy locks that threads hold; the workers of a server share its memory, torch in it
     has_server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if has_server else "spawn")
     if has_server:
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([f"{__package__}.worker"])
     with ProcessPoolExecutor(num_processes, context, _end_with_parent) as pool:
         waiting, queue = set(), iter(to_do)
         try:
