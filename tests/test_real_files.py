@@ -162,7 +162,7 @@ def test_the_peak_level_of_a_model_counts_in_every_command(model, apertus, tmp_p
     monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BufferedReader(io.BytesIO(float_wav(quiet)))}))
     assert main(["encode", "-", "-m", apertus, "-o", str(tmp_path / "pipe.json")]) == 0
     assert TokenFile.load(tmp_path / "pipe.json").audio_codes.tolist() == codes
-    assert "read to its end first, since the model scales each clip to a peak of -3 dBFS" in capsys.readouterr().err
+    assert "read to its end first, since each clip is scaled to a peak of -3 dBFS" in capsys.readouterr().err
     assert main(["reconstruct", str(tmp_path / "a.wav"), "-m", apertus, "-o", str(tmp_path / "again.wav")]) == 0
     with torch.inference_mode():
         decoded = model.decode(torch.tensor(codes)[None, None]).audio_values[0, 0, : len(quiet)].numpy()

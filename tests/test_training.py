@@ -850,7 +850,7 @@ def test_the_command_line_goes_before_the_recipe(tmp_path, capsys):
     assert settings.config == {"num_filters": 16, "hidden_size": 64, "codebook_size": 32}
     with pytest.raises(SystemExit):
         parser.parse_args(["train", "--help"])
-    assert "restart_below" in capsys.readouterr().out
+    assert "--restart-below" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
