@@ -15,8 +15,7 @@ import pyarrow
 import pytest
 import soxr
 import torch
-from bulk_corpus import rows_of, save_model
-from conftest import tiny_config
+from bulk_corpus import rows_of, saved_tiny_model
 from corpus.awkward import RATE, Case, cases
 from pyarrow import parquet
 
@@ -50,13 +49,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> WavTokenizerModel:
-    torch.manual_seed(0)
-    model = WavTokenizerModel(tiny_config()).eval()
-    with torch.no_grad():
-        latents = model.encode(torch.randn(1, 1, 64 * 16), output_latents=True).latents[0].T
-        model.quantizer.codebook.embed.copy_(latents)
-    model.folder = save_model(model, tmp_path_factory.mktemp("model"))
-    return model
+    return saved_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def expected_samples(case: Case) -> np.ndarray:

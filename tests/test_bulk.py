@@ -968,3 +968,7 @@ def test_a_dry_run_tells_what_comes_and_writes_nothing(place, run, tmp_path, cap
     assert facts["clips"] == NUM_CLIPS + len(DAMAGED) and facts["clips_failed"] == len(DAMAGED)
     assert facts["tokens"] == total.num_codes and facts["hours"] == pytest.approx(total.num_samples / 24_000 / 3600)
     assert facts["hours_of_one_process"] > 0
+    # what decides which clips can be read counts here, too
+    for options in (["--max-clip-seconds", "1e-6"], ["--channel", "5"]):
+        assert main([*command, "--dry-run", *options]) == 2
+        assert "No clip of a sample" in capsys.readouterr().err

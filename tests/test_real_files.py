@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from bulk_corpus import codes_of, rows_of, save_model
-from conftest import ROOT, tiny_config
+from bulk_corpus import codes_of, rows_of, saved_tiny_model
+from conftest import ROOT
 from corpus.awkward import RATE, encoded, float_wav, integers, quantized, voice, wav
 
 from wavtokenizer_hf import WavTokenizerModel, audio, pipes
@@ -34,13 +34,7 @@ SOUND = voice()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> WavTokenizerModel:
-    torch.manual_seed(0)
-    model = WavTokenizerModel(tiny_config()).eval()
-    with torch.no_grad():
-        latents = model.encode(torch.randn(1, 1, 64 * 16), output_latents=True).latents[0].T
-        model.quantizer.codebook.embed.copy_(latents)
-    model.folder = save_model(model, tmp_path_factory.mktemp("model"))
-    return model
+    return saved_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @torch.inference_mode()

@@ -26,13 +26,18 @@ def estimate(
     dataset_revision: str | None = None,
     device: str | None = None,
     batch_seconds: float = 120,
+    channel: str | int = "mean",
+    max_clip_seconds: float = encoding.MAX_CLIP_SECONDS,
+    tar_names: str = "ending",
+    peak_dbfs: float | str = "model",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
     """
     Encode up to 50 clips, evenly spread over the source, and scale up. The number of clips is exact, all else is an estimate.
 
     Args:
-        source, model, revision, column, dataset_config, split, dataset_revision, device, batch_seconds: as for `tokenize`.
+        source, model, revision, column, dataset_config, split, dataset_revision, device, batch_seconds, channel,
+            max_clip_seconds, tar_names, peak_dbfs: As for `tokenize`.
         on_progress: Called with the number of clips of the sample that are done, and of all.
 
     Returns:
@@ -43,12 +48,14 @@ def estimate(
         ValueError: no clips, a model that cannot be loaded, or no clip of the sample can be read.
     """
     encoding.check_batch_seconds(batch_seconds)
-    clips = open_source(source, column, dataset_config, split, dataset_revision)
-    encoder, feature_extractor = encoding.load_encoder(model, revision, device)
+    clips = open_source(source, column, dataset_config, split, dataset_revision, tar_names)
+    encoder, feature_extractor = encoding.load_encoder(model, revision, device, peak_dbfs)
     numbers = np.unique(np.linspace(0, len(clips.items) - 1, SAMPLE_SIZE).round().astype(int))
     read = [partial(clips.sound, clips.items[number].place) for number in numbers]
     started = time.monotonic()
-    windows = encoding.tokenize_clips(encoder, feature_extractor, read, batch_seconds, num_cores())
+    windows = encoding.tokenize_clips(
+        encoder, feature_extractor, read, batch_seconds, num_cores(), channel, max_clip_seconds
+    )
     results = []
     on_progress(0, len(read))
     for window in windows:

@@ -118,6 +118,7 @@ def _tokenize(arguments) -> int:
         raise UsageError("Got no --model. Name one; -m bundled is the small model of this package.")
     if arguments.source is None or (arguments.output is None and not arguments.dry_run):
         raise UsageError("Got no SOURCE or no --output. Both are needed, or --verify OUTPUT alone.")
+    check_channel(arguments.channel)
     if arguments.dry_run:
         quiet_transformers()
 
@@ -126,14 +127,14 @@ def _tokenize(arguments) -> int:
         with shown_progress("clips") as show:
             facts = estimate(
                 arguments.source, arguments.model, arguments.revision, arguments.column, arguments.dataset_config,
-                arguments.split, arguments.dataset_revision, arguments.device, arguments.batch_seconds, show,
+                arguments.split, arguments.dataset_revision, arguments.device, arguments.batch_seconds, arguments.channel,
+                arguments.max_clip_seconds, arguments.tar_names, arguments.peak_dbfs, show,
             )  # fmt: skip
         print_facts(facts, arguments.json)
         return 0
     index, slash, number = arguments.shard.partition("/")
     if not (slash and index.isdecimal() and number.isdecimal()):
         raise UsageError(f"Got --shard {arguments.shard}, expected I/N, for example 0/8.")
-    check_channel(arguments.channel)
     find_model(arguments.model, arguments.revision)
     quiet_transformers()
 
