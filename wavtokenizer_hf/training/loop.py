@@ -48,8 +48,9 @@ def train(settings: Settings, train_data=None, validation_data=None) -> State:
         What the run ended with. `settings.output` holds best/ and last/, which from_pretrained loads, and log/.
 
     Raises:
-        ValueError: no data; the same data to train and to validate on; steps that need more memory than there is; settings that contradict each other, the model, or the run that is to be resumed; a loss that
-            is not finite (the message names the step, and the last checkpoint stays).
+        ValueError: There is no data; training and validation data are the same; the steps need more memory than there is;
+            settings contradict each other, the model, or the run that is to be resumed; a loss is not finite (the message
+            names the step, and the last checkpoint stays).
         OSError: a checkpoint cannot be written (the last one stays).
         ImportError: a package of the extra `training` is missing.
     """

@@ -72,7 +72,7 @@ class InstantaneousFrequencyLoss(nn.Module):
             self.register_buffer(f"window_{n_fft}", torch.hann_window(n_fft), persistent=False)
 
     def _advances(self, audio: torch.Tensor, n_fft: int, bins: int) -> torch.Tensor:
-        """audio (B, T) -> (B, bins, frames - 1, 2): real and imaginary parts, magnitudes to the power 0.25."""
+        """audio (B, T) -> (B, bins, frames - 1, 2): real and imaginary parts; their magnitudes to the power 0.25."""
         window = getattr(self, f"window_{n_fft}")
         spectrum = torch.stft(audio.float(), n_fft, n_fft // 8, window=window, return_complex=True)[:, :bins]
         parts = torch.view_as_real(spectrum[..., 1:] * spectrum[..., :-1].conj())
