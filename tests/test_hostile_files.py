@@ -57,6 +57,9 @@ def model_folder(tiny_model, tmp_path_factory):
     return folder
 
 
+TRACED = 8  # times as long that Python takes under tracemalloc: nested brackets 0.61 s, and 0.08 s without
+
+
 @contextmanager
 def within(seconds: float, megabytes: float):
     """Fails if the block takes more time of this process, or more memory of Python and numpy."""
@@ -67,7 +70,7 @@ def within(seconds: float, megabytes: float):
     finally:
         used, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    assert used < seconds and peak < megabytes * 2**20, f"{used:.2f} s, {peak / 2**20:.0f} MB"
+    assert used < TRACED * seconds and peak < megabytes * 2**20, f"{used:.2f} s, {peak / 2**20:.0f} MB"
 
 
 def refused(error: pytest.ExceptionInfo) -> None:
