@@ -97,7 +97,7 @@ def _metadata(published: Published | None) -> ModelCardData:
         language="en" if published is not None and published.corpus == "LibriTTS" else None,
         license="mit",
         library_name="transformers",
-        pipeline_tag="feature-extraction",
+        pipeline_tag="audio-to-audio",  # for feature-extraction the Hub shows pipeline() code, which takes text
         tags=["wavtokenizer", "audio-codec", "audio-tokenizer", "audio"],
     )
 

@@ -11,18 +11,19 @@ import formula
 import pytest
 import torch
 from conftest import REFERENCE
-from huggingface_hub import ModelCard
+from huggingface_hub import InferenceClient, ModelCard
 from test_conversion import CODEBOOK, ENCODER, is_kept, new_name, read_weights, small_tensors
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from conversion import card as cards
 from conversion.command import main
 from conversion.convert import convert
 from conversion.published import KnownAnswer, Published, find, table
 from model_cards import check
-from wavtokenizer_hf import WavTokenizerModel, cli
+from wavtokenizer_hf import WavTokenizerModel, bundled_model, cli
 
 
-# architecture.md, section on published checkpoints: name, repository below novateur/, file, codes per second, mirror below swiss-ai/
+# The published checkpoints: name, repository below novateur/, file, codes per second, mirror below swiss-ai/
 FACTS = """
 small-speech-40           WavTokenizer                             WavTokenizer_small_600_24k_4096.ckpt             40 small-speech-40token
 small-speech-75           WavTokenizer                             WavTokenizer_small_320_24k_4096.ckpt             75 small-speech-75token
@@ -184,11 +185,20 @@ def test_there_is_one_card_for_each_checkpoint_and_it_is_what_the_table_gives():
     assert found == {name: cards.published_card(published) for name, published in table().items()}
 
 
+def test_the_task_of_the_cards_is_one_of_the_hub_and_has_no_pipeline():
+    """The Hub shows `pipeline(TASK, model=…)` for the tasks of transformers' pipelines, and none of them runs a codec."""
+    tasks = {
+        ModelCard.load(path).data.pipeline_tag for path in [*cards.CARDS.glob("*-*.md"), bundled_model() / "README.md"]
+    }
+    assert tasks == {"audio-to-audio"} and not tasks & set(PIPELINE_REGISTRY.get_supported_tasks())
+    assert hasattr(InferenceClient, "audio_to_audio")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_card_says_what_its_checkpoint_is(name):
     published, card = find(name), ModelCard.load(cards.CARDS / f"{name}.md")
     assert (card.data.license, card.data.library_name) == ("mit", "transformers")
-    assert card.data.pipeline_tag == "feature-extraction"
+    assert card.data.pipeline_tag == "audio-to-audio"
     assert {"wavtokenizer", "audio-codec"} <= set(card.data.tags)
     facts = [published.file, published.yaml, published.domain, published.corpus, published.remarks, *published.sources]
     facts += [f"{published.frame_rate} per second", {40: "480 bit/s", 75: "900 bit/s"}[published.frame_rate]]

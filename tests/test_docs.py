@@ -31,9 +31,10 @@ from wavtokenizer_hf.training.settings import read_arguments
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(DOCS.rglob("*.md"))]
-# other files with links to the pages
-LINKING = [ROOT / ".github" / "CONTRIBUTING.md", *ROOT.glob("examples/*/*.md")]
-LINKING += ROOT.glob("wavtokenizer_hf/*/README.md")
+# other texts
+LINKING = [ROOT / ".github" / "CONTRIBUTING.md", ROOT / "tests" / "fixtures" / "README.md"]
+LINKING += [*sorted(ROOT.glob("examples/*/*.md")), *sorted(ROOT.glob("wavtokenizer_hf/*/README.md"))]
+LINKING += sorted(ROOT.glob("model_cards/*.md"))
 MAX_WORDS = 35
 # what makes a recipe a matter of seconds; all else that it says holds
 TINY_RUN = {
@@ -326,6 +327,7 @@ def without_code(text: str) -> str:
 
 def sentences(text: str) -> list[str]:
     """Sentences of a page's paragraphs, list items, headings and table cells; inline code and links count as their text."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # the metadata of a card
     text = re.sub(r"<!--.*?-->|^:::.*?(?=^\S|\Z)", "", without_code(text), flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
     text = re.sub(r"`[^`]*`", "code", text)
@@ -343,11 +345,11 @@ def sentences(text: str) -> list[str]:
 
 
 def test_sentences_are_told_apart():
-    text = '# Head\n\nOne two\nthree. Four `a b c d`, [five](x.md "t").\n\n- six\n- seven\n\n| a b | c. D |\n\n```sh\nx y z\n```\n'
+    text = '---\na: b\n---\n# Head\n\nOne two\nthree. Four `a b c d`, [five](x.md "t").\n\n- six\n- seven\n\n| a b | c. D |\n\n```sh\nx y z\n```\n'
     assert sentences(text) == ["# Head", "One two three.", "Four code, five.", "- six", "- seven", "a b", "c.", "D"]
 
 
-@pytest.mark.parametrize("path", [*PAGES, *ROOT.glob("examples/audio_lm/*.md")], ids=page_name)
+@pytest.mark.parametrize("path", [*PAGES, *LINKING], ids=page_name)
 def test_sentences_are_short(path):
     found = sentences(path.read_text(encoding="utf-8"))
     assert found

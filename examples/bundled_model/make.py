@@ -261,9 +261,8 @@ def card(settings: Settings, facts: dict, model: WavTokenizerModel, measured: di
 
 
 SETS = {
-    "voices": "recorded utterances of human speakers that training never heard",
-    "synthetic": "utterances of espeak-ng: written sentences, by voice variants that training never heard, half of them in languages "
-    "that it never heard",
+    "voices": "recorded utterances of human speakers that were not in training:",
+    "synthetic": "utterances of espeak-ng. The sentences and voice variants were not in training, nor were half of the languages:",
 }
 
 
@@ -271,7 +270,7 @@ def _table(name: str, measured: Measured) -> str:
     """One held-out set's part of the card."""
     report = measured.report.to_dict()
     result = report["systems"][0]
-    lines = [f"On {report['num_files']} {SETS[name]}:", "", "| | |", "|---|---|"]
+    lines = [f"On {report['num_files']} {SETS[name]}", "", "| | |", "|---|---|"]
     for metric, figure in result["metrics"].items():
         if figure["mean"] is None or metric.startswith("codebook"):
             continue
@@ -281,8 +280,8 @@ def _table(name: str, measured: Measured) -> str:
     codes = result["all_codes"]
     lines += [
         "",
-        f"All {codes['num_codes']} codes together use {codes['num_used']} entries ({codes['codebook_utilization']:.1%}). Encoded, "
-        f"decoded and encoded again, {measured.agreement:.1%} of the codes are the same.",
+        f"All {codes['num_codes']} codes together use {codes['num_used']} entries ({codes['codebook_utilization']:.1%}). When "
+        f"the decoded audio is encoded again, {measured.agreement:.1%} of the codes are the same.",
     ]
     return "\n".join(lines)
 
@@ -290,14 +289,14 @@ def _table(name: str, measured: Measured) -> str:
 def _sound(facts: dict) -> str:
     """What recorded sound the model heard, for the card."""
     if facts["sound"] != "recorded":
-        return "No recording of anyone is among it."
+        return "It was trained on no recordings."
     heard = [package for package in recordings.PACKAGES if package.name in facts["packages"]]
     rows = "\n".join(f"| {package.name} | {package.licence} |" for package in heard)
     music = " and music" if any(package.music for package in heard) else ""
     return (
         f"{facts['training_hours']:.1f} hours of recordings of {facts['training_speakers']} human voices (counted by package and "
-        f"language){music}, out of Debian packages; {facts['held_out_speakers']} voices were held out. The packages' copyright "
-        f"files name the speakers and musicians:\n\n| package | licence of its sound |\n|---|---|\n{rows}"
+        f"language){music}, from Debian packages. {facts['held_out_speakers']} voices were held out. The packages' copyright "
+        f"files name the speakers and musicians:\n\n| package | licence of its audio |\n|---|---|\n{rows}"
     )
 
 
