@@ -1,5 +1,6 @@
 """Converted folders become files of the original again: its names, shapes and bits."""
 
+import hashlib
 import json
 import os
 import pickletools
@@ -255,12 +256,24 @@ def test_the_original_itself_loads_the_files_and_gives_its_codes(back, rate, mon
 @pytest.mark.slow
 @pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="set it to a checkout of ggml-org/llama.cpp")
 def test_llama_cpps_converters_make_gguf_of_it(back):
-    """The commands of docs/onnx.md."""
+    """The commands of docs/onnx.md. Every tensor of the result is one of the model, which llama.cpp's own reader says."""
     checkout, checkpoint = Path(os.environ["LLAMA_CPP"]), back(75)
     gguf = checkpoint.parent / "wavtokenizer.gguf"
     for command in (
         ["tools/tts/convert_pt_to_hf.py", checkpoint],
-        ["convert_hf_to_gguf.py", checkpoint.parent, "--outfile", gguf],
+        ["convert_hf_to_gguf.py", checkpoint.parent, "--outfile", gguf, "--outtype", "f32"],
     ):
         subprocess.run([sys.executable, checkout / command[0], *command[1:]], check=True)
-    assert gguf.read_bytes()[:4] == b"GGUF"
+    script = "import gguf, hashlib, sys; print(*(hashlib.sha256(t.data).hexdigest() for t in gguf.GGUFReader(sys.argv[1]).tensors))"
+    run = subprocess.run(
+        [sys.executable, "-c", script, gguf],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout / "gguf-py"), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True, check=True, text=True,
+    )  # fmt: skip
+    # of norms with one row per bandwidth, llama.cpp takes the first, as decoding does
+    tensors = [
+        part for tensor in read(checkpoint).values() for part in (tensor, tensor[0] if tensor.ndim == 2 else tensor)
+    ]
+    expected = {hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in tensors}
+    written = run.stdout.split()
+    assert len(written) == 161 and set(written) <= expected
