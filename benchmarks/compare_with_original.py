@@ -27,9 +27,9 @@ import build_checkpoint
 import formula
 import original
 
-from conversion.convert import convert
-from conversion.mapping import original_name
 from wavtokenizer_hf import WavTokenizerModel
+from wavtokenizer_hf.conversion.from_original import convert
+from wavtokenizer_hf.conversion.mapping import original_name
 
 
 def main() -> None:

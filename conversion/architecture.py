@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
-from wavtokenizer_hf.limited_files import short_repr
-
+from .. import WavTokenizerConfig, WavTokenizerModel
+from ..limited_files import short_repr
 from .mapping import check_names, several_quantizers
 
 

@@ -1,6 +1,6 @@
 """Model cards: of a folder that was converted, and of every published checkpoint.
 
-python -m conversion.card    # writes model_cards/NAME.md anew for every line of checkpoints.yaml
+python -m wavtokenizer_hf.conversion.card    # writes model_cards/NAME.md anew for every line of checkpoints.yaml
 """
 
 import string
@@ -8,9 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from wavtokenizer_hf import WavTokenizerConfig, __version__
-from wavtokenizer_hf.atomic_files import write_text
-
+from .. import WavTokenizerConfig, __version__
+from ..atomic_files import write_text
 from .published import Published, table
 from .source import Source
 

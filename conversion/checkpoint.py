@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 import safetensors.torch
 import torch
 
-from wavtokenizer_hf import limited_files
-from wavtokenizer_hf.limited_files import BoundedReader, check_archive, one_line, read_safetensors_header, short_repr
+from .. import limited_files
+from ..limited_files import BoundedReader, check_archive, one_line, read_safetensors_header, short_repr
 
 
 STATE_DICTS = ("state_dict", "model_state_dict", "module", "model", "ema_state_dict", "ema", "model_ema")

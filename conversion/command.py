@@ -7,8 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from wavtokenizer_hf.progress import shown_progress
-
+from ..progress import shown_progress
 from .published import Published, find, table
 
 
@@ -126,10 +125,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace, published: Published | None, output: Path, hub_name: str | None) -> dict:
-    from wavtokenizer_hf import WavTokenizerConfig
-
-    from .convert import convert
+    from .. import WavTokenizerConfig
     from .download import download
+    from .from_original import convert
     from .push import push
 
     files = arguments.files or download(published, arguments.revision)

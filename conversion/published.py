@@ -14,7 +14,7 @@ import yaml
 if TYPE_CHECKING:  # torch takes seconds, and the table alone does not need it
     import torch
 
-    from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
+    from .. import WavTokenizerConfig, WavTokenizerModel
 
 
 TABLE = Path(__file__).parent / "checkpoints.yaml"
@@ -63,7 +63,7 @@ class Published:
     @property
     def config(self) -> "WavTokenizerConfig":
         """The shape that all published checkpoints of this rate have."""
-        from wavtokenizer_hf import WavTokenizerConfig
+        from .. import WavTokenizerConfig
 
         return WavTokenizerConfig(
             sampling_rate=SAMPLING_RATE,

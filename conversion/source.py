@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from wavtokenizer_hf import WavTokenizerConfig
-from wavtokenizer_hf.training.discriminators import Discriminators
-
+from .. import WavTokenizerConfig
+from ..training.discriminators import Discriminators
 from .architecture import check_yaml, infer_config, yaml_sampling_rate
 from .checkpoint import Checkpoint, read_checkpoint, read_yaml
 from .mapping import discriminator_names, original_name, sort_names
@@ -49,7 +48,7 @@ def read_source(
     average: bool = False,
     published: Published | None = None,
 ) -> Source:
-    """Reads and checks checkpoints without writing anything; arguments and errors are those of `convert.convert`."""
+    """Reads and checks checkpoints without writing anything; arguments and errors are those of `from_original.convert`."""
     if not files:
         raise ValueError("Got no checkpoint. Give the path of a file.")
     if len(set(files)) < len(files):

@@ -1,6 +1,6 @@
 """The way back: a converted folder becomes a checkpoint and a YAML file for the original code, and for what reads its files.
 
-    python -m conversion.to_original FOLDER --output DIR
+    python -m wavtokenizer_hf.conversion.to_original FOLDER --output DIR
 
 writes DIR/NAME.ckpt and DIR/NAME.yaml, where NAME is that of the folder. `convert` makes the same folder of them again.
 """
@@ -16,11 +16,10 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel, __version__
-from wavtokenizer_hf.limited_files import one_line
-from wavtokenizer_hf.loading import check_files, check_finite
-
-from .convert import differing, new_folder
+from .. import WavTokenizerConfig, WavTokenizerModel, __version__
+from ..limited_files import one_line
+from ..loading import check_files, check_finite
+from .from_original import differing, new_folder
 from .mapping import original_discriminator_names, original_name
 from .source import read_source
 
@@ -179,7 +178,7 @@ def _check(checkpoint: Path, model: WavTokenizerModel) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 for a folder or output that cannot be used."""
     parser = argparse.ArgumentParser(
-        prog="python -m conversion.to_original",
+        prog="python -m wavtokenizer_hf.conversion.to_original",
         description="Turn a converted folder into a checkpoint and a YAML file for the original's code.",
     )
     parser.add_argument("folder", metavar="FOLDER", help="a converted folder, or one that training has written")

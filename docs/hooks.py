@@ -60,7 +60,7 @@ def command_line_reference() -> str:
 
 def published_checkpoints() -> str:
     """Return a Markdown table of the published checkpoints."""
-    from conversion.published import table
+    from wavtokenizer_hf.conversion.published import table
 
     rows = ["| name | codes/s | trained on | corpus | on the Hub |", "|---|---|---|---|---|"]
     for published in table().values():

@@ -54,7 +54,7 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory, checkpoints):
     """rate -> folder that conversion made of that checkpoint; converted on first use."""
-    from conversion.convert import convert
+    from wavtokenizer_hf.conversion.from_original import convert
 
     parent, converted = tmp_path_factory.mktemp("converted"), {}
 

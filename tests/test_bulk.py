@@ -29,12 +29,13 @@ from pyarrow import parquet
 from test_checkpoints import SINE_75
 from tqdm.auto import tqdm
 
-from conversion.published import KnownAnswer, find
 from wavtokenizer_hf import WavTokenizerModel, audio
 from wavtokenizer_hf.bulk import encoding, hub, output, processes, sources, tokenize
 from wavtokenizer_hf.bulk import run as bulk_run
 from wavtokenizer_hf.bulk.progress import Progress
 from wavtokenizer_hf.cli import main
+from wavtokenizer_hf.conversion import load_original
+from wavtokenizer_hf.conversion.published import KnownAnswer, find
 
 
 NUM_CLIPS = 26
@@ -191,7 +192,7 @@ def test_the_originals_codes_of_a_sine_of_440_hertz_come_out_of_the_parquet(fold
 @pytest.mark.slow
 def test_the_known_answer_of_published_weights_comes_out_of_the_parquet(tmp_path):
     try:
-        model = WavTokenizerModel.from_original("large-unify-40")
+        model = load_original("large-unify-40")
     except OSError as error:
         pytest.skip(f"large-unify-40 is not in the cache of the Hub: {error}")
     save_model(model, tmp_path / "model")

@@ -15,12 +15,13 @@ from huggingface_hub import InferenceClient, ModelCard
 from test_conversion import CODEBOOK, ENCODER, is_kept, new_name, read_weights, small_tensors
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from conversion import card as cards
-from conversion.command import main
-from conversion.convert import convert
-from conversion.published import KnownAnswer, Published, find, table
-from model_cards import check
 from wavtokenizer_hf import WavTokenizerModel, bundled_model, cli
+from wavtokenizer_hf.conversion import card as cards
+from wavtokenizer_hf.conversion import load_original
+from wavtokenizer_hf.conversion.command import main
+from wavtokenizer_hf.conversion.from_original import convert
+from wavtokenizer_hf.conversion.published import KnownAnswer, Published, find, table
+from wavtokenizer_hf.model_cards import check
 
 
 # The published checkpoints: name, repository below novateur/, file, codes per second, mirror below swiss-ai/
@@ -180,7 +181,7 @@ def test_a_file_of_another_size_or_hash_is_refused_before_it_is_opened(tmp_path)
 
 
 def test_there_is_one_card_for_each_checkpoint_and_it_is_what_the_table_gives():
-    """`python -m conversion.card` writes them anew."""
+    """`python -m wavtokenizer_hf.conversion.card` writes them anew."""
     found = {path.stem: path.read_text() for path in cards.CARDS.glob("*.md") if path.name != "template.md"}
     assert found == {name: cards.published_card(published) for name, published in table().items()}
 
@@ -232,7 +233,7 @@ def test_a_file_that_nothing_identifies_is_called_not_verified_in_card_and_repor
     cached.symlink_to(small)
     another = cached.with_name("another.ckpt")
     another.symlink_to(small)
-    fingerprint = WavTokenizerModel.from_original(small).codebook_fingerprint
+    fingerprint = load_original(small).codebook_fingerprint
     cases = [
         (small, published, False),
         (another, published, False),

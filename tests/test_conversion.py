@@ -21,11 +21,11 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import REFERENCE
+from conftest import REFERENCE, ROOT
 
-from conversion import convert as conversion
-from conversion.convert import convert, main
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerFeatureExtractor, WavTokenizerModel
+from wavtokenizer_hf.conversion.command import main
+from wavtokenizer_hf.conversion.from_original import convert
 
 
 ENCODER = "feature_extractor.encodec.encoder.model."
@@ -400,7 +400,7 @@ def test_written_discriminators_that_differ_in_one_bit_are_found(tensors, discri
         safetensors.torch.save_file(content, file)
         spoil_discriminators(file)
 
-    monkeypatch.setattr("conversion.convert.save_file", save_and_spoil)
+    monkeypatch.setattr("wavtokenizer_hf.conversion.from_original.save_file", save_and_spoil)
     with pytest.raises(RuntimeError, match=r"discriminators\.safetensors: .* differs from the checkpoint"):
         convert(path, tmp_path / "converted", with_discriminators=True)
     assert os.listdir(tmp_path) == [path.name]
@@ -913,9 +913,8 @@ def test_command_line_reports_a_failed_write_in_one_line(tensors, save, tmp_path
 
 
 def test_module_runs_as_a_program(tmp_path):
-    repository = Path(conversion.__file__).parent.parent
     command = [sys.executable, "-m", "conversion.convert", tmp_path / "none.ckpt", "--output", tmp_path / "converted"]
-    run = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (2, "")
     assert re.fullmatch(r"error: There is no file .*\n", run.stderr)
 
@@ -967,7 +966,7 @@ def memory_and_seconds(arguments: list, **environment: str) -> tuple[int, float]
     """What a conversion takes in a process of its own: peak memory above that of the imports, in bytes, and seconds."""
     program = """
 import sys, torch, transformers
-from conversion.convert import main
+from wavtokenizer_hf.conversion.command import main
 print("ready", flush=True)
 sys.stdin.readline()
 code = main(sys.argv[1:])
@@ -975,10 +974,9 @@ print("done", flush=True)
 sys.stdin.readline()
 sys.exit(code)
 """
-    repository = Path(conversion.__file__).parent.parent
     process = subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
-        cwd=repository,
+        cwd=ROOT,
         env={**os.environ, **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

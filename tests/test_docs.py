@@ -188,10 +188,12 @@ def test_blocks_are_found():
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", DOCS / "models.md"], ids=page_name)
 def test_every_line_that_loads_a_model_works(path, workplace):
-    lines = re.findall(r"^\|[^|]*\| `(WavTokenizerModel\.from_[^`]*)` \|", path.read_text(), re.MULTILINE)
+    lines = re.findall(
+        r"^\|[^|]*\| `((?:WavTokenizerModel\.from_|load_original)[^`]*)` \|", path.read_text(), re.MULTILINE
+    )
     assert len(lines) == 3
     names = {}
-    exec("from wavtokenizer_hf import *", names)
+    exec("from wavtokenizer_hf import *\nfrom wavtokenizer_hf.conversion import load_original", names)
     assert all(isinstance(eval(line, names), WavTokenizerModel) for line in lines)
 
 
@@ -423,7 +425,8 @@ def test_the_tree_of_the_design_is_true():
     assert named == {path.name for path in (ROOT / "wavtokenizer_hf").glob("*.py")} - {"__init__.py"}
     for folder in re.findall(r"^(\w+)/", tree, re.MULTILINE):
         assert (ROOT / folder).is_dir(), folder
-    folders = set(re.findall(r"^  (\w+)/", tree, re.MULTILINE))
+    folders = re.findall(r"^  (\w+/(?:, \w+/)*)", tree, re.MULTILINE)
+    folders = {name.strip("/ ") for names in folders for name in names.split(",")}
     assert folders == {path.parent.name for path in (ROOT / "wavtokenizer_hf").glob("*/__init__.py")} | {"bundled"}
 
 
@@ -437,6 +440,7 @@ def test_public_docstrings_are_complete():
     """`help()` explains arguments, results and errors, and does not point elsewhere for them."""
     from wavtokenizer_hf import WavTokenizerEncoderModel, upgrade
     from wavtokenizer_hf.bulk import detokenize_dataset, tokenize, tokenize_dataset
+    from wavtokenizer_hf.conversion import load_original
     from wavtokenizer_hf.evaluation import evaluate
     from wavtokenizer_hf.export import export_onnx
     from wavtokenizer_hf.export.run import export_tokens
@@ -444,7 +448,7 @@ def test_public_docstrings_are_complete():
     from wavtokenizer_hf.long_audio import DecodeStream, EncodeStream
 
     functions = [
-        WavTokenizerModel.encode, WavTokenizerModel.decode, WavTokenizerModel.forward, WavTokenizerModel.from_original,
+        WavTokenizerModel.encode, WavTokenizerModel.decode, WavTokenizerModel.forward, load_original,
         WavTokenizerEncoderModel.encode, WavTokenizerEncoderModel.forward, WavTokenizerFeatureExtractor.__call__, upgrade,
         EncodeStream.push, DecodeStream.push, audio.load, audio.read_blocks, audio.save, audio.load_clip, tokenize,
         tokenize_dataset, detokenize_dataset, evaluate, export_onnx, export_tokens, stream_audio, decode_spans,

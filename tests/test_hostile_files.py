@@ -25,8 +25,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import save as save_numpy
 from test_checkpoints import small_tensors
 
-from conversion.checkpoint import read_checkpoint, read_yaml
-from conversion.convert import convert, load
 from wavtokenizer_hf import (
     WavTokenizerConfig,
     WavTokenizerEncoderModel,
@@ -34,6 +32,8 @@ from wavtokenizer_hf import (
     WavTokenizerModel,
 )
 from wavtokenizer_hf.cli import main
+from wavtokenizer_hf.conversion.checkpoint import read_checkpoint, read_yaml
+from wavtokenizer_hf.conversion.from_original import convert, load
 from wavtokenizer_hf.limited_files import (
     check_archive,
     parse_json,

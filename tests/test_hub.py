@@ -16,10 +16,11 @@ from conftest import REFERENCE
 from hub_server import Hub, Repository, put_into_cache
 from test_conversion import large_checkpoint, memory_and_seconds, new_name, small_tensors
 
-from conversion.command import main
-from conversion.convert import convert
-from conversion.published import find
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerEncoderModel, WavTokenizerModel, cli, loading
+from wavtokenizer_hf.conversion import load_original
+from wavtokenizer_hf.conversion.command import main
+from wavtokenizer_hf.conversion.from_original import convert
+from wavtokenizer_hf.conversion.published import find
 from wavtokenizer_hf.model_names import converted_folder, find_model
 
 
@@ -61,7 +62,7 @@ def codes_without_the_package(name: str, audio: np.ndarray, folder: Path, **envi
     np.save(folder / "audio.npy", audio)
     program = """
 import sys
-sys.modules["wavtokenizer_hf"] = sys.modules["conversion"] = None  # importing them raises ImportError
+sys.modules["wavtokenizer_hf"] = None  # importing it raises ImportError
 import numpy, torch
 from transformers import AutoFeatureExtractor, AutoModel
 feature_extractor = AutoFeatureExtractor.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -176,8 +177,8 @@ def test_a_name_gives_the_folder_that_its_file_gives(served, small, tmp_path):
         assert (tmp_path / "folder" / name).read_bytes() == (by_path / name).read_bytes()
 
 
-def test_from_original_takes_names_and_paths_and_needs_no_folder(served, small, tmp_path):
-    by_name, by_path = (WavTokenizerModel.from_original(source) for source in ("small-speech-75", small))
+def test_load_original_takes_names_and_paths_and_needs_no_folder(served, small, tmp_path):
+    by_name, by_path = (load_original(source) for source in ("small-speech-75", small))
     folder = WavTokenizerModel.from_pretrained(convert(small, tmp_path / "folder"))
     codes = torch.arange(40)[None, None]
     for model in (by_name, by_path):
@@ -190,14 +191,14 @@ def test_from_original_takes_names_and_paths_and_needs_no_folder(served, small, 
 
 def test_a_revision_of_a_file_is_refused(small):
     with pytest.raises(ValueError, match="Got a revision, 'main', for a file on this machine"):
-        WavTokenizerModel.from_original(small, revision="main")
+        load_original(small, revision="main")
 
 
 def test_what_is_in_the_cache_needs_no_network(served, hub, small, tmp_path, monkeypatch):
-    WavTokenizerModel.from_original("small-speech-75")
+    load_original("small-speech-75")
     before = len(hub.requests)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    WavTokenizerModel.from_original("small-speech-75")
+    load_original("small-speech-75")
     assert before > 0 and len(hub.requests) == before
 
 
@@ -212,9 +213,9 @@ def test_an_older_revision_can_be_had(served, small, tmp_path, capsys):
 def test_a_private_copy_is_had_with_the_users_token_only(served, hub, monkeypatch):
     served.private = True
     hub.writers["hf_writer"] = "novateur"
-    WavTokenizerModel.from_original("small-speech-75")
+    load_original("small-speech-75")
     with pytest.raises(OSError, match="hidden from you"):
-        WavTokenizerModel.from_original("small-speech-75", token="hf_other", cache_dir="elsewhere")
+        load_original("small-speech-75", token="hf_other", cache_dir="elsewhere")
 
 
 def test_a_download_that_breaks_off_goes_on_where_it_was(served, hub, tmp_path):
@@ -418,7 +419,7 @@ def test_a_folder_of_another_checkpoint_is_not_pushed(hub, small, tmp_path, caps
 def test_all_converts_what_can_be_had_names_what_not_and_goes_on(hub, tmp_path, capsys, monkeypatch):
     names = ("small-speech-40", "small-speech-75", "large-speech-75-v1", "large-unify-40")
     published = {name: find(name) for name in names}
-    monkeypatch.setattr("conversion.command.table", lambda: published)
+    monkeypatch.setattr("wavtokenizer_hf.conversion.command.table", lambda: published)
     for checkpoint in published.values():
         if checkpoint.repository is not None:
             torch.save({"state_dict": small_tensors(checkpoint.frame_rate)}, tmp_path / "file")
@@ -445,7 +446,7 @@ def test_all_converts_what_can_be_had_names_what_not_and_goes_on(hub, tmp_path, 
 
 def test_all_succeeds_where_all_that_is_still_on_the_hub_was_converted(hub, cache, small, tmp_path, monkeypatch):
     published = {name: find(name) for name in ("large-speech-75-v1", "small-speech-75")}
-    monkeypatch.setattr("conversion.command.table", lambda: published)
+    monkeypatch.setattr("wavtokenizer_hf.conversion.command.table", lambda: published)
     put_into_cache(cache, SMALL_75.repository, {SMALL_75.file: small})
     assert main(["--all", "--output", str(tmp_path / "all")]) == 0
     assert os.listdir(tmp_path / "all") == ["wavtokenizer-small-speech-75"]
@@ -487,7 +488,7 @@ def test_a_published_name_is_converted_on_first_use_and_found_without_the_networ
     assert len(said) == 2 and SMALL_75.file in said[0] and str(assets) in said[1]
     tokens = json.loads(output.read_text())
     assert tokens["model"] == "small-speech-75"
-    assert tokens["codebook_fingerprint"] == WavTokenizerModel.from_original(small).codebook_fingerprint
+    assert tokens["codebook_fingerprint"] == load_original(small).codebook_fingerprint
 
     requests = len(hub.requests)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -18,10 +18,10 @@ from conftest import FIXTURES, REFERENCE
 from safetensors.torch import save_file
 from test_conversion import CODEBOOK
 
-from conversion.convert import convert
-from conversion.to_original import main, to_original
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerFeatureExtractor, WavTokenizerModel
 from wavtokenizer_hf.cli import main as command_line
+from wavtokenizer_hf.conversion.from_original import convert
+from wavtokenizer_hf.conversion.to_original import main, to_original
 
 
 ROOT = FIXTURES.parent.parent

@@ -63,43 +63,11 @@ def bundled_model() -> Path:
     return Path(__file__).parent / "bundled"
 
 
-def _from_original(cls, name_or_path, revision=None, token=None, cache_dir=None):
-    """
-    Load a checkpoint of the reference implementation, without a converted folder.
-
-    Args:
-        name_or_path (`str` or `Path`):
-            Checkpoint file, or name of a published checkpoint (`wavtokenizer checkpoints` lists them). A published one is
-            downloaded into the cache of huggingface_hub and checked.
-        revision (`str`, *optional*): Branch, tag or commit of the published checkpoint's repository on the Hub.
-        token (`str`, *optional*): Access token of the Hub. Defaults to the one of `hf auth login`.
-        cache_dir (`str` or `Path`, *optional*): Cache folder of the download. Defaults to that of huggingface_hub.
-
-    Returns:
-        [`WavTokenizerModel`]: Model in float32, on the CPU, in eval mode.
-
-    Raises:
-        ValueError: There is no such name, the file fails a check, or it is not a usable WavTokenizer.
-        OSError: The file cannot be downloaded or read.
-    """
-    try:
-        from conversion.convert import load
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "from_original needs the folder `conversion`, which is installed with wavtokenizer_hf: run "
-            "pip install on the whole checkout, or load a converted folder with from_pretrained."
-        ) from error
-    return load(name_or_path, cls, revision, token, cache_dir)
-
-
 def _register() -> None:
-    """Register the Auto classes, and add to `WavTokenizerModel` what its file must not hold."""
-    from .auto_classes import register
-    from .modeling_wavtokenizer import WavTokenizerModel
+    """Register the Auto classes of this package."""
+    from .auto_classes import register  # imports torch
 
     register()
-    # not in the class, since the file of the class is copied into every Hub repository, where conversion is not
-    WavTokenizerModel.from_original = classmethod(_from_original)
 
 
 _REGISTERED = (

@@ -105,7 +105,6 @@ def parse_yaml(content: bytes) -> Any:
 
     Raises:
         ValueError: Not plain YAML, too large, too deep, or too many nodes.
-        ImportError: PyYAML is missing.
     """
     import yaml
 

@@ -48,11 +48,9 @@ def find_model(name: str | os.PathLike, revision: str | None = None) -> str:
 
 
 def published_names() -> list[str]:
-    """Names of the published checkpoints; none where the package `conversion` is not installed."""
-    try:
-        from conversion.published import table
-    except ModuleNotFoundError:
-        return []
+    """Names of the published checkpoints."""
+    from .conversion.published import table
+
     return list(table())
 
 
@@ -80,9 +78,9 @@ def converted_model(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import constants
     from huggingface_hub.utils import WeakFileLock
 
-    from conversion.convert import convert
-    from conversion.download import download
-    from conversion.published import find
+    from .conversion.download import download
+    from .conversion.from_original import convert
+    from .conversion.published import find
 
     published = find(name)
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ from .arguments import add_command, print_facts, quiet_transformers
 
 
 def add(commands) -> None:
-    from conversion import command
+    from ..conversion import command
 
     convert = add_command(commands, "convert", _convert)
     command.add_arguments(convert)
@@ -22,7 +22,7 @@ def add(commands) -> None:
 
 
 def _convert(arguments) -> int:
-    from conversion import command
+    from ..conversion import command
 
     quiet_transformers()
     if arguments.to_original:
@@ -35,7 +35,7 @@ def _convert(arguments) -> int:
 
 
 def _to_original(arguments) -> int:
-    from conversion.to_original import to_original
+    from ..conversion.to_original import to_original
 
     others = (
         "checkpoint",
@@ -57,7 +57,7 @@ def _to_original(arguments) -> int:
 
 
 def _checkpoints(arguments) -> int:
-    from conversion import command
+    from ..conversion import command
 
     print(command.checkpoints_table(arguments.json))
     return 0

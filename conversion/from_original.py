@@ -1,0 +1,249 @@
+"""Convert a checkpoint of the reference implementation: to a model in memory, or to a folder for transformers."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from .. import WavTokenizerConfig, WavTokenizerFeatureExtractor, WavTokenizerModel
+from ..atomic_files import atomic_folder
+from .architecture import INFERRED, NOT_IN_TENSORS
+from .card import cast_text, converted_card
+from .mapping import DISCRIMINATOR_PREFIXES, DROPPED
+from .published import Published, find
+from .source import Source, read_source
+
+
+def convert(
+    checkpoint: str | Path | Sequence[str | Path],
+    output: str | Path,
+    config: str | Path | None = None,
+    with_discriminators: bool = False,
+    average: bool = False,
+    published: Published | None = None,
+    keep_existing: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """
+    Converts a checkpoint of the original training code and prints a report of it.
+
+    The folder holds config.json, model.safetensors, preprocessor_config.json, the code files for
+    `trust_remote_code=True`, and a model card. It appears only when it is complete and has been loaded and compared
+    with the checkpoint bit for bit; if anything fails, nothing is left behind.
+
+    Args:
+        checkpoint: a Lightning `.ckpt`, or a bare state dict (`.ckpt`, `.pt`, `.bin` or `.safetensors`) with the
+            original's tensor names; or a list of the parts that somebody has split it into. Pickles are opened with
+            `weights_only=True`, so nothing in them is executed.
+        output: the folder to make; it must not exist, or be empty.
+        config: the YAML file that the checkpoint was trained with. It is needed only where the sampling rate is not
+            24000; all else is read off the tensors, and what the file says of them is compared.
+        with_discriminators: also keep the discriminators, in discriminators.safetensors, from which training goes on.
+        average: take the mean of the files, which are checkpoints of one training run.
+        published: from `published.find`; the file must agree with all that is known of it, which the card says, and whether
+            that tells it from others.
+        keep_existing: also accept a folder that holds the result of this very conversion already, and leave it alone.
+        on_progress: Called with the number of steps that are done, and of all: read, write, compare.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the checkpoint is no whole WavTokenizer, holds weights that are not finite, contradicts the YAML
+            file, lacks the discriminators that were asked for, is not the published one, or is a pickle that would run
+            code; the files do not fit each other; or the output exists.
+        OSError: a file cannot be read or written.
+    """
+    if not os.fspath(output):
+        raise ValueError("Got an empty output. Name the folder to make.")
+    output = Path(output).resolve()
+    exists = keep_existing and (output / "config.json").is_file()
+    if not exists:
+        check_new_folder(output)
+    files = [checkpoint] if isinstance(checkpoint, (str, Path)) else checkpoint
+    on_progress(0, 3)
+    source = read_source(
+        [Path(file) for file in files],
+        None if config is None else Path(config),
+        with_discriminators,
+        average,
+        published,
+    )
+    on_progress(1, 3)
+    if exists:
+        if problems := _differences(source, output, published):
+            raise ValueError(
+                f"{output} exists and is not what {source.name} gives: {'; '.join(problems)[:300]}. Remove it, or choose "
+                "another output."
+            )
+        source.config.codebook_fingerprint = WavTokenizerConfig.from_pretrained(output).codebook_fingerprint
+    else:
+        with new_folder(output) as folder:
+            _write(source, folder, output, published)
+            on_progress(2, 3)
+            if problems := _differences(source, folder, published):  # a fault of this program
+                raise RuntimeError(
+                    f"The folder is not equal to {source.name}: {'; '.join(problems)}. Please report this."
+                )
+    print(_report(source, output, exists, published))
+    return output
+
+
+def load(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> WavTokenizerModel:
+    """Load an original checkpoint without a folder; `wavtokenizer_hf.conversion.load_original` documents the arguments."""
+    path, published = Path(name_or_path), None
+    if not path.exists():
+        from .download import download
+
+        published = find(str(name_or_path))
+        path = download(published, revision, token, cache_dir)
+    elif revision is not None:
+        raise ValueError(f"Got a revision, {revision!r}, for a file on this machine, {path}. Leave it out.")
+    source = read_source([path], published=published)
+    # cloned, since a weight that lies in the file would change with it
+    weights = {name: weight.clone() for name, weight in source.weights.items()}
+    model = WavTokenizerModel.from_pretrained(None, config=source.config, state_dict=weights)
+    model.config.codebook_fingerprint = model.codebook_fingerprint
+    if published is not None:
+        published.check_model(model)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_new_folder(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not an empty folder. Remove it, or choose another output.")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """`atomic_folder` for an output that must not exist, or be an empty folder. Raises ValueError if it does."""
+    check_new_folder(output)
+    with atomic_folder(output) as folder:
+        yield folder
+
+
+def _write(source: Source, folder: Path, output: Path, published: Published | None) -> None:
+    with torch.device("meta"):  # no memory of its own: the weights take the places of its tensors
+        model = WavTokenizerModel(source.config)
+    model.load_state_dict(source.weights, assign=True)
+    # saving sets the fingerprint and completes auto_map in model.config, which is source.config
+    extractor_class = WavTokenizerFeatureExtractor
+    model.config.auto_map = {"AutoFeatureExtractor": f"{_module(extractor_class)}.{extractor_class.__name__}"}
+    try:
+        model.save_pretrained(folder)
+        if source.discriminators:
+            save_file(source.discriminators, folder / "discriminators.safetensors")
+    except safetensors.SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(f"Cannot write the weights in {output.parent}: {error}.") from error
+    # safetensors 0.8 writes a file that its owner alone can read; the others follow the user's umask
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", file)
+    extractor = extractor_class(sampling_rate=model.config.sampling_rate, hop_length=model.config.hop_length)
+    extractor.save_pretrained(folder)
+    card = converted_card(source, output.name, published)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _module(cls: type) -> str:
+    return cls.__module__.rsplit(".", 1)[-1]
+
+
+def _differences(source: Source, folder: Path, published: Published | None) -> list[str]:
+    """Loads what was written and compares it with the checkpoint, and with what is known of the published one."""
+    try:
+        model, loading = WavTokenizerModel.from_pretrained(folder, output_loading_info=True)
+    except safetensors.SafetensorError as error:
+        return [f"its weights cannot be read ({error})"]
+    problems = [f"{kind}: {sorted(names)}" for kind, names in loading.items() if names]
+    problems += differing(source.weights, model.state_dict())
+    if model.config.codebook_fingerprint != model.codebook_fingerprint:
+        problems.append("config.json has the fingerprint of another codebook")
+    extractor = WavTokenizerFeatureExtractor.from_pretrained(folder)
+    if (extractor.sampling_rate, extractor.hop_length) != (model.config.sampling_rate, model.config.hop_length):
+        problems.append("feature extractor and model differ in sampling rate or hop")
+    problems += _discriminator_differences(source, folder / "discriminators.safetensors")
+    if published is not None and not problems:
+        published.check_model(model)
+    return problems
+
+
+def _discriminator_differences(source: Source, file: Path) -> list[str]:
+    if not source.discriminators:
+        return ["it has discriminators, which were not asked for"] if file.exists() else []
+    if not file.is_file():
+        return ["it has no discriminators"]
+    try:
+        loaded = load_file(file)
+    except safetensors.SafetensorError as error:
+        return [f"its discriminators cannot be read ({error})"]
+    problems = [f"unexpected: {name}" for name in sorted(loaded.keys() - source.discriminators.keys())]
+    return [f"{file.name}: {problem}" for problem in problems + differing(source.discriminators, loaded)]
+
+
+def differing(expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> list[str]:
+    """What of the expected tensors is not there in every bit."""
+    problems = []
+    for name, weight in expected.items():
+        # compared as integers, which tell -0.0 from 0.0
+        same_shape = name in loaded and loaded[name].shape == weight.shape and loaded[name].dtype == weight.dtype
+        if not same_shape or not torch.equal(loaded[name].view(torch.int32), weight.view(torch.int32)):
+            problems.append(f"{name} differs from the checkpoint")
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _report(source: Source, output: Path, existed: bool, published: Published | None) -> str:
+    config = source.config
+    numbers = sum(weight.numel() for weight in source.weights.values())
+    lines = [
+        f"Converted {path} ({path.stat().st_size} bytes, sha256 {digest})" for path, digest in source.files.items()
+    ]
+    if published is not None and (doubt := published.doubt(list(source.files))):
+        lines.append(doubt)
+    if source.averaged:
+        lines.append(f"averaged: {len(source.files)} checkpoints")
+    lines += [
+        f"kept: {len(source.weights)} tensors, {numbers:,} numbers",
+    ]
+    if source.cast:
+        lines.append(f"not float32 in the checkpoint: {cast_text(source)}")
+    if source.discriminators:
+        lines.append(f"kept in discriminators.safetensors: {len(source.discriminators)} tensors")
+    for prefix, names in source.dropped.items():
+        if source.discriminators and prefix in DISCRIMINATOR_PREFIXES:
+            continue
+        lines.append(f"dropped: {prefix}{'*' * prefix.endswith('.')} ({len(names)}): {DROPPED[prefix]}")
+    lines += source.notes
+    if source.others:
+        lines.append(f"dropped: {', '.join(source.others)}: not weights")
+    lines += [
+        f"read off the tensors: {_fields(config, INFERRED)}",
+        f"not in the tensors: {_fields(config, NOT_IN_TENSORS)}",
+        f"rate: {config.frame_rate:g} codes/s of {config.hop_length} samples at {config.sampling_rate} Hz",
+        f"codebook fingerprint: {config.codebook_fingerprint}",
+        f"{'already there, and equal' if existed else 'written to'}: {output}",
+    ]
+    return "\n".join(lines)
+
+
+def _fields(config: WavTokenizerConfig, names: tuple[str, ...]) -> str:
+    return ", ".join(f"{name} {getattr(config, name)}" for name in names)
