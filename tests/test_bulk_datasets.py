@@ -1,8 +1,13 @@
 """Bulk tokenization of datasets of the datasets library, and the way back."""
 
+import copy
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pickle import PicklingError
 
 import datasets
 import numpy as np
@@ -11,7 +16,7 @@ import pytest
 import soundfile
 import torch
 from bulk_corpus import save_model, train_encoder
-from conftest import tiny_config
+from conftest import ROOT, tiny_config
 from datasets.fingerprint import Hasher
 
 from wavtokenizer_hf import WavTokenizerEncoderModel, WavTokenizerFeatureExtractor, WavTokenizerModel, audio
@@ -233,6 +238,112 @@ def test_the_cache_of_datasets_is_hit(folder, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(mapping.encoding, "encode", no_more)
     again = tokenize_dataset(datasets.load_from_disk(tmp_path / "dataset"), str(folder / "model"))
     assert again["audio_codes"][:] == first["audio_codes"][:]
+
+
+def test_a_loaded_model_gives_the_codes_of_its_folder(folder, model, dataset, alone):
+    assert tokenize_dataset(dataset, model)["audio_codes"][:] == alone
+    assert tokenize_dataset(dataset, model.encoder_model, num_proc=2)["audio_codes"][:] == alone
+    extractor = WavTokenizerFeatureExtractor(hop_length=16, normalize_audio=True, target_peak_dB_FS=-20.0)
+    assert tokenize_dataset(dataset, model, feature_extractor=extractor)["audio_codes"][:] != alone
+    tokens = tokenize_dataset(dataset, model)
+    by_name, loaded = (undecoded(detokenize_dataset(tokens, m))["audio"][:] for m in (str(folder / "model"), model))
+    assert loaded == by_name
+
+
+def test_a_loaded_model_is_told_apart_by_its_weights_and_hashed_the_same_after_use(folder, model, dataset):
+    before = Hasher.hash(AudioTokenizer(model))
+    tokenizer = AudioTokenizer(model)
+    tokenizer(undecoded(dataset)[:2])
+    assert tokenizer._loaded is not None and Hasher.hash(tokenizer) == before
+    assert Hasher.hash(AudioTokenizer(WavTokenizerModel.from_pretrained(folder / "other"))) != before
+    assert Hasher.hash(AudioTokenizer(model, feature_extractor=WavTokenizerFeatureExtractor())) != before
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"revision": "main"}, ValueError, "revision='main' with a loaded model"),
+        ({"device": "cpu"}, ValueError, "device='cpu' with a loaded model"),
+        ({"feature_extractor": WavTokenizerFeatureExtractor(sampling_rate=16000)}, ValueError, "for 16000 Hz"),
+        ({"model": torch.nn.Linear(1, 1)}, TypeError, "Got a torch.nn.modules.linear.Linear as the model"),
+        ({"model": "bundled", "feature_extractor": WavTokenizerFeatureExtractor()}, ValueError, "a model by name"),
+    ],
+)
+def test_what_does_not_go_with_a_loaded_model_is_refused(model, dataset, options, error, message):
+    with pytest.raises(error, match=message):
+        tokenize_dataset(dataset, **{"model": model, **options})
+
+
+def test_an_encoder_does_not_decode(model):
+    with pytest.raises(TypeError, match="which has no decoder"):
+        AudioDetokenizer(model.encoder_model)
+
+
+def test_a_model_with_replaced_layers_is_refused_in_one_line_by_several_processes(model, dataset):
+    changed = copy.deepcopy(model)
+    changed.encoder_model.encoder.layers[0].extra = torch.nn.Linear(1, 1)
+    with pytest.raises(PicklingError, match="only its own layers can be pickled"):
+        tokenize_dataset(dataset, changed, num_proc=2)
+
+
+BY_HAND = """
+import sys
+import datasets, numpy as np, torch
+from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel
+
+torch.set_num_threads(1)
+model = WavTokenizerModel.from_pretrained(sys.argv[2]).eval()
+feature_extractor = WavTokenizerFeatureExtractor.from_pretrained(sys.argv[2])
+calls, encode = [], WavTokenizerModel.encode
+WavTokenizerModel.encode = lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs)
+
+def add_codes(batch):
+    inputs = feature_extractor([np.array(clip) for clip in batch["samples"]], sampling_rate=24000, return_tensors="pt")
+    with torch.inference_mode():
+        return {"audio_codes": model.encode(**inputs).audio_codes[:, 0].tolist()}
+
+datasets.disable_progress_bars()
+rows = datasets.load_from_disk(sys.argv[1]).map(add_codes, batched=True)
+print(len(calls), rows._fingerprint, rows["audio_codes"][:])
+calls.clear()
+rows = datasets.load_from_disk(sys.argv[1]).map(add_codes, batched=True)  # after use
+print(len(calls), rows._fingerprint, rows["audio_codes"][:])
+"""
+
+
+def test_a_function_over_a_loaded_model_hashes_by_its_weights(folder, model):
+    """Before and after use, and for each load of one folder. So a hand-written `map` is cached."""
+
+    def by_hand(model):
+        return Hasher.hash(lambda batch: model.encode(batch["input_values"]))
+
+    fresh = WavTokenizerModel.from_pretrained(folder / "model").eval()
+    before = by_hand(fresh)
+    with torch.inference_mode():
+        codes = fresh.encode(torch.rand(2, 1, 500), padding_mask=torch.ones(2, 500)).audio_codes
+        fresh.decode(codes)
+    assert before == by_hand(fresh) == by_hand(model)
+    assert by_hand(WavTokenizerModel.from_pretrained(folder / "other").eval()) != before
+
+
+@pytest.mark.slow
+def test_a_map_by_hand_over_the_model_is_cached_across_processes(folder, tmp_path):
+    """datasets hashes the function with the model that it uses: equal weights hit the cache, others do not."""
+    clips = np.random.default_rng(0).uniform(-0.9, 0.9, (3, 500)).tolist()
+    datasets.Dataset.from_dict({"samples": clips}).save_to_disk(tmp_path / "clips")
+    (tmp_path / "by_hand.py").write_text(BY_HAND)
+
+    def run(model: str, seed: str) -> list[str]:
+        command = [sys.executable, tmp_path / "by_hand.py", tmp_path / "clips", folder / model]
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return result.stdout.splitlines()
+
+    first, first_again = run("model", "1")
+    second, _ = run("model", "2")
+    other, _ = run("other", "1")
+    assert first[0] == other[0] == "1" and first_again[0] == second[0] == "0"
+    assert first_again[1:] == second[1:] == first[1:] and other[1:] != first[1:]
 
 
 def test_a_detokenized_dataset_sounds_as_the_model_decodes_and_has_the_length_of_the_original(

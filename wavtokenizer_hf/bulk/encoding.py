@@ -64,12 +64,16 @@ def load_encoder(
         ValueError: it cannot be loaded, lacks tensors, has codes that 16 bits cannot hold; or there is no such device.
     """
     encoder = load_model(WavTokenizerEncoderModel, model, revision, device or default_device())
-    config = encoder.config
+    check_codebook_size(encoder.config)
+    return encoder, load_feature_extractor(model, revision, encoder.config, peak_dbfs)
+
+
+def check_codebook_size(config) -> None:
+    """Raise ValueError if codes would not fit into 16 bits."""
     if config.codebook_size > np.iinfo(np.uint16).max + 1:
         raise ValueError(
             f"Got a codebook of {config.codebook_size} entries, expected at most 65,536: codes are uint16."
         )
-    return encoder, load_feature_extractor(model, revision, config, peak_dbfs)
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

@@ -1,5 +1,6 @@
-"""For those who have a dataset of the datasets library: tokens of its sounds, and sounds of its tokens."""
+"""Encode and decode datasets of the `datasets` library."""
 
+import os
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from ..configuration_wavtokenizer import WavTokenizerEncoderConfig
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 from ..loading import load_model, target_peak
 from ..model_names import find_model
-from ..modeling_wavtokenizer import WavTokenizerModel
+from ..modeling_wavtokenizer import WavTokenizerEncoderModel, WavTokenizerModel
 from . import encoding
 from .encoding import Failure
 from .extra import library
@@ -25,13 +26,22 @@ from .work import num_cores
 
 
 class _Mapped:
-    """What `datasets.Dataset.map` calls: small when pickled, with a model of its own in each process.
+    """Function for `datasets.Dataset.map`, with one model per process.
 
-    The fingerprint that `map` caches by is made of the pickled object, so it names the weights: by the commit of a model from
-    the Hub, by a hash of those in a folder, and the peak level that is asked for there.
+    `map` caches by a hash of the pickled object, so the object names the weights: by the commit of a model on the Hub, or by a
+    hash of the weights in a folder and its peak level. A loaded model is pickled with its weights.
     """
 
-    def __init__(self, model: str, revision: str | None, device: str | None):
+    def __init__(self, model: str | PreTrainedModel, revision: str | None, device: str | None, feature_extractor=None):
+        self._loaded = self.folder_contents = None
+        self.device = device
+        if not isinstance(model, (str, os.PathLike)):
+            _check_loaded(model, revision, device, feature_extractor)
+            self.model, self.revision, self.feature_extractor = model, None, feature_extractor
+            self.sampling_rate = model.config.sampling_rate
+            return
+        if feature_extractor is not None:
+            raise ValueError("Got a feature_extractor for a model by name, which has its own. Leave it out.")
         try:
             config = WavTokenizerEncoderConfig.from_pretrained(
                 find_model(model, revision), revision=revision or "main"
@@ -42,9 +52,6 @@ class _Mapped:
         commit = getattr(config, "_commit_hash", None)
         self.revision = commit or revision
         self.sampling_rate = config.sampling_rate
-        self.device = device
-        self._loaded = None
-        self.folder_contents = None
         if commit is None:
             model, feature_extractor = self._load("cpu")
             level = None if feature_extractor is None else target_peak(feature_extractor)
@@ -54,16 +61,38 @@ class _Mapped:
         return {**self.__dict__, "_loaded": None}
 
     def _ready(self, rank: int | None):
-        """The model and feature extractor of this process, loaded when they are first needed."""
+        """Return the model and feature extractor of this process. Load them when they are first needed."""
         if self._loaded is None:
             if _in_child() and not torch.cuda.is_available():
                 # `map` does not say how many processes there are; as many threads in each make them up to 30 times as slow
                 torch.set_num_threads(1)
-            self._loaded = self._load(self.device or encoding.default_device(_number() if rank is None else rank))
+            device = self.device or encoding.default_device(_number() if rank is None else rank)
+            if isinstance(self.model, str):
+                self._loaded = self._load(device)
+            else:  # in a child the model is a copy of this process alone
+                moves = _in_child() and self.model.device.type == "cuda"
+                self._loaded = (self.model.to(device) if moves else self.model), self.feature_extractor
         return self._loaded
 
     def _load(self, device: str) -> tuple[PreTrainedModel, WavTokenizerFeatureExtractor | None]:
         raise NotImplementedError
+
+
+def _check_loaded(model, revision: str | None, device: str | None, feature_extractor) -> None:
+    """Raise TypeError or ValueError if a loaded model cannot be used, or was given with arguments for a model by name."""
+    if not isinstance(model, (WavTokenizerModel, WavTokenizerEncoderModel)):
+        raise TypeError(
+            f"Got a {type(model).__module__}.{type(model).__name__} as the model, expected a name or a WavTokenizerModel of "
+            "wavtokenizer_hf. wavtokenizer_hf.upgrade(model) converts one of transformers' own."
+        )
+    for name, value in (("revision", revision), ("device", device)):
+        if value is not None:
+            raise ValueError(f"Got {name}={value!r} with a loaded model, which has its own. Leave it out.")
+    if feature_extractor is not None and feature_extractor.sampling_rate != model.config.sampling_rate:
+        raise ValueError(
+            f"Got a feature extractor for {feature_extractor.sampling_rate} Hz and a model for {model.config.sampling_rate} Hz. "
+            "Load both from one folder."
+        )
 
 
 def _number() -> int:
@@ -86,7 +115,7 @@ class AudioTokenizer(_Mapped):
     codes, and the reason in `failure`. The kinds are those of `wavtokenizer_hf.audio_errors`. `tokenize_dataset` calls this.
 
     Args:
-        model: Name on the Hub, folder, or `bundled`.
+        model: Name on the Hub, folder, or `bundled`; or a loaded `WavTokenizerModel` or `WavTokenizerEncoderModel`.
         revision: Branch, tag or commit of the model on the Hub. It is resolved once.
         column: Column of the audio: an Audio column, decoded or not, or paths.
         device: Device of the model. Defaults to one GPU per process, or the CPU.
@@ -94,11 +123,12 @@ class AudioTokenizer(_Mapped):
         on_error: `"record"` writes the reason into the row, `"fail"` raises ValueError at the first clip that cannot be read.
         channel: Channel of audio that has several: `"mean"`, `"left"`, `"right"` or a number from 0.
         max_clip_seconds: A longer clip fails.
+        feature_extractor: That of a loaded model. It may scale clips to a peak. Default: no scaling.
     """
 
     def __init__(
         self,
-        model: str,
+        model: str | PreTrainedModel,
         revision: str | None = None,
         column: str = "audio",
         device: str | None = None,
@@ -106,13 +136,24 @@ class AudioTokenizer(_Mapped):
         on_error: str = "record",
         channel: str | int = "mean",
         max_clip_seconds: float = encoding.MAX_CLIP_SECONDS,
+        feature_extractor: WavTokenizerFeatureExtractor | None = None,
     ):
         if on_error not in ("record", "fail"):
             raise ValueError(f"Got on_error={on_error!r}, expected 'record' or 'fail'.")
         encoding.check_batch_seconds(batch_seconds)
         encoding.check_max_clip_seconds(max_clip_seconds)
         audio.check_channel(channel)
-        super().__init__(model, revision, device)
+        super().__init__(model, revision, device, feature_extractor)
+        if not isinstance(self.model, str):
+            encoding.check_codebook_size(self.model.config)
+            self.model = getattr(
+                self.model, "encoder_model", self.model
+            )  # a decoder would only make the pickle larger
+            if feature_extractor is None:
+                config = self.model.config
+                self.feature_extractor = WavTokenizerFeatureExtractor(
+                    sampling_rate=config.sampling_rate, hop_length=config.hop_length
+                )
         self.column, self.batch_seconds, self.on_error = column, batch_seconds, on_error
         self.channel, self.max_clip_seconds = channel, max_clip_seconds
 
@@ -171,7 +212,7 @@ def _features() -> dict[str, Any]:
 
 def tokenize_dataset(
     dataset,
-    model: str,
+    model: str | PreTrainedModel,
     *,
     revision: str | None = None,
     column: str = "audio",
@@ -182,6 +223,7 @@ def tokenize_dataset(
     on_error: str = "record",
     channel: str | int = "mean",
     max_clip_seconds: float = encoding.MAX_CLIP_SECONDS,
+    feature_extractor: WavTokenizerFeatureExtractor | None = None,
 ):
     """
     Replace the audio column of a dataset by codes.
@@ -191,27 +233,33 @@ def tokenize_dataset(
 
     Args:
         dataset: `datasets.Dataset`, `IterableDataset`, or a dictionary of either.
-        model: Name on the Hub, folder, or `bundled`.
+        model: Name on the Hub, folder, or `bundled`; or a loaded `WavTokenizerModel` or `WavTokenizerEncoderModel`, which is
+            used on its device.
         revision: Branch, tag or commit of the model on the Hub.
         column: Column of the audio: an Audio column, decoded or not, or paths.
         device: Device of the model. Defaults to one GPU per process, or the CPU.
         batch_seconds: Seconds of audio per batch.
         batch_size: Rows that are read at once.
-        num_proc: processes, each with a model of its own; not for an `IterableDataset`. With GPUs they have to be spawned:
-            `multiprocess.set_start_method("spawn")`.
+        num_proc: Number of processes, each with its own model; not for an `IterableDataset`. With GPUs they have to be
+            spawned: `multiprocess.set_start_method("spawn")`.
         on_error: `"record"` writes the reason into the row, `"fail"` raises ValueError at the first clip that cannot be read.
         channel: Channel of audio that has several: `"mean"`, `"left"`, `"right"` or a number from 0.
         max_clip_seconds: A longer clip fails.
+        feature_extractor: That of a loaded model. It may scale clips to a peak. Default: no scaling.
 
     Returns:
         A dataset of the same kind, with the columns of `AudioTokenizer` in place of `column`.
 
     Raises:
-        ValueError: there is no such column, or the dataset has columns of the names that the tokens get; the model cannot be
-            loaded; a sound cannot be read, with `on_error="fail"`.
+        ValueError: There is no such column, or the dataset has columns with the names of the new ones; the model cannot be
+            loaded; a clip cannot be read, with `on_error="fail"`.
+        TypeError: The model is neither a name nor a model of this package.
+        PicklingError: With `num_proc`, a loaded model whose layers were replaced.
     """
     datasets = library("datasets")
-    function = AudioTokenizer(model, revision, column, device, batch_seconds, on_error, channel, max_clip_seconds)
+    function = AudioTokenizer(
+        model, revision, column, device, batch_seconds, on_error, channel, max_clip_seconds, feature_extractor
+    )
     return _map(dataset, function, column, _features(), batch_size, num_proc, {column: datasets.Audio(decode=False)})
 
 
@@ -223,15 +271,21 @@ class AudioDetokenizer(_Mapped):
     it. A row without codes gets no audio.
 
     Args:
-        model: Name on the Hub, folder, or `bundled`.
+        model: Name on the Hub, folder, or `bundled`; or a loaded `WavTokenizerModel`.
         revision: Branch, tag or commit of the model on the Hub.
         column: Column of the codes.
         device: Device of the model. Defaults to one GPU per process, or the CPU.
     """
 
     def __init__(
-        self, model: str, revision: str | None = None, column: str = "audio_codes", device: str | None = None
+        self,
+        model: str | PreTrainedModel,
+        revision: str | None = None,
+        column: str = "audio_codes",
+        device: str | None = None,
     ):
+        if isinstance(model, WavTokenizerEncoderModel):
+            raise TypeError("Got a WavTokenizerEncoderModel, which has no decoder. Load a WavTokenizerModel.")
         super().__init__(model, revision, device)
         self.column = column
 
@@ -259,7 +313,7 @@ class AudioDetokenizer(_Mapped):
 
 def detokenize_dataset(
     dataset,
-    model: str,
+    model: str | PreTrainedModel,
     *,
     revision: str | None = None,
     column: str = "audio_codes",
@@ -271,8 +325,8 @@ def detokenize_dataset(
     Replace the codes of a dataset by audio, in an Audio column `audio` at the model's sampling rate.
 
     Args:
-        dataset: what `tokenize_dataset` gave, or the output folder of `tokenize` as `datasets.load_dataset` reads it.
-        model: Name on the Hub, folder, or `bundled`.
+        dataset: Result of `tokenize_dataset`, or the output folder of `tokenize` as `datasets.load_dataset` reads it.
+        model: Name on the Hub, folder, or `bundled`; or a loaded `WavTokenizerModel`, which is used on its device.
         revision: Branch, tag or commit of the model on the Hub.
         column: Column of the codes.
         device: Device of the model. Defaults to one GPU per process, or the CPU.
@@ -283,8 +337,9 @@ def detokenize_dataset(
         A dataset of the same kind, with `audio` in place of `column`.
 
     Raises:
-        ValueError: there is no such column, or an `audio` already; the codes are of another codebook; the model cannot be
+        ValueError: There is no such column, or an `audio` already; the codes are of another codebook; the model cannot be
             loaded.
+        TypeError: The model is neither a name nor a model of this package with a decoder.
     """
     datasets = library("datasets")
     function = AudioDetokenizer(model, revision, column, device)
