@@ -2,6 +2,7 @@
 # make test   set up, then run the tests
 # make test-versions  run the tests of the core with the oldest and the newest transformers that pyproject.toml allows
 # make lint   set up, then check style
+# make package  set up, then build source archive and wheel into dist/, and use the wheel in an environment of its own
 # make docs   set up, then build the documentation into site/; make docs-serve shows it on http://localhost:8000
 # make setup  set up only
 # Everything goes into .venv; `rm -r .venv` undoes it. Another interpreter: make test PYTHON=python3.12
@@ -18,7 +19,7 @@ VERSION_TESTS := $(addprefix tests/test_, modeling.py auto_classes.py native.py 
 PACKAGES_oldest := $(shell sed -nE 's/^ *"(transformers|huggingface_hub)>=([0-9.]+)".*/\1==\2/p' pyproject.toml)
 PACKAGES_newest := --upgrade transformers huggingface_hub
 
-.PHONY: setup demo test test-versions test-oldest test-newest test-slow lint docs docs-serve clean
+.PHONY: setup demo test test-versions test-oldest test-newest test-slow lint package docs docs-serve clean
 
 setup: $(VENV)/installed
 
@@ -53,6 +54,13 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# the wheel is made from the source archive, so this checks both
+package: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/python tests/check_wheel.py dist/*.whl \
+		--borrow $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')
+
 # a warning is an error: a broken link, a page that is not in the navigation, an unknown name in the API reference
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -63,7 +71,9 @@ docs-serve: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# setuptools warns at every editable install that a folder of the same name could hide the package; here it is the package
+	PYTHONWARNINGS='ignore:Editable installation' \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@# pesq and webrtcvad come as source: without a C compiler their metrics are left out, and the tests of these are skipped;
 	@# without dependencies: torchcrepe asks for torchaudio, of which it needs nothing here
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pesq || echo "pesq could not be built"
@@ -84,4 +94,4 @@ $(TRANSFORMERS_TESTS): $(VENV)/installed
 	$(call unpack_transformers_tests,$(BIN)/python,$(VENV)/sdist,$@)
 
 clean:
-	rm -rf $(VENV) demo_output site
+	rm -rf $(VENV) demo_output dist site

@@ -2,14 +2,18 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import wavtokenizer_hf
 
-PACKAGE = Path(__file__).parent.parent / "wavtokenizer_hf"
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "wavtokenizer_hf"
 CORE = (
     "auto_classes",
     "configuration_wavtokenizer",
@@ -185,3 +189,69 @@ def test_the_model_is_read_in_two_files_without_cpu_machinery():
     texts = [(PACKAGE / name).read_text() for name in names]
     assert sum(text.count("\n") for text in texts) <= 1050
     assert not re.search(r"onednn|mkldnn|packed|packing|near.tie", "".join(texts), flags=re.IGNORECASE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packaging; tests/check_wheel.py checks a wheel that was built (`make package`)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_package_is_installed_below_wavtokenizer_hf():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {path.parent for path in FILES}
+    assert set(setuptools["packages"]) == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    for name in ("conversion", "model_cards"):
+        assert setuptools["package-dir"][f"wavtokenizer_hf.{name}"] == name
+        assert (PACKAGE / name).resolve() == ROOT / name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_packages_at_the_top_of_the_repository_are_imported_by_their_installed_names(path):
+    assert not imports(path) & {"conversion", "model_cards"}  # or there would be two copies of a module
+
+
+@pytest.fixture
+def release(tmp_path):
+    """A copy of the files that .github/prepare_release.py reads and changes, and a function that runs it."""
+    (tmp_path / ".github").mkdir()
+    (tmp_path / "wavtokenizer_hf").mkdir()
+    for name in (
+        "pyproject.toml",
+        "README.md",
+        "CHANGELOG.md",
+        "wavtokenizer_hf/__init__.py",
+        ".github/prepare_release.py",
+    ):
+        shutil.copy(ROOT / name, tmp_path / name)
+
+    def prepare(tag: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, ".github/prepare_release.py", tag, "https://example.org/owner/name"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    return tmp_path, prepare
+
+
+def test_a_release_refuses_a_tag_that_is_not_the_version_or_has_no_changelog(release):
+    folder, prepare = release
+    version = wavtokenizer_hf.__version__
+    assert f"Got the tag v9.9, expected v{version}" in prepare("v9.9").stderr
+    (folder / "CHANGELOG.md").write_text("## Unreleased\n")
+    refused = prepare(f"v{version}")
+    assert refused.returncode == 1 and f'no section "## {version}"' in refused.stderr
+    assert (folder / "README.md").read_text() == (ROOT / "README.md").read_text()
+
+
+def test_a_release_has_the_addresses_of_the_repository(release):
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    folder, prepare = release
+    version = wavtokenizer_hf.__version__
+    (folder / "CHANGELOG.md").write_text(f"## {version}\n")
+    assert prepare(f"v{version}").returncode == 0
+    urls = tomllib.loads((folder / "pyproject.toml").read_text())["project"]["urls"]
+    assert urls["Issues"] == "https://example.org/owner/name/issues"
+    assert urls["Changelog"] == f"https://example.org/owner/name/blob/v{version}/CHANGELOG.md"
+    readme = (folder / "README.md").read_text()
+    assert f"](https://example.org/owner/name/blob/v{version}/docs/models.md)" in readme
+    assert f"](https://example.org/owner/name/raw/v{version}/examples/speech.png)" in readme
+    assert all(target.startswith(("https://", "#")) for target in re.findall(r"\]\(([^)\s]+)\)", readme))
