@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioTokenization
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForAudioTokenization,
+    AutoProcessor,
+    AutoTokenizer,
+    pipeline,
+)
 
 import wavtokenizer_hf
 from wavtokenizer_hf import (
@@ -63,6 +71,33 @@ def test_auto_classes_give_our_classes_with_the_package_imported(saved):
     assert type(AutoModel.from_pretrained(saved)) is WavTokenizerModel
     assert type(AutoModelForAudioTokenization.from_pretrained(saved)) is WavTokenizerModel
     assert type(AutoFeatureExtractor.from_pretrained(saved)) is WavTokenizerFeatureExtractor
+
+
+def test_text_pipelines_and_tokenizers_are_refused_with_what_to_use(saved):
+    for load in (
+        lambda: pipeline("feature-extraction", model=str(saved)),
+        lambda: AutoTokenizer.from_pretrained(saved),
+    ):
+        with pytest.raises(
+            ValueError, match=r"has no text tokenizer.* use AutoFeatureExtractor, AutoModel and model.encode"
+        ):
+            load()
+
+
+def test_auto_processor_gives_the_feature_extractor(saved, tmp_path):
+    """It tries a tokenizer first, and goes on after its error. Without the package it gives the class of the folder."""
+    assert type(AutoProcessor.from_pretrained(saved)) is WavTokenizerFeatureExtractor
+    printed = run_without_the_package(
+        """
+        import json
+        from transformers import AutoProcessor
+        processor = AutoProcessor.from_pretrained(json.loads(sys.argv[1])["saved"], trust_remote_code=True)
+        print(type(processor).__module__.split(".")[0], type(processor).__name__, processor.hop_length)
+        """,
+        tmp_path,
+        saved=saved,
+    )
+    assert printed.split() == ["transformers_modules", "WavTokenizerFeatureExtractor", "16"]
 
 
 def test_every_auto_map_value_is_a_string(saved):

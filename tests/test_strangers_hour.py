@@ -46,7 +46,7 @@ class Stranger:
         lines = ["set -euo pipefail", f"source '{self.clone}/.venv/bin/activate'" if activate else "", command]
         result = subprocess.run(
             ["bash", "-c", "\n".join(lines)],
-            cwd=folder or self.work, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=folder or self.work, env=self.environment, capture_output=True, text=True,
         )  # fmt: skip
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
         return result.stdout

@@ -3,7 +3,7 @@
 import warnings
 
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForAudioTokenization
+from transformers import AutoConfig, AutoModel, AutoModelForAudioTokenization, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_wavtokenizer import WavTokenizerConfig, WavTokenizerEncoderConfig
@@ -18,6 +18,8 @@ def register() -> None:
     AutoModel.register(WavTokenizerConfig, WavTokenizerModel, exist_ok=True)
     AutoModel.register(WavTokenizerEncoderConfig, WavTokenizerEncoderModel, exist_ok=True)
     AutoModelForAudioTokenization.register(WavTokenizerConfig, WavTokenizerModel, exist_ok=True)
+    for config_class in (WavTokenizerConfig, WavTokenizerEncoderConfig):
+        AutoTokenizer.register(config_class, NoTextTokenizer, exist_ok=True)
     for config_class in dict.fromkeys((WavTokenizerConfig, *_configs_with_native_extractor())):
         _register_feature_extractor(config_class)
 
@@ -27,6 +29,18 @@ def register() -> None:
     WavTokenizerModel.register_for_auto_class("AutoModel")
     WavTokenizerEncoderModel.register_for_auto_class("AutoModel")
     WavTokenizerFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
+
+
+class NoTextTokenizer:
+    """Refuse `AutoTokenizer` and the pipelines for text, which else report files that are missing."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, *args, **kwargs):
+        """Raise ValueError: WavTokenizer encodes audio and has no tokenizer of text."""
+        raise ValueError(
+            f"{str(name_or_path)!r} is a WavTokenizer, which encodes audio and has no text tokenizer. AutoTokenizer and "
+            "pipeline('feature-extraction') are for text: use AutoFeatureExtractor, AutoModel and model.encode."
+        )
 
 
 def _register_feature_extractor(config_class: type) -> None:
