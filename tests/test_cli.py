@@ -18,6 +18,7 @@ from safetensors import safe_open
 import wavtokenizer_hf.progress as progress_module
 from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel, __version__, audio, pipes, transcode
 from wavtokenizer_hf.cli import _parsers, main
+from wavtokenizer_hf.loading import load_model
 from wavtokenizer_hf.progress import Progress
 from wavtokenizer_hf.token_file import TokenFile
 from wavtokenizer_hf.transcode import codes_of
@@ -146,6 +147,34 @@ def test_the_device_and_the_dtype_are_obeyed(model_folder, sound, tmp_path):
         arguments = ["--device", "cpu", "--dtype", dtype, "-o", str(outputs[dtype])]
         assert main(["reconstruct", str(sound), "-m", model_folder, *arguments]) == 0
     assert not np.array_equal(audio.load(outputs["float32"]), audio.load(outputs["bfloat16"]))
+
+
+def test_info_describes_exported_files_and_bulk_work_asks_for_the_torch_model(sound, tmp_path, capsys):
+    fields = {
+        "sampling_rate": 24_000, "hop_length": 320, "codebook_size": 4096, "codebook_fingerprint": "f" * 16, "frames_back": 1,
+        "frames_ahead": 1, "last_reach": 1, "num_lstm_layers": 1, "lstm_size": 1,
+    }  # fmt: skip
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    files = ["encoder.onnx", "decoder.onnx"]
+    (folder / "wavtokenizer_onnx.json").write_text(json.dumps({"files": files, "model": fields}))
+    for name in files:
+        (folder / name).touch()
+    assert main(["info", str(folder), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["format"], facts["files"]) == ("onnx", "encoder.onnx, decoder.onnx")
+    assert (facts["bits_per_second"], facts["codebook_fingerprint"]) == (900, "f" * 16)
+    out = ["--output", str(tmp_path / "out")]
+    for command in (
+        ["tokenize", str(sound.parent), "--model", str(folder)],
+        ["export-model", str(folder)],
+        ["train", "--train-data", str(sound), "--validation-data", str(sound), "--model", str(folder)],
+    ):
+        assert main([*command, *out]) == 2
+        error = capsys.readouterr().err
+        assert "is a folder of ONNX files" in error and "needs the torch model" in error, error
+    with pytest.raises(ValueError, match="needs the torch model"):
+        load_model(WavTokenizerModel, folder)
 
 
 def test_info_describes_a_model_and_a_token_file(model_folder, sound, tmp_path, tiny_model, capsys):

@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from .configuration_wavtokenizer import WavTokenizerConfig
 from .feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 from .limited_files import FLOAT_DTYPES, MAX_HEADER_BYTES, one_line, read_json_object, read_safetensors_header
-from .model_names import find_model
+from .model_names import find_model, find_torch_model
 
 
 UNREADABLE = (OSError, ValueError, SafetensorError, RuntimeError, StrictDataclassError, OverflowError, KeyError)
@@ -41,7 +41,7 @@ def load_model(
         ValueError: The model cannot be loaded or lacks tensors, or there is no such device.
     """
     name = os.fspath(name)
-    source, revision = find_model(name, revision), revision or "main"
+    source, revision = find_torch_model(name, revision), revision or "main"
     try:
         check_files(model_class, source, revision)
         model, info = model_class.from_pretrained(

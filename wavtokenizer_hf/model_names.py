@@ -47,6 +47,24 @@ def find_model(name: str | os.PathLike, revision: str | None = None) -> str:
     )
 
 
+def find_torch_model(name: str | os.PathLike, revision: str | None = None) -> str:
+    """Return the same as `find_model`. Raise ValueError for a folder that `export-model` wrote, too."""
+    folder = find_model(name, revision)
+    if is_exported(folder):
+        raise ValueError(
+            f"{os.fspath(name)} is a folder of ONNX files, which `wavtokenizer encode`, `decode` and `reconstruct` run. Everything "
+            "else, such as bulk work, needs the torch model that was exported. Pass that model."
+        )
+    return folder
+
+
+def is_exported(folder: str | os.PathLike) -> bool:
+    """Return whether `export-model` wrote this folder."""
+    from .export.wavtokenizer_onnx import CONFIG_NAME
+
+    return Path(folder, CONFIG_NAME).is_file()
+
+
 def published_names() -> list[str]:
     """Names of the published checkpoints."""
     from .conversion.published import table

@@ -16,7 +16,7 @@ from .. import audio
 from ..configuration_wavtokenizer import WavTokenizerEncoderConfig
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 from ..loading import load_model, target_peak
-from ..model_names import find_model
+from ..model_names import find_torch_model
 from ..modeling_wavtokenizer import WavTokenizerEncoderModel, WavTokenizerModel
 from . import encoding
 from .encoding import Failure
@@ -44,7 +44,7 @@ class _Mapped:
             raise ValueError("Got a feature_extractor for a model by name, which has its own. Leave it out.")
         try:
             config = WavTokenizerEncoderConfig.from_pretrained(
-                find_model(model, revision), revision=revision or "main"
+                find_torch_model(model, revision), revision=revision or "main"
             )
         except OSError as error:
             raise ValueError(f"Cannot load the model {model!r}: {error}") from error

@@ -2,7 +2,7 @@
 
 import socket
 
-from ..model_names import find_model, published_names
+from ..model_names import find_torch_model, published_names
 from .arguments import MODEL_HELP, UsageError, add_command, quiet_transformers
 
 
@@ -43,7 +43,7 @@ def _demo(arguments) -> int:
     is_private = arguments.host in LOCAL and not arguments.share
     models = arguments.model or ["bundled", *(published_names() if is_private else [])]
     for name in arguments.model or ():
-        find_model(name)
+        find_torch_model(name)
     port = _free_port(arguments.host, arguments.port)
 
     from .. import demo

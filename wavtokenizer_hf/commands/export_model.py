@@ -1,6 +1,6 @@
 """`wavtokenizer export-model`: a model to ONNX files."""
 
-from ..model_names import find_model
+from ..model_names import find_torch_model
 from ..progress import shown_progress
 from .arguments import MODEL_HELP, add_command, print_facts, quiet_transformers
 
@@ -35,7 +35,7 @@ def add(commands) -> None:
 
 
 def _export_model(arguments) -> int:
-    find_model(arguments.model, arguments.revision)
+    find_torch_model(arguments.model, arguments.revision)
     quiet_transformers()
 
     from .. import WavTokenizerModel, loading

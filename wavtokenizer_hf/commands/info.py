@@ -1,8 +1,9 @@
-"""`wavtokenizer info`: what a model, a token file or a token folder is."""
+"""`wavtokenizer info`: describe a model, a token file or a token folder."""
 
+import math
 from pathlib import Path
 
-from ..model_names import find_model
+from ..model_names import find_model, is_exported
 from .arguments import MODEL_HELP, add_command, print_facts, quiet_transformers
 
 
@@ -10,7 +11,7 @@ def add(commands) -> None:
     info = add_command(commands, "info", _info)
     info.add_argument(
         "source",
-        help=f"a model: {MODEL_HELP}; or a token file (.safetensors, .json), or a folder of tokenize",
+        help=f"a model: {MODEL_HELP}; or a folder of export-model, a token file (.safetensors, .json), or a folder of tokenize",
     )
     info.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
 
@@ -33,6 +34,8 @@ def _info(arguments) -> int:
         }
     elif is_token_folder(arguments.source):
         facts = _folder_facts(arguments.source)
+    elif is_exported(arguments.source):
+        facts = _exported_facts(arguments.source)
     else:
         find_model(arguments.source, arguments.revision)
         quiet_transformers()
@@ -57,18 +60,36 @@ def _info(arguments) -> int:
     return 0
 
 
+def _exported_facts(path: str) -> dict:
+    from ..export import WavTokenizerOnnx
+
+    model = WavTokenizerOnnx(path)
+    config = model.config
+    return {
+        "model": path,
+        "format": "onnx",
+        "codebook_fingerprint": model.codebook_fingerprint,
+        "sampling_rate": config.sampling_rate,
+        "tokens_per_second": config.frame_rate,
+        "codebook_size": config.codebook_size,
+        "bits_per_second": config.frame_rate * math.log2(config.codebook_size),
+        "samples_per_token": config.hop_length,
+        "files": ", ".join(model.files),
+    }
+
+
 def _folder_facts(path: str) -> dict:
     from ..export.token_folder import TokenFolder
 
     folder = TokenFolder(path)
-    num_samples = folder.index(["num_samples"]).columns["num_samples"]
+    num_samples, num_codes = folder.lengths()
     return {
         "model": folder.settings["model"],
         "codebook_fingerprint": folder.codebook_fingerprint,
         "codebook_size": folder.settings["codebook_size"],
         "num_clips": len(num_samples),
         "hours": int(num_samples.sum()) / folder.sampling_rate / 3600,
-        "num_tokens": int(-(-num_samples // folder.hop_length).sum()),
+        "num_tokens": int(num_codes.sum()),
         "sampling_rate": folder.sampling_rate,
         "tokens_per_second": folder.sampling_rate / folder.hop_length,
         "complete": folder.complete,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..audio_errors import check_channel
 from ..find_files import describe_passed_over
-from ..model_names import find_model
+from ..model_names import find_torch_model
 from ..progress import shown_progress
 from .arguments import MODEL_HELP, UsageError, add_channel, add_command, add_peak, print_facts, quiet_transformers
 
@@ -135,7 +135,7 @@ def _tokenize(arguments) -> int:
     index, slash, number = arguments.shard.partition("/")
     if not (slash and index.isdecimal() and number.isdecimal()):
         raise UsageError(f"Got --shard {arguments.shard}, expected I/N, for example 0/8.")
-    find_model(arguments.model, arguments.revision)
+    find_torch_model(arguments.model, arguments.revision)
     quiet_transformers()
 
     from ..bulk import tokenize

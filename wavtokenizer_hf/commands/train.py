@@ -1,6 +1,6 @@
 """`wavtokenizer train`: a new model, or more training for one that is there."""
 
-from ..model_names import find_model
+from ..model_names import find_torch_model
 from ..training import settings
 from .arguments import add_command, print_facts, quiet_transformers
 
@@ -17,7 +17,7 @@ def add(commands) -> None:
 
 def _train(arguments) -> int:
     wanted = settings.read_arguments(arguments)
-    wanted.model = wanted.model and find_model(wanted.model)
+    wanted.model = wanted.model and find_torch_model(wanted.model)
 
     quiet_transformers()
 

@@ -131,6 +131,30 @@ class TokenFolder:
             raise ValueError(f"{self.folder} holds no rows. Look at its failures.jsonl.")
         return index
 
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Samples and codes of every row, each (N,) int64. Raises ValueError for a row whose lengths do not fit together."""
+        compute = import_optional("pyarrow.compute", "bulk")
+        samples, codes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for path in self.files:
+            with self._open(path) as file:
+                for group in range(file.num_row_groups):
+                    table = file.read_row_group(group, columns=["id", "num_samples", "audio_codes"])
+                    if table["num_samples"].null_count:
+                        raise ValueError("it has rows without num_samples")
+                    samples.append(table["num_samples"].to_numpy())
+                    found = compute.fill_null(compute.list_value_length(table["audio_codes"]), 0).to_numpy()
+                    codes.append(found.astype(np.int64))
+                    fits = (samples[-1] > 0) & (-(-samples[-1] // self.hop_length) == codes[-1])
+                    if not fits.all():
+                        row = int(np.argmin(fits))
+                        raise ValueError(
+                            f"the row {table['id'][row].as_py()!r} has {codes[-1][row]} codes of {self.hop_length} samples each "
+                            f"for num_samples={table['num_samples'][row].as_py()}"
+                        )
+        if sum(map(len, samples)) == 0:
+            raise ValueError(f"{self.folder} holds no rows. Look at its failures.jsonl.")
+        return np.concatenate(samples), np.concatenate(codes)
+
     def read(self, index: Index, numbers: np.ndarray, columns: Sequence[str] | None = None) -> list[dict]:
         """Rows of an index by their numbers in it, in that order; `audio_codes` as uint16 arrays (L,), or None."""
         places = {}
