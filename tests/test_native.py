@@ -173,7 +173,7 @@ def test_features_are_the_native_ones_bit_for_bit(level):
 def test_a_native_folder_with_a_field_that_is_not_built_is_refused_by_name(tmp_path, config_class, field, value):
     fields = {name: getattr(tiny_config(), name) for name in ("num_filters", "upsampling_ratios")}
     getattr(native_configuration, config_class)(**fields, **{field: value}).save_pretrained(tmp_path)
-    message = f"Got {field}={value!r}; wavtokenizer_hf builds .* transformers >= 5.24"
+    message = f"Got {field}={value!r}; this class builds .* transformers >= 5.24"
     for load in (AutoConfig.from_pretrained, AutoModel.from_pretrained):
         with pytest.raises(Exception, match=message) as error:
             load(tmp_path)

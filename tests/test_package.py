@@ -117,6 +117,14 @@ def test_the_core_imports_what_every_hub_user_has_and_no_room(name):
     assert outside <= CORE_DEPENDENCIES, f"the core imports {outside - CORE_DEPENDENCIES}"
 
 
+@pytest.mark.parametrize("name", [name for name in CORE if name != "auto_classes"])
+def test_messages_of_remote_code_name_nothing_that_its_readers_lack(name):
+    """A Hub repository holds these files alone: no module, command or page of this package."""
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    assert not [text for text in texts if re.search(r"wavtokenizer_hf\.|`wavtokenizer |docs/|pip install", text)]
+
+
 def test_modeling_imports_every_sibling():
     """transformers copies to a remote-code folder only what the loaded file itself imports."""
     siblings = {f".{name}" for name in CORE if name.startswith(("configuration", "modeling_wavtokenizer_"))}

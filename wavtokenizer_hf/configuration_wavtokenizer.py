@@ -135,8 +135,8 @@ class WavTokenizerConfig(PreTrainedConfig):
         for name, value in built.items():
             if getattr(self, name) != value:
                 raise ValueError(
-                    f"Got {name}={getattr(self, name)!r}; wavtokenizer_hf builds {name}={value!r} only. Load such a "
-                    "checkpoint with the WavTokenizer classes of transformers >= 5.24, without wavtokenizer_hf."
+                    f"Got {name}={getattr(self, name)!r}; this class builds {name}={value!r} only. Load such a checkpoint "
+                    "with the classes of transformers >= 5.24: without wavtokenizer_hf and trust_remote_code."
                 )
         if self.codebook_dim != self.hidden_size:
             raise ValueError(
@@ -204,7 +204,7 @@ def _plain_auto_map(auto_map: dict) -> dict:
     # transformers takes a class whose name contains "Tokenizer" for a text tokenizer and writes the pair
     # [name, null] instead of the name; its loaders then crash on the pair. (dynamic_module_utils.custom_object_save,
     # transformers 5.23.0.) Every JSON writer of a config goes through to_dict, so the pair is undone there. The
-    # feature extractor has a copy of this line, since remote code allows one sibling import only.
+    # feature extractor has a copy of this line, so that it loads without the config's file.
     return {key: value if isinstance(value, str) else value[0] for key, value in auto_map.items()}
 
 

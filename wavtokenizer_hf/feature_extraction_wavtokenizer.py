@@ -169,7 +169,7 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
         elif sampling_rate != self.sampling_rate:
             raise ValueError(
                 f"Got {sampling_rate} Hz, this model needs {self.sampling_rate} Hz. Resample first, for example with "
-                f"wavtokenizer_hf.audio.load(path, sampling_rate={self.sampling_rate})."
+                f"transformers.audio_utils.load_audio(path, sampling_rate={self.sampling_rate})."
             )
 
     def to_dict(self):
@@ -204,8 +204,8 @@ def _clip(clip, name: str) -> np.ndarray:
         clip = clip[0]
     if clip.ndim != 1:
         raise ValueError(
-            f"{name} has shape {clip.shape}, expected one mono clip of shape (T,) or (1, T). Mix channels down first, "
-            "for example with wavtokenizer_hf.audio.load(path); pass a batch as a list of clips."
+            f"{name} has shape {clip.shape}, expected one mono clip of shape (T,) or (1, T). Mix channels down first: "
+            "clip.mean(axis=0) for shape (channels, T), axis=1 for (T, channels). Pass a batch as a list of clips."
         )
     if not np.issubdtype(clip.dtype, np.floating):
         raise ValueError(
