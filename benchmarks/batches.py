@@ -9,16 +9,10 @@ that of the unpadded batch that goes through the model together.
 
 import argparse
 import statistics
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
-
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
 from wavtokenizer_hf.modeling_wavtokenizer_batching import TOGETHER_POLICY

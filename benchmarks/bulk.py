@@ -22,9 +22,6 @@ from pathlib import Path
 import numpy as np
 
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT)]
-
 RATES = (16000, 22050, 24000, 48000)
 OUR_LOOP, THEIR_LOOP = "a plain loop", "a plain loop with the original's model"
 
@@ -107,10 +104,8 @@ def loop(model: str, clips: str) -> dict:
 
 
 def loop_original(checkout: str, rate: str, clips: str) -> dict:
-    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "fixtures")]
-    import build_checkpoint
-    import original
     import torch
+    from fixtures import build_checkpoint, original
 
     import wavtokenizer_hf.audio  # noqa: F401  (before the empty torchaudio that `original` may put in, which transformers minds)
 

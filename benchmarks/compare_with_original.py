@@ -12,24 +12,19 @@ them, or the reference formula's.
 
 import argparse
 import statistics
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
-
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures"), str(ROOT / "benchmarks")]
-
-import build_checkpoint
-import formula
-import original
+from fixtures import build_checkpoint, formula, original
 
 from wavtokenizer_hf import WavTokenizerModel
 from wavtokenizer_hf.conversion.from_original import convert
 from wavtokenizer_hf.conversion.mapping import original_name
+
+
+ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:

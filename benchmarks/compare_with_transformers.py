@@ -10,7 +10,6 @@ ours is faster. Times are medians over interleaved rounds; a ratio is the median
 import argparse
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from functools import partial
@@ -18,12 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
-
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures" / "reference")]
-
-import formula
+from fixtures import formula
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
 

@@ -7,15 +7,9 @@ Full graphs for fixed shapes, against the same model uncompiled, interleaved; ra
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
-
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT)]
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
 

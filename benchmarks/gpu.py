@@ -12,18 +12,11 @@ Weights are random. Peak memory includes the weights. Wrong codes are those that
 
 import argparse
 import copy
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 import transformers
-
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
 from compare_with_transformers import clips, load_models, processor, wrong_codes
 
 

@@ -17,10 +17,6 @@ from pathlib import Path
 
 import torch
 
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT)]
-
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerEncoderModel, WavTokenizerModel
 from wavtokenizer_hf.long_audio import DecodeStream, EncodeStream
 

@@ -10,19 +10,15 @@ the clips. Weights are random, as training starts from them; for the checkout se
 
 import argparse
 import random
-import sys
 import time
 from pathlib import Path
 
 import torch
+from compare_with_original import load_models
+from fixtures import formula, original
 
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures" / "reference"), str(ROOT / "benchmarks")]
-
-import formula
-import original
-from compare_with_original import load_models
 
 
 def main() -> None:

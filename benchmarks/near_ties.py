@@ -8,21 +8,18 @@ the codes that differ: small means that float32 could not tell.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures" / "reference"), str(ROOT / "benchmarks")]
-
-import formula
 from compare_with_original import reference_folder
+from fixtures import formula
 
 from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel
 from wavtokenizer_hf.modeling_wavtokenizer_batching import TOGETHER_POLICY, default_policy
+
+
+ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:

@@ -18,11 +18,8 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures"), str(ROOT / "benchmarks")]
 
 THEIRS = """
-import sys
-sys.path[:0] = [{benchmarks!r}]
 import original, soundfile, torch
 model = original.load_checkpoint({checkout!r}, {rate}, {checkpoint!r})
 audio, _ = soundfile.read({source!r}, dtype="float32")
@@ -41,9 +38,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "benchmarks", help="folder for the checkpoint")
     arguments = parser.parse_args()
 
-    import build_checkpoint
-    import formula
     from compare_with_original import reference_folder
+    from fixtures import build_checkpoint, formula
 
     from wavtokenizer_hf import audio
 
@@ -51,7 +47,7 @@ def main() -> None:
     checkpoint = build_checkpoint.build(arguments.rate, arguments.work / f"original-{arguments.rate}.ckpt")
     source = audio.save(arguments.work / "source.wav", formula.waveform("speechlike", arguments.seconds))
     theirs = THEIRS.format(
-        benchmarks=str(ROOT / "benchmarks"), checkout=arguments.checkout, rate=arguments.rate, checkpoint=str(checkpoint),
+        checkout=arguments.checkout, rate=arguments.rate, checkpoint=str(checkpoint),
         source=str(source), target=str(arguments.work / "theirs.wav"),
     )  # fmt: skip
     ours = [sys.executable, "-m", "wavtokenizer_hf", "reconstruct", str(source), "-m", str(folder)]
@@ -77,7 +73,8 @@ def main() -> None:
 
 def _run(command: list[str]) -> tuple[float, float]:
     """Seconds from start to end, and megabytes at the peak, looked at every 10 ms: what wait4 gives begins with our own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    paths = os.pathsep.join([str(ROOT / "tests" / "fixtures"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
     started, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     while process.poll() is None:

@@ -9,16 +9,10 @@ examples/audio_lm, both with random weights, which change no time.
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
-
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT)]
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
 from wavtokenizer_hf.llm import AudioSpanProcessor, AudioVocabulary, decode_spans, stream_audio

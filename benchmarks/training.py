@@ -19,19 +19,16 @@ import types
 from pathlib import Path
 
 import torch
-
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures"), str(ROOT / "benchmarks")]
-
-import build_checkpoint
-import original
 from compare_with_original import reference_folder
+from fixtures import build_checkpoint, original
 
 from wavtokenizer_hf.training import Settings
 from wavtokenizer_hf.training.loop import train_step
 from wavtokenizer_hf.training.losses import MelLoss
 from wavtokenizer_hf.training.state import build
+
+
+ROOT = Path(__file__).parent.parent
 
 
 class TheirStep:

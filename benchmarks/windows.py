@@ -10,16 +10,11 @@ beside exact decoding; and the time from the first code to the first audio of a 
 
 import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT)]
 
 from wavtokenizer_hf import WavTokenizerModel, audio
 from wavtokenizer_hf.long_audio import DecodeStream

@@ -9,18 +9,16 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import build_checkpoint
 import pytest
 import torch
+
+from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
 
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
 REFERENCE = FIXTURES / "reference"
-sys.path[:0] = [str(FIXTURES), str(ROOT)]  # build_checkpoint, and conversion in a plain checkout
-
-import build_checkpoint
-
-from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentences
 import soundfile
 import torch
 from conftest import load_script, tiny_config
@@ -18,16 +19,11 @@ from token_folders import FINGERPRINT, write_token_folder
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments
 
-
-EXAMPLE = Path(__file__).parent.parent / "examples" / "audio_lm"
-sys.path.insert(0, str(EXAMPLE))
-
-import sentences
-
 from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel
 from wavtokenizer_hf.llm import AudioVocabulary
 
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "audio_lm"
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 
 

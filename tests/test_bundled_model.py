@@ -8,20 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import recordings
+import sound
 import soundfile
+import texts
 import torch
 from conftest import load_script
 from tiny_training import write_clips
 from transformers import AutoFeatureExtractor, AutoModel
-
-
-ROOT = Path(__file__).parent.parent
-RECIPE = ROOT / "examples" / "bundled_model"
-sys.path.insert(0, str(RECIPE))
-
-import recordings
-import sound
-import texts
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerModel, audio, bundled_model
 from wavtokenizer_hf.cli import main
@@ -29,6 +23,8 @@ from wavtokenizer_hf.evaluation import Model, evaluate
 from wavtokenizer_hf.training import Settings
 
 
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "examples" / "bundled_model"
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 
 

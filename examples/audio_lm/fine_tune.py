@@ -9,7 +9,6 @@ TrainingArguments is one of this program.
 
 import json
 import logging
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,9 +23,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
-
-
-sys.path[:0] = [str(Path(__file__).parent.parent.parent)]
 
 from wavtokenizer_hf.llm import APERTUS_1_5, AudioVocabulary, PackedRows, Template, TrainingRows
 

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from sentences import sentences
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -40,12 +40,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
-
-
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
-
-from sentences import sentences
 
 from wavtokenizer_hf import WavTokenizerModel, audio, bulk, bundled_model
 from wavtokenizer_hf.llm import (

@@ -7,7 +7,6 @@ python examples/audio_lm/megatron_loop.py --language_model llm-with-audio --toke
 
 import argparse
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,6 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-
-sys.path[:0] = [str(Path(__file__).parent.parent.parent)]
 
 from wavtokenizer_hf.export.sequences import load_vocabulary
 

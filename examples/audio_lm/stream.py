@@ -6,9 +6,7 @@
 argument of transformers' TrainingArguments is one of this program.
 """
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from datasets import load_dataset
 from transformers import (
@@ -19,9 +17,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-
-
-sys.path[:0] = [str(Path(__file__).parent.parent.parent)]
 
 from wavtokenizer_hf.llm import AudioVocabulary, Template, TrainingRows
 

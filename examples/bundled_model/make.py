@@ -28,16 +28,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
-
 import recordings
 import sound
 import texts
+import torch
 
 from wavtokenizer_hf import WavTokenizerModel, __version__, audio
 from wavtokenizer_hf.evaluation import METRICS as ALL_METRICS
@@ -45,6 +39,9 @@ from wavtokenizer_hf.evaluation import Model, Report, evaluate
 from wavtokenizer_hf.evaluation.metrics import why_not
 from wavtokenizer_hf.training import Settings
 from wavtokenizer_hf.training.losses import used_discriminators
+
+
+HERE = Path(__file__).parent
 
 
 RECIPE = HERE / "recipe.yaml"
@@ -131,8 +128,7 @@ def train(output: Path, changes: dict) -> Settings:
     command += [f"--{name}={value}" for name, value in changes.items()]
     if (run / "last").exists() or (run / "previous").exists():  # the latter after a kill between two renames
         command.append("--resume")
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    subprocess.run(command, check=True, env={**os.environ, **MEMORY, "PYTHONPATH": paths})
+    subprocess.run(command, check=True, env={**os.environ, **MEMORY})
     return Settings.load(str(RECIPE), changes)
 
 

@@ -1,8 +1,8 @@
 """Ours, onnxruntime and OpenVINO on a CPU: times of the encoder and the decoder, interleaved in one run, as ratios.
 
     pip install '.[onnx]' openvino
-    python benchmarks/onnx.py MODEL [--threads 2] [--seconds 1 10 30] [--runs 5]
-    python benchmarks/onnx.py bundled --quick    # a few seconds, to see that it works
+    python benchmarks/exported_models.py MODEL [--threads 2] [--seconds 1 10 30] [--runs 5]
+    python benchmarks/exported_models.py bundled --quick    # a few seconds, to see that it works
 
 Also prints how many codes differ from ours, and the largest difference of the audio.
 """
@@ -10,15 +10,10 @@ Also prints how many codes differ from ours, and the largest difference of the a
 import argparse
 import json
 import platform
-import sys
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-
-
-# this file has the name of a package that is needed, and its folder comes first
-sys.path = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 import numpy as np
 import onnxruntime
