@@ -62,7 +62,11 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
     "training": {"audio", "find_files", "loading", ""},  # audio is the only door to sound files
     "evaluation": {"audio", "find_files", "plots", "transcode", ""},  # transcode scales clips as a model asks
     "conversion": {"loading", "training", ""},  # checks of weights, and the names of the discriminators
-    "model_names": {"conversion", ""},  # a published name is converted on first use
+    "model_names": {
+        "conversion",
+        "export",
+        "",
+    },  # published names are converted on first use; ONNX folders are refused
     "export": {"bulk", "llm", ""},  # token folders, and the sequences that language models are trained on
     "llm": {"long_audio", ""},  # sound while a language model generates
 }
