@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 
 from .. import WavTokenizerConfig, __version__
 from ..atomic_files import write_text
-from .published import Published, table
+from .published import PublishedCheckpoint, table
 from .source import Source
 
 
@@ -23,7 +23,7 @@ Source: [Apertus 1.5 in transformers](https://github.com/huggingface/transformer
 """
 
 
-def converted_card(source: Source, name: str, published: Published | None) -> str:
+def converted_card(source: Source, name: str, published: PublishedCheckpoint | None) -> str:
     """The card of a folder that was converted: what its files say, and what is known of the published checkpoint."""
     files = [f"`{path.name}` (sha256 `{digest}`)" for path, digest in source.files.items()]
     rows = {
@@ -36,11 +36,11 @@ def converted_card(source: Source, name: str, published: Published | None) -> st
     }
     if source.cast:
         rows["weights"] += f", but for {cast_text(source)}"
-    doubt = None if published is None else published.doubt(list(source.files))
-    return _card(source.config, name, rows, "the tensors of that file, read by the converter", published, doubt)
+    unverified = None if published is None else published.unverified_reason(list(source.files))
+    return _card(source.config, name, rows, "the tensors of that file, read by the converter", published, unverified)
 
 
-def published_card(published: Published) -> str:
+def published_card(published: PublishedCheckpoint) -> str:
     """The card of a published checkpoint, without what only its file tells."""
     fingerprint = "in config.json, once converted" if published.fingerprint is None else f"`{published.fingerprint}`"
     file = "FILE " if published.repository is None else ""
@@ -65,8 +65,8 @@ def _card(
     path: str,
     rows: dict[str, str],
     facts_source: str,
-    published: Published | None,
-    doubt: str | None = None,
+    published: PublishedCheckpoint | None,
+    unverified: str | None = None,
 ) -> str:
     shape = {
         "audio": f"mono, {config.sampling_rate} Hz",
@@ -79,7 +79,7 @@ def _card(
     text = string.Template((CARDS / "template.md").read_text(encoding="utf-8")).substitute(
         title=path,
         path=path,
-        description=_description(published, doubt),
+        description=_description(published, unverified),
         facts=facts,
         mirror=_mirror(published),
         sampling_rate=config.sampling_rate,
@@ -91,7 +91,7 @@ def _card(
     return f"---\n{_metadata(published).to_yaml()}\n---\n{text}"
 
 
-def _metadata(published: Published | None) -> ModelCardData:
+def _metadata(published: PublishedCheckpoint | None) -> ModelCardData:
     return ModelCardData(
         language="en" if published is not None and published.corpus == "LibriTTS" else None,
         license="mit",
@@ -101,16 +101,16 @@ def _metadata(published: Published | None) -> ModelCardData:
     )
 
 
-def _description(published: Published | None, doubt: str | None) -> str:
+def _description(published: PublishedCheckpoint | None, unverified: str | None) -> str:
     if published is None:
         return "Converted from a checkpoint of the original training code."
     where = "no longer on the Hub"
     if published.repository is not None:
         where = f"in [{published.repository}](https://huggingface.co/{published.repository})"
     origin = "The weights are those"
-    if doubt is not None:
+    if unverified is not None:
         origin = (
-            f"{doubt[0].upper()}{doubt[1:].replace(published.name, f'`{published.name}`', 1)}. What this card says of its "
+            f"{unverified[0].upper()}{unverified[1:].replace(published.name, f'`{published.name}`', 1)}. What this card says of its "
             "origin, training and limits holds only if it is that checkpoint.\n\nThen the weights are those"
         )
     return (
@@ -120,14 +120,14 @@ def _description(published: Published | None, doubt: str | None) -> str:
     )
 
 
-def _mirror(published: Published | None) -> str:
+def _mirror(published: PublishedCheckpoint | None) -> str:
     if published is None or published.mirror is None:
         return ""
     url = f"https://huggingface.co/{published.mirror}"
     return f". That project's own conversion is [{published.mirror}]({url}), which the package loads too"
 
 
-def _limits(published: Published | None) -> str:
+def _limits(published: PublishedCheckpoint | None) -> str:
     unknown = "- Languages: those of the corpus, which its authors do not list. Try yours before you build on it."
     if published is None:
         return "- What it was trained on is not known here: try it on sound of your kind before you build on it."
@@ -140,7 +140,7 @@ def _limits(published: Published | None) -> str:
     return unknown
 
 
-def _measured(published: Published | None) -> str:
+def _measured(published: PublishedCheckpoint | None) -> str:
     lines = []
     for answer in () if published is None else published.known_answers:
         codes = ", ".join(map(str, answer.first_codes))

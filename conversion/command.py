@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..progress import shown_progress
-from .published import Published, find, table
+from .published import PublishedCheckpoint, find, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +124,9 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("Got --private or --create-pr without --push-to-hub NAME. Name the repository.")
 
 
-def _convert(arguments: argparse.Namespace, published: Published | None, output: Path, hub_name: str | None) -> dict:
+def _convert(
+    arguments: argparse.Namespace, published: PublishedCheckpoint | None, output: Path, hub_name: str | None
+) -> dict:
     from .. import WavTokenizerConfig
     from .download import download
     from .from_original import convert

@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .published import Published
+from .published import PublishedCheckpoint
 
 
 # of httpx, or of httpx2 from huggingface_hub 2.4 on: what breaks a connection, too
@@ -20,7 +20,7 @@ HTTP_ERROR = HfHubHTTPError.__bases__[0]
 
 
 def download(
-    published: Published,
+    published: PublishedCheckpoint,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,

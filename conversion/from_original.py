@@ -15,7 +15,7 @@ from ..atomic_files import atomic_folder
 from .architecture import INFERRED, NOT_IN_TENSORS
 from .card import cast_text, converted_card
 from .mapping import DISCRIMINATOR_PREFIXES, DROPPED
-from .published import Published, find
+from .published import PublishedCheckpoint, find
 from .source import Source, read_source
 
 
@@ -25,7 +25,7 @@ def convert(
     config: str | Path | None = None,
     with_discriminators: bool = False,
     average: bool = False,
-    published: Published | None = None,
+    published: PublishedCheckpoint | None = None,
     keep_existing: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
@@ -137,7 +137,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         yield folder
 
 
-def _write(source: Source, folder: Path, output: Path, published: Published | None) -> None:
+def _write(source: Source, folder: Path, output: Path, published: PublishedCheckpoint | None) -> None:
     with torch.device("meta"):  # no memory of its own: the weights take the places of its tensors
         model = WavTokenizerModel(source.config)
     model.load_state_dict(source.weights, assign=True)
@@ -163,7 +163,7 @@ def _module(cls: type) -> str:
     return cls.__module__.rsplit(".", 1)[-1]
 
 
-def _differences(source: Source, folder: Path, published: Published | None) -> list[str]:
+def _differences(source: Source, folder: Path, published: PublishedCheckpoint | None) -> list[str]:
     """Loads what was written and compares it with the checkpoint, and with what is known of the published one."""
     try:
         model, loading = WavTokenizerModel.from_pretrained(folder, output_loading_info=True)
@@ -211,14 +211,14 @@ def differing(expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _report(source: Source, output: Path, existed: bool, published: Published | None) -> str:
+def _report(source: Source, output: Path, existed: bool, published: PublishedCheckpoint | None) -> str:
     config = source.config
     numbers = sum(weight.numel() for weight in source.weights.values())
     lines = [
         f"Converted {path} ({path.stat().st_size} bytes, sha256 {digest})" for path, digest in source.files.items()
     ]
-    if published is not None and (doubt := published.doubt(list(source.files))):
-        lines.append(doubt)
+    if published is not None and (unverified := published.unverified_reason(list(source.files))):
+        lines.append(unverified)
     if source.averaged:
         lines.append(f"averaged: {len(source.files)} checkpoints")
     lines += [

@@ -42,7 +42,7 @@ class KnownAnswer:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedCheckpoint:
     """One line of the table; checkpoints.yaml says what the fields mean."""
 
     name: str
@@ -89,7 +89,7 @@ class Published:
         if expected is not None and sha256 != expected:
             raise ValueError(f"{path} has the sha256 {sha256}, expected {expected} for {self.name}. {what_to_do}")
 
-    def doubt(self, files: Sequence[Path]) -> str | None:
+    def unverified_reason(self, files: Sequence[Path]) -> str | None:
         """What to say of files that pass for this checkpoint, where nothing known of it tells it from others of its rate."""
         known = [self.fingerprint, *self.known_answers]
         if len(files) == 1:
@@ -140,18 +140,18 @@ class Published:
 
 
 @cache
-def table() -> dict[str, Published]:
+def table() -> dict[str, PublishedCheckpoint]:
     """All published checkpoints by their names."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
     content = yaml.load(TABLE.read_text(encoding="utf-8"), loader)
     return {name: _published(name, **fields) for name, fields in content.items()}
 
 
-def _published(name: str, known_answers: list[dict], **fields) -> Published:
-    return Published(name=name, known_answers=[KnownAnswer(**answer) for answer in known_answers], **fields)
+def _published(name: str, known_answers: list[dict], **fields) -> PublishedCheckpoint:
+    return PublishedCheckpoint(name=name, known_answers=[KnownAnswer(**answer) for answer in known_answers], **fields)
 
 
-def find(name: str) -> Published:
+def find(name: str) -> PublishedCheckpoint:
     """The checkpoint of that name. Raises ValueError that lists the nearest names."""
     found = table().get(name)
     if found is None:

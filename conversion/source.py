@@ -13,7 +13,7 @@ from ..training.discriminators import Discriminators
 from .architecture import check_yaml, infer_config, yaml_sampling_rate
 from .checkpoint import Checkpoint, read_checkpoint, read_yaml
 from .mapping import discriminator_names, original_name, sort_names
-from .published import Published
+from .published import PublishedCheckpoint
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -46,7 +46,7 @@ def read_source(
     config: Path | None = None,
     with_discriminators: bool = False,
     average: bool = False,
-    published: Published | None = None,
+    published: PublishedCheckpoint | None = None,
 ) -> Source:
     """Reads and checks checkpoints without writing anything; arguments and errors are those of `from_original.convert`."""
     if not files:

@@ -68,11 +68,11 @@ def to_original(folder: str | Path, output: str | Path) -> Path:
         raise ValueError(
             f"{folder} has no config.json, expected a converted folder. `wavtokenizer convert` makes one."
         )
-    discriminators = folder / "discriminators.safetensors"
+    discriminator_file = folder / "discriminators.safetensors"
     try:
         check_files(WavTokenizerModel, str(folder))
         model, loading = WavTokenizerModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        critics = load_file(discriminators) if discriminators.is_file() else {}
+        discriminators = load_file(discriminator_file) if discriminator_file.is_file() else {}
     except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"The weights in {folder} cannot be read: {one_line(error)}. A file there is damaged: convert or download it again."
@@ -83,7 +83,7 @@ def to_original(folder: str | Path, output: str | Path) -> Path:
     _check_built_in(model.config)
     tensors = {original_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     tensors |= _unused_decoder() | {"head.istft.window": torch.hann_window(model.config.n_fft)}
-    for name, tensor in critics.items():
+    for name, tensor in discriminators.items():
         tensors |= dict.fromkeys(original_discriminator_names(name), tensor)
     with new_folder(output) as new:
         checkpoint = new / f"{folder.name}.ckpt"

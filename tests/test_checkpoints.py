@@ -20,7 +20,7 @@ from wavtokenizer_hf.conversion import card as cards
 from wavtokenizer_hf.conversion import load_original
 from wavtokenizer_hf.conversion.command import main
 from wavtokenizer_hf.conversion.from_original import convert
-from wavtokenizer_hf.conversion.published import KnownAnswer, Published, find, table
+from wavtokenizer_hf.conversion.published import KnownAnswer, PublishedCheckpoint, find, table
 from wavtokenizer_hf.model_cards import check
 
 
@@ -220,7 +220,7 @@ def test_a_card_that_conversion_writes_states_no_number_without_a_source(small, 
         assert ("LibriTTS" in text) == (name == "named")
 
 
-def in_the_hubs_cache(folder: Path, published: Published) -> Path:
+def in_the_hubs_cache(folder: Path, published: PublishedCheckpoint) -> Path:
     """Where huggingface_hub keeps a published file; the folders for it are made."""
     snapshot = folder / f"models--{published.repository.replace('/', '--')}" / "snapshots" / "0123456789abcdef"
     snapshot.mkdir(parents=True)

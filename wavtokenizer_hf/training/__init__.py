@@ -1,4 +1,4 @@
-"""Training: new models, and more training for converted ones. Needs the extra `training` (accelerate, TensorBoard, PyYAML).
+"""Training: new models, and more training for converted ones. Needs the extra `training` (accelerate, TensorBoard).
 
 loop.py              the loop, one step, validation: read this first
 state.py             what a run consists of; making it, saving it, going on from it

@@ -15,8 +15,6 @@ from ..audio_errors import check_channel
 from ..limited_files import MAX_YAML_BYTES, one_line, parse_yaml, read_file
 
 
-NEEDS_YAML = "Recipes need PyYAML: pip install 'wavtokenizer_hf[training]'"
-
 RECIPES = Path(__file__).parent / "recipes"
 
 WEIGHTS = {
@@ -269,8 +267,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = parse_yaml(read_file(path, MAX_YAML_BYTES))
     except ValueError as error:
         raise ValueError(f"{path} is not plain YAML: {one_line(error)}") from error
-    except ImportError as error:
-        raise ImportError(NEEDS_YAML) from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{path} holds {type(values).__name__}, expected settings, one `name: value` a line.")
     return values
@@ -284,8 +280,6 @@ def _pair(text: str) -> tuple[str, Any]:
         return name, parse_yaml(value.encode("utf-8", "surrogateescape"))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"got {text[:100]!r}: {one_line(error)}") from error
-    except ImportError as error:
-        raise ImportError(NEEDS_YAML) from error
 
 
 def _number(value: Any) -> Any:
