@@ -223,6 +223,30 @@ def test_packages_at_the_top_of_the_repository_are_imported_by_their_installed_n
     assert not imports(path) & {"conversion", "model_cards"}  # or there would be two copies of a module
 
 
+def test_every_imported_package_is_a_declared_dependency():
+    """Packages of extras are imported by name too, as in `require("pyarrow", "bulk")`."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
+    declared = {re.match(r"[\w.-]+", line)[0].lower() for line in lines}
+    imported = set()
+    for path in FILES:
+        imported |= {name for name in imports(path) if not name.startswith(".")}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+                "require",
+                "library",
+                "import_optional",
+            ):
+                imported |= {a.value.split(".")[0] for a in node.args[:1] if isinstance(a, ast.Constant)}
+    imported -= {*sys.stdlib_module_names, "wavtokenizer_hf"}
+    assert {"yaml", "tqdm", "pyarrow"} <= imported
+    assert {{"yaml": "pyyaml"}.get(name, name) for name in imported} <= declared
+
+
 @pytest.fixture
 def release(tmp_path):
     """A copy of the files that .github/prepare_release.py reads and changes, and a function that runs it."""
