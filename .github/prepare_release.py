@@ -2,8 +2,8 @@
 
     python .github/prepare_release.py v0.1.0 https://github.com/OWNER/NAME
 
-The tag must name the version of the package, and CHANGELOG.md must have its section. pyproject.toml gets the addresses of the project.
-Links of README.md that lead into the repository become absolute, as PyPI shows that file alone.
+The tag must name the version of the package, and CHANGELOG.md must have its section. pyproject.toml gets the addresses
+of the project. Links of README.md that lead into the repository become absolute, as PyPI shows that file alone.
 """
 
 import re

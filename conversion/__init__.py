@@ -1,4 +1,4 @@
-"""Checkpoints of the reference implementation: load them, convert them to folders for transformers, and convert folders back.
+"""Checkpoints of the reference implementation: load them, convert them to folders for transformers, and back.
 
 checkpoints.yaml, published.py   table of the published checkpoints, and what is checked of each
 download.py                      downloads their files from the Hub

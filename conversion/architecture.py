@@ -1,4 +1,4 @@
-"""Finds the shape of a WavTokenizer in its tensors, and compares it with what a YAML file of the original says."""
+"""Infer the shape of a WavTokenizer from its tensors, and compare it with a YAML file of the reference implementation."""
 
 import re
 from pathlib import Path
@@ -52,18 +52,18 @@ _KINDS = {"conv": "c", "block": "b", "shortcut": "b", "lstm": "l"}
 
 def infer_config(shapes: dict[str, Shape], kept: dict[str, str], sampling_rate: int = 24000) -> WavTokenizerConfig:
     """
-    Reads the configuration off names and shapes, except what leaves no trace there (`NOT_IN_TENSORS`).
+    Infer the configuration from names and shapes of tensors, except the fields in `NOT_IN_TENSORS`.
 
     Args:
-        shapes: of the kept tensors, by their names here.
-        kept: name here -> original name, from `mapping.sort_names`.
-        sampling_rate: Hz; 24000 in every published checkpoint.
+        shapes: Shapes of the kept tensors, by their new names.
+        kept: New name -> original name, from `mapping.sort_names`.
+        sampling_rate: Sampling rate in Hz. It is 24000 in every published checkpoint.
 
     Returns:
-        The configuration of a model whose state dict has exactly these names and shapes.
+        Configuration of a model whose state dict has exactly these names and shapes.
 
     Raises:
-        ValueError: missing or unknown tensors, or shapes that are not of one WavTokenizer.
+        ValueError: Missing or unknown tensors, or shapes that are not of one WavTokenizer.
     """
     layers = _encoder_layers(shapes)
     stages = layers[1:-2]  # without the first convolution, the LSTM and the last convolution
@@ -115,15 +115,15 @@ def infer_config(shapes: dict[str, Shape], kept: dict[str, str], sampling_rate: 
 
 def check_yaml(values: dict[str, dict[str, Any]], config: WavTokenizerConfig, path: Path) -> None:
     """
-    Compares every value of a YAML file that describes the shape with the configuration read off the tensors.
+    Compare every value of a YAML file that describes the shape with the configuration that was read from the tensors.
 
     Args:
-        values: from `checkpoint.read_yaml`.
-        config: from `infer_config`.
-        path: of the YAML file, for messages.
+        values: Values of the file, from `checkpoint.read_yaml`.
+        config: Configuration from `infer_config`.
+        path: Path of the YAML file, for messages.
 
     Raises:
-        ValueError: a contradiction, or more than one quantizer.
+        ValueError: A contradiction, or more than one quantizer.
     """
     num_quantizers = values["feature_extractor"].get("num_quantizers", 1)
     if num_quantizers != 1:
@@ -142,7 +142,7 @@ def check_yaml(values: dict[str, dict[str, Any]], config: WavTokenizerConfig, pa
 
 
 def yaml_sampling_rate(values: dict[str, dict[str, Any]], path: Path) -> int:
-    """The sampling rate that a YAML file names, 24000 if none. Raises ValueError unless it is 1000 to 768,000 Hz."""
+    """Return the sampling rate of a YAML file, 24000 if it has none. Raises ValueError unless it is 1000 to 768,000 Hz."""
     sampling_rate = values["model"].get("sample_rate", 24000)
     if type(sampling_rate) is not int or not 1000 <= sampling_rate <= 768_000:
         raise ValueError(
@@ -153,7 +153,7 @@ def yaml_sampling_rate(values: dict[str, dict[str, Any]], path: Path) -> int:
 
 
 def _encoder_layers(shapes: dict[str, Shape]) -> list[tuple[str, str]]:
-    """The encoder's layers that hold tensors, in order: (number, "c" convolution, "b" residual block or "l" LSTM)."""
+    """Return the encoder layers with tensors, in order: (number, "c" convolution, "b" residual block or "l" LSTM)."""
     kinds = {}
     for name in shapes:
         if found := re.match(re.escape(_ENCODER) + r"(\d+)\.(conv|block|shortcut|lstm)\.", name):

@@ -1,6 +1,7 @@
-"""Model cards: of a folder that was converted, and of every published checkpoint.
+"""Write model cards: for a converted folder, and for every published checkpoint.
 
-python -m wavtokenizer_hf.conversion.card    # writes model_cards/NAME.md anew for every line of checkpoints.yaml
+python -m wavtokenizer_hf.conversion.card    # in a checkout: writes model_cards/NAME.md for every entry of
+checkpoints.yaml
 """
 
 import string
@@ -24,7 +25,7 @@ Source: [Apertus 1.5 in transformers](https://github.com/huggingface/transformer
 
 
 def converted_card(source: Source, name: str, published: PublishedCheckpoint | None) -> str:
-    """The card of a folder that was converted: what its files say, and what is known of the published checkpoint."""
+    """Return the card of a converted folder. It combines what its files say and what is known of the published checkpoint."""
     files = [f"`{path.name}` (sha256 `{digest}`)" for path, digest in source.files.items()]
     rows = {
         "weights": "the mean of the checkpoints named below"
@@ -41,7 +42,7 @@ def converted_card(source: Source, name: str, published: PublishedCheckpoint | N
 
 
 def published_card(published: PublishedCheckpoint) -> str:
-    """The card of a published checkpoint, without what only its file tells."""
+    """Return the card of a published checkpoint, without what only its file tells."""
     fingerprint = "in config.json, once converted" if published.fingerprint is None else f"`{published.fingerprint}`"
     file = "FILE " if published.repository is None else ""
     rows = {
@@ -53,7 +54,7 @@ def published_card(published: PublishedCheckpoint) -> str:
 
 
 def cast_text(source: Source) -> str:
-    """What was not float32 in the checkpoint."""
+    """Describe the tensors that were not float32 in the checkpoint."""
     return (
         ", ".join(f"{count} {dtype.removeprefix('torch.')} tensors" for dtype, count in source.cast.items())
         + " converted to float32"

@@ -1,4 +1,4 @@
-"""Opens the files of the original: checkpoints, without running anything that is in them, and YAML, as plain data."""
+"""Open files of the reference implementation: checkpoints without running code in them, and YAML as plain data."""
 
 import contextlib
 import pickletools
@@ -28,11 +28,11 @@ EMA_PREFIXES = ("ema.", "model_ema.", "ema_model.")
 
 @dataclass
 class Checkpoint:
-    """What a file holds.
+    """Content of a checkpoint file.
 
     Args:
-        tensors: By their original names, without wrappers.
-        others: What lies beside the state dict, such as "optimizer_states".
+        tensors: Tensors by their original names, without wrappers.
+        others: What else the file holds beside the state dict, such as "optimizer_states".
         notes: What was done to get the names, for the report, one sentence each.
     """
 
@@ -45,14 +45,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     Open a Lightning checkpoint or a bare state dict. Tensors stay in the file until they are used, if it allows that.
 
-    Names lose the parts that wrappers of modules insert (`WRAPPERS`), and an averaged copy beside the weights is left out.
-    Plain values of numpy, paths, sets and namespaces in the file are passed over; nothing of them is built.
+    Names lose the parts that wrappers of modules insert (`WRAPPERS`), and an averaged copy beside the weights is left
+    out. Plain values of numpy, paths, sets and namespaces in the file are passed over; nothing of them is built.
 
     Args:
         path: A file of `torch.save`, or a `.safetensors` file.
 
     Raises:
-        ValueError: Not a file, not a checkpoint, damaged, compressed, without tensors, or a pickle that would run code.
+        ValueError: Not a file, not a checkpoint, damaged, compressed, without tensors, or a pickle that would run
+            code.
     """
     _check_is_file(path, "checkpoint")
     with path.open("rb") as file:
@@ -82,16 +83,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     """
-    Read a YAML file of the original (a Lightning CLI file) as data; the classes that it names are never imported.
+    Read a YAML file of the reference implementation (a Lightning CLI file) as data. The classes that it names are
+    never imported.
 
     Args:
         path: The YAML file.
 
     Returns:
-        The values of the model and its three parts: {"model": …, "feature_extractor": …, "backbone": …, "head": …}.
+        Values of the model and its three parts: {"model": …, "feature_extractor": …, "backbone": …, "head": …}.
 
     Raises:
-        ValueError: Not a file, not YAML, larger than a settings file can be, or not the original's.
+        ValueError: Not a file, not YAML, larger than a settings file can be, or not one of the reference
+            implementation.
     """
     _check_is_file(path, "YAML file")
     try:
@@ -112,7 +115,7 @@ def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _plain_names(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The tensors by names without wrappers and without a leading `model.`; and what was done, in words."""
+    """Return the tensors by names without wrappers and without a leading `model.`, and what was done, in words."""
     plain, averaged, removed = {}, {}, Counter()
     for name, tensor in tensors.items():
         parts = name.split(".")
@@ -219,7 +222,7 @@ def _open_pickle(path: Path, start: bytes) -> Any:
 
 
 class Ignored:
-    """Stands for a harmless value beside the weights; nothing of the value's own type is imported or built."""
+    """Stand-in for a harmless value beside the weights. Nothing of the value's own type is imported or built."""
 
     def __init__(self, *arguments, **options):
         pass
@@ -280,7 +283,7 @@ def _reason(error: Exception) -> str:
 
 
 def _foreign_imports(path: Path, is_zip: bool) -> list[str]:
-    """What a pickle would import besides torch's own pieces; its instructions are listed, not followed."""
+    """Return what a pickle would import besides torch's own classes. Its instructions are listed, not executed."""
     try:
         if not is_zip:
             with BoundedReader(path) as file:

@@ -1,4 +1,4 @@
-"""The command line of conversion: `wavtokenizer convert`, `wavtokenizer checkpoints` and `python -m conversion.convert`."""
+"""Command line of conversion: `wavtokenizer convert`, `wavtokenizer checkpoints` and `python -m conversion.convert`."""
 
 import argparse
 import contextlib
@@ -12,7 +12,7 @@ from .published import PublishedCheckpoint, find, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `convert` takes."""
+    """Add the arguments of `convert`."""
     add = parser.add_argument
     parser.epilog = (
         "Nothing in a checkpoint is executed. A folder appears only when it is complete and was compared with the checkpoint "
@@ -71,14 +71,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict], int]:
     """
-    Does what `add_arguments` has read.
+    Run `convert` with the arguments of `add_arguments`.
 
     Returns:
-        For each checkpoint its name (if it has one), and either output and fingerprint, with `url` if it was pushed, or
-        the `error`, or why it was `skipped`; and the exit code, 0, or 1 if some of several failed.
+        One dictionary per checkpoint, and the exit code: 0, or 1 if some of several failed. A dictionary has the name,
+        if there is one, and either `output` and `codebook_fingerprint`, with `url` after an upload, or `error`, or the
+        reason in `skipped`.
 
     Raises:
-        ValueError, OSError: it cannot be done as given.
+        ValueError: The arguments contradict each other, or the checkpoint cannot be converted.
+        OSError: A file cannot be read, downloaded, written or uploaded.
     """
     from .push import check_logged_in
 
@@ -155,7 +157,7 @@ def _convert(
 
 
 def checkpoints_table(as_json: bool = False) -> str:
-    """The published checkpoints for reading, or as JSON, one object a line."""
+    """Return the published checkpoints as a table, or as JSON, one object per line."""
     if as_json:
         return "\n".join(json.dumps(asdict(published)) for published in table().values())
     rows = [("name", "codes/s", "trained on", "corpus", "repository", "file")]
@@ -171,7 +173,7 @@ def checkpoints_table(as_json: bool = False) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m conversion.convert`; returns the exit code."""
+    """Run `python -m conversion.convert`. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m conversion.convert",
         description="Turn an original WavTokenizer checkpoint into a folder that Hugging Face loads.",

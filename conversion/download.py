@@ -1,4 +1,4 @@
-"""Fetches a published checkpoint through huggingface_hub, whose cache, offline mode and tokens work as everywhere."""
+"""Download a published checkpoint with huggingface_hub. Its cache, offline mode and tokens work as usual."""
 
 from pathlib import Path
 
@@ -26,19 +26,19 @@ def download(
     cache_dir: str | Path | None = None,
 ) -> Path:
     """
-    Gives the path of a published file, from the cache if it is there, even if it is no longer on the Hub.
+    Return the path of a published file. A file in the cache needs no network, and need not be on the Hub any more.
 
-    A connection that breaks is taken up where it broke, a few times.
+    An interrupted download resumes, a few times.
 
     Args:
-        published: from `published.find`.
-        revision: branch, tag or commit of its repository; default: main.
-        token: for the Hub; default: that of `hf auth login` or HF_TOKEN.
-        cache_dir: default: the cache of huggingface_hub.
+        published: Entry of the checkpoint, from `published.find`.
+        revision: Branch, tag or commit of its repository. Default: main.
+        token: Access token of the Hub. Defaults to that of `hf auth login` or HF_TOKEN.
+        cache_dir: Cache folder. Defaults to that of huggingface_hub.
 
     Raises:
-        ValueError: the checkpoint is no longer on the Hub.
-        OSError: it cannot be had: no network, no access, no such revision, or the repository is empty or gone.
+        ValueError: The checkpoint is no longer on the Hub.
+        OSError: No network, no access, no such revision, or the repository is empty or gone.
     """
     name, repository, file = published.name, published.repository, published.file
     by_file = f"`wavtokenizer convert FILE --checkpoint {name}` takes a copy that you have."

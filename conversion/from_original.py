@@ -30,34 +30,34 @@ def convert(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """
-    Converts a checkpoint of the original training code and prints a report of it.
+    Convert a checkpoint of the reference implementation to a folder, and print a report.
 
-    The folder holds config.json, model.safetensors, preprocessor_config.json, the code files for
-    `trust_remote_code=True`, and a model card. It appears only when it is complete and has been loaded and compared
-    with the checkpoint bit for bit; if anything fails, nothing is left behind.
+    The folder holds config.json, model.safetensors, preprocessor_config.json, the code for `trust_remote_code=True`,
+    and a model card. It appears only after it was loaded and compared with the checkpoint bit for bit. If anything
+    fails, nothing is left behind.
 
     Args:
-        checkpoint: a Lightning `.ckpt`, or a bare state dict (`.ckpt`, `.pt`, `.bin` or `.safetensors`) with the
-            original's tensor names; or a list of the parts that somebody has split it into. Pickles are opened with
+        checkpoint: Lightning `.ckpt`, or bare state dict (`.ckpt`, `.pt`, `.bin` or `.safetensors`) with the original
+            tensor names, or a list of files that are the parts of one checkpoint. Pickles are opened with
             `weights_only=True`, so nothing in them is executed.
-        output: the folder to make; it must not exist, or be empty.
-        config: the YAML file that the checkpoint was trained with. It is needed only where the sampling rate is not
-            24000; all else is read off the tensors, and what the file says of them is compared.
-        with_discriminators: also keep the discriminators, in discriminators.safetensors, from which training goes on.
-        average: take the mean of the files, which are checkpoints of one training run.
-        published: from `published.find`; the file must agree with all that is known of it, which the card says, and whether
-            that tells it from others.
-        keep_existing: also accept a folder that holds the result of this very conversion already, and leave it alone.
-        on_progress: Called with the number of steps that are done, and of all: read, write, compare.
+        output: Folder to write. It must not exist, or be empty.
+        config: YAML file that the checkpoint was trained with. It is needed only if the sampling rate is not 24000 Hz.
+            All other settings are read from the tensors and compared with it.
+        with_discriminators: Also write discriminators.safetensors, from which training can continue.
+        average: Average the files, which are checkpoints of one training run.
+        published: Entry of the published checkpoint, from `published.find`. The file must agree with all that is known
+            of it. Report and card say if nothing is known that tells it from others.
+        keep_existing: Also accept a folder that already holds the result of this conversion, and leave it as it is.
+        on_progress: Called with the number of finished steps and of all steps: read, write, compare.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the checkpoint is no whole WavTokenizer, holds weights that are not finite, contradicts the YAML
-            file, lacks the discriminators that were asked for, is not the published one, or is a pickle that would run
-            code; the files do not fit each other; or the output exists.
-        OSError: a file cannot be read or written.
+        ValueError: The checkpoint is not one whole WavTokenizer, has weights that are not finite, contradicts the YAML
+            file, lacks the discriminators, is not the published one, or is a pickle that would run code. The files are
+            not of one checkpoint. The output exists.
+        OSError: A file cannot be read or written.
     """
     if not os.fspath(output):
         raise ValueError("Got an empty output. Name the folder to make.")
@@ -131,7 +131,7 @@ def check_new_folder(output: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """`atomic_folder` for an output that must not exist, or be an empty folder. Raises ValueError if it does."""
+    """Return `atomic_folder` for an output that must not exist, or be an empty folder. Raises ValueError if it has files."""
     check_new_folder(output)
     with atomic_folder(output) as folder:
         yield folder
@@ -164,7 +164,7 @@ def _module(cls: type) -> str:
 
 
 def _differences(source: Source, folder: Path, published: PublishedCheckpoint | None) -> list[str]:
-    """Loads what was written and compares it with the checkpoint, and with what is known of the published one."""
+    """Load what was written. Return how it differs from the checkpoint, and from what is known of the published one."""
     try:
         model, loading = WavTokenizerModel.from_pretrained(folder, output_loading_info=True)
     except safetensors.SafetensorError as error:
@@ -196,7 +196,7 @@ def _discriminator_differences(source: Source, file: Path) -> list[str]:
 
 
 def differing(expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> list[str]:
-    """What of the expected tensors is not there in every bit."""
+    """Return one sentence for each expected tensor that `loaded` does not hold bit for bit."""
     problems = []
     for name, weight in expected.items():
         # compared as integers, which tell -0.0 from 0.0

@@ -1,4 +1,4 @@
-"""What becomes of each tensor of an original checkpoint: kept under a new name, dropped for a reason, or an error."""
+"""Tables of tensor names: which tensors of an original checkpoint are kept under a new name, and which are dropped and why."""
 
 import re
 from collections.abc import Iterable
@@ -47,16 +47,16 @@ _LATER_QUANTIZER = re.compile(r"feature_extractor\.encodec\.quantizer\.vq\.layer
 
 def sort_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
     """
-    Sorts the original's tensor names by the tables above.
+    Sort the original tensor names by the tables above.
 
     Args:
-        names: every name in the checkpoint.
+        names: Every name in the checkpoint.
 
     Returns:
-        What is kept, name here -> original name, and what is dropped, beginning of the name -> original names.
+        What is kept (new name -> original name), and what is dropped (prefix of the name -> original names).
 
     Raises:
-        ValueError: a second quantizer, or a name that stands in no table.
+        ValueError: A second quantizer, or a name that is in no table.
     """
     kept, dropped, unknown = {}, {}, []
     quantizers = {0}
@@ -78,12 +78,12 @@ def sort_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str
 
 
 def original_name(name: str) -> str:
-    """The original's name of one of the model's tensors."""
+    """Return the original name of a tensor of the model."""
     return _translate(name, {new: old for old, new in KEPT.items()})
 
 
 def check_names(kept: dict[str, str], expected: Iterable[str]) -> None:
-    """Raises ValueError unless `kept` (name here -> original name) holds exactly the `expected` names of the model."""
+    """Raise ValueError unless `kept` (new name -> original name) holds exactly the `expected` names of the model."""
     expected = set(expected)
     missing = sorted(original_name(name) for name in expected - set(kept))
     if missing:
@@ -97,7 +97,7 @@ def check_names(kept: dict[str, str], expected: Iterable[str]) -> None:
 
 
 def discriminator_names(names: Iterable[str]) -> dict[str, str]:
-    """The discriminators among the original's tensors: name in `training/` -> original name."""
+    """Return the discriminators among the original tensors: name in `training/` -> original name."""
     found = {}
     for prefix, new_prefix in DISCRIMINATORS.items():
         for name in names:
@@ -109,7 +109,7 @@ def discriminator_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def original_discriminator_names(name: str) -> list[str]:
-    """Where the original has a tensor of `training/`'s discriminators: the DAC-style one lies in two places."""
+    """Return the original names of a discriminator tensor. The DAC-style discriminator is stored twice."""
     name = name.replace(".parametrizations.weight.original0", ".weight_g")
     name = name.replace(".parametrizations.weight.original1", ".weight_v")
     return [old + name.removeprefix(new) for old, new in DISCRIMINATORS.items() if name.startswith(new)]

@@ -24,7 +24,7 @@ RATIOS = {40: [6, 5, 5, 4], 75: [8, 5, 4, 2]}  # codes per second -> what the en
 
 @dataclass(frozen=True)
 class KnownAnswer:
-    """The codes that somebody else got for a sine."""
+    """Codes that others got for a sine."""
 
     hertz: float
     amplitude: float
@@ -34,7 +34,7 @@ class KnownAnswer:
     source: str
 
     def audio(self) -> "torch.Tensor":
-        """The sine, float32 (1, 1, samples)."""
+        """Return the sine, float32 (1, 1, samples)."""
         import torch
 
         time = torch.arange(int(self.seconds * SAMPLING_RATE)) / SAMPLING_RATE
@@ -43,7 +43,7 @@ class KnownAnswer:
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
-    """One line of the table; checkpoints.yaml says what the fields mean."""
+    """One entry of the table. checkpoints.yaml explains the fields."""
 
     name: str
     repository: str | None
@@ -62,7 +62,7 @@ class PublishedCheckpoint:
 
     @property
     def config(self) -> "WavTokenizerConfig":
-        """The shape that all published checkpoints of this rate have."""
+        """Configuration that all published checkpoints of this rate share."""
         from .. import WavTokenizerConfig
 
         return WavTokenizerConfig(
@@ -73,10 +73,10 @@ class PublishedCheckpoint:
 
     def check_file(self, path: Path, sha256: str) -> None:
         """
-        Compares a file with what the table says of it, and with the hash under which the Hub's cache keeps it.
+        Compare a file with the table, and with the hash under which the Hub's cache stores it.
 
         Raises:
-            ValueError: another size or hash.
+            ValueError: Another size or hash.
         """
         what_to_do = "It is damaged or another file: delete it and download it again."
         if self.size is not None and path.stat().st_size != self.size:
@@ -90,7 +90,12 @@ class PublishedCheckpoint:
             raise ValueError(f"{path} has the sha256 {sha256}, expected {expected} for {self.name}. {what_to_do}")
 
     def unverified_reason(self, files: Sequence[Path]) -> str | None:
-        """What to say of files that pass for this checkpoint, where nothing known of it tells it from others of its rate."""
+        """
+        Return a sentence if nothing known of this checkpoint tells it from others of its rate, or None.
+
+        Args:
+            files: Files that were given as this checkpoint.
+        """
         known = [self.fingerprint, *self.known_answers]
         if len(files) == 1:
             known += [self.size, self.sha256, self._is_in_the_hubs_cache(files[0]) or None]
@@ -110,10 +115,10 @@ class PublishedCheckpoint:
 
     def check_model(self, model: "WavTokenizerModel") -> None:
         """
-        Compares a model with what the table says of it: rate, codebook, and the codes that others got for a sine.
+        Compare a model with the table: rate, codebook, and the codes that others got for a sine.
 
         Raises:
-            ValueError: it is another checkpoint, or computes something else here than elsewhere.
+            ValueError: It is another checkpoint, or this machine computes other codes.
         """
         import torch
 
@@ -141,7 +146,7 @@ class PublishedCheckpoint:
 
 @cache
 def table() -> dict[str, PublishedCheckpoint]:
-    """All published checkpoints by their names."""
+    """Return all published checkpoints by their names."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
     content = yaml.load(TABLE.read_text(encoding="utf-8"), loader)
     return {name: _published(name, **fields) for name, fields in content.items()}
@@ -152,7 +157,7 @@ def _published(name: str, known_answers: list[dict], **fields) -> PublishedCheck
 
 
 def find(name: str) -> PublishedCheckpoint:
-    """The checkpoint of that name. Raises ValueError that lists the nearest names."""
+    """Return the checkpoint of that name. Raises ValueError that lists the nearest names."""
     found = table().get(name)
     if found is None:
         nearest = difflib.get_close_matches(name, table(), n=3, cutoff=0.4) or list(table())

@@ -11,7 +11,7 @@ OPTIONAL = ("discriminators.safetensors",)  # what some conversions write and ot
 
 
 def check_logged_in() -> None:
-    """Raises OSError if there is no token to upload with; done before the work."""
+    """Raise OSError if there is no token to upload with. It is called before the work starts."""
     if get_token() is None:
         raise OSError(
             "Got a name on the Hub and no token to upload with. Log in with `hf auth login`, or set HF_TOKEN."
@@ -20,24 +20,23 @@ def check_logged_in() -> None:
 
 def push(folder: Path, name: str, private: bool = False, create_pr: bool = False) -> str:
     """
-    Uploads all files of a folder in one commit, and asks the Hub whether they are there.
+    Upload all files of a folder in one commit, and check that the Hub has them.
 
-    The same commit deletes what another conversion has put there and this one has not; all else there stays.
-
-    The repository is made here and not before the folder is complete, so that a conversion that fails leaves no empty one.
+    The same commit deletes files of an earlier conversion that this one lacks. All other files stay. The repository is
+    created here, after the folder is complete, so a failed conversion leaves no empty repository.
 
     Args:
-        folder: made by `convert`; it stays as it is.
-        name: of the repository; it is made if there is none.
-        private: make it private; one that exists and is public is refused.
-        create_pr: propose the files as a pull request instead of putting them onto the main branch.
+        folder: Folder that `convert` made. It is not changed.
+        name: Name of the repository, which is created if it does not exist.
+        private: Create it as private. A public repository that exists is refused.
+        create_pr: Upload the files as a pull request instead of to the main branch.
 
     Returns:
-        The address of the commit or pull request.
+        Address of the commit or pull request.
 
     Raises:
-        OSError: the Hub refuses the name or the files, the repository is public and should not be, or the connection
-            broke; the same call again finishes what broke off.
+        OSError: The Hub refuses the name or the files, the repository is public and should not be, or the connection
+            broke. The same call again finishes the upload.
     """
     api = HfApi()
     try:

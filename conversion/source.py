@@ -1,4 +1,4 @@
-"""What the files of a checkpoint give: the weights by their names here, and an account of how they were got."""
+"""Read the files of a checkpoint: weights by the names of this package, and a record of how they were read."""
 
 import hashlib
 from collections import Counter
@@ -23,7 +23,7 @@ EMBED_COPY = "codebook_weights"  # the decoder that OuteTTS splits off has the c
 
 @dataclass
 class Source:
-    """What checkpoints give: the model's weights by their names here, and an account of how they were got."""
+    """What the files of a checkpoint hold: weights by the names of this package, and a record of how they were read."""
 
     files: dict[Path, str]  # and their sha256
     config: WavTokenizerConfig
@@ -37,7 +37,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The files, for messages."""
+        """Paths of the files, for messages."""
         return ", ".join(map(str, self.files))
 
 
@@ -48,7 +48,7 @@ def read_source(
     average: bool = False,
     published: PublishedCheckpoint | None = None,
 ) -> Source:
-    """Reads and checks checkpoints without writing anything; arguments and errors are those of `from_original.convert`."""
+    """Read and check checkpoints. Nothing is written. Arguments and errors are those of `from_original.convert`."""
     if not files:
         raise ValueError("Got no checkpoint. Give the path of a file.")
     if len(set(files)) < len(files):
@@ -85,7 +85,7 @@ def read_source(
 
 
 def _join(opened: dict[Path, Checkpoint]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """One checkpoint of the parts that others have split it into; what two parts share must be the same in both."""
+    """Join the parts of one checkpoint. Tensors that two parts share must be equal."""
     content, others, came_from = {}, [], {}
     for file, checkpoint in opened.items():
         part = {
@@ -109,7 +109,7 @@ def _equal(left, right) -> bool:
 
 
 def _average(sources: list[Source]) -> Source:
-    """The mean of several checkpoints of one training run, summed in the order of the files, as the original does it."""
+    """Average checkpoints of one training run. They are summed in the order of the files, as in the reference implementation."""
     first, *rest = sources
     if not rest:
         raise ValueError(f"Got one checkpoint to average, {first.name}, expected several. Leave the averaging out.")
@@ -139,12 +139,12 @@ def _average(sources: list[Source]) -> Source:
 
 
 def _of_one_run(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether most entries of one codebook (K, D) are nearest to the entry of the same number in the other."""
+    """Return whether most entries of one codebook (K, D) are nearest to the entry of the same index in the other."""
     return bool((torch.cdist(left, right).argmin(-1) == torch.arange(len(left))).float().mean() > 0.5)
 
 
 def _weight(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """One tensor of the checkpoint as float32; what is float32 already stays where it is, in memory or in the file."""
+    """Return a tensor of the checkpoint as float32. A float32 tensor is not copied: it stays in memory or in the file."""
     if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
         raise ValueError(
             f"Got {name} of type {tensor.dtype} ({tensor.layout}), expected float32, float16, bfloat16 or float64. "
@@ -163,7 +163,7 @@ def _weight(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def _discriminators(
     content: dict[str, torch.Tensor], config: WavTokenizerConfig, checkpoint: Path
 ) -> dict[str, torch.Tensor]:
-    """All three discriminators as training loads them; they must be whole, and nothing else is accepted for them."""
+    """Return all three discriminators by the names of training. They must be complete, without other tensors."""
     tensors = {
         name: _weight(original, content[original]).clone() for name, original in discriminator_names(content).items()
     }

@@ -1,8 +1,9 @@
-"""The way back: a converted folder becomes a checkpoint and a YAML file for the original code, and for what reads its files.
+"""Convert a folder back to a checkpoint and a YAML file of the reference implementation, for all programs that read its files.
 
     python -m wavtokenizer_hf.conversion.to_original FOLDER --output DIR
 
-writes DIR/NAME.ckpt and DIR/NAME.yaml, where NAME is that of the folder. `convert` makes the same folder of them again.
+This writes DIR/NAME.ckpt and DIR/NAME.yaml, where NAME is the name of the folder. `convert` makes the same folder of
+them again.
 """
 
 import argparse
@@ -43,23 +44,24 @@ UNUSED_RATIOS = (8, 5, 4, 2)  # of EnCodec's own decoder, whatever the encoder's
 
 def to_original(folder: str | Path, output: str | Path) -> Path:
     """
-    Writes a converted folder as the original's Lightning checkpoint and YAML file.
+    Write a converted folder as a Lightning checkpoint and a YAML file of the reference implementation.
 
-    The checkpoint holds every tensor that the original's `WavTokenizer.from_pretrained0802` wants: the model's own, bit for
-    bit; EnCodec's decoder, which is never used and was not kept, as zeros; the window; and discriminators, if the folder has
-    them. Optimizer states and the training's settings are not in a folder, so they are not in the files.
+    The checkpoint holds every tensor that `WavTokenizer.from_pretrained0802` of the reference implementation needs:
+    the model's own tensors, bit for bit, the window, and the discriminators if the folder has them. EnCodec's decoder,
+    which is never used, is zeros. Optimizer states and settings of the training run are not in a folder, so they are
+    not in the files.
 
     Args:
-        folder: a converted folder, or one that training has written.
-        output: the folder to make; it must not exist, or be empty.
+        folder: Converted folder, or one that training has written.
+        output: Folder to write. It must not exist, or be empty.
 
     Returns:
-        The path of the checkpoint; the YAML file lies beside it.
+        Path of the checkpoint. The YAML file is beside it.
 
     Raises:
-        ValueError: the folder is no WavTokenizer, is damaged, or of a shape that the original's code cannot build; the
-            output exists.
-        OSError: a file cannot be read or written.
+        ValueError: The folder is no WavTokenizer, is damaged, or has a shape that the reference implementation cannot
+            build. The output exists.
+        OSError: A file cannot be read or written.
     """
     if not os.fspath(output):
         raise ValueError("Got an empty output. Name the folder to make.")
@@ -106,7 +108,7 @@ def _check_built_in(config: WavTokenizerConfig) -> None:
 
 
 def _unused_decoder() -> dict[str, torch.Tensor]:
-    """EnCodec's decoder, by the original's names: silent, and there because the original loads no file without it."""
+    """Return EnCodec's decoder by its original names, as zeros. The reference implementation loads no file without it."""
     prefix, tensors = "feature_extractor.encodec.decoder.model.", {}
 
     def convolution(name: str, out_channels: int, in_channels: int, kernel: int, transposed: bool = False) -> None:
@@ -130,7 +132,7 @@ def _unused_decoder() -> dict[str, torch.Tensor]:
 
 
 def _settings(config: WavTokenizerConfig) -> dict:
-    """The model's part of the original's YAML file; "dowmsamples" is the original's spelling."""
+    """Return the model's part of the YAML file. "dowmsamples" is spelled as in the reference implementation."""
     ratios = list(config.upsampling_ratios)
     feature_extractor = {
         "encodec_model": "encodec_24khz",
@@ -167,7 +169,7 @@ def _settings(config: WavTokenizerConfig) -> dict:
 
 
 def _check(checkpoint: Path, model: WavTokenizerModel) -> None:
-    """Reads the files as conversion does; a difference is a fault of this program."""
+    """Read the files as `convert` does. A difference is a bug of this program."""
     source = read_source([checkpoint], checkpoint.with_suffix(".yaml"))
     if problems := differing(model.state_dict(), source.weights):
         raise RuntimeError(
@@ -176,7 +178,7 @@ def _check(checkpoint: Path, model: WavTokenizerModel) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for a folder or output that cannot be used."""
+    """Run the command line. Returns the exit code: 0, or 2 for a folder or output that cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m wavtokenizer_hf.conversion.to_original",
         description="Turn a converted folder into a checkpoint and a YAML file for the original's code.",
