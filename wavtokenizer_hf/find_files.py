@@ -1,4 +1,4 @@
-"""The one finder of files: what commands, bulk work and training take from a folder, and what they pass over."""
+"""Find files in folders, for commands, bulk work and training. Files that are skipped are counted and named."""
 
 import os
 from collections import Counter
@@ -52,17 +52,17 @@ def find_files(folder: str | os.PathLike, suffixes: Sequence[str]) -> FoundFiles
 
 
 def walk(folder: str | os.PathLike) -> list[str]:
-    """All that is not a folder below a folder, sorted by the parts of its path. Raises OSError if a folder cannot be read."""
+    """Return all files below a folder, sorted by the parts of their paths. Raises OSError if a folder cannot be read."""
     paths = []
     for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        # a link to a folder above has no end, and what it holds is found without it
+        # a link to a parent folder would never end
         folders[:] = [name for name in folders if not holds(os.path.join(parent, name), parent)]
         paths += [os.path.join(parent, name) for name in names]
     return sorted(paths, key=lambda path: path.split(os.sep))
 
 
 def holds(folder: str, path: str) -> bool:
-    """Whether the path lies in the folder, wherever links lead."""
+    """Return whether the path lies in the folder, after links are resolved."""
     return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 

@@ -1,4 +1,4 @@
-"""From the WavTokenizer that transformers >= 5.24 has itself, the native one, to ours, in place of it."""
+"""Replace the native WavTokenizer of transformers >= 5.24 by the model of this package."""
 
 import torch
 import transformers
@@ -40,7 +40,7 @@ def upgrade(model: nn.Module) -> nn.Module:
         raise TypeError(f"Got {type(model).__name__}, expected a model. Load it first, with from_pretrained.")
     if _is_native(model):
         return _ours(model)
-    places = [  # every place that one hangs in, but not the encoder inside a whole one
+    places = [  # every parent of a native model, but not a whole native model, whose encoder is inside
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
@@ -54,7 +54,7 @@ def upgrade(model: nn.Module) -> nn.Module:
         )
     upgraded = {
         child: _ours(child) for _, _, child in places
-    }  # all made before one is exchanged, since one may be refused
+    }  # build all before replacing one, since one may be refused
     for parent, name, child in places:
         setattr(parent, name, upgraded[child])
     return model
@@ -65,7 +65,7 @@ def _is_native(module: nn.Module) -> bool:
 
 
 def _ours(model: nn.Module) -> WavTokenizerModel | WavTokenizerEncoderModel:
-    """Our model of a native one, with its tensors."""
+    """Return our model with the tensors of a native one."""
     tensors = model.state_dict(keep_vars=True)
     devices = {tensor.device for tensor in tensors.values()}
     if len(devices) > 1 or torch.device("meta") in devices:
@@ -82,8 +82,10 @@ def _ours(model: nn.Module) -> WavTokenizerModel | WavTokenizerEncoderModel:
     rounded = []
     for name, template in ours.state_dict(keep_vars=True).items():
         tensor = tensors[name]
-        template.requires_grad_(tensor.requires_grad)  # load_state_dict gives the template's to the tensor
-        if template.dtype == torch.float32 != tensor.dtype:  # ours computes with it in float32 only
+        template.requires_grad_(
+            tensor.requires_grad
+        )  # load_state_dict copies requires_grad from the template to the tensor
+        if template.dtype == torch.float32 != tensor.dtype:  # ours computes with this tensor in float32 only
             rounded.append(name)
             tensors[name] = nn.Parameter(tensor.detach().float(), requires_grad=tensor.requires_grad)
     ours.load_state_dict(tensors, assign=True)

@@ -1,4 +1,4 @@
-"""Token files: the codes of one clip, with what is needed to decode them to exactly the right sound and length."""
+"""Token files: the codes of one clip, with the codebook fingerprint and length that decoding needs."""
 
 import json
 import os
@@ -29,12 +29,12 @@ class TokenFile:
     """The codes of one clip and where they come from.
 
     Args:
-        audio_codes: integers of shape (L,), each in [0, 65536); kept as uint16.
-        model: name or folder of the model that made them, as it was given.
-        codebook_fingerprint: of that model's codebook.
-        sampling_rate: Hz of the audio.
-        hop_length: samples per code.
-        num_samples: samples of the clip; the last code may cover more than there were.
+        audio_codes: Integers of shape (L,), each in [0, 65536). Stored as uint16.
+        model: Name or folder of the model, as the user gave it.
+        codebook_fingerprint: Fingerprint of the model's codebook.
+        sampling_rate: Sample rate of the audio, in Hz.
+        hop_length: Samples per code.
+        num_samples: Samples of the clip. The last code may cover more.
     """
 
     audio_codes: np.ndarray

@@ -1,4 +1,4 @@
-"""`wavtokenizer evaluate`: what is left of the sound, in numbers."""
+"""`wavtokenizer evaluate`: measure the quality of reconstructions."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""`wavtokenizer export`: tokens to the files that language models are trained from."""
+"""`wavtokenizer export`: token folders to training files of language models."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`wavtokenizer encode | decode | reconstruct`: sound to tokens, tokens to sound, and both."""
+"""`wavtokenizer encode | decode | reconstruct`: audio to codes, codes to audio, and both."""
 
 import argparse
 import math

@@ -1,4 +1,4 @@
-"""`wavtokenizer train`: a new model, or more training for one that is there."""
+"""`wavtokenizer train`: train a new model, or fine-tune one."""
 
 from ..model_names import find_torch_model
 from ..training import settings

@@ -12,8 +12,8 @@ from .result import SCRIPT, STYLE, message, render
 
 CLIPS = Path(__file__).parent / "clips"
 INTRODUCTION = """# WavTokenizer
-Audio to one stream of 40 or 75 tokens per second, and back. The bundled model is small and was trained on synthetic audio: choose
-a published checkpoint to hear what the codec can do."""
+Audio to one stream of 40 or 75 tokens per second, and back. The bundled model is small and sounds rough. Choose a published checkpoint to
+hear what the codec can do."""
 
 
 def build_page(models: Sequence[str] = ("bundled",), any_model: bool = False, max_seconds: float = 60):

@@ -7,11 +7,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class CodebookUsage:
-    """Counts of codes and what follows from them.
+    """Counts of codes, and figures computed from them.
 
     Args:
-        counts: how often each entry occurs, integers of shape (K,).
-        frame_rate: codes per second.
+        counts: Number of times that each entry occurs, integers of shape (K,).
+        frame_rate: Codes per second.
     """
 
     counts: np.ndarray
@@ -19,7 +19,7 @@ class CodebookUsage:
 
     @classmethod
     def of(cls, audio_codes: np.ndarray, codebook_size: int, frame_rate: float) -> "CodebookUsage":
-        """Counts codes of shape (L,), each in [0, K)."""
+        """Count codes of shape (L,), each in [0, K)."""
         return cls(np.bincount(audio_codes, minlength=codebook_size), frame_rate)
 
     def __add__(self, other: "CodebookUsage") -> "CodebookUsage":
@@ -41,13 +41,13 @@ class CodebookUsage:
 
     @property
     def bits_per_code(self) -> float:
-        """Entropy of the distribution of codes, at most log2 K: what a code carries if its neighbours say nothing of it."""
+        """Entropy of the distribution of codes, at most log2 K: the information of a code without its context."""
         shares = self.counts[self.counts > 0] / self.num_codes
         return float(-(shares * np.log2(shares)).sum()) + 0.0  # + 0.0: no negative zero
 
     @property
     def perplexity(self) -> float:
-        """Entries that would carry as much if all were used equally: 2 to the power of the entropy."""
+        """2 to the power of the entropy: the number of equally used entries with the same entropy."""
         return 2**self.bits_per_code
 
     @property
@@ -55,7 +55,7 @@ class CodebookUsage:
         return self.bits_per_code * self.frame_rate
 
     def figures(self) -> dict[str, float]:
-        """The three that are reported for each file."""
+        """The three figures that are reported for each file."""
         return {
             "codebook_utilization": self.utilization,
             "codebook_perplexity": self.perplexity,

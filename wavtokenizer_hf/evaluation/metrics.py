@@ -42,17 +42,17 @@ NUM_CEPSTRA = 13
 
 
 class CannotScoreError(ValueError):
-    """There is no number for this pair of clips, and the message says why."""
+    """A metric has no value for this pair of clips. The message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What some metrics take besides the two clips.
+    """Options of some metrics.
 
     Args:
-        utmos: TorchScript file of UTMOS, which is not shipped with any package.
-        crepe: size of CREPE: "full" as in the paper, or "tiny", which takes about a fiftieth of the time.
-        asr: name or folder of a speech recognizer for transformers' pipeline; None for pocketsphinx (English).
+        utmos: TorchScript file of UTMOS. No package contains it.
+        crepe: Size of CREPE: "full" as in the paper, or "tiny", which is about 50 times as fast.
+        asr: Name or folder of a speech recognizer for transformers' pipeline. None: pocketsphinx (English).
     """
 
     utmos: str | None = None
@@ -66,11 +66,11 @@ class Options:
 
 @dataclass
 class Clip:
-    """One clip and what several metrics need of it, each computed once.
+    """One clip, with intermediate results that several metrics share. Each is computed once.
 
     Args:
         audio: float32 of shape (T,) at 24 kHz.
-        options: for the metrics that have some.
+        options: Options of the metrics.
     """
 
     audio: np.ndarray
@@ -78,7 +78,7 @@ class Clip:
 
     @cached_property
     def at_16k(self) -> np.ndarray:
-        """(N,) float32 at 16 kHz, resampled by soxr as sound files are."""
+        """(N,) float32 at 16 kHz, resampled by soxr, as audio files are."""
         soxr = package("soxr")
         return soxr.resample(self.audio, SAMPLING_RATE, LOW_RATE, quality="HQ")
 
@@ -105,7 +105,7 @@ class Clip:
 
     @cached_property
     def words(self) -> str:
-        """What a recognizer understands, in lower case."""
+        """Transcript of a speech recognizer, in lower case."""
         recognize = _pocketsphinx() if self.options.asr is None else _asr_pipeline(self.options.asr)
         return recognize(self.at_16k).lower()
 
@@ -149,7 +149,7 @@ def si_sdr(reference: Clip, estimate: Clip) -> float:
     """Scale-invariant signal-to-distortion ratio (Le Roux et al. 2019) in dB, means removed."""
     auraloss = package("auraloss")
     _refuse_silence(reference, estimate)
-    tiny = np.finfo(np.float64).tiny  # keeps a division by zero out, and changes no value
+    tiny = np.finfo(np.float64).tiny  # avoids a division by zero and changes no value
     loss = auraloss.time.SISDRLoss(zero_mean=True, eps=tiny)
     value = -float(loss(*(torch.from_numpy(clip.audio).double()[None, None] for clip in (estimate, reference))))
     if abs(value) > 150:  # dB; float32 audio holds 144
@@ -194,7 +194,9 @@ def dnsmos(reference: Clip, estimate: Clip) -> float:
     """DNSMOS P.835 (Reddy et al. 2022), overall quality of the estimate alone as a listener would rate it: 1 to 5."""
     run = package("speechmos.dnsmos").run
     _refuse_silence(estimate)
-    return float(run(np.clip(estimate.at_16k, -1, 1), LOW_RATE)["ovrl_mos"])  # it repeats what is shorter than 9.01 s
+    return float(
+        run(np.clip(estimate.at_16k, -1, 1), LOW_RATE)["ovrl_mos"]
+    )  # DNSMOS repeats clips shorter than 9.01 s
 
 
 def speaker_similarity(reference: Clip, estimate: Clip) -> float:
@@ -246,7 +248,7 @@ def utmos(reference: Clip, estimate: Clip) -> float:
 
 @dataclass(frozen=True)
 class Metric:
-    """What a reader of a number has to know.
+    """A metric, with everything that a reader of its values needs.
 
     Args:
         function: (reference, estimate) -> number.
@@ -308,12 +310,12 @@ DISTRIBUTIONS = {"visqol": "visqol-python"}
 
 
 def why_not(name: str, options: Options | None = None) -> str | None:
-    """Why this metric cannot run at all here; None if it can."""
+    """Return the reason why this metric cannot run here, or None."""
     options = options or Options()
     try:
         for each in METRICS[name].packages:
             if each == "resemblyzer":
-                _speaker_weights()  # its code does not import beside setuptools 82 or newer, and is not needed
+                _speaker_weights()  # its code does not import with setuptools 82 or newer, and is not needed
             elif each == "pocketsphinx" and options.asr is not None:
                 _asr_pipeline(options.asr)
             else:
@@ -324,13 +326,13 @@ def why_not(name: str, options: Options | None = None) -> str | None:
             _load_torchscript(str(options.utmos))
     except (ImportError, FileNotFoundError) as error:
         return str(error)
-    except Exception as error:  # a package or a file that is there but broken raises anything
+    except Exception as error:  # a broken package or file can raise anything
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def score(reference: Clip, estimate: Clip, names: list[str]) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Scores one pair by the metrics of these names: name -> number or None, and name -> reason for each None."""
+    """Compute metrics of one pair. Return name -> value or None, and name -> reason for each None."""
     values, reasons = {}, {}
     for name in names:
         try:
@@ -340,7 +342,7 @@ def score(reference: Clip, estimate: Clip, names: list[str]) -> tuple[dict[str, 
             values[name] = float(value)
         except CannotScoreError as error:
             values[name], reasons[name] = None, str(error)
-        except Exception as error:  # other people's code on any audio at all: one number is lost, not the evaluation
+        except Exception as error:  # third-party code can fail on unusual audio: lose one value, not the evaluation
             values[name], reasons[name] = None, f"{type(error).__name__}: {error}"
     return values, reasons
 
@@ -420,7 +422,7 @@ def _speaker_encoder() -> Callable[[np.ndarray], np.ndarray]:
 
     def embed(audio: np.ndarray) -> np.ndarray:
         level = np.sqrt(np.mean(np.square(audio, dtype=np.float64)))
-        audio = audio * np.float32(max(1.0, 10 ** (-30 / 20) / max(level, 1e-9)))  # only louder, to -30 dBFS
+        audio = audio * np.float32(max(1.0, 10 ** (-30 / 20) / max(level, 1e-9)))  # amplify quiet clips to -30 dBFS
         window = 160  # frames of 10 ms; each is embedded, at 1.3 a second, and the mean is taken
         step = round(16000 / 1.3 / 160)
         mel = librosa.feature.melspectrogram(y=audio, sr=LOW_RATE, n_fft=400, hop_length=160, n_mels=40).T
@@ -444,7 +446,7 @@ def _pocketsphinx() -> Callable[[np.ndarray], str]:
     decoder = pocketsphinx.Decoder(samprate=LOW_RATE, loglevel="FATAL")
 
     def recognize(audio: np.ndarray) -> str:
-        decoder.reinit()  # it adapts to what it heard: each clip should be judged as if it were the first
+        decoder.reinit()  # the recognizer adapts to earlier clips; reset it, so that results do not depend on their order
         decoder.start_utt()
         decoder.process_raw((np.clip(audio, -1, 1) * 32767).astype(np.int16).tobytes(), full_utt=True)
         decoder.end_utt()

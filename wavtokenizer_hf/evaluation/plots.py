@@ -34,7 +34,7 @@ def plot_metrics(path: Path, report) -> Path:
             for system in report.systems
         ]
         values = np.stack(columns_of)  # (systems, files)
-        # files side by side within 0.3 of their system's place, in the order of the first system, so that dots do not hide dots
+        # spread the files of a system sideways, in the order of the first system, so that dots do not overlap
         shift = np.empty(values.shape[1])
         shift[np.argsort(values[0], kind="stable")] = np.linspace(-0.3, 0.3, values.shape[1])
         places = np.arange(len(values))[:, None] + shift
@@ -52,7 +52,7 @@ def plot_metrics(path: Path, report) -> Path:
 
 
 def plot_codebook(path: Path, report) -> Path:
-    """Writes how often each codebook entry occurs, most frequent first, beside equal use; one line for each model."""
+    """Plot how often each codebook entry occurs, most frequent first, and equal use; one line per model."""
     figure = _figure(figsize=(8, 4.5))
     axes = figure.subplots()
     for index, system in enumerate(report.systems):

@@ -1,6 +1,6 @@
-"""What an evaluation found: per file, in the mean, as differences; as a table, JSON, CSV and pictures.
+"""Results of an evaluation: per file, means and differences, as a table, JSON, CSV and pictures.
 
-A number that could not be computed is None everywhere (null, an empty cell), is counted, and has its reason listed.
+A value that could not be computed is None (null, an empty cell). Such values are counted, and their reasons are listed.
 """
 
 import csv
@@ -25,7 +25,7 @@ CODEBOOK_FIGURES = {
     "codebook_perplexity": ("perplexity", ""),
     "codebook_entropy": ("entropy", "bit/s"),
 }
-"""Per file, beside the metrics, for systems that are models: title and unit."""
+"""Further values per file, for models: title and unit."""
 
 REPORT_FILES = ("report.json", "files.csv", "metrics.png", "codebook.png")
 
@@ -34,15 +34,15 @@ INTERVAL = "95 % interval of the mean over files, Student's t"
 
 @dataclass
 class FileResult:
-    """One file by one system.
+    """Values of one file for one system.
 
     Args:
-        file: its place in the folder of references.
-        seconds: of the reference; None if it could not be read.
-        values: name of a metric or codebook figure -> number, or None.
-        reasons: those that could run and have no number -> why.
-        samples_cut: samples by which a decoded file was longer (> 0) or shorter (< 0) than its reference.
-        codes: which codes occurred; None for a folder of decoded files, or after a failure.
+        file: Path of the reference, relative to its folder.
+        seconds: Length of the reference. None if it could not be read.
+        values: Name of a metric or codebook figure -> value, or None.
+        reasons: Name of a metric without a value -> reason. Metrics that could not run at all are left out.
+        samples_cut: Samples by which a decoded file was longer (> 0) or shorter (< 0) than its reference.
+        codes: Counts of the codes. None for a folder of decoded files, or after a failure.
     """
 
     file: str
@@ -53,7 +53,7 @@ class FileResult:
     codes: CodebookUsage | None = None
 
     def failures(self) -> list[tuple[list[str], str]]:
-        """What has no number, together where the reason is one: (names, reason)."""
+        """Return the metrics without a value, grouped by reason: (names, reason)."""
         by_reason = {}
         for name, reason in self.reasons.items():
             by_reason.setdefault(reason, []).append(name)
@@ -62,7 +62,7 @@ class FileResult:
 
 @dataclass(frozen=True)
 class Summary:
-    """A mean over files, or over differences; `count` files have a number, `failures` have none."""
+    """Mean over files, or over differences. `count` files have a value, `failures` have none."""
 
     mean: float | None
     low: float | None
@@ -72,7 +72,7 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> "Summary":
-        """Mean and 95 % interval by Student's t of the values that are numbers; no interval for fewer than two."""
+        """Return the mean and the 95 % interval by Student's t, without None. Fewer than two values have no interval."""
         from scipy.stats import t
 
         numbers = np.array([value for value in values if value is not None], dtype=np.float64)
@@ -88,13 +88,13 @@ class Summary:
 
 @dataclass
 class SystemResult:
-    """All files by one system, in the order of the references.
+    """Results of one system, in the order of the references.
 
     Args:
-        name: as the user gave it.
-        description: facts for the JSON report.
-        files: one result for each reference.
-        unavailable: metric -> why it could run on no file.
+        name: Name that the user gave.
+        description: Facts for the JSON report.
+        files: One result per reference.
+        unavailable: Metric that could not run at all -> reason.
     """
 
     name: str
@@ -111,7 +111,7 @@ class SystemResult:
 
     @property
     def codes(self) -> CodebookUsage | None:
-        """Counted over all files."""
+        """Counts of the codes of all files."""
         counted = [file.codes for file in self.files if file.codes is not None]
         return sum(counted[1:], counted[0]) if counted else None
 
@@ -122,14 +122,14 @@ class SystemResult:
 
 @dataclass
 class WorstClip:
-    """A clip that came out badly, to be heard.
+    """A clip with one of the worst values, to listen to.
 
     Args:
-        file: its place in the folder of references.
-        system: that reconstructed it.
-        metric: by which it is among the worst.
-        value: of that metric.
-        original, reconstruction: float32 of shape (T,) at 24 kHz.
+        file: Path of the reference, relative to its folder.
+        system: Name of the system.
+        metric: Metric by which clips are ranked.
+        value: Value of that metric.
+        original, reconstruction: Audio of shape (T,), float32, at 24 kHz.
     """
 
     file: str
@@ -142,13 +142,13 @@ class WorstClip:
 
 @dataclass
 class Report:
-    """What `evaluate` returns. Differences are each further system's values minus the first system's, file by file.
+    """Result of `evaluate`. Differences are the values of each further system minus those of the first, file by file.
 
     Args:
-        systems: one result for each.
-        versions: of the packages that computed them.
-        settings: metric -> how it was computed.
-        worst: the clips that came out worst, worst first.
+        systems: One result per system.
+        versions: Versions of the packages that computed the metrics.
+        settings: Metric -> settings, as text.
+        worst: Clips with the worst values, worst first.
     """
 
     systems: list[SystemResult]
@@ -158,7 +158,7 @@ class Report:
 
     @property
     def ranking(self) -> str | None:
-        """The metric by which clips are ranked: the first that gave a number."""
+        """The metric by which clips are ranked: the first one with values."""
         names = (name for name in METRICS if any(name in system.names for system in self.systems))
         return next(
             (n for n in names if any(v is not None for s in self.systems if n in s.names for v in s.column(n))), None
@@ -171,7 +171,7 @@ class Report:
 
     @property
     def failures(self) -> list[dict]:
-        """Each file that lacks a number: file, system, metrics and reason. What could run nowhere is not repeated."""
+        """Files without a value: file, system, metrics and reason. Metrics that could not run at all are not repeated."""
         return [
             {"file": file.file, "system": system.name, "metrics": names, "reason": reason}
             for system in self.systems
@@ -180,7 +180,7 @@ class Report:
         ]
 
     def differences(self) -> list[tuple[str, str, dict[str, Summary]]]:
-        """(system, first system, metric -> summary of the differences of files that both have a number for)."""
+        """(system, first system, metric -> summary of the differences), over files for which both have a value."""
         first = self.systems[0]
         found = []
         for system in self.systems[1:]:
@@ -194,7 +194,7 @@ class Report:
         return found
 
     def to_dict(self) -> dict:
-        """The report without the single files, ready for JSON."""
+        """Return the report for JSON, without the single files."""
         first, names = self.systems[0], self.names
         return {
             "num_files": len(first.files),
@@ -228,7 +228,7 @@ class Report:
         }
 
     def table(self) -> str:
-        """The report for a reader at a terminal."""
+        """Return the report as text for a terminal."""
         first = self.systems[0]
         seconds = sum(file.seconds or 0 for file in first.files)
         lines = [f"{len(first.files)} files, {seconds:.1f} s. Mean and {INTERVAL}."]
@@ -253,10 +253,10 @@ class Report:
         return "\n".join(lines)
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
-        """Writes report.json, files.csv, metrics.png, worst.md with the sounds that it links, and codebook.png if a model was measured.
+        """Write report.json, files.csv, metrics.png, worst.md with its audio files, and codebook.png if a model was measured.
 
         Returns:
-            Their paths, but for the sounds in worst/.
+            Paths of the files, without the audio in worst/.
         """
         from .plots import plot_codebook, plot_metrics
 
@@ -274,7 +274,7 @@ class Report:
         return written
 
     def _write_worst(self, folder: Path) -> Path:
-        """worst.md, and worst/NN_original.wav and worst/NN_reconstruction.wav for each of its rows."""
+        """Write worst.md, and worst/NN_original.wav and worst/NN_reconstruction.wav for each of its rows."""
         sounds = folder / "worst"
         sounds.mkdir(exist_ok=True)
         title = METRICS[self.worst[0].metric].title
@@ -289,7 +289,7 @@ class Report:
         return write_text(folder / "worst.md", "\n".join(lines) + "\n")
 
     def _csv(self) -> str:
-        """One row for each file and system; the reasons in the last column."""
+        """Return one row per file and system, with the reasons in the last column."""
         names = self.names
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")

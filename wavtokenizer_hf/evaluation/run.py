@@ -1,4 +1,4 @@
-"""The evaluation itself: every reference through every system, and every pair through every metric.
+"""Run an evaluation: reconstruct every reference with every system, and compute every metric of each pair.
 
 Systems run in this process, one clip after another; metrics run beside them in `num_workers` processes. Results do not
 depend on the number of processes: each metric computes on one thread wherever it runs.
@@ -34,7 +34,7 @@ frame of any codec in use, and less than a wrong file."""
 
 
 class System(Protocol):
-    """What is measured."""
+    """Interface of a system that is measured."""
 
     name: str
     gives_codes: bool
@@ -77,7 +77,7 @@ class Model:
 
     @torch.inference_mode()
     def reconstruct(self, place: Path, waveform: np.ndarray) -> tuple[np.ndarray, CodebookUsage]:
-        """(T,) -> (T,), decoded and cut to the length of the input, and the codes on the way."""
+        """Encode and decode (T,) -> (T,), cut to the length of the input. Return counts of the codes too."""
         peak = np.abs(waveform).max()
         (scaled,) = scale_to_peak([waveform], self.peak_level)
         audio_codes = self.model.encode(torch.from_numpy(scaled)[None, None].to(self.model.device)).audio_codes
@@ -88,7 +88,7 @@ class Model:
 
     @torch.inference_mode()
     def decode(self, audio_codes: np.ndarray, num_samples: int) -> tuple[np.ndarray, CodebookUsage]:
-        """Codes (L,) int64 -> their audio, cut to `num_samples`, and the use of the codebook."""
+        """Decode codes (L,) int64 -> audio, cut to `num_samples`. Return counts of the codes too."""
         config = self.model.config
         decoded = self.model.decode(torch.from_numpy(audio_codes)[None, None].to(self.model.device)).audio_values
         usage = CodebookUsage.of(audio_codes, config.codebook_size, config.frame_rate)
@@ -96,7 +96,7 @@ class Model:
 
 
 class DecodedFolder:
-    """Audio files that another codec decoded, to measure. Each has the place and name of its reference, in any format.
+    """Folder of audio files that another codec decoded. Each has the relative path of its reference, in any format.
 
     Args:
         folder: Folder of the files.
@@ -118,7 +118,7 @@ class DecodedFolder:
         return audio.load(self.find(place), SAMPLING_RATE, max_seconds=audio.MAX_CLIP_SECONDS), None
 
     def find(self, place: Path) -> Path:
-        """The decoded file of a reference; the ending may be another one. Raises ValueError if there is not just one."""
+        """Return the decoded file of a reference, of any extension. Raises ValueError if there are several."""
         if (self.folder / place).is_file():
             return self.folder / place
         found = [path for suffix in audio.SUFFIXES if (path := self.folder / place.with_suffix(suffix)).is_file()]
@@ -171,7 +171,7 @@ def evaluate(
         ImportError: scipy, soundfile or soxr is missing, which every evaluation needs.
         ChildProcessError: A worker process was killed.
     """
-    package("scipy")  # the report needs it at the very end, and its lack should stop the work before it begins
+    package("scipy")  # needed for the report at the end: fail before the work if it is missing
 
     asked = list(dict.fromkeys([*(metrics or ()), *(["utmos"] if utmos_weights is not None else [])]))
     if preset not in PRESETS:
@@ -216,7 +216,7 @@ def evaluate(
 
 
 def _worst_clips(report: Report, references, systems: Sequence[System], channel, count: int = 10) -> list[WorstClip]:
-    """The clips that came out worst by the first metric that gave numbers, reconstructed again to be heard."""
+    """Return the clips with the worst values of the first metric that has any, reconstructed again."""
     name = report.ranking
     if name is None:
         return []
@@ -237,7 +237,7 @@ def _worst_clips(report: Report, references, systems: Sequence[System], channel,
             ValueError,
             OSError,
             torch.OutOfMemoryError,
-        ):  # it worked before: a file has changed since; its figures stay
+        ):  # the file has changed since it was measured; its values stay
             continue
         result = report.systems[number]
         worst.append(WorstClip(place.as_posix(), result.name, name, result.column(name)[index], waveform, estimate))
@@ -251,7 +251,7 @@ def _worst_clips(report: Report, references, systems: Sequence[System], channel,
 
 @dataclass
 class _Reconstruction:
-    """What a system made of one reference, or why it made nothing."""
+    """Reconstruction of one reference by a system, or the reason why there is none."""
 
     estimate: np.ndarray | None = None
     usage: CodebookUsage | None = None
@@ -260,7 +260,7 @@ class _Reconstruction:
 
 
 def _reconstruct_all(references, systems, channel) -> Iterator[tuple[str, np.ndarray | None, list[_Reconstruction]]]:
-    """(place, waveform or None, one reconstruction for each system), for each reference."""
+    """Yield (place, waveform or None, one reconstruction per system) for each reference."""
     for source, place in references:
         try:
             waveform = audio.load(source, SAMPLING_RATE, channel=channel, max_seconds=audio.MAX_CLIP_SECONDS)
@@ -292,7 +292,7 @@ def _reconstruct(system: System, place: Path, waveform: np.ndarray) -> _Reconstr
 
 
 def _score_all(jobs, names: list[str], options: Options, num_workers: int):
-    """(place, seconds, reconstructions, scores) for each job, in their order; a score is None after a failure."""
+    """Yield (place, seconds, reconstructions, scores) for each job, in order. A score is None after a failure."""
     if num_workers == 0:
         for place, waveform, reconstructions in jobs:
             with _one_thread():
@@ -314,7 +314,7 @@ def _score_all(jobs, names: list[str], options: Options, num_workers: int):
                 estimates = [one.estimate for one in reconstructions]
                 future = executor.submit(_score, waveform, estimates, names, options)
                 for one in reconstructions:
-                    one.estimate = None  # from here on only the worker's copy is needed
+                    one.estimate = None  # only the worker's copy is needed from here on
                 waiting.append((place, _seconds(waveform), reconstructions, future))
                 if len(waiting) > 2 * num_workers:  # so that audio does not pile up in memory
                     yield first_in_line()
@@ -329,7 +329,7 @@ def _score_all(jobs, names: list[str], options: Options, num_workers: int):
 
 
 def _score(waveform, estimates: list[np.ndarray | None], names: list[str], options: Options) -> list[tuple | None]:
-    """Scores each estimate against one reference: (values, reasons), or None where there is no estimate."""
+    """Compute the metrics of each estimate of one reference: (values, reasons), or None without an estimate."""
     if waveform is None:
         return [None] * len(estimates)
     reference = Clip(waveform, options)
@@ -384,7 +384,7 @@ def _seconds(waveform: np.ndarray | None) -> float | None:
 
 @contextmanager
 def _one_thread():
-    """As in a worker process: the order of float32 sums, and so their last bits, depend on the number of threads."""
+    """Use one thread, as in a worker process: the last bits of float32 sums depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
