@@ -52,12 +52,12 @@ class Browser:
         self._ask(f"{self._session}/url", {"url": url})
 
     def evaluate(self, script: str, *arguments):
-        """The value of an expression, in which `arguments[0]` and so on are the arguments."""
+        """Return the value of an expression. It refers to the arguments as `arguments[0]` and so on."""
         content = {"script": f"return {script}", "args": list(arguments)}
         return self._ask(f"{self._session}/execute/sync", content)
 
     def wait(self, script: str, seconds: float = 30):
-        """The value of an expression as soon as it is true in JavaScript."""
+        """Wait until an expression is true in JavaScript, and return its value."""
         end = time.monotonic() + seconds
         while not (value := self.evaluate(script)):
             assert time.monotonic() < end, f"{script} is not true after {seconds} s"
@@ -65,7 +65,7 @@ class Browser:
         return value
 
     def resize(self, width: int, height: int) -> None:
-        """Give the page a size, in CSS pixels, as a phone does. Chromium's windows are never narrower than 500."""
+        """Set the size of the page in CSS pixels. Windows of Chromium are never narrower than 500, so this emulates a phone."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         command = {"cmd": "Emulation.setDeviceMetricsOverride", "params": metrics}
         self._ask(f"{self._session}/goog/cdp/execute", command)

@@ -23,7 +23,7 @@ REFERENCE = FIXTURES / "reference"
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Tiny layers gain nothing from threads, and lose much to them where the processors have other work too."""
+    """Use one thread: tiny layers do not gain from more, and are much slower with more on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -78,7 +78,7 @@ def models(folders):
 
 
 def load_script(path: Path):
-    """A script of examples/ as a module; by its path, since two of them have the same name."""
+    """Load a script of examples/ as a module, by its path, since two of them have the same name."""
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -23,7 +23,7 @@ class Repository:
     names: dict[str, str] = field(default_factory=dict)  # main, refs/pr/1, … -> commit
 
     def commit(self, files: dict[str, bytes | None], name: str = "main") -> str:
-        """Adds files to what main holds; None deletes one."""
+        """Commit files to main. None deletes a file."""
         files = {path: content for path, content in {**self.files(), **files}.items() if content is not None}
         oid = hashlib.sha1(f"{len(self.revisions)} {sorted(files)}".encode()).hexdigest()
         self.revisions[oid] = files
@@ -41,11 +41,11 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     writers: dict[str, str] = field(
         default_factory=lambda: {"hf_writer": "org"}
-    )  # token -> whose repositories it may write
+    )  # token -> owner whose repositories it may write
     large_files: dict[str, bytes] = field(default_factory=dict)  # uploaded by LFS, by their sha256
     requests: list[str] = field(default_factory=list)  # method and path
-    ranges: list[str] = field(default_factory=list)  # of files that were not asked for as a whole
-    # what goes wrong: called with method and path; a number is answered as such, "cut" breaks the connection off half-way
+    ranges: list[str] = field(default_factory=list)  # ranges of files that were requested in part
+    # makes requests fail: called with method and path, returns a status code, or "cut" to close the connection half-way
     fault: Callable[[str, str], int | str | None] = lambda method, path: None
 
     def __enter__(self):
@@ -105,13 +105,13 @@ class _Handler(BaseHTTPRequestHandler):
             name, action, revision = "/".join(parts[:2]), "resolve", "/".join(parts[3:4])
         repository = self.state.repositories.get(name)
         if repository is None or (repository.private and not self._may_write(name)):
-            # the Hub does not tell those without a token whether a repository is there
+            # without a token the Hub does not say whether a repository exists
             return self._answer(
                 {"error": "Repository not found"}, 404 if self._token() else 401, error_code="RepoNotFound"
             )
         if action == "resolve":
             return self._resolve(repository, revision, "/".join(parts[4:]))
-        as_pr = "create_pr" in self.url.query or action == "batch"  # whoever is logged in may propose
+        as_pr = "create_pr" in self.url.query or action == "batch"  # any logged-in user may open a pull request
         if action in ("preupload", "commit", "batch") and not (self._may_write(name) or (as_pr and self._token())):
             return self._answer({"error": "You have no write permission"}, 403 if self._token() else 401)
         if action == "preupload":
@@ -157,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _batch(self, body: dict):
         objects = []
         for item in body["objects"]:
-            if item["oid"] not in self.state.large_files:  # else there is nothing to do
+            if item["oid"] not in self.state.large_files:  # otherwise there is nothing to do
                 item["actions"] = {"upload": {"href": f"{self.state.url}/lfs/{item['oid']}"}}
             objects.append(item)
         return self._answer({"transfer": "basic", "objects": objects})
@@ -238,12 +238,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _oid(content: bytes) -> str:
-    """Git's name of a file."""
+    """Return the git hash of a file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def put_into_cache(cache: Path, repository: str, files: dict[str, Path]) -> Path:
-    """Makes by hand what a download would have made, as https://huggingface.co/docs/huggingface_hub/guides/manage-cache says."""
+    """Make the cache entry that a download would make, as https://huggingface.co/docs/huggingface_hub/guides/manage-cache says."""
     folder, commit = cache / f"models--{repository.replace('/', '--')}", "0123456789abcdef0123456789abcdef01234567"
     snapshot = folder / "snapshots" / commit
     for name, file in files.items():

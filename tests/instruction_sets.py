@@ -1,4 +1,4 @@
-"""What test_fast_cpu.py runs in a process for each instruction set. Not collected otherwise, because of its name."""
+"""Tests that test_fast_cpu.py runs in one process per instruction set. pytest does not collect this name by itself."""
 
 import os
 

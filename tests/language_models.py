@@ -1,4 +1,4 @@
-"""Tokenizers trained on the spot and tiny language models, for the tests of llm/."""
+"""Tokenizers and tiny language models for the tests of llm/."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -10,7 +10,7 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """As of GPT-2 and Llama 3: any text, blanks within tokens."""
+    """Train a tokenizer like that of GPT-2 and Llama 3: any text, spaces within tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -21,7 +21,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def metaspace() -> PreTrainedTokenizerFast:
-    """As of SentencePiece and Llama 2: a blank before every word, the first too."""
+    """Train a tokenizer like that of Llama 2: a space before every word, also the first."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -31,7 +31,7 @@ def metaspace() -> PreTrainedTokenizerFast:
 
 
 def word_level() -> PreTrainedTokenizerFast:
-    """Words with blanks between them when decoded."""
+    """Train a tokenizer of words, which are joined by spaces when decoded."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.WordLevelTrainer(special_tokens=["<unk>", *SPECIAL.values()])

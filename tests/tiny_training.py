@@ -1,4 +1,4 @@
-"""What the tests of training share: a few clips of sound, and settings of a run that takes seconds."""
+"""Helpers of the tests of training: a few audio clips, and settings of a run that takes seconds."""
 
 from pathlib import Path
 from unittest import mock
@@ -19,7 +19,7 @@ TINY = {
 
 
 def write_clips(folder: Path, count: int = 6, seconds: float = 0.2) -> Path:
-    """Sound files of chirps in noise, all different."""
+    """Write audio files of chirps in noise, all different."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     times = np.arange(round(seconds * 24000)) / 24000
@@ -30,7 +30,7 @@ def write_clips(folder: Path, count: int = 6, seconds: float = 0.2) -> Path:
 
 
 def tiny_settings(folder: Path, **changes) -> Settings:
-    """A run of a tiny model on the clips in `folder / "clips"`, which it writes if they are not there."""
+    """Return settings of a tiny run on the clips in `folder / "clips"`, which are written if they are missing."""
     clips, validation = folder / "clips", folder / "validation"
     if not clips.exists():
         write_clips(clips)
@@ -59,13 +59,13 @@ def tiny_settings(folder: Path, **changes) -> Settings:
 
 
 def train_by_plain_descent(folder: Path, output: Path, **changes) -> None:
-    """A run whose result does not depend on rounding much, to compare one process with several."""
-    # AdamW divides by the size of gradients, and so blows rounding up where they are tiny
+    """Train so that rounding hardly changes the result, to compare one process with several."""
+    # not AdamW: it divides by the size of gradients, which amplifies rounding where they are tiny
     descent = mock.patch(
         "wavtokenizer_hf.training.state._adamw",
         lambda module, learning_rate: torch.optim.SGD(module.parameters(), 1e-3),
     )
-    # without dropout, whose masks differ; latents that vary, so that rounding flips no code; and some entries are replaced
+    # no dropout, since its masks differ; diverse latents, so that rounding changes no code; some entries are replaced
     steady = {"dropout": 0.0, "normalize_encoder": True, "restart_below": 0.5, "max_gradient_norm": 1.0}
     with descent:
         train(tiny_settings(folder, output=str(output), **{**steady, **changes}))

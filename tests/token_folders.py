@@ -1,4 +1,4 @@
-"""Token folders of made-up rows, written by the code that `tokenize` writes its own with."""
+"""Token folders with random rows, written by the same code as those of `tokenize`."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def write_token_folder(
     fingerprint: str = FINGERPRINT,
     seed: int = 0,
 ) -> list[dict]:
-    """Writes `num_rows` clips with random codes, and returns id, codes, samples and the further columns of each, by id."""
+    """Write `num_rows` clips with random codes. Return id, codes, samples and further columns of each."""
     random = np.random.default_rng(seed)
     columns = columns or {}
     schema = pyarrow.Table.from_pydict(columns).schema if columns else pyarrow.schema([])

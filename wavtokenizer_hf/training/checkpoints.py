@@ -30,7 +30,7 @@ LAST, PREVIOUS = "last", "previous"
 
 
 class DamagedError(ValueError):
-    """A checkpoint that cannot be read; another one may serve."""
+    """A checkpoint cannot be read. An older one may work."""
 
 
 def save_checkpoint(
@@ -55,21 +55,21 @@ def save_checkpoint(
         OSError: It cannot be written, as on a full disk.
     """
     recover(folder)
-    remove_leftovers(folder.parent)  # of runs that were killed: each may hold gigabytes
+    remove_leftovers(folder.parent)  # left by runs that were killed; each may hold gigabytes
     previous = _replaced(folder)
     try:
         with atomic_folder(folder, previous) as partial:
             _write_model(partial, model)
             if discriminators is not None:
                 save_file(discriminators.state_dict(), partial / DISCRIMINATORS)
-            for file in partial.glob("*.safetensors"):  # safetensors 0.8 lets the owner alone read
+            for file in partial.glob("*.safetensors"):  # safetensors 0.8 gives only the owner read permission
                 shutil.copymode(partial / "config.json", file)
             if facts is not None:
                 (partial / STATE).mkdir()
                 torch.save(optimizers, partial / STATE / "optimizers.pt")
                 text = json.dumps(facts, indent=1, allow_nan=False)
                 (partial / STATE / "state.json").write_text(text, encoding="utf-8")
-    except (SafetensorError, RuntimeError, OSError) as error:  # what safetensors and torch make of a full disk
+    except (SafetensorError, RuntimeError, OSError) as error:  # raised by safetensors and torch on a full disk
         raise OSError(
             f"Cannot write the checkpoint {folder}: {one_line(error)}. What was there before is intact."
         ) from error
@@ -78,13 +78,13 @@ def save_checkpoint(
 
 
 def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`facts` and `optimizers` of a checkpoint. Raises DamagedError if they cannot be read."""
+    """Return `facts` and `optimizers` of a checkpoint. Raises DamagedError if they cannot be read."""
     file = folder / STATE / "optimizers.pt"
     try:
         facts = read_json_object(folder / STATE / "state.json")
         check_archive(file)
         optimizers = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # there is no end to the ways in which a damaged file makes torch.load fail
+    except Exception as error:  # a damaged file can make torch.load raise anything
         reason = "it holds more than tensors and plain values" if "weights_only" in str(error) else one_line(error)
         raise DamagedError(f"The state of training in {folder} cannot be read: {reason}") from error
     if not isinstance(optimizers, dict):
@@ -93,7 +93,7 @@ def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def load_discriminators(source: str, discriminators: Discriminators) -> bool:
-    """Fills in the discriminators from the second file of a model, on disk or on the Hub; False if it has none."""
+    """Load the discriminators from the second file of a model, on disk or on the Hub. Return False if it has none."""
     path = cached_file(source, DISCRIMINATORS, _raise_exceptions_for_missing_entries=False)
     if path is None:
         return False
@@ -122,19 +122,19 @@ def recover(folder: Path) -> None:
         if folder.exists():
             shutil.rmtree(previous, ignore_errors=True)
         else:
-            with suppress(FileNotFoundError):  # another process of the run was faster
+            with suppress(FileNotFoundError):  # another process of the run did it first
                 os.replace(previous, folder)
 
 
 def _replaced(folder: Path) -> Path:
-    """Where the checkpoint goes that this one replaces."""
+    """Return the folder to which the replaced checkpoint is moved."""
     return folder.with_name(PREVIOUS if folder.name == LAST else f"{folder.name}.old")
 
 
 def _write_model(folder: Path, model: WavTokenizerModel) -> None:
     extractor_class = WavTokenizerFeatureExtractor
     module = extractor_class.__module__.rsplit(".", 1)[-1]
-    # saving the model completes auto_map, but knows nothing of the feature extractor
+    # saving the model writes auto_map without the feature extractor
     model.config.auto_map = {"AutoFeatureExtractor": f"{module}.{extractor_class.__name__}"}
     model.save_pretrained(folder)
     extractor_class(sampling_rate=model.config.sampling_rate, hop_length=model.config.hop_length).save_pretrained(

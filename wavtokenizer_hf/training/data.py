@@ -22,22 +22,22 @@ from .settings import derived_seed
 
 logger = logging.getLogger(__name__)
 
-TRAINING_PEAKS = (-6.0, -1.0)  # dBFS that a training clip is scaled to, drawn evenly
+TRAINING_PEAKS = (-6.0, -1.0)  # range of the peak level of training clips in dBFS, drawn uniformly
 VALIDATION_PEAK = -3.0
-SAVED_DATASETS = (("state.json", "dataset_info.json"), ("dataset_dict.json",))  # by these files a folder is one
-COLUMN = "audio"  # of the sound in a dataset
-MOST_SKIPPED = 100  # clips in a row that cannot be read, after which it is not the clips
+SAVED_DATASETS = (("state.json", "dataset_info.json"), ("dataset_dict.json",))  # files that mark such a folder
+COLUMN = "audio"  # names of the audio column of a dataset
+MOST_SKIPPED = 100  # so many unreadable clips in a row mean another fault, such as a missing folder
 
 
 @dataclass
 class Batch:
-    """Segments, and what happened to the clips that they come from."""
+    """Segments, with counts of short and unreadable clips."""
 
     audio: torch.Tensor  # (B, 1, T)
     num_repeated: int = 0  # clips shorter than a segment
-    skipped: dict[str, str] = field(default_factory=dict)  # clip -> why it could not be read
+    skipped: dict[str, str] = field(default_factory=dict)  # clip -> reason why it could not be read
 
-    def pin_memory(self) -> "Batch":  # by this name DataLoader asks for it
+    def pin_memory(self) -> "Batch":  # the name that DataLoader looks for
         self.audio = self.audio.pin_memory()
         return self
 
@@ -65,7 +65,7 @@ def open_clips(source: str | os.PathLike | Sequence) -> Sequence:
             logger.warning("%s: %s", source, describe_passed_over(found.passed_over))
     elif Path(source).is_file():
         try:
-            text = Path(source).read_text(encoding="utf-8-sig", errors="surrogateescape")  # names may be no UTF-8
+            text = Path(source).read_text(encoding="utf-8-sig", errors="surrogateescape")  # names may not be UTF-8
             if "\0" in text:
                 raise ValueError("it holds zero bytes")
         except ValueError as error:
@@ -115,13 +115,13 @@ def cut_segment(waveform: np.ndarray, length: int, random: np.random.Generator |
     if highest > 0:
         waveform = waveform * np.float32(10 ** (peak / 20) / highest)
     if len(waveform) < length:
-        return np.resize(waveform, length)  # numpy repeats what is too short
+        return np.resize(waveform, length)  # numpy.resize repeats short clips
     start = 0 if random is None else int(random.integers(len(waveform) - length + 1))
     return waveform[start : start + length]
 
 
 class Segments(Dataset):
-    """Training segments, asked for by (epoch, clip)."""
+    """Training segments, indexed by (epoch, clip)."""
 
     def __init__(self, clips: Sequence, length: int, sampling_rate: int, seed: int, channel: str | int = "mean"):
         self.clips, self.length, self.sampling_rate = clips, length, sampling_rate
@@ -138,7 +138,7 @@ class Segments(Dataset):
                 raise
             except Exception as error:
                 skipped[name_of(self.clips, index)] = _reason(error)
-                index = int(random.integers(len(self.clips)))  # another clip in its place, the same in every run
+                index = int(random.integers(len(self.clips)))  # use another clip, the same one in every run
                 continue
             segment = torch.from_numpy(cut_segment(waveform, self.length, random))
             return Batch(segment[None, None], int(len(waveform) < self.length), skipped)
@@ -155,7 +155,7 @@ class EndlessBatches(Sampler):
     """
 
     def __init__(self, num_clips: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0):
-        """`start`: joint batches that were used up before, by a run that is resumed."""
+        """`start`: number of joint batches that the resumed run has used."""
         self.num_clips, self.batch_size, self.seed = num_clips, batch_size, seed
         self.rank, self.world_size, self.start = rank, world_size, start
 
@@ -178,7 +178,7 @@ def training_batches(
     clips: Sequence, length: int, sampling_rate: int, batch_size: int, seed: int, num_workers: int, rank: int = 0,
     world_size: int = 1, start: int = 0, channel: str | int = "mean",
 ) -> Iterator[Batch]:  # fmt: skip
-    """Batches (batch_size, 1, length) of this process without end, from joint batch `start` on."""
+    """Yield batches (batch_size, 1, length) of this process forever, from joint batch `start` on."""
     return iter(
         DataLoader(
             Segments(clips, length, sampling_rate, seed, channel),
@@ -194,7 +194,7 @@ def training_batches(
 
 
 def validation_clips(source, length: int, sampling_rate: int, most: int, channel: str | int = "mean") -> Batch:
-    """At most `most` clips, evenly spread over the source and always the same: their beginnings, at -3 dBFS."""
+    """Return the starts of at most `most` clips at -3 dBFS. The clips are evenly spread over the source, and always the same."""
     clips = open_clips(source)
     segments, skipped, num_repeated = [], {}, 0
     for index in np.linspace(0, len(clips) - 1, min(most, len(clips))).round().astype(int).tolist():
@@ -220,7 +220,7 @@ def _reason(error: Exception) -> str:
 
 
 def name_of(clips: Sequence, index: int) -> str:
-    """What a clip is called in a report: its path, or its place in the dataset."""
+    """Return the name of a clip in reports: its path, or its index in the dataset."""
     row = clips[index]
     row = row.get(COLUMN) if isinstance(row, dict) else row
     path = row.get("path") if isinstance(row, dict) else row
@@ -228,7 +228,7 @@ def name_of(clips: Sequence, index: int) -> str:
 
 
 def _undecoded(dataset: Sequence) -> Sequence:
-    """A dataset whose sound is decoded here, by wavtokenizer_hf.audio, and not by torchcodec."""
+    """Return a dataset whose audio wavtokenizer_hf.audio decodes, and not torchcodec."""
     if isinstance(dataset, dict):
         raise ValueError(f"Got a dataset of the splits {', '.join(dataset)}. Give one of them.")
     if not hasattr(dataset, "__len__"):
@@ -266,7 +266,7 @@ def _join(batches: list[Batch]) -> Batch:
 
 
 class _OneOfAKind(logging.Filter):
-    """Lets each kind of message through once, whatever file it is about."""
+    """Log each kind of message once, not once per file."""
 
     def __init__(self):
         super().__init__()
@@ -280,7 +280,7 @@ class _OneOfAKind(logging.Filter):
 
 @contextmanager
 def one_warning_of_a_kind() -> Iterator[None]:
-    """Inside, loading says each kind of thing once: a stereo corpus would give a warning for every clip of every epoch."""
+    """Log each kind of message once inside: a stereo corpus would give a warning for every clip of every epoch."""
     once = _OneOfAKind()
     audio.logger.addFilter(once)
     try:
@@ -290,4 +290,4 @@ def one_warning_of_a_kind() -> Iterator[None]:
 
 
 def _quiet_worker(worker: int) -> None:
-    audio.logger.addFilter(_OneOfAKind())  # for good: the process lives as long as the loader
+    audio.logger.addFilter(_OneOfAKind())  # never removed: the process lives as long as the loader

@@ -1,8 +1,8 @@
-"""The three critics of training: multi-period, multi-resolution and DAC-style. Their tensors bear the original's names.
+"""The three discriminators: multi-period, multi-resolution and DAC-style. Tensor names are those of the reference implementation.
 
 Shape letters: B rows of a batch, T samples, N time steps, p a period, F frequency bins, C channels.
 
-Each critic takes audio (B, T) and gives one `Judgement` per sub-discriminator. All layers are weight-normalised
+Each discriminator takes audio (B, T) and gives one `Judgement` per sub-discriminator. All layers are weight-normalised
 convolutions with leaky ReLU 0.1 between them; only the last one of each sub-discriminator stands alone.
 """
 
@@ -29,10 +29,10 @@ NAMES = {"multi_period": "multiperioddisc", "multi_resolution": "multiresddisc",
 
 @dataclass
 class Judgement:
-    """What one sub-discriminator says of a batch."""
+    """Output of one sub-discriminator for a batch."""
 
-    scores: torch.Tensor  # (B, any): high for audio that it takes for real
-    features: list[torch.Tensor]  # the maps that feature matching compares
+    scores: torch.Tensor  # (B, any): high for audio that is judged as real
+    features: list[torch.Tensor]  # feature maps, for the feature matching loss
 
     def halves(self) -> tuple["Judgement", "Judgement"]:
         """Of a batch that is two batches one after the other: what was said of each."""
@@ -41,7 +41,7 @@ class Judgement:
 
 
 class Discriminators(nn.Module):
-    """All critics that a run uses, each under the original's name."""
+    """All discriminators of a run, by their names in the reference implementation."""
 
     def __init__(self, num_embeddings: int = 4, scale: float = 1.0, names: tuple[str, ...] = tuple(NAMES)):
         """
@@ -67,7 +67,7 @@ class Discriminators(nn.Module):
 
 
 class MultiPeriodDiscriminator(nn.Module):
-    """Looks at every p-th sample, for five periods p; conditioned on `bandwidth_id`."""
+    """Multi-period discriminator: every p-th sample, for five periods p. Conditioned on `bandwidth_id`."""
 
     def __init__(self, num_embeddings: int, scale: float = 1.0):
         super().__init__()
@@ -94,11 +94,13 @@ class PeriodDiscriminator(nn.Module):
             hidden_states = F.leaky_relu(conv(hidden_states), 0.1)
             features.append(hidden_states)
         scores = _conditioned_scores(self, hidden_states, bandwidth_id)
-        return Judgement(scores.flatten(1), [*features[1:], scores])  # the first layer's map is not matched
+        return Judgement(
+            scores.flatten(1), [*features[1:], scores]
+        )  # the map of the first layer is not used for feature matching
 
 
 class MultiResolutionDiscriminator(nn.Module):
-    """Looks at magnitude spectrograms of three resolutions; conditioned on `bandwidth_id`."""
+    """Multi-resolution discriminator: magnitude spectrograms of three resolutions. Conditioned on `bandwidth_id`."""
 
     def __init__(self, num_embeddings: int, scale: float = 1.0):
         super().__init__()
@@ -158,11 +160,13 @@ class DACPeriodDiscriminator(nn.Module):
     def __init__(self, period: int, scale: float):
         super().__init__()
         self.period = period
-        self.convs = nn.ModuleList(nn.ModuleList([conv]) for conv in _period_convs(scale))  # nested as in the original
+        self.convs = nn.ModuleList(
+            nn.ModuleList([conv]) for conv in _period_convs(scale)
+        )  # nested as in the reference implementation
         self.conv_post = weight_norm(nn.Conv2d(self.convs[-1][0].out_channels, 1, (3, 1), padding=(1, 0)))
 
     def forward(self, audio: torch.Tensor) -> Judgement:
-        # unlike the critic above, a whole period is added where none is missing
+        # unlike the discriminator above, a whole period is added where no sample is missing
         hidden_states = _fold(audio, self.period, self.period - audio.shape[-1] % self.period)
         features = []
         for (conv,) in self.convs:
@@ -172,7 +176,7 @@ class DACPeriodDiscriminator(nn.Module):
 
 
 class DACBandDiscriminator(nn.Module):
-    """Looks at real and imaginary parts of a spectrum, band by band."""
+    """Multi-band discriminator: real and imaginary parts of a spectrum, band by band."""
 
     def __init__(self, n_fft: int, scale: float):
         super().__init__()
@@ -234,7 +238,7 @@ def _conditioned_scores(discriminator: nn.Module, hidden_states: torch.Tensor, b
 
 
 def _fold(audio: torch.Tensor, period: int, missing: int) -> torch.Tensor:
-    """(B, T) -> (B, 1, (T + missing) / p, p), continued by reflection."""
+    """(B, T) -> (B, 1, (T + missing) / p, p), with reflection padding."""
     if missing:
         audio = F.pad(audio[:, None], (0, missing), mode="reflect")
     return audio.reshape(len(audio), 1, -1, period)
@@ -243,5 +247,5 @@ def _fold(audio: torch.Tensor, period: int, missing: int) -> torch.Tensor:
 def _stft(audio: torch.Tensor, n_fft: int, hop_length: int) -> torch.Tensor:
     """(B, T) -> complex (B, F, N): centred, with a rectangular window, in float32 also under autocast."""
     with torch.autocast(audio.device.type, enabled=False):
-        window = torch.ones(n_fft, device=audio.device)  # torch would take one by itself, but warns of it
+        window = torch.ones(n_fft, device=audio.device)  # the default of torch, given explicitly to avoid its warning
         return torch.stft(audio.float(), n_fft, hop_length, window=window, return_complex=True)

@@ -1,4 +1,4 @@
-"""What a run writes down: TensorBoard curves, sound and spectrograms of the same clips at every validation, and a picture."""
+"""Logs of a run: TensorBoard curves, audio and spectrograms of the same clips at every validation, and a picture."""
 
 import io
 import logging
@@ -45,14 +45,14 @@ class Log:
         self.sampling_rate = sampling_rate
         self._hook, threading.excepthook = threading.excepthook, self._on_thread_error
         self.writer, self.failed = None, False
-        # a resumed run takes back what was logged after its checkpoint
+        # a resumed run removes entries that were logged after its checkpoint
         self._try(lambda: setattr(self, "writer", SummaryWriter(self.folder, purge_step=first_step)))
 
     def figures(self, figures: dict[str, float], step: int) -> None:
         self._try(lambda: [self.writer.add_scalar(name, value, step) for name, value in figures.items()])
 
     def clip(self, name: str, audio: torch.Tensor, mel_loss: MelLoss, step: int) -> None:
-        """Logs audio (T,) from any device, and writes it to samples/NAME.wav, over that of the validation before."""
+        """Log audio (T,) from any device, and write it to samples/NAME.wav. The file of the previous validation is replaced."""
         audio = audio.float().cpu().clamp(-1, 1)
         log_mel = mel_loss.log_mel(audio[None].to(mel_loss.window.device))[0].cpu()
         picture = draw_mel(log_mel, len(audio) / self.sampling_rate)
@@ -79,7 +79,7 @@ class Log:
             logger.warning("Cannot write the log in %s (%s): nothing more is logged.", self.folder, one_line(error))
 
     def _on_thread_error(self, arguments) -> None:
-        # TensorBoard's thread keeps its error, which the next call raises; Python would print a traceback as well
+        # the next call raises the error of TensorBoard's thread; Python would print a traceback too
         if not (
             type(arguments.thread).__module__.startswith("tensorboard.") and issubclass(arguments.exc_type, OSError)
         ):

@@ -15,7 +15,7 @@ MEL_SCALES = (256, 512, 2048)
 
 
 class MelLoss(nn.Module):
-    """L1 distance of log mel magnitudes, the part of the objective that needs no critic."""
+    """L1 distance of log mel magnitudes, the part of the objective that needs no discriminator."""
 
     def __init__(self, sampling_rate: int = 24000, n_fft: int = 1024, hop_length: int = 256, num_mels: int = 100):
         super().__init__()
@@ -76,7 +76,7 @@ class InstantaneousFrequencyLoss(nn.Module):
         window = getattr(self, f"window_{n_fft}")
         spectrum = torch.stft(audio.float(), n_fft, n_fft // 8, window=window, return_complex=True)[:, :bins]
         parts = torch.view_as_real(spectrum[..., 1:] * spectrum[..., :-1].conj())
-        # the constant keeps the gradient finite where there is silence
+        # the constant keeps the gradient finite in silence
         return parts * (parts.square().sum(dim=-1, keepdim=True) + 1e-4) ** -0.375
 
     def forward(self, made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -95,7 +95,7 @@ class InstantaneousFrequencyLoss(nn.Module):
 def discriminator_losses(
     real: dict[str, list[Judgement]], made: dict[str, list[Judgement]]
 ) -> dict[str, torch.Tensor]:
-    """What the critics minimise, by their names: hinge losses, averaged over sub-discriminators, and least squares for dac."""
+    """Losses of the discriminators, by name: hinge losses, averaged over sub-discriminators, and least squares for dac."""
     losses = {}
     for name in real:
         pairs = [(r.scores.float(), m.scores.float()) for r, m in zip(real[name], made[name], strict=True)]
@@ -107,7 +107,7 @@ def discriminator_losses(
 
 
 def adversarial_losses(real: dict[str, list[Judgement]], made: dict[str, list[Judgement]]) -> dict[str, torch.Tensor]:
-    """What the critics give the codec to minimise: to be taken for real, and to match the features of what is real."""
+    """Adversarial and feature matching losses of the codec."""
     losses = {}
     for name in made:
         scores = [judgement.scores.float() for judgement in made[name]]
@@ -131,5 +131,5 @@ def total(losses: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.T
 
 
 def used_discriminators(weights: dict[str, float]) -> tuple[str, ...]:
-    """The critics that some weight other than 0 asks for."""
+    """Return the discriminators with a weight other than 0."""
     return tuple(name for name in NAMES if weights[name] or weights[f"{name}_features"])

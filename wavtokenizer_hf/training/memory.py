@@ -33,11 +33,11 @@ class Estimate:
     per_segment: float
 
     def of(self, batch_size: int) -> float:
-        """Bytes that a step of this many segments takes."""
+        """Return the bytes that a step of this many segments takes."""
         return self.fixed + batch_size * self.per_segment
 
     def largest_batch(self, available: float) -> int:
-        """The most segments in a batch whose step fits into `available` bytes; 0 if none does."""
+        """Return the largest batch whose step fits into `available` bytes; 0 if none does."""
         return max(0, int((available - self.fixed) // max(self.per_segment, 1.0)))
 
 
@@ -51,7 +51,7 @@ def estimate(measure, optimizer_bytes: int, segments: int) -> Estimate | None:
         optimizer_bytes: what the optimizers will add at their first step.
         segments: size of the smaller step; the larger has twice as many.
     """
-    if measure(segments) is None:  # the first step of a process also loads libraries, and is not counted
+    if measure(segments) is None:  # not counted: the first step of a process also loads libraries
         return None
     small, large = measure(segments), measure(2 * segments)
     per_segment = max(large - small, 0) / segments
@@ -59,7 +59,7 @@ def estimate(measure, optimizer_bytes: int, segments: int) -> Estimate | None:
 
 
 def refusal(found: Estimate, available: float, settings: Settings) -> str | None:
-    """Why a run does not fit, and the settings that would; None if it fits."""
+    """Return why a run does not fit and which settings would, or None if it fits."""
     needed = found.of(settings.batch_size)
     if needed <= available:
         return None
@@ -119,7 +119,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             try:
-                Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
+                Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
                 self.known = True
             except OSError:
                 self.known = False
