@@ -311,7 +311,7 @@ def test_what_cannot_run_says_why(monkeypatch, tmp_path):
     (tmp_path / "bad.ts").write_bytes(b"not TorchScript")
     assert why_not("utmos", Options(utmos=str(tmp_path / "bad.ts")))
     monkeypatch.setitem(sys.modules, "pesq", None)
-    assert why_not("pesq_wb") == "needs pesq: pip install 'wavtokenizer_hf[evaluation]'"
+    assert why_not("pesq_wb") == "This needs pesq: pip install 'wavtokenizer_hf[evaluation]'"
     assert why_not("stoi") is None
 
 

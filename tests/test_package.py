@@ -75,8 +75,8 @@ ROOMS = sorted({path for path in PACKAGE.iterdir() if path.suffix == ".py" or (p
 FILES = sorted({*PACKAGE.rglob("*.py"), *PACKAGE.glob("*/*.py")})
 
 
-# what every room may use: writing and reading of files, finding them and models, and kinds of failures of audio
-SHARED = {"atomic_files", "limited_files", "find_files", "audio_errors", "model_names", "progress"}
+# what every room may use: extras, writing and reading of files, finding them and models, and kinds of failures of audio
+SHARED = {"atomic_files", "audio_errors", "extras", "find_files", "limited_files", "model_names", "progress"}
 
 
 def imports(path: Path, everywhere: bool = True) -> set[str]:
@@ -184,8 +184,8 @@ for function in (lambda: build(Settings()), lambda: Log("x", 24000, 0)):
     else:
         raise AssertionError("no error")
 from wavtokenizer_hf.bulk import tokenize
-from wavtokenizer_hf.bulk.extra import library
-for function, extra in ((lambda: tokenize("x", "m", "o"), "bulk"), (lambda: library("ray.data", "ray"), "ray")):
+from wavtokenizer_hf.extras import require
+for function, extra in ((lambda: tokenize("x", "m", "o"), "bulk"), (lambda: require("ray.data", "ray"), "ray")):
     try:
         function()
     except ImportError as error:

@@ -16,6 +16,7 @@ import numpy as np
 
 from .audio_containers import Container, holds_another_flac, inspect
 from .audio_errors import AudioError, CutOffError
+from .extras import require
 
 
 UNIT = 4096
@@ -253,12 +254,8 @@ def reason(error: Exception) -> str:
 
 
 def soundfile_module():
-    try:
-        import soundfile
-        import soxr  # noqa: F401  (transformers resamples with it)
-    except ImportError as error:
-        raise ImportError("Sound files need soundfile and soxr: pip install 'wavtokenizer_hf[audio]'") from error
-    return soundfile
+    require("soxr", "audio")  # transformers resamples with it
+    return require("soundfile", "audio")
 
 
 def torchcodec_decoder():

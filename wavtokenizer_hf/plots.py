@@ -7,9 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from .atomic_files import atomic_write, cannot_write
-
-
-NEEDS_MATPLOTLIB = "Pictures need matplotlib: pip install 'wavtokenizer_hf[audio]'"
+from .extras import require
 
 
 def plot_reconstruction(
@@ -31,13 +29,8 @@ def plot_reconstruction(
         title: a line above the picture.
         format: `png`, `svg` or `pdf`, for a path whose ending says nothing.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no window, no state
-    except ImportError as error:
-        raise ImportError(NEEDS_MATPLOTLIB) from error
-
+    figure = new_figure((10, 7))
     seconds = len(original) / sampling_rate
-    figure = Figure(figsize=(10, 7), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
     for axes, audio, name in ((top, original, "original"), (bottom, reconstruction, "reconstruction")):
         level = _decibels(audio)
@@ -71,16 +64,18 @@ def spectrogram_png(audio: np.ndarray, max_width: int = 1000) -> bytes:
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.image import imsave
-    except ImportError as error:
-        raise ImportError(NEEDS_MATPLOTLIB) from error
-
+    imsave = require("matplotlib.image", "audio").imsave
     level = _decibels(audio, step=max(256, -(-len(audio) // max_width)))
     level = level[:-1].reshape(256, 2, -1).max(1)  # 256 rows of 47 Hz at 24 kHz
     file = BytesIO()
     imsave(file, level, origin="lower", vmin=-80, vmax=0, cmap="magma", format="png")
     return file.getvalue()
+
+
+def new_figure(size: tuple[float, float]):
+    """Return an empty matplotlib figure of this width and height in inches. Raises ImportError without matplotlib."""
+    # not pyplot: no window, no state
+    return require("matplotlib.figure", "audio").Figure(figsize=size, layout="constrained")
 
 
 def save_figure(figure, path: str | os.PathLike, format: str | None = None) -> Path:

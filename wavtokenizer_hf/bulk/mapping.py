@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 
 from .. import audio
 from ..configuration_wavtokenizer import WavTokenizerEncoderConfig
+from ..extras import require
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 from ..loading import load_model, target_peak
 from ..model_names import find_torch_model
 from ..modeling_wavtokenizer import WavTokenizerEncoderModel, WavTokenizerModel
 from . import encoding
 from .encoding import Failure
-from .extra import library
 from .sources import check_column
 from .work import num_cores
 
@@ -97,13 +97,13 @@ def _check_loaded(model, revision: str | None, device: str | None, feature_extra
 
 def _number() -> int:
     """Of this process among those of `map(num_proc=...)`, which says it only `with_rank=True`; 0 if there are no others."""
-    identity = library("multiprocess").current_process()._identity
+    identity = require("multiprocess", "bulk").current_process()._identity
     return identity[-1] - 1 if identity else 0
 
 
 def _in_child() -> bool:
     """Whether this is a process of `map(num_proc=...)`, which uses multiprocess, or of multiprocessing."""
-    return parent_process() is not None or library("multiprocess").parent_process() is not None
+    return parent_process() is not None or require("multiprocess", "bulk").parent_process() is not None
 
 
 class AudioTokenizer(_Mapped):
@@ -191,7 +191,7 @@ class AudioTokenizer(_Mapped):
 
 def _features() -> dict[str, Any]:
     """Columns that AudioTokenizer gives, with the types of the datasets library."""
-    datasets = library("datasets")
+    datasets = require("datasets", "bulk")
     types = {
         "num_samples": "int64",
         "duration": "float64",
@@ -202,10 +202,14 @@ def _features() -> dict[str, Any]:
         "failure_kind": "string",
     }
     codes = datasets.Features.from_arrow_schema(
-        library("pyarrow").schema([("audio_codes", library("pyarrow").list_(library("pyarrow").uint16()))])
+        require("pyarrow", "bulk").schema(
+            [("audio_codes", require("pyarrow", "bulk").list_(require("pyarrow", "bulk").uint16()))]
+        )
     )
     warnings = datasets.Features.from_arrow_schema(
-        library("pyarrow").schema([("warnings", library("pyarrow").list_(library("pyarrow").string()))])
+        require("pyarrow", "bulk").schema(
+            [("warnings", require("pyarrow", "bulk").list_(require("pyarrow", "bulk").string()))]
+        )
     )
     return {**codes, **{name: datasets.Value(dtype) for name, dtype in types.items()}, **warnings}
 
@@ -256,7 +260,7 @@ def tokenize_dataset(
         TypeError: The model is neither a name nor a model of this package.
         PicklingError: With `num_proc`, a loaded model whose layers were replaced.
     """
-    datasets = library("datasets")
+    datasets = require("datasets", "bulk")
     function = AudioTokenizer(
         model, revision, column, device, batch_seconds, on_error, channel, max_clip_seconds, feature_extractor
     )
@@ -341,7 +345,7 @@ def detokenize_dataset(
             loaded.
         TypeError: The model is neither a name nor a model of this package with a decoder.
     """
-    datasets = library("datasets")
+    datasets = require("datasets", "bulk")
     function = AudioDetokenizer(model, revision, column, device)
     audio_feature = datasets.Audio(sampling_rate=function.sampling_rate)
     # as bytes first: what goes into an Audio column as a Python object is encoded anew by torchcodec
@@ -357,7 +361,7 @@ def _map(dataset, function: _Mapped, column: str, added: dict, batch_size: int, 
     if isinstance(dataset, dict):
         one = partial(_map, function=function, column=column, added=added, batch_size=batch_size)
         return type(dataset)({name: one(part, num_proc=num_proc, casts=casts) for name, part in dataset.items()})
-    streaming = isinstance(dataset, library("datasets").IterableDataset)
+    streaming = isinstance(dataset, require("datasets", "bulk").IterableDataset)
     if streaming and num_proc is not None:
         raise ValueError(
             f"Got num_proc={num_proc} for an IterableDataset, which is read in one process. Leave it out."

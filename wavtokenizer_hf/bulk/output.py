@@ -22,9 +22,9 @@ import numpy as np
 
 from .. import __version__
 from ..atomic_files import atomic_write
+from ..extras import require
 from ..limited_files import read_json_object
 from .encoding import Failure, Tokens
-from .extra import library
 
 
 FORMAT = 4  # of the folder; another number is refused
@@ -110,7 +110,7 @@ class Output:
             ValueError: the folder is of another run, or something else.
             OSError: another process works on it, or it cannot be written.
         """
-        filelock = library("filelock")
+        filelock = require("filelock", "bulk")
 
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file, expected the name of a folder.")
@@ -156,11 +156,11 @@ class Output:
 
     def _alone(self):
         """Among the shards that work on this folder."""
-        return library("filelock").FileLock(self.folder / ".folder.lock", timeout=600)
+        return require("filelock", "bulk").FileLock(self.folder / ".folder.lock", timeout=600)
 
     def _refuse_other_shards(self) -> None:
         """Shards of n and of m overlap, and would make clips twice."""
-        filelock = library("filelock")
+        filelock = require("filelock", "bulk")
 
         for path in self.folder.glob(".shard-*.lock"):
             number = path.stem.rsplit("-", 1)[1]
@@ -195,7 +195,7 @@ class Output:
         Raises:
             ValueError: A part is damaged, by its footer or its size in the manifest, or of other settings.
         """
-        pyarrow, parquet = library("pyarrow"), library("pyarrow.parquet")
+        pyarrow, parquet = require("pyarrow", "bulk"), require("pyarrow.parquet", "bulk")
 
         known = self._known_files()
         for path in sorted((self.folder / "data").glob("*.parquet")):
@@ -247,7 +247,7 @@ class Output:
 
     def stamps(self) -> dict[str, Stamp]:
         """Id -> size and time that its file had when the clip was read, of all clips with a row or a failure."""
-        parquet = library("pyarrow.parquet")
+        parquet = require("pyarrow.parquet", "bulk")
 
         failed, done = {}, {}
         for path, part, ids in self.parts():
@@ -267,7 +267,7 @@ class Output:
         Raises:
             ValueError, OSError: A part is damaged, or cannot be written.
         """
-        pyarrow, parquet = library("pyarrow"), library("pyarrow.parquet")
+        pyarrow, parquet = require("pyarrow", "bulk"), require("pyarrow.parquet", "bulk")
 
         with self._alone():
             for path, part, part_ids in self.parts():
@@ -303,7 +303,7 @@ class Output:
         Raises:
             OSError: it cannot be written, as on a full disk. What is finished stays as it is.
         """
-        pyarrow = library("pyarrow")
+        pyarrow = require("pyarrow", "bulk")
 
         good = [place for place, result in enumerate(tokens) if isinstance(result, Tokens)]
         failures = {ids[place]: asdict(result) for place, result in enumerate(tokens) if isinstance(result, Failure)}
@@ -336,7 +336,7 @@ class Output:
 
     def _write_table(self, path: Path, table, part: dict[str, Any]) -> Summary:
         """Write rows as a part, with `part` and what follows from the rows in the schema's metadata."""
-        parquet = library("pyarrow.parquet")
+        parquet = require("pyarrow.parquet", "bulk")
 
         summary = summary_of(table, len(part["failures"]))
         part = {**part, "summary": asdict(summary), "digest": digest_of(table, part)}
@@ -416,7 +416,7 @@ class Output:
 
 def _schema(settings: Settings, carried):
     """Own columns, then the carried ones."""
-    pyarrow = library("pyarrow")
+    pyarrow = require("pyarrow", "bulk")
     own = [
         ("id", pyarrow.string()),
         ("audio_codes", pyarrow.list_(pyarrow.uint16())),
@@ -433,7 +433,7 @@ def _schema(settings: Settings, carried):
     schema = pyarrow.schema([*own, *((field.name, field.type) for field in carried)])
     if b"huggingface" not in (carried.metadata or {}):
         return schema
-    features = library("datasets").Features  # of a dataset: what the numbers of a ClassLabel mean, for example
+    features = require("datasets", "bulk").Features  # of a dataset: what the numbers of a ClassLabel mean, for example
     return features({**features.from_arrow_schema(schema), **features.from_arrow_schema(carried)}).arrow_schema
 
 
@@ -455,7 +455,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def summary_of(table, num_failures: int) -> Summary:
     """Totals of the rows of a part."""
-    compute = library("pyarrow.compute")
+    compute = require("pyarrow.compute", "bulk")
     num_warned = int((_lengths(table["warnings"]) > 0).sum())
     num_samples = compute.sum(table["num_samples"]).as_py() or 0
     return Summary(len(table), num_failures, num_samples, int(_lengths(table["audio_codes"]).sum()), num_warned)
@@ -463,7 +463,7 @@ def summary_of(table, num_failures: int) -> Summary:
 
 def digest_of(table, part: dict[str, Any]) -> str:
     """16 hex digits of the rows and failures of a part, whatever the bytes of its file; equal digests, equal content."""
-    pyarrow = library("pyarrow")
+    pyarrow = require("pyarrow", "bulk")
     digest = hashlib.sha256()
     digest.update(json.dumps([part["failures"], part["failure_stamps"]], sort_keys=True).encode())
     for name in table.column_names:
@@ -490,5 +490,5 @@ def sha256_of(path: Path) -> str:
 
 def _lengths(column) -> np.ndarray:
     """Number of values in each row of a column of lists; 0 for null."""
-    compute = library("pyarrow.compute")
+    compute = require("pyarrow.compute", "bulk")
     return compute.fill_null(compute.list_value_length(column), 0).to_numpy().astype(np.int64)

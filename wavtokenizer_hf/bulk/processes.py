@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from .extra import library
+from transformers.utils import logging
+
 from .output import Summary
 from .sources import Item
 from .work import Job, Worker
@@ -87,9 +88,11 @@ def run_in_processes(
 
 
 def _serve(connection: Connection, job: Job, rank: int) -> None:
+    from tqdm import tqdm
+
     # tqdm's own is one between processes, which Python calls leaked when this one is killed
-    library("tqdm.auto").tqdm.set_lock(threading.RLock())
-    library("transformers.utils.logging").disable_progress_bar()  # "Loading weights", once for each worker
+    tqdm.set_lock(threading.RLock())
+    logging.disable_progress_bar()  # "Loading weights", once for each worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the keyboard is for the process that drives
     try:
         worker = Worker(job, rank)

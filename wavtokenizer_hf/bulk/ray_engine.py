@@ -4,7 +4,7 @@ import logging
 import pickle
 from collections.abc import Callable, Sequence
 
-from .extra import library
+from ..extras import require
 from .output import Summary
 from .sources import Item
 from .work import Job, Worker
@@ -32,7 +32,7 @@ def run(
     """
     if not parts:
         return
-    ray = library("ray.data", extra="ray") and library("ray", extra="ray")
+    ray = require("ray.data", "ray") and require("ray", "ray")
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports each step of a plan that has one
     own = not ray.is_initialized()
     if own:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ..audio import check_channel
+from ..extras import require
 from ..loading import target_peak
 from . import encoding, hub, processes, ray_engine
-from .extra import library
 from .output import NO_FILE, Output, Settings, Summary
 from .progress import Progress
 from .sources import Source, open_source
@@ -135,7 +135,7 @@ def tokenize(
     _check(engine, ray_address, num_processes, num_readers, batch_seconds, part_size, shard, on_error)
     check_channel(channel)
     encoding.check_max_clip_seconds(max_clip_seconds)
-    library("soundfile"), library("soxr"), library("pyarrow")  # or every clip would fail
+    require("soundfile", "bulk"), require("soxr", "bulk"), require("pyarrow", "bulk")  # or every clip would fail
     is_path = isinstance(source, (str, os.PathLike))
     if not os.fspath(output):
         raise ValueError("Got an empty output, which would be the current folder. Name a folder.")

@@ -15,9 +15,9 @@ import numpy as np
 
 from .. import audio
 from ..audio_errors import AudioError
+from ..extras import require
 from ..find_files import walk
 from ..limited_files import one_line, parse_json
-from .extra import library
 from .sources import Item, Source
 
 
@@ -129,8 +129,8 @@ class LhotseShar(Source):
     """
 
     def __init__(self, folder: Path):
-        library("lhotse", "lhotse")
-        pyarrow = library("pyarrow")
+        require("lhotse", "lhotse")
+        pyarrow = require("pyarrow", "bulk")
         self.folder = folder
         self._shards = [(str(cuts), str(folder / _beside(cuts.name))) for cuts in sorted(folder.glob("cuts*.jsonl*"))]
         self._cuts = _RecentValues()
@@ -156,7 +156,7 @@ class LhotseShar(Source):
             cuts, recordings = self._shards[number]
             fields = {"cuts": [cuts], "recording": [recordings]}
             try:
-                return list(library("lhotse", "lhotse").CutSet.from_shar(fields=fields))
+                return list(require("lhotse", "lhotse").CutSet.from_shar(fields=fields))
             except Exception as error:  # of lhotse, tarfile and gzip
                 raise AudioError(f"lhotse cannot read the shard {recordings}: {_reason(error)}") from error
 

@@ -17,8 +17,8 @@ from types import MappingProxyType
 from typing import Any
 
 from .. import audio
+from ..extras import require
 from ..find_files import holds, utf8_name, walk
-from .extra import library
 from .output import NO_FILE, OWN_COLUMNS, Stamp
 
 
@@ -225,7 +225,7 @@ class Files(Source):
     def __init__(self, items: list[Item], schema=None, column: str | None = None):
         self.items = items
         self.selection = {} if column is None else {"column": column}
-        self.schema = library("pyarrow").schema([]) if schema is None else schema
+        self.schema = require("pyarrow", "bulk").schema([]) if schema is None else schema
 
     def sound(self, place: tuple[str, dict]) -> str:
         return place[0]
@@ -238,7 +238,7 @@ _TOO_MANY = "more fields than the header"  # csv's key for them
 
 
 def _list_file(path: Path, column: str | None) -> Files:
-    pyarrow = library("pyarrow")
+    pyarrow = require("pyarrow", "bulk")
     try:
         # spreadsheets begin it with a mark of UTF-8; names of files may be no UTF-8
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -289,7 +289,7 @@ def _not_carried(has_segments: bool) -> tuple[str, ...]:
 
 def _typed(field):
     """A column of nothing but nulls becomes one of text."""
-    pyarrow = library("pyarrow")
+    pyarrow = require("pyarrow", "bulk")
     return field.with_type(pyarrow.string()) if pyarrow.types.is_null(field.type) else field
 
 
@@ -306,7 +306,7 @@ class TarShards(Source):
     """
 
     def __init__(self, shards: list[str], base: Path, tar_names: str = "ending"):
-        pyarrow = library("pyarrow")
+        pyarrow = require("pyarrow", "bulk")
         if tar_names not in TAR_NAMES:
             raise ValueError(f"Got tar_names={tar_names!r}, expected one of {', '.join(TAR_NAMES)}.")
         group = _by_ending if tar_names == "ending" else _by_first_dot
@@ -437,7 +437,7 @@ class Parquet(Source):
     """
 
     def __init__(self, files: list[str], base: Path, column: str):
-        parquet, pyarrow = library("pyarrow.parquet"), library("pyarrow")
+        parquet, pyarrow = require("pyarrow.parquet", "bulk"), require("pyarrow", "bulk")
         self.column, self.items, schema = column, [], None
         self.selection = {"column": column}
         self._lock, self._held = threading.Lock(), (None, None)
@@ -470,7 +470,7 @@ class Parquet(Source):
         file, group, row = place
         with self._lock:
             if self._held[0] != (file, group):
-                with library("pyarrow.parquet").ParquetFile(file) as opened:
+                with require("pyarrow.parquet", "bulk").ParquetFile(file) as opened:
                     self._held = ((file, group), opened.read_row_group(group))
             table = self._held[1]
         return table.select(names).slice(row, 1).to_pylist()[0]
@@ -486,7 +486,7 @@ class Dataset(Source):
     """A `datasets.Dataset`, read as it is stored: nothing is decoded by it. A place is a row's number."""
 
     def __init__(self, dataset, column: str, **selection: str | None):
-        if not isinstance(dataset, library("datasets").Dataset):
+        if not isinstance(dataset, require("datasets", "bulk").Dataset):
             raise ValueError(
                 f"Got a {type(dataset).__name__} as the source, expected a path or a datasets.Dataset. Of a dictionary take a "
                 "split; a stream is for tokenize_dataset."
@@ -531,7 +531,7 @@ def _from_folder(value: Any, folder: str) -> Any:
 
 
 def _from_disk(path: Path, column: str, split: str | None) -> Dataset:
-    datasets = library("datasets")
+    datasets = require("datasets", "bulk")
     try:
         dataset = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -547,7 +547,7 @@ def _from_disk(path: Path, column: str, split: str | None) -> Dataset:
 
 
 def _from_hub(name: str, column: str, config: str | None, split: str, revision: str | None) -> Dataset:
-    datasets = library("datasets")
+    datasets = require("datasets", "bulk")
     try:
         dataset = datasets.load_dataset(name, config, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

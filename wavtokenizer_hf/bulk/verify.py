@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .extra import library
+from ..extras import require
 from .output import FORMAT, METADATA, OWN_COLUMNS, Summary, digest_of, read_manifest, sha256_of, summary_of
 
 
@@ -53,7 +53,7 @@ def verify(output: str | os.PathLike) -> Verification:
         wrong += _file_problems(path, files.get(path.name))
         try:
             table, part = _read(path)
-        except (library("pyarrow").ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        except (require("pyarrow", "bulk").ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             problems += [
                 f"{name}: {text}" for text in [*wrong, f"cannot be read: {' '.join(str(error).split())[:300]}"]
             ]
@@ -91,7 +91,7 @@ def _file_problems(path: Path, entry: dict[str, Any] | None) -> Iterator[str]:
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     """All rows of a part, and its metadata."""
-    parquet = library("pyarrow.parquet")
+    parquet = require("pyarrow.parquet", "bulk")
     with parquet.ParquetFile(path, page_checksum_verification=True) as file:
         table = file.read()
         part = json.loads((file.schema_arrow.metadata or {}).get(METADATA, b"null"))
@@ -105,7 +105,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _row_problems(table, part: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
-    compute = library("pyarrow.compute")
+    compute = require("pyarrow.compute", "bulk")
     if part["settings"] != settings:
         yield "was made with other settings than manifest.json says"
     if part["digest"] != digest_of(table, part):

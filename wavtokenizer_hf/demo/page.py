@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..extras import require
 from ..limited_files import one_line
 from ..progress import write
 from .codec import Codec, Result
@@ -29,7 +30,7 @@ def build_page(models: Sequence[str] = ("bundled",), any_model: bool = False, ma
     Raises:
         ImportError: Gradio is not installed.
     """
-    gradio = _import_gradio()
+    gradio = require("gradio", "demo")
     codec = Codec(models, any_model, max_seconds)
 
     def reconstruct(path: str | None, model: str):
@@ -103,7 +104,7 @@ def launch(page, host: str = "127.0.0.1", port: int | None = None, share: bool =
     Raises:
         OSError: The port is in use.
     """
-    gradio = _import_gradio()
+    gradio = require("gradio", "demo")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     fonts = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # Gradio's own come from the network
     page.launch(
@@ -133,11 +134,3 @@ def _answer(work, name: str) -> tuple[str, str, str]:
     except (ValueError, OSError, ImportError, MemoryError) as error:
         return message(one_line(error) or "There is too little memory for this clip."), "", ""
     return "", render(result, name), result.tokens.to_bytes("json").decode().strip()
-
-
-def _import_gradio():
-    try:
-        import gradio
-    except ImportError as error:
-        raise ImportError("The page needs Gradio: pip install 'wavtokenizer_hf[demo]'") from error
-    return gradio

@@ -14,7 +14,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers.audio_utils import mel_filter_bank
+
+from ..extras import require
 
 
 SAMPLING_RATE = 24000
@@ -398,7 +400,7 @@ def _speaker_weights() -> Path:
     """The weights in the package resemblyzer, whose code is not imported."""
     found = importlib.util.find_spec("resemblyzer")
     if found is None:
-        raise ImportError(f"needs resemblyzer: {INSTALL}")
+        raise ImportError("This needs resemblyzer: pip install 'wavtokenizer_hf[evaluation]'")
     path = Path(found.origin).with_name("pretrained.pt")
     if not path.is_file():
         raise FileNotFoundError(f"The package resemblyzer has no weights where they used to be, {path}.")
@@ -464,30 +466,10 @@ def _asr_pipeline(name: str) -> Callable[[np.ndarray], str]:
     return lambda audio: recognizer({"raw": audio, "sampling_rate": LOW_RATE})["text"]
 
 
-INSTALL = "pip install 'wavtokenizer_hf[evaluation]'"
-
-
-def package(name: str):
-    """Imports a package of the extra `evaluation`. Raises ImportError that names the extra."""
-    try:
-        with _without_torchaudio() if name == "torchcrepe" else _nothing():
-            return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"needs {name.partition('.')[0]}: {INSTALL} ({error})" if _is_there(name) else f"needs {name}: {INSTALL}"
-        ) from error
-
-
-def _is_there(name: str) -> bool:
-    try:
-        return sys.modules.get(name, name) is not None and importlib.util.find_spec(name.partition(".")[0]) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def package(name: str) -> types.ModuleType:
+    """Import a module of the extra `evaluation`. Raises ImportError that names the extra."""
+    with _without_torchaudio() if name == "torchcrepe" else nullcontext():
+        return require(name, "evaluation")
 
 
 @contextmanager

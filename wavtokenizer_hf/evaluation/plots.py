@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..plots import save_figure
+from ..plots import new_figure, save_figure
 from .metrics import METRICS
 
 
@@ -22,7 +22,7 @@ def plot_metrics(path: Path, report) -> Path:
     ]
     columns = min(4, max(1, len(names)))
     rows = max(1, -(-len(names) // columns))
-    figure = _figure(figsize=(4 * columns, 3 * rows + 0.6))
+    figure = new_figure((4 * columns, 3 * rows + 0.6))
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(names) :]:
         axes.remove()
@@ -53,7 +53,7 @@ def plot_metrics(path: Path, report) -> Path:
 
 def plot_codebook(path: Path, report) -> Path:
     """Plot how often each codebook entry occurs, most frequent first, and equal use; one line per model."""
-    figure = _figure(figsize=(8, 4.5))
+    figure = new_figure((8, 4.5))
     axes = figure.subplots()
     for index, system in enumerate(report.systems):
         usage = system.codes
@@ -79,11 +79,3 @@ def _legend(figure, report) -> None:
 
     handles = [Patch(color=f"C{index}", alpha=0.5, label=system.name) for index, system in enumerate(report.systems)]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
-
-
-def _figure(figsize: tuple[float, float]):
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no window, no state
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'wavtokenizer_hf[evaluation]'") from error
-    return Figure(figsize=figsize, layout="constrained")

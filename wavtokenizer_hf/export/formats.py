@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..atomic_files import fsync
-from .extra import import_optional
+from ..extras import require
 from .files import open_atomic
 from .sequences import BadRow, Sequences, order_by_source
 from .token_folder import Index, TokenFolder
@@ -305,14 +305,14 @@ class LhotseFormat(ShardedFormat):
     bytes_per_row, bytes_per_code = 512 * 5 + 300.0, 2.0
 
     def check(self, folder: TokenFolder) -> None:
-        import_optional("lhotse", "lhotse")
+        require("lhotse", "lhotse")
 
     def chunk_files(self, output, parts, number):
         shar = output / "shar"  # of its own, since lhotse takes every file of a folder for a field of the cuts
         return [shar / f"cuts.{number:06d}.jsonl.gz", shar / f"audio_codes.{number:06d}.tar"]
 
     def _write(self, folder, rows, output, number):
-        lhotse, shar = import_optional("lhotse", "lhotse"), import_optional("lhotse.shar", "lhotse")
+        lhotse, shar = require("lhotse", "lhotse"), require("lhotse.shar", "lhotse")
         frame_shift = folder.hop_length / folder.sampling_rate
         partial = output / f".shard-{number:06d}.partial"
         shutil.rmtree(partial, ignore_errors=True)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..extras import require
 from ..modeling_wavtokenizer import WavTokenizerModel
-from .extra import import_optional
 
 
 OPSET = 17  # the first with LayerNormalization
@@ -32,7 +32,7 @@ class Graph:
         """Adds a node and returns the name of its output, or a list of names if `outputs` says how many."""
         name = self._unique(name or operator.lower())
         names = [name] if outputs is None else [f"{name}_{index}" for index in range(outputs)]
-        make_node = import_optional("onnx").helper.make_node
+        make_node = require("onnx", "onnx").helper.make_node
         self.nodes.append(make_node(operator, list(inputs), names, name=name, **attributes))
         return name if outputs is None else names
 
@@ -41,12 +41,12 @@ class Graph:
         values = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
         values = values.astype(np.float32 if np.issubdtype(values.dtype, np.floating) else np.int64)
         name = self._unique(name)
-        self.weights.append(import_optional("onnx").numpy_helper.from_array(np.ascontiguousarray(values), name))
+        self.weights.append(require("onnx", "onnx").numpy_helper.from_array(np.ascontiguousarray(values), name))
         return name
 
     def model(self, inputs: dict, outputs: dict, metadata: dict[str, str], version: str):
         """The finished `onnx.ModelProto`. `inputs` and `outputs` are name -> (element type, shape); dimensions may be names."""
-        onnx = import_optional("onnx")
+        onnx = require("onnx", "onnx")
         make_value = onnx.helper.make_tensor_value_info
         graph = onnx.helper.make_graph(
             self.nodes,
@@ -68,7 +68,7 @@ class Graph:
 
     def rename(self, value: str, name: str) -> None:
         """Gives a value the name of a graph output."""
-        self.nodes.append(import_optional("onnx").helper.make_node("Identity", [value], [name], name=name))
+        self.nodes.append(require("onnx", "onnx").helper.make_node("Identity", [value], [name], name=name))
 
     def _unique(self, name: str) -> str:
         self._names[name] += 1

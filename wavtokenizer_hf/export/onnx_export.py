@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..extras import require
 from ..modeling_wavtokenizer import WavTokenizerModel
 from . import graph, wavtokenizer_onnx
-from .extra import import_optional
 from .files import new_folder
 from .wavtokenizer_onnx import CONFIG_NAME, WavTokenizerOnnx
 
@@ -83,7 +83,7 @@ def export_onnx(
         raise ValueError(
             f"Got a model in {model.head.linear.weight.dtype}, expected float32. Load it without a dtype."
         )
-    onnx, _ = import_optional("onnx"), import_optional("onnxruntime")
+    onnx, _ = require("onnx", "onnx"), require("onnxruntime", "onnx")
     config, encoder = model.config, model.encoder_model.encoder
     lstm = next(layer.lstm for layer in encoder.layers if hasattr(layer, "lstm"))
     facts = {
@@ -133,7 +133,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 def _quantize(decoder, folder: Path):
     """The decoder with its products in int8, as onnxruntime's dynamic quantization makes it."""
-    onnx, quantization = import_optional("onnx"), import_optional("onnxruntime.quantization")
+    onnx, quantization = require("onnx", "onnx"), require("onnxruntime.quantization", "onnx")
     constants = {weight.name for weight in decoder.graph.initializer}
     # the last layer gives log magnitudes and phases, and what comes after it the waveform: 27 dB with them, 53 dB without
     excluded = [
@@ -161,7 +161,7 @@ def _quantize(decoder, folder: Path):
 
 def _store_weights(decoder, dtype: str) -> None:
     """Stores large float32 weights as float16 or int8, and computes float32 of them, which runtimes do once, at load."""
-    onnx = import_optional("onnx")
+    onnx = require("onnx", "onnx")
     float32, from_array, make_node = onnx.TensorProto.FLOAT, onnx.numpy_helper.from_array, onnx.helper.make_node
     nodes, scales = [], []
     for weight in decoder.graph.initializer:

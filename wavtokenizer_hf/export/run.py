@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
+from ..extras import require
 from ..limited_files import one_line, read_json_object
-from .extra import import_optional
 from .files import open_atomic
 from .formats import Format
 from .sequences import BadRow
@@ -114,7 +114,7 @@ def export_tokens(
     chunks = format.plan(folder, index)
     settings = _settings(folder, index, format, on_error)
     job = Job(folder, format, output, on_error)
-    filelock = import_optional("filelock", "bulk")
+    filelock = require("filelock", "bulk")
     _check_output(output, format)
     output.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(output / ".lock", timeout=0)

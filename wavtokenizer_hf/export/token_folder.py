@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..extras import require
 from ..limited_files import one_line, read_json_object
-from .extra import import_optional
 
 
 MANIFEST = "manifest.json"
@@ -91,7 +91,7 @@ class TokenFolder:
     @contextmanager
     def _open(self, path: Path) -> Iterator:
         """A Parquet file, whose page checksums are compared. Raises ValueError if it is damaged, here or in the block."""
-        parquet, pyarrow = import_optional("pyarrow.parquet", "bulk"), import_optional("pyarrow", "bulk")
+        parquet, pyarrow = require("pyarrow.parquet", "bulk"), require("pyarrow", "bulk")
         try:
             with parquet.ParquetFile(path, page_checksum_verification=True) as file:
                 if wrong := _wrong_columns(file.schema_arrow):
@@ -229,7 +229,7 @@ _NEVER_NULL = ("id", "num_samples")
 
 def _wrong_columns(schema) -> str | None:
     """What is wrong with the columns that every token file has, or None."""
-    types = import_optional("pyarrow", "bulk").types
+    types = require("pyarrow", "bulk").types
     checks = {
         "id": types.is_string,
         "audio_codes": lambda kind: types.is_list(kind) and types.is_uint16(kind.value_type),

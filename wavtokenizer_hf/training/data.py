@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .. import audio
+from ..extras import require
 from ..find_files import describe_passed_over, find_files, utf8_name
 from .settings import derived_seed
 
@@ -250,10 +251,7 @@ def _undecoded(dataset: Sequence) -> Sequence:
 
 
 def _load_dataset(folder: str | os.PathLike):
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("Saved datasets need the datasets library: pip install datasets") from error
+    datasets = require("datasets", "bulk")
     try:
         return datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -10,6 +10,7 @@ import torch
 
 from .. import audio as audio_files
 from ..atomic_files import write_bytes
+from ..extras import require
 from ..limited_files import one_line
 from .losses import MelLoss
 
@@ -37,10 +38,9 @@ class Log:
     """
 
     def __init__(self, output: Path, sampling_rate: int, first_step: int):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("The log needs TensorBoard: pip install 'wavtokenizer_hf[training]'") from error
+        require("tensorboard", "training")  # the import of torch's module does not name the package
+        from torch.utils.tensorboard import SummaryWriter
+
         self.folder, self.samples = output / "log", output / "samples"
         self.sampling_rate = sampling_rate
         self._hook, threading.excepthook = threading.excepthook, self._on_thread_error

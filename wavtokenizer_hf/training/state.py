@@ -15,6 +15,7 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from ..configuration_wavtokenizer import WavTokenizerConfig
+from ..extras import require
 from ..limited_files import one_line, short_repr
 from ..loading import load_model
 from ..modeling_wavtokenizer import WavTokenizerModel
@@ -111,15 +112,14 @@ def autocast(device: torch.device, precision: str):
 
 def build(settings: Settings) -> State:
     """A run at its beginning: model, discriminators, optimizers. Raises ValueError for a model that cannot be had."""
-    try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-    except ImportError as error:
-        raise ImportError("Training needs accelerate: pip install 'wavtokenizer_hf[training]'") from error
+    accelerate = require("accelerate", "training")
     # the codebook, the only buffer, agrees over workers by its own sums; nothing has to be broadcast at every pass
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    handlers = [accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)]
     # unless it is told that there is nothing but CPUs, accelerate takes each process that torchrun started for the only one
     # the settings say what is computed in bfloat16, and not what accelerate was once configured to
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=handlers)
+    accelerator = accelerate.Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=handlers
+    )
     torch.manual_seed(derived_seed(settings.seed, "weights"))
     config = _new_config(settings.config)
     model = _load_model(settings.model) if settings.model else WavTokenizerModel(config)
