@@ -131,7 +131,7 @@ def _loop(encode, clips: str) -> dict:
 
 
 def bulk(model: str, clips: str, processes: str, seconds: str, output: str) -> dict:
-    from wavtokenizer_hf.bulk import run, tokenize
+    from wavtokenizer_hf.bulk import TokenizeOptions, run, tokenize
 
     first: list[float] = []
 
@@ -142,9 +142,8 @@ def bulk(model: str, clips: str, processes: str, seconds: str, output: str) -> d
             super().__call__(summary)
 
     run.Progress = Watch
-    result = tokenize(
-        clips, model, output, num_processes=int(processes) or None, batch_seconds=float(seconds), part_size=25
-    )
+    options = TokenizeOptions(num_processes=int(processes) or None, batch_seconds=float(seconds), part_size=25)
+    result = tokenize(clips, model, output, options)
     assert not result.failures
     done = result.done_now.num_samples
     working = (time.perf_counter() - first[0]) * done / (done - first[1])

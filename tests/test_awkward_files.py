@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from wavtokenizer_hf import WavTokenizerModel, audio, pipes
 from wavtokenizer_hf.audio_errors import FAILURE_KINDS, WARNING_KINDS, failure_kind
-from wavtokenizer_hf.bulk import tokenize, tokenize_dataset
+from wavtokenizer_hf.bulk import TokenizeOptions, tokenize, tokenize_dataset
 from wavtokenizer_hf.cli import main
 from wavtokenizer_hf.evaluation import evaluate
 from wavtokenizer_hf.find_files import utf8_name
@@ -167,7 +167,7 @@ def by_encode(folder, model):
 
 def rows_and_kinds(source, model, name_of=lambda id: id, **options):
     output = Path(model.folder).parent / f"tokens-{len(os.listdir(Path(model.folder).parent))}"
-    result = tokenize(source, model.folder, output, num_processes=1, **options)
+    result = tokenize(source, model.folder, output, TokenizeOptions(num_processes=1, **options))
     assert result.silent == []
     found = {name_of(id): row["audio_codes"] for id, row in rows_of(output).items()}
     for line in map(json.loads, (output / "failures.jsonl").read_text().splitlines()):

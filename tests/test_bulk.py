@@ -30,7 +30,7 @@ from test_checkpoints import SINE_75
 from tqdm.auto import tqdm
 
 from wavtokenizer_hf import WavTokenizerModel, audio
-from wavtokenizer_hf.bulk import encoding, hub, output, processes, sources, tokenize
+from wavtokenizer_hf.bulk import TokenizeOptions, encoding, hub, output, processes, sources, tokenize
 from wavtokenizer_hf.bulk import run as bulk_run
 from wavtokenizer_hf.bulk.progress import Progress
 from wavtokenizer_hf.cli import main
@@ -87,9 +87,9 @@ def alone(place, model):
 def run(place, tmp_path):
     """Tokenizes the corpus in this process into tmp_path/out, unless told otherwise."""
 
-    def run(source=None, **options):
-        options = {"model": str(place / "model"), "output": tmp_path / "out", "num_processes": 1, **options}
-        return tokenize(place / "corpus" if source is None else source, **options)
+    def run(source=None, model=place / "model", output=tmp_path / "out", **options):
+        options = TokenizeOptions(**{"num_processes": 1, **options})
+        return tokenize(place / "corpus" if source is None else source, str(model), output, options)
 
     return run
 
@@ -167,7 +167,7 @@ def test_golden_codes_come_out_of_the_parquet_unchanged(folders, tmp_path):
         (tmp_path / "golden").mkdir(exist_ok=True)
         values = formula.waveform(kind, seconds)
         soundfile.write(tmp_path / "golden" / f"{kind}_{seconds}.wav", values, 24000, subtype="FLOAT")
-    tokenize(tmp_path / "golden", str(folders(75)), tmp_path / "out", num_processes=1)
+    tokenize(tmp_path / "golden", str(folders(75)), tmp_path / "out", TokenizeOptions(num_processes=1))
     rows = rows_of(tmp_path / "out")
     assert len(rows) == 3
     for name, row in rows.items():
@@ -179,7 +179,7 @@ def test_golden_codes_come_out_of_the_parquet_unchanged(folders, tmp_path):
 def codes_of_sine(answer: KnownAnswer, model: str, tmp_path) -> list[int]:
     """The codes of a known answer's sine, by way of a WAV file and Parquet."""
     soundfile.write(tmp_path / "sine.wav", answer.audio()[0, 0].numpy(), 24000, subtype="FLOAT")
-    tokenize(tmp_path / "sine.wav", model, tmp_path / "tokens", num_processes=1)
+    tokenize(tmp_path / "sine.wav", model, tmp_path / "tokens", TokenizeOptions(num_processes=1))
     (row,) = rows_of(tmp_path / "tokens").values()
     return list(row["audio_codes"])
 
@@ -278,7 +278,7 @@ def _run_on_a_slow_disk(arguments):
     sync = os.fsync
     output.os.fsync = lambda descriptor: (time.sleep(0.015), sync(descriptor))
     torch.set_num_threads(1)
-    tokenize(*arguments, num_processes=1, part_size=1, num_readers=1, batch_seconds=2)
+    tokenize(*arguments, TokenizeOptions(num_processes=1, part_size=1, num_readers=1, batch_seconds=2))
 
 
 def test_killed_at_random_moments_and_run_again_gives_what_an_uninterrupted_run_gives(place, run, tmp_path, alone):
@@ -881,7 +881,7 @@ def test_two_hundred_clips_give_the_same_rows_in_every_way(place, model, tmp_pat
     ways += [{"num_processes": 2}, *([{"engine": "ray"}] if importlib.util.find_spec("ray") else [])]
     for number, way in enumerate(ways):
         output = tmp_path / str(number)
-        result = tokenize(tmp_path / "corpus", str(place / "model"), output, part_size=25, **way)
+        result = tokenize(tmp_path / "corpus", str(place / "model"), output, TokenizeOptions(part_size=25, **way))
         assert codes_of(output) == alone, way
         assert result.failures.keys() == DAMAGED.keys(), way
         assert result.done_now.num_clips == 200 and result.done_now.num_failures == len(DAMAGED), way
@@ -950,14 +950,16 @@ def test_ray_gives_up_a_clip_that_kills_its_actors(place, tmp_path, monkeypatch)
     deadly = Deadly([sources.Item("a.wav", ("a.wav", {}))])
     monkeypatch.setattr(bulk_run, "open_source", lambda *arguments: deadly)
     with pytest.raises(OSError, match=r"Ray has stopped the work.*run again to go on"):
-        tokenize("a.wav", str(place / "model"), tmp_path / "out", engine="ray")
+        tokenize("a.wav", str(place / "model"), tmp_path / "out", TokenizeOptions(engine="ray"))
 
 
 @pytest.mark.slow
 def test_ray_says_what_went_wrong(place, tmp_path):
     pytest.importorskip("ray", reason="pip install 'wavtokenizer_hf[ray]'")
     with pytest.raises(ValueError, match="Cannot read"):
-        tokenize(place / "corpus", str(place / "model"), tmp_path / "out", engine="ray", on_error="fail")
+        tokenize(
+            place / "corpus", str(place / "model"), tmp_path / "out", TokenizeOptions(engine="ray", on_error="fail")
+        )
 
 
 def test_a_dry_run_tells_what_comes_and_writes_nothing(place, run, tmp_path, capsys):

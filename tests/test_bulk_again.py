@@ -13,7 +13,7 @@ from conftest import tiny_config
 from pyarrow import parquet
 
 from wavtokenizer_hf import WavTokenizerModel
-from wavtokenizer_hf.bulk import output, tokenize, verify
+from wavtokenizer_hf.bulk import TokenizeOptions, output, tokenize, verify
 from wavtokenizer_hf.cli import main
 
 
@@ -51,7 +51,7 @@ def corpus(tmp_path):
 def run(corpus, model, tmp_path):
     def run(source=None, **options):
         options = {"num_processes": 1, "part_size": 3, **options}
-        return tokenize(corpus if source is None else source, model, tmp_path / "out", **options)
+        return tokenize(corpus if source is None else source, model, tmp_path / "out", TokenizeOptions(**options))
 
     return run
 

@@ -19,7 +19,7 @@ from corpus.awkward import RATE, encoded, float_wav, integers, quantized, voice,
 
 from wavtokenizer_hf import WavTokenizerModel, audio, pipes
 from wavtokenizer_hf.audio_errors import FAILURE_KINDS, WARNING_KINDS, AudioError
-from wavtokenizer_hf.bulk import AudioTokenizer, processes, sources, tokenize, tokenize_dataset
+from wavtokenizer_hf.bulk import AudioTokenizer, TokenizeOptions, processes, sources, tokenize, tokenize_dataset
 from wavtokenizer_hf.cli import main
 from wavtokenizer_hf.evaluation import Model
 from wavtokenizer_hf.find_files import describe_passed_over, find_files
@@ -106,16 +106,16 @@ def test_a_channel_that_a_clip_lacks_is_that_clips_failure(model, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "mono.wav").write_bytes(wav(SOUND))
     (tmp_path / "in" / "stereo.wav").write_bytes(wav(voice(channels=2)))
-    tokenize(tmp_path / "in", model.folder, tmp_path / "out", num_processes=1, channel="right")
+    tokenize(tmp_path / "in", model.folder, tmp_path / "out", TokenizeOptions(num_processes=1, channel="right"))
     assert failures_of(tmp_path / "out") == {"mono.wav": "no-channel"}
     assert rows_of(tmp_path / "out").keys() == {"stereo.wav"}
 
 
 def test_rows_of_another_channel_do_not_go_into_the_same_folder(model, tmp_path):
     (tmp_path / "a.wav").write_bytes(wav(voice(channels=2)))
-    tokenize(tmp_path / "a.wav", model.folder, tmp_path / "out", num_processes=1)
+    tokenize(tmp_path / "a.wav", model.folder, tmp_path / "out", TokenizeOptions(num_processes=1))
     with pytest.raises(ValueError, match="channel 'mean', and this run has 'left'"):
-        tokenize(tmp_path / "a.wav", model.folder, tmp_path / "out", num_processes=1, channel="left")
+        tokenize(tmp_path / "a.wav", model.folder, tmp_path / "out", TokenizeOptions(num_processes=1, channel="left"))
 
 
 def test_what_is_strange_about_a_clip_is_said_by_encode_and_written_by_tokenize(model, tmp_path, capsys, caplog):
@@ -124,7 +124,7 @@ def test_what_is_strange_about_a_clip_is_said_by_encode_and_written_by_tokenize(
     assert main(["encode", str(tmp_path / "a.wav"), "-m", model.folder, "-o", str(tmp_path / "a.json"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["warnings"] == ["cancelled"]
     assert "the channels cancel each other in their mean, to silence; choose one with channel='left'" in caplog.text
-    tokenize(tmp_path / "a.wav", model.folder, tmp_path / "out", num_processes=1)
+    tokenize(tmp_path / "a.wav", model.folder, tmp_path / "out", TokenizeOptions(num_processes=1))
     assert rows_of(tmp_path / "out")["a.wav"]["warnings"] == ["cancelled"]
 
 
@@ -149,7 +149,7 @@ def test_the_peak_level_of_a_model_counts_in_every_command(model, apertus, tmp_p
     scaled = quiet[:, 0] / np.abs(quiet).max() * np.float32(10 ** (-3 / 20))
     codes = codes_alone(model, scaled)
     assert codes != codes_alone(model, quiet[:, 0])
-    tokenize(tmp_path / "a.wav", apertus, tmp_path / "out", num_processes=1)
+    tokenize(tmp_path / "a.wav", apertus, tmp_path / "out", TokenizeOptions(num_processes=1))
     assert codes_of(tmp_path / "out")["a.wav"] == codes
     assert main(["encode", str(tmp_path / "a.wav"), "-m", apertus, "-o", str(tmp_path / "a.json")]) == 0
     assert TokenFile.load(tmp_path / "a.json").audio_codes.tolist() == codes
@@ -247,7 +247,7 @@ def test_a_list_may_name_files_whose_names_are_no_utf8(model, tmp_path):
     name = os.fsdecode(b"caf\xe9.wav")
     (tmp_path / name).write_bytes(wav(SOUND))
     (tmp_path / "list.csv").write_bytes(b"path,speaker\ncaf\xe9.wav,anna\n")
-    tokenize(tmp_path / "list.csv", model.folder, tmp_path / "out", num_processes=1)
+    tokenize(tmp_path / "list.csv", model.folder, tmp_path / "out", TokenizeOptions(num_processes=1))
     (row,) = rows_of(tmp_path / "out").values()
     assert row["id"] == r"caf\xe9.wav" and row["speaker"] == "anna"
     assert row["audio_codes"] == codes_alone(model, quantized(SOUND)[:, 0])
@@ -281,7 +281,9 @@ def test_names_in_shards_may_hold_dots(model, tmp_path):
         "talk1_1.10-1.19.wav": wav(SOUND), "talk1_1.10-1.19.json": b"[1]", "talk1_1.10-1.19.words.txt": b"hello",
         "README.md": b"of no clip",
     }  # fmt: skip
-    result = tokenize(write_tar(tmp_path / "s.tar", members), model.folder, tmp_path / "out", num_processes=1)
+    result = tokenize(
+        write_tar(tmp_path / "s.tar", members), model.folder, tmp_path / "out", TokenizeOptions(num_processes=1)
+    )
     rows = rows_of(tmp_path / "out")
     assert rows.keys() == {"s.tar/Track 2.0 (clean)", "s.tar/Track 2.1 (clean)", "s.tar/talk1_1.10-1.19"}
     talk = rows["s.tar/talk1_1.10-1.19"]
@@ -346,7 +348,7 @@ def test_bad_rows_fail_alone_in_every_format_of_a_dataset(format, model):
 
 @pytest.mark.parametrize("format", [None, "arrow", "numpy"])
 def test_bad_rows_fail_alone_in_bulk(format, model, tmp_path):
-    tokenize(rows_of_a_dataset().with_format(format), model.folder, tmp_path / "out", num_processes=1)
+    tokenize(rows_of_a_dataset().with_format(format), model.folder, tmp_path / "out", TokenizeOptions(num_processes=1))
     assert failures_of(tmp_path / "out") == {f"{n:09d}": kind for n, kind in enumerate(KINDS) if kind}
     assert codes_of(tmp_path / "out")["000000000"] == codes_alone(model, SOUND[:, 0])
 
@@ -361,7 +363,7 @@ def test_any_exception_of_reading_a_clip_is_that_clips_failure(model, tmp_path, 
         return {"b.wav": lambda: 1 / 0, "c.wav": lambda: {}["key"]}.get(place[0][-5:], lambda: read(self, place))()
 
     monkeypatch.setattr(sources.Files, "sound", unlucky)
-    result = tokenize(tmp_path / "in", model.folder, tmp_path / "out", num_processes=1)
+    result = tokenize(tmp_path / "in", model.folder, tmp_path / "out", TokenizeOptions(num_processes=1))
     assert failures_of(tmp_path / "out") == {"b.wav": "error", "c.wav": "error"}
     assert result.failures["b.wav"].reason == "ZeroDivisionError: division by zero"
 
@@ -378,7 +380,7 @@ def test_a_clip_that_the_model_refuses_fails_alone(model, tmp_path, monkeypatch)
     clips = {"a": SOUND, "b": SOUND * 0.99 / np.abs(SOUND).max(), "c": SOUND}
     for name, sound in clips.items():
         soundfile.write(tmp_path / f"{name}.wav", sound, RATE, subtype="FLOAT")
-    tokenize(f"{tmp_path}/*.wav", model.folder, tmp_path / "out", num_processes=1)
+    tokenize(f"{tmp_path}/*.wav", model.folder, tmp_path / "out", TokenizeOptions(num_processes=1))
     assert failures_of(tmp_path / "out") == {"b.wav": "not-finite"}
     assert rows_of(tmp_path / "out").keys() == {"a.wav", "c.wav"}
 
@@ -545,8 +547,9 @@ def test_a_script_without_a_guard_is_told_the_line_that_it_lacks(model, tmp_path
         (tmp_path / f"{name}.wav").write_bytes(wav(SOUND))
     script = tmp_path / "script.py"
     script.write_text(
-        f"from wavtokenizer_hf.bulk import tokenize\n"
-        f"tokenize({str(tmp_path / '*.wav')!r}, {model.folder!r}, {str(tmp_path / 'out')!r}, num_processes=2, part_size=1)\n"
+        f"from wavtokenizer_hf.bulk import TokenizeOptions, tokenize\n"
+        f"options = TokenizeOptions(num_processes=2, part_size=1)\n"
+        f"tokenize({str(tmp_path / '*.wav')!r}, {model.folder!r}, {str(tmp_path / 'out')!r}, options)\n"
     )
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
     assert run.returncode == 1 and 'outside of `if __name__ == "__main__":`' in run.stderr

@@ -17,7 +17,7 @@ from corpus.awkward import cases
 from test_export_onnx import tiny
 
 from wavtokenizer_hf import audio
-from wavtokenizer_hf.bulk import segment_sources, tokenize
+from wavtokenizer_hf.bulk import TokenizeOptions, segment_sources, tokenize
 from wavtokenizer_hf.bulk.sources import open_source
 
 
@@ -33,7 +33,7 @@ def place(tmp_path_factory, one_thread):
 
 
 def run(place, source, output, **options):
-    return tokenize(source, str(place / "model"), output, num_processes=1, **options)
+    return tokenize(source, str(place / "model"), output, TokenizeOptions(num_processes=1, **options))
 
 
 def write_manifest(place, rows, name="list.jsonl"):

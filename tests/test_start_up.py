@@ -34,6 +34,7 @@ ARGUMENTS = [
     (["encode", "absent.wav", "-m", "bundled", "-o", "x.json"], 2),
     (["encode", "examples/speech.flac", "-m", "bundled", "-o", "x.json", "--channel", "middle"], 2),
     (["tokenize", "corpus", "-o", "tokens"], 2),
+    (["tokenize", "corpus", "-m", "bundled", "-o", "tokens", "--batch-seconds", "0"], 2),
     (["train", "--no-such-option"], 2),
 ]
 

@@ -16,7 +16,7 @@ from test_export_onnx import tiny
 from token_folders import write_token_folder
 
 from wavtokenizer_hf import WavTokenizerModel
-from wavtokenizer_hf.bulk import tokenize
+from wavtokenizer_hf.bulk import TokenizeOptions, tokenize
 from wavtokenizer_hf.cli import main
 
 
@@ -30,7 +30,7 @@ def place(tmp_path_factory, one_thread):
         path = place / "clips" / "ab"[number % 2] / f"{number}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, random.uniform(-0.5, 0.5, 9_600 + 7 * number), 24_000, subtype="FLOAT")
-    tokenize(place / "clips", str(place / "model"), place / "tokens", num_processes=1)
+    tokenize(place / "clips", str(place / "model"), place / "tokens", TokenizeOptions(num_processes=1))
     return place
 
 

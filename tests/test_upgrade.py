@@ -16,7 +16,7 @@ from wavtokenizer_hf import (
     WavTokenizerModel,
     upgrade,
 )
-from wavtokenizer_hf.bulk import tokenize
+from wavtokenizer_hf.bulk import TokenizeOptions, tokenize
 from wavtokenizer_hf.llm import AudioVocabulary
 
 
@@ -194,7 +194,7 @@ def test_the_tokens_of_apertus_are_ours_and_those_of_bulk_work(apertus, tiny_mod
     (tmp_path / "clips").mkdir()
     for name, clip in clips.items():
         soundfile.write(tmp_path / "clips" / name, clip, 24000, subtype="FLOAT")
-    tokenize(tmp_path / "clips", str(tmp_path / "model"), tmp_path / "out", num_processes=1)
+    tokenize(tmp_path / "clips", str(tmp_path / "model"), tmp_path / "out", TokenizeOptions(num_processes=1))
     rows = rows_of(tmp_path / "out")
 
     assert len(torch.cat(before).unique()) > 5

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 
-from wavtokenizer_hf.bulk.encoding import Tokens
-from wavtokenizer_hf.bulk.output import NO_FILE, Output, Settings
+from wavtokenizer_hf.bulk.output import Output
+from wavtokenizer_hf.bulk.records import NO_FILE, Settings, Tokens
 
 
 FINGERPRINT = "0123456789abcdef"

@@ -19,7 +19,7 @@ from transformers import audio_utils
 from .atomic_files import atomic_write, cannot_write
 from .audio_decoders import LARGEST_WHOLE, open_decoder, soundfile_module, torchcodec_decoder
 from .audio_decoders import reason as _reason
-from .audio_errors import AudioError, CutOffError, check_channel
+from .audio_errors import MAX_CLIP_SECONDS, AudioError, CutOffError, check_channel
 from .find_files import SUFFIXES as SUFFIXES
 
 
@@ -38,10 +38,6 @@ LARGEST_SAMPLE = 8.0
 
 NO_SAMPLE = 1e10
 """What lies beyond is refused: no format has such numbers, and they overflow in the model."""
-
-
-MAX_CLIP_SECONDS = 6 * 3600.0
-"""How long a clip may be where it is held whole: in bulk work, training and evaluation."""
 
 
 def load(

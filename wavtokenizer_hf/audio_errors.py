@@ -1,5 +1,11 @@
 """Why audio is refused, in words for people and in one word for programs."""
 
+import math
+
+
+MAX_CLIP_SECONDS = 6 * 3600.0
+"""How long a clip may be where it is held whole: in bulk work, training and evaluation."""
+
 FAILURE_KINDS = {
     "unreadable": "not audio, damaged, or in a format that no installed decoder reads",
     "truncated": "ends before its header says, since it was cut off, or damaged so that decoding ends there",
@@ -63,3 +69,10 @@ def check_channel(channel: str | int) -> int | None:
     if isinstance(channel, int) and not isinstance(channel, bool) and channel >= 0:
         return channel
     raise ValueError(f"Got the channel {channel!r}, expected mean, left, right or a number from 0.")
+
+
+def check_peak(peak_dbfs: float | str) -> None:
+    """Raise ValueError unless this is a peak level in dBFS, at most 0, or `"none"` or `"model"`."""
+    is_level = isinstance(peak_dbfs, (int, float)) and -math.inf < peak_dbfs <= 0
+    if not is_level and peak_dbfs not in ("none", "model"):
+        raise ValueError(f"Got peak_dbfs={peak_dbfs!r}, expected a level of at most 0 dBFS, 'none' or 'model'.")

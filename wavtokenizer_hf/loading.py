@@ -1,6 +1,5 @@
 """Load models by name. Raises ValueError with a one-line reason."""
 
-import math
 import os
 
 import torch
@@ -9,6 +8,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from .audio_errors import check_peak
 from .configuration_wavtokenizer import WavTokenizerConfig
 from .feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 from .limited_files import FLOAT_DTYPES, MAX_HEADER_BYTES, one_line, read_json_object, read_safetensors_header
@@ -74,12 +74,11 @@ def load_feature_extractor(
     Raises:
         ValueError: It cannot be loaded, a value in it makes no sense, or it is for another sampling rate than the model.
     """
+    check_peak(peak_dbfs)
     feature_extractor = _read_feature_extractor(os.fspath(name), revision, config)
     if peak_dbfs == "none":
         feature_extractor.normalize_audio = False
     elif peak_dbfs != "model":
-        if not (isinstance(peak_dbfs, (int, float)) and -math.inf < peak_dbfs <= 0):
-            raise ValueError(f"Got peak_dbfs={peak_dbfs!r}, expected a level of at most 0 dBFS, 'none' or 'model'.")
         feature_extractor.normalize_audio, feature_extractor.target_peak_dB_FS = True, float(peak_dbfs)
     return feature_extractor
 

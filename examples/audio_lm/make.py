@@ -98,7 +98,8 @@ def main() -> None:
     output, model = arguments.output, arguments.model or str(bundled_model())
 
     texts = make_speech(output / "speech", size, arguments.seed)
-    bulk.tokenize(output / "speech", model, output / "tokens", on_error="fail", progress=True)
+    options = bulk.TokenizeOptions(on_error="fail")
+    bulk.tokenize(output / "speech", model, output / "tokens", options, progress=True)
     codec = WavTokenizerModel.from_pretrained(model).eval()
     tokenizer = make_tokenizer(texts.values())
     vocabulary = AudioVocabulary.add_to(tokenizer, codec.config.codebook_size, codec.codebook_fingerprint)

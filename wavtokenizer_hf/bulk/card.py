@@ -1,10 +1,7 @@
 """The dataset card that lies beside the parts."""
 
-from typing import TYPE_CHECKING
+from .records import Settings, Summary
 
-
-if TYPE_CHECKING:
-    from .output import Settings, Summary
 
 MARK = "<!-- written anew by `wavtokenizer tokenize` for as long as this line is here -->"
 
@@ -22,7 +19,7 @@ MEANINGS = {
 }
 
 
-def card(settings: "Settings", schema, total: "Summary", complete: bool) -> str:
+def card(settings: Settings, schema, total: Summary, complete: bool) -> str:
     """The text of README.md."""
     facts = vars(settings)
     rows = [

@@ -1,13 +1,16 @@
 """What a run of `tokenize` would make, from a sample of its clips."""
 
+import os
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from . import encoding
-from .encoding import Failure
+from .options import TokenizeOptions
+from .records import Failure
 from .sources import open_source
 from .work import num_cores
 
@@ -17,27 +20,16 @@ BYTES_PER_CODE = 1.55  # random codes of 4096 entries as uint16 in zstd Parquet,
 
 
 def estimate(
-    source,
+    source: str | os.PathLike | Any,
     model: str,
-    revision: str | None = None,
-    column: str | None = None,
-    dataset_config: str | None = None,
-    split: str | None = None,
-    dataset_revision: str | None = None,
-    device: str | None = None,
-    batch_seconds: float = 120,
-    channel: str | int = "mean",
-    max_clip_seconds: float = encoding.MAX_CLIP_SECONDS,
-    tar_names: str = "ending",
-    peak_dbfs: float | str = "model",
+    options: TokenizeOptions | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict:
+) -> dict[str, float]:
     """
     Encode up to 50 clips, evenly spread over the source, and scale up. The number of clips is exact, all else is an estimate.
 
     Args:
-        source, model, revision, column, dataset_config, split, dataset_revision, device, batch_seconds, channel,
-            max_clip_seconds, tar_names, peak_dbfs: As for `tokenize`.
+        source, model, options: As for `tokenize`. `num_processes`, `shard` and what concerns the output folder have no effect.
         on_progress: Called with the number of clips of the sample that are done, and of all.
 
     Returns:
@@ -47,14 +39,16 @@ def estimate(
     Raises:
         ValueError: no clips, a model that cannot be loaded, or no clip of the sample can be read.
     """
-    encoding.check_batch_seconds(batch_seconds)
-    clips = open_source(source, column, dataset_config, split, dataset_revision, tar_names)
-    encoder, feature_extractor = encoding.load_encoder(model, revision, device, peak_dbfs)
+    options = options or TokenizeOptions()
+    clips = open_source(
+        source, options.column, options.dataset_config, options.split, options.dataset_revision, options.tar_names
+    )
+    encoder, feature_extractor = encoding.load_encoder(model, options.revision, options.device, options.peak_dbfs)
     numbers = np.unique(np.linspace(0, len(clips.items) - 1, SAMPLE_SIZE).round().astype(int))
     read = [partial(clips.sound, clips.items[number].place) for number in numbers]
     started = time.monotonic()
     windows = encoding.tokenize_clips(
-        encoder, feature_extractor, read, batch_seconds, num_cores(), channel, max_clip_seconds
+        encoder, feature_extractor, read, options.batch_seconds, num_cores(), options.channel, options.max_clip_seconds
     )
     results = []
     on_progress(0, len(read))

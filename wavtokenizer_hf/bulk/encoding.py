@@ -2,48 +2,25 @@
 
 import ctypes
 import hashlib
-import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from .. import audio
-from ..audio_errors import failure_kind
+from ..audio_errors import MAX_CLIP_SECONDS, failure_kind
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 from ..loading import load_feature_extractor, load_model
 from ..modeling_wavtokenizer import WavTokenizerEncoderModel
+from .records import Failure, Tokens
 
 
 WINDOW = 4
 """Micro-batches among which clips are sorted by length; as much sound again is read ahead of them. More waste less padding
 and hold more memory."""
-
-
-@dataclass
-class Tokens:
-    """The codes of one clip, and what they were made of."""
-
-    audio_codes: np.ndarray  # (L,) uint16
-    num_samples: int  # of the clip at the model's sampling rate; the last code may cover more
-    source_sampling_rate: int  # Hz
-    source_channels: int
-    warnings: tuple[str, ...] = ()  # of audio_errors.WARNING_KINDS
-
-
-@dataclass
-class Failure:
-    """Why a clip has no codes, for people and in one word of `audio_errors.FAILURE_KINDS`."""
-
-    reason: str
-    kind: str = "error"
-
-
-MAX_CLIP_SECONDS = audio.MAX_CLIP_SECONDS
 
 
 def load_encoder(
@@ -88,18 +65,6 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 def default_device(rank: int = 0) -> str:
     """The GPU of that number, counted around if there are fewer, or the CPU."""
     return f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-
-
-def check_batch_seconds(batch_seconds: float) -> None:
-    """Raises ValueError if no sound could be encoded at once."""
-    if not 0 < batch_seconds < math.inf:
-        raise ValueError(f"Got batch_seconds={batch_seconds}, expected more than 0.")
-
-
-def check_max_clip_seconds(max_clip_seconds: float) -> None:
-    """Raises ValueError if no clip could be so short."""
-    if not 0 < max_clip_seconds < math.inf:
-        raise ValueError(f"Got max_clip_seconds={max_clip_seconds}, expected more than 0.")
 
 
 def encode(

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .. import audio
+from ..audio_errors import MAX_CLIP_SECONDS, check_channel
 from ..configuration_wavtokenizer import WavTokenizerEncoderConfig
 from ..extras import require
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
@@ -20,7 +21,8 @@ from ..loading import load_model, target_peak
 from ..model_names import find_torch_model
 from ..modeling_wavtokenizer import WavTokenizerEncoderModel, WavTokenizerModel
 from . import encoding
-from .encoding import Failure
+from .options import check_on_error, check_seconds
+from .records import Failure
 from .sources import check_column
 from .work import num_cores
 
@@ -135,14 +137,13 @@ class AudioTokenizer(_Mapped):
         batch_seconds: float = 120,
         on_error: str = "record",
         channel: str | int = "mean",
-        max_clip_seconds: float = encoding.MAX_CLIP_SECONDS,
+        max_clip_seconds: float = MAX_CLIP_SECONDS,
         feature_extractor: WavTokenizerFeatureExtractor | None = None,
     ):
-        if on_error not in ("record", "fail"):
-            raise ValueError(f"Got on_error={on_error!r}, expected 'record' or 'fail'.")
-        encoding.check_batch_seconds(batch_seconds)
-        encoding.check_max_clip_seconds(max_clip_seconds)
-        audio.check_channel(channel)
+        check_on_error(on_error)
+        check_seconds("batch_seconds", batch_seconds)
+        check_seconds("max_clip_seconds", max_clip_seconds)
+        check_channel(channel)
         super().__init__(model, revision, device, feature_extractor)
         if not isinstance(self.model, str):
             encoding.check_codebook_size(self.model.config)
@@ -226,7 +227,7 @@ def tokenize_dataset(
     num_proc: int | None = None,
     on_error: str = "record",
     channel: str | int = "mean",
-    max_clip_seconds: float = encoding.MAX_CLIP_SECONDS,
+    max_clip_seconds: float = MAX_CLIP_SECONDS,
     feature_extractor: WavTokenizerFeatureExtractor | None = None,
 ):
     """

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,57 +24,11 @@ from .. import __version__
 from ..atomic_files import atomic_write
 from ..extras import require
 from ..limited_files import read_json_object
-from .encoding import Failure, Tokens
+from .card import MARK, card
+from .records import OWN_COLUMNS, Failure, Settings, Stamp, Summary, Tokens
 
 
-FORMAT = 4  # of the folder; another number is refused
 METADATA = b"wavtokenizer"  # key in the schema's metadata
-OWN_COLUMNS = (
-    "id", "audio_codes", "num_samples", "duration", "source_sampling_rate", "source_channels", "codebook_fingerprint",
-    "warnings", "source_size", "source_mtime_ns",
-)  # fmt: skip
-
-Stamp = tuple[int | None, int | None]
-"""Size in bytes and time of the last change in ns since 1970 of the file that a clip came from; None where there is none."""
-
-NO_FILE: Stamp = (None, None)
-
-
-@dataclass
-class Settings:
-    """What the rows depend on. A folder holds rows of one kind only."""
-
-    source: str
-    column: str | None
-    dataset_config: str | None
-    dataset_revision: str | None
-    split: str | None
-    model: str
-    revision: str | None  # the commit, for a model from the Hub
-    codebook_fingerprint: str
-    encoder_fingerprint: str
-    codebook_size: int
-    hop_length: int
-    sampling_rate: int
-    target_peak_dB_FS: float | None  # None: clips are not scaled
-    columns: dict[str, str]  # carried along: name -> type
-    format: int = FORMAT
-    channel: str = "mean"
-    tar_names: str = "ending"
-
-
-@dataclass
-class Summary:
-    """What became of the clips of a part, or of several."""
-
-    num_clips: int = 0
-    num_failures: int = 0
-    num_samples: int = 0
-    num_codes: int = 0
-    num_warned: int = 0  # clips with a row and a warning
-
-    def __add__(self, other: "Summary") -> "Summary":
-        return Summary(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 def part_name(ids: Sequence[str]) -> str:
@@ -370,8 +324,6 @@ class Output:
 
         `all_ids` are those of the whole source; if all of them have rows or failed, the manifest says "complete".
         """
-        from .card import MARK, card
-
         with self._alone():
             done, failures, total = self.finished()
             complete = all_ids is not None and all(id in done or id in failures for id in all_ids)

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .output import Summary
+from .records import Summary
 from .sources import Item
 from .work import Job, Worker
 

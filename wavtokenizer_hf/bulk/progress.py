@@ -4,7 +4,7 @@ import sys
 import time
 from datetime import timedelta
 
-from .output import Summary
+from .records import Summary
 
 
 class Progress:

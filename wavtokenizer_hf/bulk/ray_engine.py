@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Callable, Sequence
 
 from ..extras import require
-from .output import Summary
+from .records import Summary
 from .sources import Item
 from .work import Job, Worker
 
@@ -48,7 +48,7 @@ def run(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        on_gpu = (job.device or "cuda").startswith("cuda") and ray.cluster_resources().get("GPU", 0) > 0
+        on_gpu = (job.options.device or "cuda").startswith("cuda") and ray.cluster_resources().get("GPU", 0) > 0
         # a part of the work is one block, so that a part is what an actor is given, and what is done again if it dies
         dataset = ray.data.from_items(
             [{"items": pickle.dumps(list(items))} for items in parts], override_num_blocks=len(parts)

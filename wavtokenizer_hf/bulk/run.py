@@ -6,80 +6,33 @@ import math
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..audio import check_channel
 from ..extras import require
 from ..loading import target_peak
 from . import encoding, hub, processes, ray_engine
-from .output import NO_FILE, Output, Settings, Summary
+from .options import TokenizeOptions
+from .output import Output
 from .progress import Progress
+from .records import NO_FILE, Result, Settings, Summary
 from .sources import Source, open_source
 from .work import Job, num_cores
 
 
 SUMMARY_SECONDS = 600  # between two versions of manifest.json and failures.jsonl while a run goes on
-ENGINES = ("processes", "ray")
-
-
-@dataclass
-class Result:
-    """What lies in the folder after a run.
-
-    Args:
-        total: of all clips in the folder, of all shards and runs.
-        failures: clip -> its failure (`reason` and `kind`), likewise.
-        done_now: what this run did.
-        seconds: that this run took.
-        sampling_rate: Hz of the samples that are counted.
-        passed_over: files, and members of shards, that are no clips.
-        changed: clips of this run's shard whose file has another size or time than when it was read; done again with `refresh`.
-        without_source: clips with a row or a failure that the source does not hold any more, or whose file is gone.
-        silent: clips of this run's shard that have neither a row nor a failure: none, or there is a fault in this package.
-    """
-
-    total: Summary
-    failures: dict[str, encoding.Failure]
-    done_now: Summary
-    seconds: float
-    sampling_rate: int
-    passed_over: list[str]
-    silent: list[str]
-    changed: list[str]
-    without_source: list[str]
 
 
 def tokenize(
     source: str | os.PathLike | Any,
     model: str,
     output: str | os.PathLike,
+    options: TokenizeOptions | None = None,
     *,
-    revision: str | None = None,
-    column: str | None = None,
-    dataset_config: str | None = None,
-    split: str | None = None,
-    dataset_revision: str | None = None,
-    device: str | None = None,
-    engine: str = "processes",
-    ray_address: str | None = None,
-    num_processes: int | None = None,
-    num_readers: int | None = None,
-    batch_seconds: float = 120,
-    part_size: int | None = None,
-    shard: tuple[int, int] = (0, 1),
-    on_error: str = "record",
-    retry_failed: bool = False,
-    refresh: bool = False,
-    push_to_hub: str | None = None,
     progress: bool = False,
-    channel: str | int = "mean",
-    max_clip_seconds: float = encoding.MAX_CLIP_SECONDS,
-    tar_names: str = "ending",
-    peak_dbfs: float | str = "model",
 ) -> Result:
     """
     Encode every clip of a source to a folder of Parquet files. Runs are resumable: run the same call again.
@@ -93,33 +46,8 @@ def tokenize(
         model: `bundled`, the name of a published checkpoint, a folder, or OWNER/NAME on the Hub. Its preprocessor_config.json
             may ask for a peak level, as Apertus 1.5 does.
         output: Folder for the Parquet files (created if missing), or that of an earlier run with the same source and model.
-        revision: Branch, tag or commit of the model on the Hub.
-        column: Column of the audio, or of the paths in a list. Defaults to `audio`, and in lists also `path` or `file_name`.
-        dataset_config: Configuration of a dataset on the Hub.
-        split: Split of a dataset. Defaults to `train`.
-        dataset_revision: Branch, tag or commit of a dataset on the Hub.
-        device: Device of the models. Defaults to one GPU per process, or the CPU.
-        engine: `"processes"` on this machine, or `"ray"`.
-        ray_address: Address of a Ray cluster. All its machines must see source and output under the same paths. By default Ray
-            starts on this machine.
-        num_processes: Number of worker processes, each with a model. Default: one per GPU; on a CPU, one per two cores; 2 with
-            Ray. Workers are spawned, so a script with several needs `if __name__ == "__main__":`.
-        num_readers: Threads per process that read, decode and resample ahead of the model. Defaults to its share of the cores.
-        batch_seconds: Seconds of audio per batch, padding included. Memory grows with it.
-        part_size: Clips per Parquet file. A crash costs at most one file per process. Default: 2000, or fewer if there would
-            be less than four files per process.
-        shard: `(i, n)`: encode only shard i of n, from 0. All shards may write to one folder at the same time.
-        on_error: `"record"` lists a clip that fails and continues, `"fail"` stops at the first one.
-        retry_failed: Try clips again that failed in an earlier run.
-        refresh: Encode clips again whose file has another size or time than when it was read.
-        push_to_hub: Name of a dataset on the Hub, to which the folder is uploaded at the end.
+        options: `TokenizeOptions`, such as `TokenizeOptions(num_processes=4, batch_seconds=60)`. Default: all defaults.
         progress: Show progress on standard error.
-        channel: Channel of clips that have several: `"mean"`, `"left"`, `"right"` or a number from 0.
-        max_clip_seconds: A longer clip fails, before it is read if its header gives its length.
-        tar_names: Where names in tar shards are split: `"ending"`, before the known ending of an audio file, or `"webdataset"`,
-            at the first dot.
-        peak_dbfs: Peak level that each clip is scaled to, in dBFS, at most 0; `"none"`: no scaling. Defaults to what the
-            model's preprocessor_config.json says.
 
     Returns:
         `Result`: totals of the folder, failures, and what this run did.
@@ -132,10 +60,9 @@ def tokenize(
     """
     processes.stop_in_unguarded_script()
     started = time.monotonic()
-    _check(engine, ray_address, num_processes, num_readers, batch_seconds, part_size, shard, on_error)
-    check_channel(channel)
-    encoding.check_max_clip_seconds(max_clip_seconds)
-    require("soundfile", "bulk"), require("soxr", "bulk"), require("pyarrow", "bulk")  # or every clip would fail
+    options = options or TokenizeOptions()
+    for package in ("soundfile", "soxr", "pyarrow"):  # or every clip would fail
+        require(package, "bulk")
     is_path = isinstance(source, (str, os.PathLike))
     if not os.fspath(output):
         raise ValueError("Got an empty output, which would be the current folder. Name a folder.")
@@ -143,9 +70,11 @@ def tokenize(
         raise ValueError(
             f"The output {output} lies in the source {source}, whose Parquet it would become. Name another."
         )
-    encoder, feature_extractor = encoding.load_encoder(model, revision, "cpu", peak_dbfs)
+    encoder, feature_extractor = encoding.load_encoder(model, options.revision, "cpu", options.peak_dbfs)
     commit = getattr(encoder.config, "_commit_hash", None)
-    clips = open_source(source, column, dataset_config, split, dataset_revision, tar_names)
+    clips = open_source(
+        source, options.column, options.dataset_config, options.split, options.dataset_revision, options.tar_names
+    )
     selection = clips.selection
     settings = Settings(
         source=_name(source) if is_path else f"datasets.Dataset {source._fingerprint}",
@@ -162,23 +91,23 @@ def tokenize(
         sampling_rate=encoder.config.sampling_rate,
         target_peak_dB_FS=target_peak(feature_extractor),
         columns={field.name: str(field.type) for field in clips.schema},
-        channel=str(channel),
-        tar_names=tar_names,
+        channel=str(options.channel),
+        tar_names=options.tar_names,
     )
     del encoder
-    with Output(output, settings, clips.schema, shard).open() as folder:
-        if push_to_hub is not None:
-            hub.prepare(push_to_hub)
-        changed, without_source = _compare_with_files(clips, folder, shard)
-        if refresh and changed:
+    with Output(output, settings, clips.schema, options.shard).open() as folder:
+        if options.push_to_hub is not None:
+            hub.prepare(options.push_to_hub)
+        changed, without_source = _compare_with_files(clips, folder, options.shard)
+        if options.refresh and changed:
             folder.drop(set(changed))
         done, failures, _ = folder.finished()
-        if not retry_failed:
+        if not options.retry_failed:
             done |= failures.keys()
-        items = [item for item in clips.items if in_shard(item.id, shard)]
+        items = [item for item in clips.items if in_shard(item.id, options.shard)]
         to_do = [item for item in items if item.id not in done]
-        num_processes = num_processes or (2 if engine == "ray" else _default_processes(device))
-        part_size = part_size or min(2000, max(50, math.ceil(len(to_do) / (4 * num_processes))))
+        num_processes = options.num_processes or (2 if options.engine == "ray" else _default_processes(options.device))
+        part_size = options.part_size or min(2000, max(50, math.ceil(len(to_do) / (4 * num_processes))))
         parts = [to_do[start : start + part_size] for start in range(0, len(to_do), part_size)]
         num_processes = max(1, min(num_processes, len(parts)))
         cores = max(1, num_cores() // num_processes)
@@ -186,21 +115,15 @@ def tokenize(
             source=clips.without_items(),
             output=folder,
             model=str(model),
-            revision=commit or revision,
-            device=device,
-            batch_seconds=batch_seconds,
-            num_readers=num_readers or cores,
-            num_threads=cores if num_processes > 1 or engine == "ray" else None,
-            stop_at_failure=on_error == "fail",
-            channel=channel,
-            max_clip_seconds=max_clip_seconds,
-            peak_dbfs=peak_dbfs,
+            options=replace(options, revision=commit or options.revision),
+            num_readers=options.num_readers or cores,
+            num_threads=cores if num_processes > 1 or options.engine == "ray" else None,
         )
         watch = Progress(len(to_do), settings.sampling_rate, progress)
         report = _Summaries(folder, watch)
         try:
-            if engine == "ray":
-                ray_engine.run(job, parts, report, num_processes, ray_address)
+            if options.engine == "ray":
+                ray_engine.run(job, parts, report, num_processes, options.ray_address)
             elif num_processes == 1:
                 processes.run_here(job, parts, report)
             else:
@@ -213,13 +136,20 @@ def tokenize(
         total, failures = folder.summarize(item.id for item in clips.items)
         rows, _, _ = folder.finished()
         silent = [item.id for item in items if item.id not in rows and item.id not in failures]
-        if push_to_hub is not None:
-            hub.push(folder.folder, push_to_hub)
+        if options.push_to_hub is not None:
+            hub.push(folder.folder, options.push_to_hub)
     seconds = time.monotonic() - started
     return Result(
-        total, failures, watch.total, seconds, settings.sampling_rate, list(clips.passed_over), silent, changed,
-        without_source,
-    )  # fmt: skip
+        total=total,
+        failures=failures,
+        done_now=watch.total,
+        seconds=seconds,
+        sampling_rate=settings.sampling_rate,
+        passed_over=list(clips.passed_over),
+        silent=silent,
+        changed=changed,
+        without_source=without_source,
+    )
 
 
 def _compare_with_files(clips: Source, folder: Output, shard: tuple[int, int]) -> tuple[list[str], list[str]]:
@@ -273,19 +203,3 @@ def _default_processes(device: str | None) -> int:
         return torch.cuda.device_count()
     # two threads in one process are as fast as two processes (benchmarks/README.md), and one model is less memory than two
     return max(1, num_cores() // 2) if device in (None, "cpu") else 1
-
-
-def _check(engine, ray_address, num_processes, num_readers, batch_seconds, part_size, shard, on_error) -> None:
-    if engine not in ENGINES:
-        raise ValueError(f"Got the engine {engine!r}, expected one of {', '.join(ENGINES)}.")
-    if ray_address is not None and engine != "ray":
-        raise ValueError(f"Got the Ray address {ray_address!r} for the engine {engine!r}, expected the engine 'ray'.")
-    if on_error not in ("record", "fail"):
-        raise ValueError(f"Got on_error={on_error!r}, expected 'record' or 'fail'.")
-    for name, value in (("num_processes", num_processes), ("num_readers", num_readers), ("part_size", part_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"Got {name}={value}, expected at least 1.")
-    encoding.check_batch_seconds(batch_seconds)
-    index, number = shard
-    if not 0 <= index < number:
-        raise ValueError(f"Got the shard {index}/{number}, expected i/n with i from 0 to n - 1.")

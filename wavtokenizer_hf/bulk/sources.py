@@ -19,7 +19,8 @@ from typing import Any
 from .. import audio
 from ..extras import require
 from ..find_files import holds, utf8_name, walk
-from .output import NO_FILE, OWN_COLUMNS, Stamp
+from .options import check_tar_names
+from .records import NO_FILE, OWN_COLUMNS, Stamp
 
 
 LISTS = (".txt", ".csv", ".jsonl")
@@ -307,8 +308,7 @@ class TarShards(Source):
 
     def __init__(self, shards: list[str], base: Path, tar_names: str = "ending"):
         pyarrow = require("pyarrow", "bulk")
-        if tar_names not in TAR_NAMES:
-            raise ValueError(f"Got tar_names={tar_names!r}, expected one of {', '.join(TAR_NAMES)}.")
+        check_tar_names(tar_names)
         group = _by_ending if tar_names == "ending" else _by_first_dot
         self.items, self.passed_over, endings = [], [], set()
         for shard in shards:
@@ -371,8 +371,6 @@ class TarShards(Source):
         except UnicodeDecodeError as error:
             raise ValueError(f"The text beside it in {place[0]} is not UTF-8: {error}") from error
 
-
-TAR_NAMES = ("ending", "webdataset")
 
 _Member = tuple[int, int]
 _Samples = dict[str, tuple[_Member, dict[str, _Member]]]  # key -> its sound, and what lies beside it by ending

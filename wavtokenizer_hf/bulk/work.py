@@ -10,41 +10,32 @@ from typing import Any
 import torch
 
 from . import encoding
-from .encoding import Failure
-from .output import NO_FILE, Output, Stamp, Summary
+from .options import TokenizeOptions
+from .output import Output
+from .records import NO_FILE, Failure, Stamp, Summary
 from .sources import Item, Source
 
 
 @dataclass
 class Job:
-    """What a worker has to know; it travels to other processes and machines.
+    """
+    What a worker has to know. It travels to other processes and machines.
 
     Args:
-        source: the clips, without their list.
-        output: the folder, which every worker must see under this name.
-        model, revision: what is loaded.
-        device: default: a GPU by the worker's rank, or the CPU.
-        batch_seconds: of sound in a micro-batch.
-        num_readers: threads of a worker that read and decode.
-        num_threads: of torch in a worker; None leaves them alone.
-        stop_at_failure: the first clip that fails ends the work.
-        channel: of clips that have several.
-        max_clip_seconds: a longer clip fails.
-        peak_dbfs: Peak level of clips, as in `loading.load_feature_extractor`.
+        source: Clips, without their list.
+        output: Output folder, which every worker must see under this name.
+        model: Name or folder of the model.
+        options: Options of the run, whose `revision` is the commit of a model on the Hub.
+        num_readers: Threads that read, decode and resample ahead of the model.
+        num_threads: Threads of torch in a worker; None leaves them alone.
     """
 
     source: Source
     output: Output
     model: str
-    revision: str | None
-    device: str | None
-    batch_seconds: float
+    options: TokenizeOptions
     num_readers: int
     num_threads: int | None
-    stop_at_failure: bool
-    channel: str = "mean"
-    max_clip_seconds: float = encoding.MAX_CLIP_SECONDS
-    peak_dbfs: float | str = "model"
 
 
 class Worker:
@@ -55,8 +46,11 @@ class Worker:
             # as many as there are cores in each of several processes make them up to 30 times as slow
             torch.set_num_threads(job.num_threads)
         self.job = job
-        device = job.device or encoding.default_device(rank)
-        self.encoder, self.feature_extractor = encoding.load_encoder(job.model, job.revision, device, job.peak_dbfs)
+        options = job.options
+        device = options.device or encoding.default_device(rank)
+        self.encoder, self.feature_extractor = encoding.load_encoder(
+            job.model, options.revision, device, options.peak_dbfs
+        )
         settings = job.output.settings
         here = self.encoder.codebook_fingerprint, encoding.weights_fingerprint(self.encoder.encoder)
         if here != (settings.codebook_fingerprint, settings.encoder_fingerprint):
@@ -88,17 +82,17 @@ class Worker:
             self.encoder,
             self.feature_extractor,
             reads,
-            job.batch_seconds,
+            job.options.batch_seconds,
             job.num_readers,
-            job.channel,
-            job.max_clip_seconds,
+            job.options.channel,
+            job.options.max_clip_seconds,
         )
         with closing(windows):  # ends its threads, whatever ends this
             for window in windows:
                 summary = Summary()
                 for item, result in zip(items[len(results) :], window, strict=False):
                     if isinstance(result, Failure):
-                        if job.stop_at_failure:
+                        if job.options.on_error == "fail":
                             raise ValueError(f"{item.id}: {result.reason}")
                         summary.num_failures += 1
                     else:

@@ -1,9 +1,10 @@
 """`wavtokenizer tokenize`: a corpus to Parquet."""
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 
-from ..audio_errors import check_channel
+from ..bulk.options import TokenizeOptions
 from ..find_files import describe_passed_over
 from ..model_names import find_torch_model
 from ..progress import shown_progress
@@ -118,41 +119,20 @@ def _tokenize(arguments) -> int:
         raise UsageError("Got no --model. Name one; -m bundled is the small model of this package.")
     if arguments.source is None or (arguments.output is None and not arguments.dry_run):
         raise UsageError("Got no SOURCE or no --output. Both are needed, or --verify OUTPUT alone.")
-    check_channel(arguments.channel)
+    options = _options(arguments)
+    find_torch_model(arguments.model, arguments.revision)
+    quiet_transformers()
     if arguments.dry_run:
-        quiet_transformers()
-
         from ..bulk.dry_run import estimate
 
         with shown_progress("clips") as show:
-            facts = estimate(
-                arguments.source, arguments.model, arguments.revision, arguments.column, arguments.dataset_config,
-                arguments.split, arguments.dataset_revision, arguments.device, arguments.batch_seconds, arguments.channel,
-                arguments.max_clip_seconds, arguments.tar_names, arguments.peak_dbfs, show,
-            )  # fmt: skip
+            facts = estimate(arguments.source, arguments.model, options, show)
         print_facts(facts, arguments.json)
         return 0
-    index, slash, number = arguments.shard.partition("/")
-    if not (slash and index.isdecimal() and number.isdecimal()):
-        raise UsageError(f"Got --shard {arguments.shard}, expected I/N, for example 0/8.")
-    find_torch_model(arguments.model, arguments.revision)
-    quiet_transformers()
 
     from ..bulk import tokenize
 
-    options = {
-        name: value
-        for name, value in vars(arguments).items()
-        if name not in ("command", "run", "json", "source", "model", "output", "shard", "verify", "dry_run")
-    }
-    result = tokenize(
-        arguments.source,
-        arguments.model,
-        arguments.output,
-        shard=(int(index), int(number)),
-        progress=True,
-        **options,
-    )
+    result = tokenize(arguments.source, arguments.model, arguments.output, options, progress=True)
     facts = {
         "output": arguments.output,
         "clips": result.total.num_clips,
@@ -193,6 +173,14 @@ def _tokenize(arguments) -> int:
         file=sys.stderr,
     )
     return 1 if result.failures or result.silent else 0
+
+
+def _options(arguments) -> TokenizeOptions:
+    index, slash, number = arguments.shard.partition("/")
+    if not (slash and index.isdecimal() and number.isdecimal()):
+        raise UsageError(f"Got --shard {arguments.shard}, expected I/N, for example 0/8.")
+    names = {field.name for field in fields(TokenizeOptions)} - {"shard"}
+    return TokenizeOptions(shard=(int(index), int(number)), **{name: getattr(arguments, name) for name in names})
 
 
 def _verify(arguments) -> int:

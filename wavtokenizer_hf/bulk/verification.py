@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..extras import require
-from .output import FORMAT, METADATA, OWN_COLUMNS, Summary, digest_of, read_manifest, sha256_of, summary_of
+from .output import METADATA, digest_of, read_manifest, sha256_of, summary_of
+from .records import FORMAT, OWN_COLUMNS, Summary
 
 
 @dataclass
