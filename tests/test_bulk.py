@@ -137,12 +137,12 @@ def test_damaged_files_are_listed_with_a_reason_and_the_others_are_done(run, tmp
 
 
 def test_a_clip_for_which_there_is_too_little_memory_is_listed_too(run, alone, tmp_path, monkeypatch):
-    read = sources.Files.sound
+    read = sources.FileSource.read
 
     def header_of_an_exabyte(self, place):
         return np.zeros(2**57) if place[0].endswith("0007.wav") else read(self, place)
 
-    monkeypatch.setattr(sources.Files, "sound", header_of_an_exabyte)
+    monkeypatch.setattr(sources.FileSource, "read", header_of_an_exabyte)
     result = run()
     assert result.failures.keys() == {*DAMAGED, "b/0007.wav"} and result.failures["b/0007.wav"].kind == "memory"
     assert codes_of(tmp_path / "out") == {id: codes for id, codes in alone.items() if id != "b/0007.wav"}
@@ -583,11 +583,11 @@ def test_workers_are_told_of_tables_by_pickling(clips, tmp_path, kind):
     table = pyarrow.table(_table(clips))
     parquet.write_table(table, tmp_path / "x.parquet")
     source = sources.open_source(tmp_path / "x.parquet" if kind == "parquet" else datasets.Dataset(table))
-    places = [item.place for item in source.items]
-    source.sound(places[0])  # so that it holds something that it could send along
+    places = [item.locator for item in source.items]
+    source.read(places[0])  # so that it holds something that it could send along
     told = pickle.loads(pickle.dumps(source.without_items()))
-    assert [told.sound(place)["bytes"] for place in places] == [path.read_bytes() for path, _ in clips.values()]
-    assert [told.carried(place)["text"] for place in places] == [text for _, text in clips.values()]
+    assert [told.read(place)["bytes"] for place in places] == [path.read_bytes() for path, _ in clips.values()]
+    assert [told.extra_columns(place)["text"] for place in places] == [text for _, text in clips.values()]
 
 
 @pytest.mark.parametrize("with_ids", [True, False])
@@ -769,7 +769,7 @@ def test_a_full_disk_is_said_and_what_is_finished_stays_valid(run, alone, tmp_pa
 
 
 def test_a_worker_that_is_killed_is_said_and_what_is_finished_stays_valid(run, alone, tmp_path, monkeypatch, forked):
-    read = sources.Files.sound
+    read = sources.FileSource.read
 
     def short_of_memory(self, place):
         if place[0].endswith("0021.flac"):
@@ -777,7 +777,7 @@ def test_a_worker_that_is_killed_is_said_and_what_is_finished_stays_valid(run, a
         return read(self, place)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources.Files, "sound", short_of_memory)
+        patch.setattr(sources.FileSource, "read", short_of_memory)
         with pytest.raises(ChildProcessError, match=r"killed by signal 9.*run again to go on"):
             run(part_size=1, num_processes=2)
     assert 0 < len(rows_of(tmp_path / "out")) < NUM_CLIPS
@@ -943,8 +943,8 @@ def test_workers_that_are_ended_leave_one_line(place, tmp_path):
 def test_ray_gives_up_a_clip_that_kills_its_actors(place, tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="pip install 'wavtokenizer_hf[ray]'")
 
-    class Deadly(sources.Files):
-        def sound(self, place):
+    class Deadly(sources.FileSource):
+        def read(self, locator):
             os.kill(os.getpid(), signal.SIGKILL)
 
     deadly = Deadly([sources.Item("a.wav", ("a.wav", {}))])

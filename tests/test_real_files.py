@@ -357,12 +357,12 @@ def test_any_exception_of_reading_a_clip_is_that_clips_failure(model, tmp_path, 
     for name in "abc":
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / f"{name}.wav").write_bytes(wav(SOUND))
-    read = sources.Files.sound
+    read = sources.FileSource.read
 
     def unlucky(self, place):
         return {"b.wav": lambda: 1 / 0, "c.wav": lambda: {}["key"]}.get(place[0][-5:], lambda: read(self, place))()
 
-    monkeypatch.setattr(sources.Files, "sound", unlucky)
+    monkeypatch.setattr(sources.FileSource, "read", unlucky)
     result = tokenize(tmp_path / "in", model.folder, tmp_path / "out", TokenizeOptions(num_processes=1))
     assert failures_of(tmp_path / "out") == {"b.wav": "error", "c.wav": "error"}
     assert result.failures["b.wav"].reason == "ZeroDivisionError: division by zero"

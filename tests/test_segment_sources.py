@@ -17,8 +17,8 @@ from corpus.awkward import cases
 from test_export_onnx import tiny
 
 from wavtokenizer_hf import audio
-from wavtokenizer_hf.bulk import TokenizeOptions, segment_sources, tokenize
-from wavtokenizer_hf.bulk.sources import open_source
+from wavtokenizer_hf.bulk import TokenizeOptions, tokenize
+from wavtokenizer_hf.bulk.sources import open_source, segments
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +49,13 @@ ROWS = [
 
 
 def test_segments_get_the_codes_of_a_file_of_their_own_and_a_recording_is_read_once(place, tmp_path, monkeypatch):
-    real, read = segment_sources.audio.read_channels, []
+    real, read = segments.audio.read_channels, []
 
     def counted(path):
         read.append(str(path))
         return real(path)
 
-    monkeypatch.setattr(segment_sources.audio, "read_channels", counted)
+    monkeypatch.setattr(segments.audio, "read_channels", counted)
     run(place, write_manifest(place, ROWS), tmp_path / "out", num_readers=1)
     assert sorted(read) == [str(place / "stereo.wav"), str(place / "talk.wav")]
     monkeypatch.undo()
@@ -81,17 +81,17 @@ def test_several_readers_read_each_recording_once(place, monkeypatch):
     ]
     for number in range(4):
         soundfile.write(place / f"{number}.wav", np.zeros(24_000), 24_000)
-    real, read = segment_sources.audio.read_channels, []
+    real, read = segments.audio.read_channels, []
 
     def slow(path):
         read.append(path)
         time.sleep(0.02)  # long enough for all readers to wait for it
         return real(path)
 
-    monkeypatch.setattr(segment_sources.audio, "read_channels", slow)
+    monkeypatch.setattr(segments.audio, "read_channels", slow)
     source = open_source(write_manifest(place, rows, "many.jsonl"))
     with ThreadPoolExecutor(4) as readers:
-        clips = list(readers.map(source.sound, [item.place for item in source.items]))
+        clips = list(readers.map(source.read, [item.place for item in source.items]))
     assert {len(clip.samples) for clip in clips} == {2_400}
     assert sorted(read) == [str(place / f"{number}.wav") for number in range(4)]
 

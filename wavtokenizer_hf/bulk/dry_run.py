@@ -45,7 +45,7 @@ def estimate(
     )
     encoder, feature_extractor = encoding.load_encoder(model, options.revision, options.device, options.peak_dbfs)
     numbers = np.unique(np.linspace(0, len(clips.items) - 1, SAMPLE_SIZE).round().astype(int))
-    read = [partial(clips.sound, clips.items[number].place) for number in numbers]
+    read = [partial(clips.read, clips.items[number].locator) for number in numbers]
     started = time.monotonic()
     windows = encoding.tokenize_clips(
         encoder, feature_extractor, read, options.batch_seconds, num_cores(), options.channel, options.max_clip_seconds

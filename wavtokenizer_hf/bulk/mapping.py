@@ -23,7 +23,7 @@ from ..modeling_wavtokenizer import WavTokenizerEncoderModel, WavTokenizerModel
 from . import encoding
 from .options import check_on_error, check_seconds
 from .records import Failure
-from .sources import check_column
+from .sources.base import check_column
 from .work import num_cores
 
 

@@ -154,11 +154,11 @@ def tokenize(
 
 def _compare_with_files(clips: Source, folder: Output, shard: tuple[int, int]) -> tuple[list[str], list[str]]:
     """Ids of clips of this shard whose files have changed since they were read, and ids that have no source any more."""
-    places = {item.id: item.place for item in clips.items}
+    locators = {item.id: item.locator for item in clips.items}
     changed, without_source = [], []
     for id, before in folder.stamps().items():
-        now = clips.stamp(places[id]) if id in places else NO_FILE
-        if id not in places or (now == NO_FILE and before != NO_FILE):
+        now = clips.stamp(locators[id]) if id in locators else NO_FILE
+        if id not in locators or (now == NO_FILE and before != NO_FILE):
             without_source.append(id)
         elif now != before and in_shard(id, shard):
             changed.append(id)

@@ -69,13 +69,15 @@ class Worker:
             OSError: the part cannot be written.
         """
         job, results = self.job, []
-        carried: list[dict[str, Any]] = [{} for _ in items]
+        extra_columns: list[dict[str, Any]] = [{} for _ in items]
         stamps: list[Stamp] = [NO_FILE for _ in items]
 
         def read(number: int) -> Any:
-            stamps[number] = job.source.stamp(items[number].place)  # before it is read: a change meanwhile shows later
-            carried[number] = job.source.carried(items[number].place)
-            return job.source.sound(items[number].place)
+            stamps[number] = job.source.stamp(
+                items[number].locator
+            )  # before it is read: a change meanwhile shows later
+            extra_columns[number] = job.source.extra_columns(items[number].locator)
+            return job.source.read(items[number].locator)
 
         reads = [partial(read, number) for number in range(len(items))]
         windows = encoding.tokenize_clips(
@@ -101,7 +103,7 @@ class Worker:
                         )
                 results += window
                 report(summary)
-        job.output.write_part([item.id for item in items], results, carried, stamps)
+        job.output.write_part([item.id for item in items], results, extra_columns, stamps)
 
 
 def num_cores() -> int:

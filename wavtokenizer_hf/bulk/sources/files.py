@@ -1,0 +1,89 @@
+"""Audio files, and lists of them."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from ...extras import require
+from .base import Item, Source, typed_field
+from .segments import SegmentSource
+
+
+LISTS = (".txt", ".csv", ".jsonl")
+PATH_COLUMNS = ("audio", "path", "file_name")  # of a list file, where none is named
+
+
+class FileSource(Source):
+    """Audio files. A locator is a path and the carried columns."""
+
+    def __init__(self, items: list[Item], schema=None, column: str | None = None):
+        self.items = items
+        self.selection = {} if column is None else {"column": column}
+        self.schema = require("pyarrow", "bulk").schema([]) if schema is None else schema
+
+    def read(self, locator: tuple[str, dict]) -> str:
+        return locator[0]
+
+    def extra_columns(self, locator: tuple[str, dict]) -> dict[str, Any]:
+        return locator[1]
+
+
+_TOO_MANY = "more fields than the header"  # csv's key for them
+
+
+def open_list(path: Path, column: str | None) -> Source:
+    """
+    Open a list of paths (.txt, .csv or .jsonl), or of segments.
+
+    Not by the readers of pyarrow: they guess types (`007` becomes 7, text becomes timestamps), refuse names of files that are
+    not UTF-8, and number no rows in errors.
+
+    Raises:
+        ValueError: The list cannot be parsed, a row lacks a path, or a column has values of several types.
+    """
+    pyarrow = require("pyarrow", "bulk")
+    try:
+        # spreadsheets begin it with a mark of UTF-8; names of files may be no UTF-8
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            if path.suffix.lower() == ".txt":
+                rows = [{"audio": line.strip()} for line in file if line.strip()]
+            elif path.suffix.lower() == ".csv":
+                rows = list(csv.DictReader(file, restkey=_TOO_MANY))
+            else:
+                rows = [json.loads(line) for line in file if line.strip()]
+    except (ValueError, RecursionError, csv.Error) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"Cannot read the list {path}: {' '.join(str(error).split())[:300]}") from error
+    names = list(dict.fromkeys(name for row in rows for name in row)) if all(isinstance(r, dict) for r in rows) else []
+    if rows and column is None:
+        column = next((name for name in PATH_COLUMNS if name in names), None)
+    if _TOO_MANY in names:
+        number = next(number for number, row in enumerate(rows, start=1) if _TOO_MANY in row)
+        raise ValueError(f"Row {number} of {path} has more fields than the {len(names) - 1} of its header.")
+    if rows and column not in names:
+        raise ValueError(
+            f"The list {path} has the columns {names}, expected one of paths: {', '.join(PATH_COLUMNS)}, or another that you "
+            "name as the column."
+        )
+    has_segments = {"start", "duration"} <= set(names)
+    id_column = "id" if "id" in names else column
+    items = []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.get(column), str) or row.get(id_column) is None:
+            raise ValueError(f"Row {number} of {path} has no text in {column!r} or nothing in {id_column!r}.")
+        carried = {name: row.get(name) for name in names if name not in (column, "id", *_not_carried(has_segments))}
+        items.append(Item(str(row[id_column]), (str(path.parent / row[column]), carried)))
+    carried_names = [name for name in names if name not in (column, "id", *_not_carried(has_segments))]
+    try:
+        table = pyarrow.Table.from_pylist([item.locator[1] for item in items], schema=None) if carried_names else None
+    except (pyarrow.ArrowException, OverflowError) as error:
+        raise ValueError(f"The columns of {path} are not of one type each: {error}") from error
+    fields = [] if table is None else [typed_field(table.schema.field(name)) for name in carried_names]
+    if has_segments:
+        return SegmentSource(rows, column, pyarrow.schema(fields), path.parent)
+    return FileSource(items, pyarrow.schema(fields), column)
+
+
+def _not_carried(has_segments: bool) -> tuple[str, ...]:
+    """The output has a `duration` of its own."""
+    return ("duration",) if has_segments else ()
