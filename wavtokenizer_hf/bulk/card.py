@@ -3,7 +3,7 @@
 from .records import Settings, Summary
 
 
-MARK = "<!-- written anew by `wavtokenizer tokenize` for as long as this line is here -->"
+GENERATED_MARKER = "<!-- written anew by `wavtokenizer tokenize` for as long as this line is here -->"
 
 MEANINGS = {
     "id": "names the clip in its source",
@@ -37,7 +37,7 @@ tags:
 - audio-tokens
 - wavtokenizer
 ---
-{MARK}
+{GENERATED_MARKER}
 
 # WavTokenizer tokens
 

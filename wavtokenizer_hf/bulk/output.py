@@ -24,7 +24,7 @@ from .. import __version__
 from ..atomic_files import atomic_write
 from ..extras import require
 from ..limited_files import read_json_object
-from .card import MARK, card
+from .card import GENERATED_MARKER, card
 from .records import OWN_COLUMNS, Failure, Settings, Stamp, Summary, Tokens
 
 
@@ -330,7 +330,7 @@ class Output:
             lines = [json.dumps({"id": id, **asdict(failure)}, ensure_ascii=False) for id, failure in failures.items()]
             self._write_text("failures.jsonl", "".join(line + "\n" for line in lines))
             readme = self.folder / "README.md"
-            if not readme.exists() or MARK in readme.read_text(encoding="utf-8"):
+            if not readme.exists() or GENERATED_MARKER in readme.read_text(encoding="utf-8"):
                 self._write_text("README.md", card(self.settings, self.schema, total, complete))
             self._write_manifest(total, complete)
         return total, failures

@@ -1,16 +1,26 @@
 """Audio in a language model: codes as ids of its vocabulary, rows to train on, and sound while it generates.
 
-vocabulary.py    AudioVocabulary: codes <-> ids <-> text, spans of audio among other ids, tokenizers and models that get it
+mapping.py       codes <-> token ids <-> text, spans of audio among other ids
+tokenizer.py     AudioVocabulary: the mapping in a tokenizer
+resizing.py      embeddings for the codes
 rows.py          codes and text -> input_ids and labels, and packing
 generation.py    generate() that keeps to audio inside a span, and sound while it runs
 
 Needs nothing beyond the core; chat templates need jinja2, as in transformers.
 """
 
-from .generation import AudioSpanProcessor, AudioStreamer, decode_spans, span_arguments, stream_audio
-from .rows import PackedRows, Template, TrainingRows
-from .vocabulary import APERTUS_1_5, AudioSpan, AudioVocabulary, MalformedSpan
+import importlib
+from typing import TYPE_CHECKING
 
+from .mapping import AudioSpan, MalformedSpan
+from .rows import PackedRows, Template, TrainingRows
+from .tokenizer import APERTUS_1_5, AudioVocabulary
+
+
+if TYPE_CHECKING:
+    from .generation import AudioSpanProcessor, AudioStreamer, decode_spans, span_arguments, stream_audio
+
+_GENERATION = ("AudioSpanProcessor", "AudioStreamer", "decode_spans", "span_arguments", "stream_audio")
 
 __all__ = [
     "APERTUS_1_5",
@@ -26,3 +36,10 @@ __all__ = [
     "span_arguments",
     "stream_audio",
 ]
+
+
+def __getattr__(name: str):
+    """What generates, on first use: it needs torch, and exports of training files do not."""
+    if name in _GENERATION:
+        return getattr(importlib.import_module(".generation", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

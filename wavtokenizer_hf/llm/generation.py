@@ -18,7 +18,8 @@ from transformers.generation import BaseStreamer
 
 from ..long_audio import DecodeStream
 from ..modeling_wavtokenizer import WavTokenizerModel
-from .vocabulary import AudioSpan, AudioVocabulary
+from .mapping import AudioSpan
+from .tokenizer import AudioVocabulary
 
 
 logger = logging.getLogger(__name__)
@@ -69,8 +70,8 @@ class AudioSpanProcessor(LogitsProcessor):
         length = input_ids.shape[-1]
         places = torch.arange(1, length + 1, device=input_ids.device)
         begin, end = (
-            (places * (input_ids == mark)).amax(-1) if length else places.new_zeros(len(input_ids))
-            for mark in (self.vocabulary.begin_token_id, self.vocabulary.end_token_id)
+            (places * (input_ids == boundary)).amax(-1) if length else places.new_zeros(len(input_ids))
+            for boundary in (self.vocabulary.begin_token_id, self.vocabulary.end_token_id)
         )
         return begin > end, length - begin
 
@@ -100,7 +101,7 @@ def span_arguments(
         Dictionary with `logits_processor`, `eos_token_id` and `pad_token_id`.
 
     Raises:
-        ValueError: A vocabulary without marks, or a tokenizer with neither padding nor end of text.
+        ValueError: A vocabulary without boundary tokens, or a tokenizer with neither padding nor end of text.
     """
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad_token_id is None:
@@ -221,8 +222,10 @@ class AudioStreamer(BaseStreamer):
         prompt = self._next_ids()
         if prompt is None:
             return
-        marks = [id for id in prompt if id in (self.vocabulary.begin_token_id, self.vocabulary.end_token_id)]
-        stream = DecodeStream(self.codec, **self._window) if marks[-1:] == [self.vocabulary.begin_token_id] else None
+        boundaries = [id for id in prompt if id in (self.vocabulary.begin_token_id, self.vocabulary.end_token_id)]
+        stream = (
+            DecodeStream(self.codec, **self._window) if boundaries[-1:] == [self.vocabulary.begin_token_id] else None
+        )
         place = len(prompt)
         while (token_ids := self._next_ids()) is not None:
             for token_id in token_ids:
@@ -323,7 +326,7 @@ class _NobodyListens(StoppingCriteria):
 
 
 def _check_marks(vocabulary: AudioVocabulary) -> None:
-    if not vocabulary.has_marks:
+    if not vocabulary.has_boundary_tokens:
         raise ValueError(
             "The audio vocabulary has no begin_token_id and end_token_id, so it cannot be told where a span ends. Give them, "
             "or push codes into a long_audio.DecodeStream yourself."

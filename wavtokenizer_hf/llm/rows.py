@@ -5,11 +5,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from .vocabulary import AudioVocabulary
+from .tokenizer import AudioVocabulary
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 logger = logging.getLogger(__name__)
@@ -52,7 +56,7 @@ class Template:
 
     @classmethod
     def from_chat(
-        cls, tokenizer: PreTrainedTokenizerBase, messages: list[dict], loss_on_prompt: bool = False, **options
+        cls, tokenizer: "PreTrainedTokenizerBase", messages: list[dict], loss_on_prompt: bool = False, **options
     ) -> "Template":
         """
         Make a template from the tokenizer's chat template. The last message, of the assistant, becomes the response.
@@ -114,7 +118,7 @@ class TrainingRows:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: "PreTrainedTokenizerBase",
         vocabulary: AudioVocabulary,
         templates: Template | Sequence[Template],
         audio_column: str = "audio_codes",
@@ -176,7 +180,7 @@ class TrainingRows:
         opening = []
         if pieces[first : first + 1] == [(AUDIO, True)]:
             opening = self._ids("".join(text for text, _ in pieces[:first]), row)
-            if self.vocabulary.has_marks:
+            if self.vocabulary.has_boundary_tokens:
                 opening.append(self.vocabulary.begin_token_id)
         return self._ids(template.prompt, row) + opening
 
@@ -201,8 +205,8 @@ class TrainingRows:
     def _text(self, text: str) -> list[int]:
         token_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         vocabulary = self.vocabulary
-        marks = (vocabulary.begin_token_id, vocabulary.end_token_id) if vocabulary.has_marks else ()
-        if vocabulary.is_audio(token_ids).any() or any(mark in token_ids for mark in marks):
+        boundaries = (vocabulary.begin_token_id, vocabulary.end_token_id) if vocabulary.has_boundary_tokens else ()
+        if vocabulary.is_audio(token_ids).any() or any(id in token_ids for id in boundaries):
             raise ValueError(
                 f"The tokenizer finds audio tokens in the text {text[:80]!r}. Take them out: audio has a field of its own."
             )
