@@ -29,8 +29,8 @@ from pyarrow import parquet
 from test_checkpoints import SINE_75
 from tqdm.auto import tqdm
 
-from wavtokenizer_hf import WavTokenizerModel, audio
-from wavtokenizer_hf.bulk import TokenizeOptions, encoding, hub, output, processes, sources, tokenize
+from wavtokenizer_hf import WavTokenizerModel, audio, worker_processes
+from wavtokenizer_hf.bulk import TokenizeOptions, encoding, hub, output, sources, tokenize
 from wavtokenizer_hf.bulk import run as bulk_run
 from wavtokenizer_hf.bulk.progress import Progress
 from wavtokenizer_hf.cli import main
@@ -97,13 +97,13 @@ def run(place, tmp_path):
 @pytest.fixture
 def forked(monkeypatch):
     """Workers that need no imports, 4 s of a processor each, and know of patches. The slow tests have spawned ones."""
-    serve, fork = processes._serve, multiprocessing.get_context("fork")
+    serve, fork = worker_processes._serve, multiprocessing.get_context("fork")
 
-    def serve_as_spawned(connection, job, rank):
-        serve(connection, pickle.loads(pickle.dumps(job)), rank)  # a fork alone would share it
+    def serve_as_spawned(connection, start, rank):
+        serve(connection, pickle.loads(pickle.dumps(start)), rank)  # a fork alone would share it
 
-    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: fork)
-    monkeypatch.setattr(processes, "_serve", serve_as_spawned)
+    monkeypatch.setattr(worker_processes.multiprocessing, "get_context", lambda kind: fork)
+    monkeypatch.setattr(worker_processes, "_serve", serve_as_spawned)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -75,8 +75,17 @@ ROOMS = sorted({path for path in PACKAGE.iterdir() if path.suffix == ".py" or (p
 FILES = sorted({*PACKAGE.rglob("*.py"), *PACKAGE.glob("*/*.py")})
 
 
-# what every room may use: extras, writing and reading of files, finding them and models, and kinds of failures of audio
-SHARED = {"atomic_files", "audio_errors", "extras", "find_files", "limited_files", "model_names", "progress"}
+# what every room may use: extras, worker processes, writing and reading of files, finding them and models, and kinds of failures of audio
+SHARED = {
+    "atomic_files",
+    "audio_errors",
+    "extras",
+    "find_files",
+    "limited_files",
+    "model_names",
+    "progress",
+    "worker_processes",
+}
 
 
 def imports(path: Path, everywhere: bool = True) -> set[str]:

@@ -17,9 +17,9 @@ from bulk_corpus import codes_of, rows_of, saved_tiny_model
 from conftest import ROOT
 from corpus.awkward import RATE, encoded, float_wav, integers, quantized, voice, wav
 
-from wavtokenizer_hf import WavTokenizerModel, audio, pipes
+from wavtokenizer_hf import WavTokenizerModel, audio, pipes, worker_processes
 from wavtokenizer_hf.audio_errors import FAILURE_KINDS, WARNING_KINDS, AudioError
-from wavtokenizer_hf.bulk import AudioTokenizer, TokenizeOptions, processes, sources, tokenize, tokenize_dataset
+from wavtokenizer_hf.bulk import AudioTokenizer, TokenizeOptions, sources, tokenize, tokenize_dataset
 from wavtokenizer_hf.cli import main
 from wavtokenizer_hf.evaluation import Model
 from wavtokenizer_hf.find_files import describe_passed_over, find_files
@@ -531,14 +531,14 @@ class Ended:
 @pytest.mark.parametrize(
     ("exit_code", "had_begun", "message"),
     [
-        (processes.UNGUARDED, False, 'outside of `if __name__ == "__main__":`'),
+        (worker_processes.UNGUARDED, False, 'outside of `if __name__ == "__main__":`'),
         (1, False, "before it began"),
         (1, True, "memory"),
         (-9, False, "killed by signal 9"),
     ],
 )
 def test_how_a_worker_ended_is_told(exit_code, had_begun, message):
-    assert message in str(processes._killed(Ended(exit_code), had_begun))
+    assert message in str(worker_processes._ended(Ended(exit_code), had_begun, "use fewer processes"))
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import torch
 
 from ..extras import require
 from ..loading import target_peak
+from ..worker_processes import stop_in_unguarded_script
 from . import encoding, hub, processes, ray_engine
 from .options import TokenizeOptions
 from .output import Output
@@ -58,7 +59,7 @@ def tokenize(
         OSError: Something cannot be read or written. ChildProcessError, a kind of OSError: a worker was killed.
         ImportError: A package of the extra `bulk` (or `ray`) is missing.
     """
-    processes.stop_in_unguarded_script()
+    stop_in_unguarded_script()
     started = time.monotonic()
     options = options or TokenizeOptions()
     for package in ("soundfile", "soxr", "pyarrow"):  # or every clip would fail
@@ -124,10 +125,8 @@ def tokenize(
         try:
             if options.engine == "ray":
                 ray_engine.run(job, parts, report, num_processes, options.ray_address)
-            elif num_processes == 1:
-                processes.run_here(job, parts, report)
             else:
-                processes.run_in_processes(job, parts, report, num_processes)
+                processes.run(job, parts, report, num_processes)
         except BaseException:
             watch.close()
             _try_to_summarize(folder)

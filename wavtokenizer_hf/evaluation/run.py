@@ -23,6 +23,7 @@ from ..feature_extraction_wavtokenizer import peak_gain
 from ..find_files import utf8_name
 from ..progress import Progress
 from ..transcode import scale_to_peak
+from ..worker_processes import end_with_parent
 from .codebook import CodebookUsage
 from .metrics import DISTRIBUTIONS, METRICS, PRESETS, SAMPLING_RATE, Clip, Options, package, score, why_not
 from .report import CODEBOOK_FIGURES, FileResult, Report, SystemResult, WorstClip
@@ -302,7 +303,7 @@ def _score_all(jobs, names: list[str], options: Options, num_workers: int):
 
     # not fork: a forked process inherits the locks of torch's threads, but not the threads
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+    with ProcessPoolExecutor(num_workers, context, _start_worker) as executor:
         waiting: deque[tuple[str, float | None, list[_Reconstruction], Future]] = deque()
 
         def first_in_line():
@@ -326,6 +327,11 @@ def _score_all(jobs, names: list[str], options: Options, num_workers: int):
             ) from error
         finally:
             executor.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    end_with_parent()
+    torch.set_num_threads(1)
 
 
 def _score(waveform, estimates: list[np.ndarray | None], names: list[str], options: Options) -> list[tuple | None]:

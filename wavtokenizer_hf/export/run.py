@@ -7,17 +7,15 @@ OUTPUT/
   .parts/         finished chunks, until the export is complete
 """
 
+import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from multiprocessing import connection
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +23,11 @@ import numpy as np
 from .. import __version__
 from ..extras import require
 from ..limited_files import one_line, read_json_object
+from ..worker_processes import Work, run_jobs, stop_in_unguarded_script
 from .files import open_atomic
 from .formats import Format
 from .sequences import BadRow
-from .token_folder import TokenFolder
+from .token_folder import Index, TokenFolder
 
 
 EXPORT = "export.json"
@@ -91,7 +90,7 @@ def export_tokens(
         tokens: Folder that `tokenize` wrote.
         output: Folder for the files, created if missing; new, empty, or of an interrupted run of the same export.
         format: `MegatronFormat`, `WebDatasetFormat`, `JsonlFormat` or `LhotseFormat`.
-        num_processes: worker processes.
+        num_processes: Number of worker processes. A script with several needs `if __name__ == "__main__":`.
         on_error: `"fail"` stops at the first row that cannot be exported, `"skip"` lists it in skipped.jsonl.
         on_progress: called with the number of chunks that are done and of all.
 
@@ -104,6 +103,8 @@ def export_tokens(
         OSError: another run works on the output, or a file cannot be written.
         ImportError: a package of an extra is missing.
     """
+    if num_processes > 1:
+        stop_in_unguarded_script()
     if on_error not in ("fail", "skip"):
         raise ValueError(f"Got on_error={on_error!r}, expected 'fail' or 'skip'.")
     if num_processes < 1:
@@ -129,8 +130,8 @@ def export_tokens(
         _begin(output, settings)
         to_do = [number for number in range(len(chunks)) if not _summary_path(output, number).exists()]
         on_progress(len(chunks) - len(to_do), len(chunks))
-        for count, _ in enumerate(_run(job, index, chunks, to_do, num_processes), len(chunks) - len(to_do) + 1):
-            on_progress(count, len(chunks))
+        num_done = itertools.count(len(chunks) - len(to_do) + 1)
+        _run(job, index, chunks, to_do, num_processes, lambda number: on_progress(next(num_done), len(chunks)))
         return _finish(job, settings, len(chunks))
     finally:
         lock.release()
@@ -213,52 +214,27 @@ def _summary_path(output: Path, number: int) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _run(job: Job, index, chunks: list[np.ndarray], to_do: list[int], num_processes: int):
-    """Makes the chunks, and yields the number of each that is done."""
+def _run(job: Job, index: Index, chunks: list[np.ndarray], to_do: list[int], num_processes: int, on_done) -> None:
+    """Make the chunks, and call `on_done` with the number of each that is done."""
     if num_processes == 1 or len(to_do) < 2:
         for number in to_do:
             _make_chunk(job, index, chunks[number], number)
-            yield number
+            on_done(number)
         return
-    # a fork of this process would copy locks that threads hold; the workers of a server share its memory, torch in it
-    has_server = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if has_server else "spawn")
-    if has_server:
-        context.set_forkserver_preload([f"{__package__}.worker"])
-    with ProcessPoolExecutor(num_processes, context, _end_with_parent) as pool:
-        waiting, queue = set(), iter(to_do)
-        try:
-            while True:
-                while len(waiting) < 2 * num_processes and (number := next(queue, None)) is not None:
-                    rows = index.__class__(index.files[chunks[number]], index.rows[chunks[number]], {})
-                    waiting.add(pool.submit(_make_chunk, job, rows, np.arange(len(rows)), number))
-                if not waiting:
-                    return
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        except BrokenProcessPool as error:
-            raise ChildProcessError(
-                "A worker process was killed; if the machine has run out of memory, use fewer processes. What is finished "
-                "stays valid: run the same again."
-            ) from error
-        finally:
-            for future in waiting:
-                future.cancel()
+    rows = ((Index(index.files[chunks[number]], index.rows[chunks[number]], {}), number) for number in to_do)
+    run_jobs(partial(_start, job), rows, on_done, min(num_processes, len(to_do)), f"{__package__}.worker")
 
 
-def _end_with_parent() -> None:
-    """Ends this worker when the process that started it is gone, however it went."""
-    parent = multiprocessing.parent_process()
+def _start(job: Job, rank: int) -> Work:
+    def make(chunk: tuple[Index, int], report: Callable[[int], None]) -> None:
+        rows, number = chunk
+        _make_chunk(job, rows, np.arange(len(rows)), number)
+        report(number)
 
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    return make
 
 
-def _make_chunk(job: Job, index, numbers: np.ndarray, number: int) -> int:
+def _make_chunk(job: Job, index: Index, numbers: np.ndarray, number: int) -> int:
     """Writes one chunk, and then its summary, which says that it is complete."""
     rows = job.folder.read(index, numbers, job.format.columns(job.folder))
     other = {row["codebook_fingerprint"] for row in rows} - {job.folder.codebook_fingerprint, None}

@@ -8,7 +8,12 @@ from . import run
 
 
 with suppress(ImportError):  # `export_tokens` says so before it starts a worker
-    require("pyarrow.parquet", "bulk")
+    for name in (
+        "pyarrow.parquet",
+        "pyarrow.compute",
+        "pandas",
+    ):  # the latter two are imported by the first use of a table
+        require(name, "bulk")
 gc.freeze()  # the garbage collector of a worker would write to all objects, and so copy the memory that it shares
 
 __all__ = ["run"]
