@@ -135,13 +135,13 @@ def bulk(model: str, clips: str, processes: str, seconds: str, output: str) -> d
 
     first: list[float] = []
 
-    class Watch(run.Progress):  # notes when the first clips are done, and how many they are
+    class Watch(run.ClipProgress):  # notes when the first clips are done, and how many they are
         def __call__(self, summary):
             if not first:
                 first.extend((time.perf_counter(), summary.num_samples))
             super().__call__(summary)
 
-    run.Progress = Watch
+    run.ClipProgress = Watch
     options = TokenizeOptions(num_processes=int(processes) or None, batch_seconds=float(seconds), part_size=25)
     result = tokenize(clips, model, output, options)
     assert not result.failures

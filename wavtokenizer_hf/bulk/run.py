@@ -18,7 +18,7 @@ from ..worker_processes import stop_in_unguarded_script
 from . import encoding, hub, processes, ray_engine
 from .options import TokenizeOptions
 from .output import Output
-from .progress import Progress
+from .progress import ClipProgress
 from .records import NO_FILE, Result, Settings, Summary
 from .sources import Source, open_source
 from .work import Job, num_cores
@@ -120,7 +120,7 @@ def tokenize(
             num_readers=options.num_readers or cores,
             num_threads=cores if num_processes > 1 or options.engine == "ray" else None,
         )
-        watch = Progress(len(to_do), settings.sampling_rate, progress)
+        watch = ClipProgress(len(to_do), settings.sampling_rate, progress)
         report = _Summaries(folder, watch)
         try:
             if options.engine == "ray":
@@ -181,7 +181,7 @@ def in_shard(id: str, shard: tuple[int, int]) -> bool:
 class _Summaries:
     """Passes reports on, and renews manifest.json and failures.jsonl now and then."""
 
-    def __init__(self, folder: Output, watch: Progress):
+    def __init__(self, folder: Output, watch: ClipProgress):
         self.folder, self.watch, self.last = folder, watch, time.monotonic()
 
     def __call__(self, summary: Summary) -> None:
