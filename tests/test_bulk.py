@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from wavtokenizer_hf import WavTokenizerModel, audio, worker_processes
 from wavtokenizer_hf.bulk import TokenizeOptions, encoding, hub, output, sources, tokenize
 from wavtokenizer_hf.bulk import run as bulk_run
-from wavtokenizer_hf.bulk.progress import Progress
+from wavtokenizer_hf.bulk.progress import ClipProgress
 from wavtokenizer_hf.cli import main
 from wavtokenizer_hf.conversion import load_original
 from wavtokenizer_hf.conversion.published import KnownAnswer, find
@@ -254,7 +254,7 @@ def test_reading_ahead_stops_at_the_limit(place):
         read.append(job)
         return sound
 
-    with encoding._Ahead(work, range(50), limit=300, num_threads=2) as ahead:
+    with encoding.OrderedPrefetcher(work, range(50), limit=300, num_threads=2) as ahead:
         taken = iter(ahead)
         next(taken)
         time.sleep(0.2)
@@ -792,11 +792,12 @@ def test_a_worker_that_is_killed_is_said_and_what_is_finished_stays_valid(run, a
 
 
 def test_progress_shows_hours_speed_failures_and_time_left():
-    progress = Progress(num_clips=1000, sampling_rate=24000, shown=False)
+    progress = ClipProgress(num_clips=1000, sampling_rate=24000, shown=False)
+    progress.started -= 60
     progress(output.Summary(num_clips=190, num_failures=10, num_samples=2 * 3600 * 24000))
     # 200 of 1000 clips and 2 hours in 60 s: 120 hours per hour, 800 clips at 200 a minute
-    assert progress.line(60) == (
-        "200 of 1,000 clips, 2.00 hours of sound, 120.0 hours per hour, 10 failed, about 0:04:00 left"
+    assert progress.progress.line(60) == (
+        "200 of 1,000 clips, about 0:04:00 left, hours of audio 2.00, hours per hour 120.0, failed 10"
     )
 
 

@@ -16,12 +16,13 @@ import torch
 from safetensors import safe_open
 
 import wavtokenizer_hf.progress as progress_module
-from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel, __version__, audio, pipes, transcode
+from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel, __version__, audio, pipes
 from wavtokenizer_hf.cli import _parsers, main
+from wavtokenizer_hf.commands import transcode
+from wavtokenizer_hf.commands.transcode import iter_codes
 from wavtokenizer_hf.loading import load_model
 from wavtokenizer_hf.progress import Progress
 from wavtokenizer_hf.token_file import TokenFile
-from wavtokenizer_hf.transcode import codes_of
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_codes_go_to_standard_output_for_pipes(model_folder, sound, format, read
     np.testing.assert_array_equal(np.array(read(process.stdout), int), expected_codes(model_folder, sound))
 
 
-def test_codes_of_another_codebook_are_refused_with_both_fingerprints(
+def test_iter_codes_another_codebook_are_refused_with_both_fingerprints(
     model_folder, sound, tmp_path, tiny_model, capsys
 ):
     tokens = str(tmp_path / "tokens.safetensors")
@@ -458,7 +459,7 @@ def test_codes_do_not_depend_on_whether_a_file_is_read_whole_or_in_blocks(
     path = tmp_path / f"a.{format}"
     soundfile.write(path, 0.9 * NOISE.repeat(channels).reshape(-1, channels), rate)
     whole = tiny_model.encode(torch.from_numpy(audio.load(path))[None, None]).audio_codes[0, 0].numpy()
-    pieces = list(codes_of(tiny_model, audio.read_blocks(path, 24000, block_seconds=0.2), whole_seconds=0))
+    pieces = list(iter_codes(tiny_model, audio.read_blocks(path, 24000, block_seconds=0.2), whole_seconds=0))
     assert len(pieces) > 3 and len(np.unique(whole)) > 5
     np.testing.assert_array_equal(np.concatenate(pieces), whole)
 

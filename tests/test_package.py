@@ -39,7 +39,6 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
         "find_files",
         "pipes",
         "token_file",
-        "transcode",
         "long_audio",
         "plots",
         "training",
@@ -55,12 +54,11 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
     "audio": {"audio_decoders", "audio_errors", ""},
     "audio_decoders": {"audio_containers", "audio_errors"},
     "pipes": {"audio", "audio_containers", "audio_errors"},  # the same samples from a stream as from a file
-    "transcode": {"audio", "long_audio"},  # streams, and the error of audio that is cut off
     "__main__": {"cli"},
     "demo": {"audio", "evaluation", "loading", "plots", "token_file", ""},
     "bulk": {"audio", "audio_errors", "find_files", "loading", ""},
     "training": {"audio", "find_files", "loading", ""},  # audio is the only door to sound files
-    "evaluation": {"audio", "find_files", "plots", "transcode", ""},  # transcode scales clips as a model asks
+    "evaluation": {"audio", "find_files", "long_audio", "plots", ""},  # long_audio scales clips as a model asks
     "conversion": {"loading", "training", ""},  # checks of weights, and the names of the discriminators
     "model_names": {
         "conversion",

@@ -536,10 +536,10 @@ def writing(
     if format not in soundfile.available_formats():
         raise ValueError(f"Cannot tell the sound format from the ending of {path}; use .wav, .flac, .ogg or .mp3.")
     subtype = subtype or soundfile.default_subtype(format)
-    levels = Levels()
+    monitor = ClippingMonitor()
 
     def write(audio: np.ndarray) -> None:
-        levels.add(audio)
+        monitor.add(audio)
         try:
             for start in range(0, len(audio), WRITE_SAMPLES):
                 file.write(audio[start : start + WRITE_SAMPLES])
@@ -558,10 +558,10 @@ def writing(
             output.check()
             raise OSError(f"Cannot write {path}: {error}") from error
         output.finish()
-        if levels.size and format != "RAW":  # which has no header to compare
-            _check_written(partial, path, levels.size)
+        if monitor.size and format != "RAW":  # which has no header to compare
+            _check_written(partial, path, monitor.size)
     if subtype not in ("FLOAT", "DOUBLE"):
-        levels.warn_of_clipping(str(path))
+        monitor.warn_of_clipping(str(path))
 
 
 WRITE_SAMPLES = 2**16
@@ -636,7 +636,7 @@ MAX_WAV_SIZE = 2**32 - 2**16
 """Bytes; the header of a WAV file counts them in 32 bits, and libsndfile would go on without a word."""
 
 
-class Levels:
+class ClippingMonitor:
     """How much of the audio that was written lies outside [-1, 1]."""
 
     def __init__(self):

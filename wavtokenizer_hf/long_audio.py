@@ -1,9 +1,13 @@
 """Streams: blocks of audio -> the codes of the whole clip, and blocks of codes -> audio."""
 
+import tempfile
+from collections.abc import Iterable, Iterator
 from functools import partial
 
+import numpy as np
 import torch
 
+from .feature_extraction_wavtokenizer import peak_gain
 from .modeling_wavtokenizer import WavTokenizerEncoderModel, WavTokenizerModel
 from .modeling_wavtokenizer_batching import check_latents, encode_chunk
 from .modeling_wavtokenizer_encoder import EncoderState
@@ -189,3 +193,31 @@ class DecodeStream:
             audio_codes = audio_codes.to(self.model.device)
             audio_values, self.state = decode_chunk(decode, audio_codes, self.state, final, self._window)
         return audio_values[0, 0].cpu()
+
+
+def scale_to_peak(blocks: Iterable[np.ndarray], peak_level: float | None) -> Iterator[np.ndarray]:
+    """
+    Scale blocks of audio so that the largest sample of all gets a level, as the feature extractor does.
+
+    The peak is known only at the end, so the audio waits in a temporary file, 4 bytes per sample, up to 64 MiB of it in memory.
+
+    Args:
+        blocks: Blocks of audio, float32, (n,).
+        peak_level: Peak level in dBFS. None: no scaling.
+
+    Yields:
+        The same blocks, scaled.
+    """
+    if peak_level is None:
+        yield from blocks
+        return
+    peak, sizes = np.float32(0), []
+    with tempfile.SpooledTemporaryFile(2**26) as file:
+        for block in blocks:
+            peak = max(peak, np.abs(block).max(initial=0))
+            sizes.append(len(block))
+            file.write(np.ascontiguousarray(block, np.float32))
+        file.seek(0)
+        for size in sizes:
+            block = np.frombuffer(file.read(4 * size), np.float32)
+            yield block * np.float32(peak_gain(peak, peak_level))

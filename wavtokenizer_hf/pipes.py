@@ -122,12 +122,12 @@ def writing_sound(
         raw: no header.
     """
     soundfile = audio.soundfile_module()
-    levels = audio.Levels()
+    monitor = audio.ClippingMonitor()
     has_header = raw
 
     def write(samples: np.ndarray) -> None:
         nonlocal has_header
-        levels.add(samples)
+        monitor.add(samples)
         if not has_header:  # only now: what is refused before the first sample leaves no trace in the stream
             stream.write(_wav_header(sampling_rate, num_samples))
             has_header = True
@@ -137,7 +137,7 @@ def writing_sound(
         stream.flush()
 
     yield write
-    levels.warn_of_clipping("standard output")
+    monitor.warn_of_clipping("standard output")
 
 
 def read_codes(stream: BinaryIO, start: bytes = b"") -> Iterator[np.ndarray]:

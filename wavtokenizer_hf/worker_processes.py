@@ -44,7 +44,7 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_jobs(
+def run_workers(
     start: Callable[[int], Work],
     jobs: Iterable[Any],
     on_report: Callable[[Any], None],

@@ -173,7 +173,7 @@ def tokenize_clips(
             return Failure(" ".join(f"{type(error).__name__}: {error}".split()))
 
     window, size = [], 0
-    with _Ahead(read_one, read, limit, num_readers) as sounds:
+    with OrderedPrefetcher(read_one, read, limit, num_readers) as sounds:
         for sound in sounds:
             window.append(sound)
             size += _size(sound)
@@ -202,7 +202,7 @@ def _size(sound: audio.Sound | Failure) -> int:
     return 0 if isinstance(sound, Failure) else len(sound.audio)
 
 
-class _Ahead:
+class OrderedPrefetcher:
     """Iterates over `work(job)` of each job, in order; threads compute it ahead, until `limit` samples wait to be taken.
 
     Decoding and resampling leave Python's lock to others, so threads do.
@@ -215,7 +215,7 @@ class _Ahead:
         self._results: dict[int, Any] = {}
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(num_threads)]
 
-    def __enter__(self) -> "_Ahead":
+    def __enter__(self) -> "OrderedPrefetcher":
         for thread in self._threads:
             thread.start()
         return self

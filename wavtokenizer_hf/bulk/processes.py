@@ -6,7 +6,7 @@ from functools import partial
 
 from transformers.utils import logging
 
-from ..worker_processes import Work, run_jobs
+from ..worker_processes import Work, run_workers
 from .records import Summary
 from .sources import Item
 from .work import Job, Worker
@@ -26,7 +26,7 @@ def run(job: Job, parts: Sequence[Sequence[Item]], on_report: Callable[[Summary]
             worker.make_part(items, on_report)
         return
     hint = "use fewer processes or fewer seconds in a batch"
-    run_jobs(partial(_start, job), parts, on_report, num_processes, memory_hint=hint)
+    run_workers(partial(_start, job), parts, on_report, num_processes, memory_hint=hint)
 
 
 def _start(job: Job, rank: int) -> Work:

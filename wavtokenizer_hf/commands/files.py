@@ -130,13 +130,13 @@ def _without_overwriting(
     return jobs
 
 
-def do_each(jobs: list[tuple[Path | None, Path | None]], work: Callable, arguments, model) -> int:
+def run_jobs(jobs: list[tuple[Path | None, Path | None]], work: Callable, arguments, model) -> int:
     """Does every job, says what came of it, goes on after a failed one; returns the exit code."""
     with Progress(len(jobs), "files", shown=len(jobs) > 1) as progress:
-        return _do_each(jobs, work, arguments, model, progress)
+        return _run_jobs(jobs, work, arguments, model, progress)
 
 
-def _do_each(jobs, work: Callable, arguments, model, progress: Progress) -> int:
+def _run_jobs(jobs, work: Callable, arguments, model, progress: Progress) -> int:
     import torch
 
     failures = 0

@@ -13,7 +13,7 @@ from ..limited_files import read_file
 from ..model_names import find_model
 from ..progress import Progress
 from .arguments import add_channel, add_command, add_model, add_peak, load_model
-from .files import add_files, do_each, find_jobs
+from .files import add_files, find_jobs, run_jobs
 from .token_folders import token_clips
 
 
@@ -112,16 +112,16 @@ def _encode(arguments) -> int:
 
     from .. import pipes
     from ..token_file import TokenFile
-    from ..transcode import Tally, codes_of
+    from .transcode import Counts, iter_codes
 
     model = load_model(arguments, encoder_only=True)
     peak_level = _target_peak(arguments, model)
     fingerprint = model.codebook_fingerprint
 
-    def work(source: Path | None, target: Path | None) -> Tally:
-        tally, pieces = Tally(), []
-        with _sound_blocks(source, arguments, model, tally, peak_level) as (blocks, _):
-            for codes in tally.count_codes(codes_of(model, blocks, _whole_seconds(source)), tell=lambda _: None):
+    def work(source: Path | None, target: Path | None) -> Counts:
+        counts, pieces = Counts(), []
+        with _sound_blocks(source, arguments, model, counts, peak_level) as (blocks, _):
+            for codes in counts.count_codes(iter_codes(model, blocks, _whole_seconds(source)), report=lambda _: None):
                 pieces.append(codes.astype(np.uint16))
                 if target is None and format == "txt":
                     pipes.write_codes(sys.stdout.buffer, codes)
@@ -131,16 +131,16 @@ def _encode(arguments) -> int:
             codebook_fingerprint=fingerprint,
             sampling_rate=model.config.sampling_rate,
             hop_length=model.config.hop_length,
-            num_samples=tally.num_samples,
+            num_samples=counts.num_samples,
         )
         if target is not None:
             tokens.save(target, format)
         elif format != "txt":
             sys.stdout.buffer.write(tokens.to_bytes(format))
             sys.stdout.buffer.flush()
-        return tally
+        return counts
 
-    return do_each(jobs, work, arguments, model)
+    return run_jobs(jobs, work, arguments, model)
 
 
 def _decode(arguments) -> int:
@@ -149,15 +149,15 @@ def _decode(arguments) -> int:
     jobs = clips.jobs if clips is not None else _sound_jobs(arguments, token_files)
     find_model(arguments.model, arguments.revision)
 
-    from ..transcode import Tally, audio_of, cut_to_length
+    from .transcode import Counts, cut_to_length, iter_audio
 
     model = load_model(arguments)
     if clips is not None:
         clips.folder.check_model(model)
     _windows(arguments, model, live=False)  # refuses what makes no sense before any file is met
 
-    def work(source: Path | None, target: Path | None) -> Tally:
-        tally = Tally()
+    def work(source: Path | None, target: Path | None) -> Counts:
+        counts = Counts()
         if clips is not None:
             pieces, num_samples = clips.read(source, model)
         else:
@@ -165,17 +165,17 @@ def _decode(arguments) -> int:
         windows = _windows(arguments, model, live=num_samples is None)
         seconds = 0 if num_samples is None else num_samples / model.config.sampling_rate
         with Progress(seconds, "s of audio", shown=seconds > 0) as progress:
-            pieces = tally.count_codes(pieces, tell=lambda count: progress.update(count / model.config.frame_rate))
-            blocks = audio_of(model, pieces, windows, tally)
+            pieces = counts.count_codes(pieces, report=lambda count: progress.update(count / model.config.frame_rate))
+            blocks = iter_audio(model, pieces, windows, counts)
             if num_samples is not None:
                 blocks = cut_to_length(blocks, lambda: num_samples, model.config.hop_length)
             with _writing_sound(target, arguments, model, num_samples) as write:
                 for block in blocks:
                     write(block)
-                    tally.num_samples += len(block)
-        return tally
+                    counts.num_samples += len(block)
+        return counts
 
-    return do_each(jobs, work, arguments, model)
+    return run_jobs(jobs, work, arguments, model)
 
 
 def _reconstruct(arguments) -> int:
@@ -189,16 +189,16 @@ def _reconstruct(arguments) -> int:
 
     from .. import audio
     from ..plots import plot_reconstruction
-    from ..transcode import WHOLE_SECONDS, Tally, audio_of, codes_of, cut_to_length
+    from .transcode import WHOLE_SECONDS, Counts, cut_to_length, iter_audio, iter_codes
 
     model = load_model(arguments)
     peak_level = _target_peak(arguments, model)
     windows = _windows(arguments, model, live=jobs[0][0] is None)
 
-    def work(source: Path | None, target: Path | None) -> Tally:
+    def work(source: Path | None, target: Path | None) -> Counts:
         if arguments.plot and audio.seconds(source) > WHOLE_SECONDS:
             raise ValueError(f"Got --plot for {audio.seconds(source):.0f} s, expected at most {WHOLE_SECONDS} s.")
-        tally, waveform, all_codes, reconstruction = Tally(), [], [], []
+        counts, waveform, all_codes, reconstruction = Counts(), [], [], []
 
         def keep(pieces, kept: list):
             for piece in pieces:
@@ -206,11 +206,11 @@ def _reconstruct(arguments) -> int:
                     kept.append(piece)
                 yield piece
 
-        with _sound_blocks(source, arguments, model, tally, peak_level, passes=2) as (blocks, progress):
-            codes = codes_of(model, keep(blocks, waveform), _whole_seconds(source))
-            codes = tally.count_codes(keep(codes, all_codes), tell=lambda _: None)
-            decoded = audio_of(model, codes, windows, tally)
-            decoded = cut_to_length(decoded, lambda: tally.num_samples, model.config.hop_length)
+        with _sound_blocks(source, arguments, model, counts, peak_level, passes=2) as (blocks, progress):
+            codes = iter_codes(model, keep(blocks, waveform), _whole_seconds(source))
+            codes = counts.count_codes(keep(codes, all_codes), report=lambda _: None)
+            decoded = iter_audio(model, codes, windows, counts)
+            decoded = cut_to_length(decoded, lambda: counts.num_samples, model.config.hop_length)
             picture = target.with_suffix(".png") if arguments.plot else None
             # the sound appears with its picture, or neither does
             with _picture_file(picture) as partial, _writing_sound(target, arguments, model) as write:
@@ -223,9 +223,9 @@ def _reconstruct(arguments) -> int:
                         plot_reconstruction(partial, *clips, model.config.sampling_rate, source.name, "png")
                     except OSError as error:
                         raise OSError(f"Cannot write the picture {picture}: {error.__cause__ or error}") from error
-        return tally
+        return counts
 
-    return do_each(jobs, work, arguments, model)
+    return run_jobs(jobs, work, arguments, model)
 
 
 @contextmanager
@@ -249,7 +249,7 @@ def _whole_seconds(source: Path | None) -> float:
 
 def _windows(arguments, model, live: bool):
     """How to decode, by --window-seconds and --overlap-seconds; refuses what makes no sense."""
-    from ..transcode import WHOLE_SECONDS, Windows, decode_stream
+    from .transcode import WHOLE_SECONDS, Windows, decode_stream
 
     seconds, overlap = arguments.window_seconds, arguments.overlap_seconds
     if seconds == 0:
@@ -280,16 +280,16 @@ def _target_peak(arguments, model) -> float | None:
 
 
 @contextmanager
-def _sound_blocks(source: Path | None, arguments, model, tally, peak_level: float | None, passes: int = 1):
-    """Yield the audio of a file or of standard input in blocks, scaled and counted by `tally`, and its progress.
+def _sound_blocks(source: Path | None, arguments, model, counts, peak_level: float | None, passes: int = 1):
+    """Yield the audio of a file or of standard input in blocks, scaled and counted by `counts`, and its progress.
 
     With two passes the progress is complete when as much audio was decoded.
     """
     from .. import audio, pipes
-    from ..transcode import scale_to_peak
+    from ..long_audio import scale_to_peak
 
     rate = model.config.sampling_rate
-    options = {"channel": arguments.channel, "on_warnings": tally.warnings.extend}
+    options = {"channel": arguments.channel, "on_warnings": counts.warnings.extend}
     if source is None:
         blocks, seconds = pipes.read_sound(sys.stdin.buffer, rate, arguments.raw, **options), 0
     else:
@@ -299,7 +299,7 @@ def _sound_blocks(source: Path | None, arguments, model, tally, peak_level: floa
         with audio.AudioReader(source, rate, quiet=True) as reader:
             seconds = reader.source_seconds or 0
     with Progress(passes * seconds, "s of audio", shown=seconds > 0) as progress:
-        counted = tally.count_audio(blocks, tell=lambda count: progress.update(count / rate))
+        counted = counts.count_audio(blocks, report=lambda count: progress.update(count / rate))
         yield scale_to_peak(counted, peak_level), progress
 
 

@@ -21,8 +21,8 @@ import torch
 from .. import __version__, audio
 from ..feature_extraction_wavtokenizer import peak_gain
 from ..find_files import utf8_name
+from ..long_audio import scale_to_peak
 from ..progress import Progress
-from ..transcode import scale_to_peak
 from ..worker_processes import end_with_parent
 from .codebook import CodebookUsage
 from .metrics import DISTRIBUTIONS, METRICS, PRESETS, SAMPLING_RATE, Clip, Options, package, score, why_not

@@ -23,7 +23,7 @@ import numpy as np
 from .. import __version__
 from ..extras import require
 from ..limited_files import one_line, read_json_object
-from ..worker_processes import Work, run_jobs, stop_in_unguarded_script
+from ..worker_processes import Work, run_workers, stop_in_unguarded_script
 from .files import open_atomic
 from .formats import Format
 from .sequences import BadRow
@@ -222,7 +222,7 @@ def _run(job: Job, index: Index, chunks: list[np.ndarray], to_do: list[int], num
             on_done(number)
         return
     rows = ((Index(index.files[chunks[number]], index.rows[chunks[number]], {}), number) for number in to_do)
-    run_jobs(partial(_start, job), rows, on_done, min(num_processes, len(to_do)), f"{__package__}.worker")
+    run_workers(partial(_start, job), rows, on_done, min(num_processes, len(to_do)), f"{__package__}.worker")
 
 
 def _start(job: Job, rank: int) -> Work:

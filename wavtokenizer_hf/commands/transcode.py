@@ -4,7 +4,6 @@ Everything is an iterator of pieces: audio (n,) float32 arrays at the model's ra
 and a live source are one case, and what is chained together runs together.
 """
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,9 +11,8 @@ from itertools import chain
 import numpy as np
 import torch
 
-from .audio import CutOffError
-from .feature_extraction_wavtokenizer import peak_gain
-from .long_audio import DecodeStream, EncodeStream
+from ..audio import CutOffError
+from ..long_audio import DecodeStream, EncodeStream
 
 
 WHOLE_SECONDS = 300
@@ -22,7 +20,7 @@ WHOLE_SECONDS = 300
 
 
 @dataclass
-class Tally:
+class Counts:
     """What has gone through, filled in on the way; complete when the last piece is out.
 
     Args:
@@ -40,24 +38,24 @@ class Tally:
     cut_off: CutOffError | None = None
     warnings: list[str] = field(default_factory=list)
 
-    def count_audio(self, blocks: Iterable[np.ndarray], tell: Callable[[int], None]) -> Iterator[np.ndarray]:
-        """Passes audio on, and tells its length. An early end of it is kept in `cut_off`: what came is still worth its codes."""
+    def count_audio(self, blocks: Iterable[np.ndarray], report: Callable[[int], None]) -> Iterator[np.ndarray]:
+        """Pass audio on, and report its length. An early end of it is kept in `cut_off`: what came is still worth its codes."""
         try:
             for block in blocks:
                 self.num_samples += len(block)
                 yield block
-                tell(len(block))
+                report(len(block))
         except CutOffError as error:
             if self.num_samples == 0:
                 raise
             self.cut_off = error
 
-    def count_codes(self, pieces: Iterable[np.ndarray], tell: Callable[[int], None]) -> Iterator[np.ndarray]:
-        """Passes codes on, and tells their number."""
+    def count_codes(self, pieces: Iterable[np.ndarray], report: Callable[[int], None]) -> Iterator[np.ndarray]:
+        """Pass codes on, and report their number."""
         for piece in pieces:
             self.num_tokens += len(piece)
             yield piece
-            tell(len(piece))
+            report(len(piece))
 
 
 @dataclass
@@ -74,7 +72,7 @@ class Windows:
     above_seconds: float
 
 
-def codes_of(model, blocks: Iterable[np.ndarray], whole_seconds: float = WHOLE_SECONDS) -> Iterator[np.ndarray]:
+def iter_codes(model, blocks: Iterable[np.ndarray], whole_seconds: float = WHOLE_SECONDS) -> Iterator[np.ndarray]:
     """Audio -> its codes. Audio longer than `whole_seconds` is encoded as it comes, with the same codes.
 
     Raises ValueError if there is no audio.
@@ -93,28 +91,8 @@ def codes_of(model, blocks: Iterable[np.ndarray], whole_seconds: float = WHOLE_S
     yield np.asarray(stream.flush())
 
 
-def scale_to_peak(blocks: Iterable[np.ndarray], peak_level: float | None) -> Iterator[np.ndarray]:
-    """Audio as the feature extractor scales it: its largest sample gets this level. None leaves it alone.
-
-    The peak is known at the end only, so that the audio waits in a temporary file, 4 bytes a sample; up to 64 MiB in memory.
-    """
-    if peak_level is None:
-        yield from blocks
-        return
-    peak, sizes = np.float32(0), []
-    with tempfile.SpooledTemporaryFile(2**26) as file:
-        for block in blocks:
-            peak = max(peak, np.abs(block).max(initial=0))
-            sizes.append(len(block))
-            file.write(np.ascontiguousarray(block, np.float32))
-        file.seek(0)
-        for size in sizes:
-            block = np.frombuffer(file.read(4 * size), np.float32)
-            yield block * np.float32(peak_gain(peak, peak_level))
-
-
-def audio_of(model, codes: Iterable[np.ndarray], windows: Windows, tally: Tally) -> Iterator[np.ndarray]:
-    """Codes -> their audio, `hop_length` samples for each. Tells `tally` of windows, if it came to that.
+def iter_audio(model, codes: Iterable[np.ndarray], windows: Windows, counts: Counts) -> Iterator[np.ndarray]:
+    """Codes -> their audio, `hop_length` samples for each. Sets the windows in `counts` if there are any.
 
     Raises ValueError if there are no codes.
     """
@@ -129,7 +107,7 @@ def audio_of(model, codes: Iterable[np.ndarray], windows: Windows, tally: Tally)
     for piece in chain(head, codes):
         num_tokens += len(piece)
         if num_tokens > stream.delay:
-            tally.window_seconds, tally.overlap_seconds = windows.seconds, windows.overlap_seconds
+            counts.window_seconds, counts.overlap_seconds = windows.seconds, windows.overlap_seconds
         yield np.asarray(stream.push(piece.astype(np.int64)))
     yield np.asarray(stream.flush())
 
