@@ -57,8 +57,15 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
     "__main__": {"cli"},
     "demo": {"audio", "evaluation", "loading", "plots", "token_file", ""},
     "bulk": {"audio", "audio_errors", "find_files", "loading", ""},
-    "training": {"audio", "find_files", "loading", ""},  # audio is the only door to sound files
-    "evaluation": {"audio", "find_files", "long_audio", "plots", ""},  # long_audio scales clips as a model asks
+    "training": {"audio", "find_files", "loading", "log_mel", ""},  # audio is the only door to sound files
+    "evaluation": {
+        "audio",
+        "find_files",
+        "log_mel",
+        "long_audio",
+        "plots",
+        "",
+    },  # long_audio scales clips as a model asks
     "conversion": {"loading", "training", ""},  # checks of weights, and the names of the discriminators
     "model_names": {
         "conversion",

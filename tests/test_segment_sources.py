@@ -91,7 +91,7 @@ def test_several_readers_read_each_recording_once(place, monkeypatch):
     monkeypatch.setattr(segments.audio, "read_channels", slow)
     source = open_source(write_manifest(place, rows, "many.jsonl"))
     with ThreadPoolExecutor(4) as readers:
-        clips = list(readers.map(source.read, [item.place for item in source.items]))
+        clips = list(readers.map(source.read, [item.locator for item in source.items]))
     assert {len(clip.samples) for clip in clips} == {2_400}
     assert sorted(read) == [str(place / f"{number}.wav") for number in range(4)]
 
@@ -137,7 +137,7 @@ def test_lhotse_shar_gives_the_codes_of_its_cuts(place, tmp_path):
             writer.write(cut)
     assert len(list(shar.glob("cuts.*"))) == 2
     source = open_source(shar)
-    assert {source.file(item.place) for item in source.items} == {str(path) for path in shar.glob("recording.*.tar")}
+    assert {source.file(item.locator) for item in source.items} == {str(path) for path in shar.glob("recording.*.tar")}
     run(place, shar, tmp_path / "out")
     found = rows_of(tmp_path / "out")
     for name in files:  # as FLAC of 16 bits, which lhotse wrote

@@ -127,9 +127,9 @@ def test_mel_magnitudes_are_those_of_a_float64_calculation_by_hand(n_fft, hop_le
 def test_the_loss_of_other_scales_is_the_mean_of_their_mel_losses_and_none_has_an_empty_band():
     real, made = signals()
     loss = MelScalesLoss()
-    sizes = [(scale.n_fft, scale.hop_length, len(scale.filters)) for scale in loss.scales]
+    sizes = [(scale.log_mel.n_fft, scale.log_mel.hop_length, len(scale.log_mel.filters)) for scale in loss.scales]
     assert sizes == [(256, 64, 20), (512, 128, 40), (2048, 512, 160)] and 1024 not in MEL_SCALES
-    assert all((scale.filters > 0).any(dim=1).all() for scale in loss.scales)
+    assert all((scale.log_mel.filters > 0).any(dim=1).all() for scale in loss.scales)
     each = [MelLoss(24000, *size)(made, real) for size in sizes]
     assert loss(made, real).item() == pytest.approx(sum(each).item() / 3, rel=1e-6)
 

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers.audio_utils import mel_filter_bank
 
 from ..extras import require
+from ..log_mel import LogMel
 
 
 SAMPLING_RATE = 24000
@@ -361,19 +361,14 @@ def _refuse_silence(reference: Clip, estimate: Clip | None = None) -> None:
         raise CannotScoreError("the reconstruction is silent")
 
 
+@cache
+def _mel() -> LogMel:
+    return LogMel(SAMPLING_RATE)
+
+
 def _log_mel(audio: np.ndarray) -> torch.Tensor:
     """(T,) -> (frames, 100)"""
-    # training/losses.py has the same, since rooms do not import each other; a test holds the two together
-    window = torch.hann_window(1024)
-    magnitudes = torch.stft(torch.from_numpy(audio), 1024, 256, window=window, center=True, return_complex=True).abs()
-    return (magnitudes.T @ _mel_filters()).clamp(min=1e-7).log()
-
-
-@cache
-def _mel_filters() -> torch.Tensor:
-    """(513, 100)"""
-    filters = mel_filter_bank(513, 100, 0.0, SAMPLING_RATE / 2, SAMPLING_RATE, norm=None, mel_scale="htk")
-    return torch.from_numpy(filters).float()
+    return _mel()(torch.from_numpy(audio)).T
 
 
 @cache

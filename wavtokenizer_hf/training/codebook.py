@@ -55,7 +55,7 @@ class CodebookLearner:
     def update(self, step: int) -> None:
         """Ends a step: what was observed since the last one moves the averages, and then the unused entries."""
         codebook, decay = self.codebook, self.decay
-        counts, sums = sum_over_workers(self._counts), sum_over_workers(self._sums)
+        counts, sums = all_reduce_sum(self._counts), all_reduce_sum(self._sums)
         self.usage += counts
         codebook.cluster_size.mul_(decay).add_(counts, alpha=1 - decay)
         codebook.embed_avg.mul_(decay).add_(sums, alpha=1 - decay)
@@ -117,7 +117,7 @@ class CodebookLearner:
             nearest = F.linear(part, entries, offset).argmax(dim=-1)
             counts += torch.bincount(nearest, minlength=len(entries))
             sums.index_add_(0, nearest, part)
-        return sum_over_workers(counts), sum_over_workers(sums)
+        return all_reduce_sum(counts), all_reduce_sum(sums)
 
     def report(self) -> dict[str, float]:
         """Figures of the steps since the last report: share of entries used, perplexity, entries replaced."""
@@ -140,12 +140,13 @@ def usage_figures(counts: torch.Tensor) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def num_workers() -> int:
+def world_size() -> int:
+    """Return the number of processes that train together."""
     return torch.distributed.get_world_size() if _distributed() else 1
 
 
-def sum_over_workers(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of every worker's tensor, the same on all of them; the tensor itself where there is one worker."""
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all processes that train together; the tensor itself for a single process."""
     if _distributed():
         tensor = tensor.clone()
         torch.distributed.all_reduce(tensor)
@@ -162,7 +163,7 @@ def _vectors(latents: torch.Tensor) -> torch.Tensor:
 
 
 def _joint_size(latents: torch.Tensor) -> int:
-    return num_workers() * latents.shape[0] * latents.shape[1]
+    return world_size() * latents.shape[0] * latents.shape[1]
 
 
 def _draw(num_latents: int, count: int, seed: int, step: int) -> torch.Tensor:
@@ -181,8 +182,8 @@ def _pick(latents: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     size = latents.shape[1]
     places = places.to(latents.device)
     rank = torch.distributed.get_rank() if _distributed() else 0
-    batch, place = places // (size * num_workers()), places % (size * num_workers())
+    batch, place = places // (size * world_size()), places % (size * world_size())
     mine = place // size == rank
     picked = latents.new_zeros(len(places), latents.shape[-1])
     picked[mine] = latents[batch[mine], place[mine] % size]
-    return sum_over_workers(picked)
+    return all_reduce_sum(picked)

@@ -54,7 +54,7 @@ class Log:
     def clip(self, name: str, audio: torch.Tensor, mel_loss: MelLoss, step: int) -> None:
         """Log audio (T,) from any device, and write it to samples/NAME.wav. The file of the previous validation is replaced."""
         audio = audio.float().cpu().clamp(-1, 1)
-        log_mel = mel_loss.log_mel(audio[None].to(mel_loss.window.device))[0].cpu()
+        log_mel = mel_loss.log_mel(audio[None].to(mel_loss.log_mel.window.device))[0].cpu()
         picture = draw_mel(log_mel, len(audio) / self.sampling_rate)
 
         def add() -> None:

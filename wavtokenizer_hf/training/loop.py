@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils.parametrize import cached
 
 from ..progress import Progress, write
-from .codebook import num_workers, sum_over_workers, usage_figures
+from .codebook import all_reduce_sum, usage_figures, world_size
 from .data import Batch, one_warning_of_a_kind, open_clips, training_batches, validation_clips
 from .log import Log, write_curves
 from .losses import adversarial_losses, discriminator_losses, total
@@ -134,7 +134,7 @@ def _run(
         last = state.step == settings.steps
         if state.step % settings.log_every == 0 or last:
             figures["data/repeated"] = (state.num_repeated - repeated_before) / (state.num_taken - taken_before)
-            figures = _mean_over_workers(figures, device)
+            figures = _mean_over_processes(figures, device)
             figures |= {f"codebook/{name}": value for name, value in state.learner.report().items()}
             _share_skipped(state)
             figures["data/skipped"] = len(state.skipped)
@@ -304,8 +304,8 @@ def validate(state: State, clips: Batch, log: Log | None) -> dict[str, float]:
             if log and index // accelerator.num_processes < state.settings.num_logged_clips:
                 log.clip(f"clip_{index}/real", audio[0, 0], state.mel_loss, state.step)
                 log.clip(f"clip_{index}/made", made[0, 0], state.mel_loss, state.step)
-    mel, commitment, count = sum_over_workers(sums).tolist()
-    figures = {"mel": mel / count, "commitment": commitment / count, **usage_figures(sum_over_workers(usage))}
+    mel, commitment, count = all_reduce_sum(sums).tolist()
+    figures = {"mel": mel / count, "commitment": commitment / count, **usage_figures(all_reduce_sum(usage))}
     figures["score"] = figures["mel"] + state.settings.loss_weights["commitment"] * figures["commitment"]
     figures = {f"validation/{name}": value for name, value in figures.items()}
     if log:
@@ -323,9 +323,9 @@ def normalize_encoder(state: State, stream: Iterator[Batch]) -> None:
 
     @torch.no_grad()
     def normalize(conv: nn.Conv1d, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        count = sum_over_workers(output.new_tensor(output.shape[0] * output.shape[2]))
-        mean = sum_over_workers(output.sum((0, 2))) / count
-        deviation = (sum_over_workers((output - mean[:, None]).square().sum((0, 2))) / count).sqrt().clamp(min=1e-5)
+        count = all_reduce_sum(output.new_tensor(output.shape[0] * output.shape[2]))
+        mean = all_reduce_sum(output.sum((0, 2))) / count
+        deviation = (all_reduce_sum((output - mean[:, None]).square().sum((0, 2))) / count).sqrt().clamp(min=1e-5)
         conv.parametrizations.weight.original0.div_(deviation[:, None, None])
         conv.bias.sub_(mean).div_(deviation)
         return (output - mean[:, None]) / deviation[:, None]  # so that the next layer sees what it will see
@@ -415,8 +415,8 @@ def _note(figures: dict[str, float], group: str, losses: dict[str, torch.Tensor]
         figures[key] = figures.get(key, 0.0) + loss.item() / parts
 
 
-def _mean_over_workers(figures: dict[str, float], device: torch.device) -> dict[str, float]:
-    values = sum_over_workers(torch.tensor(list(figures.values()), device=device)) / num_workers()
+def _mean_over_processes(figures: dict[str, float], device: torch.device) -> dict[str, float]:
+    values = all_reduce_sum(torch.tensor(list(figures.values()), device=device)) / world_size()
     return dict(zip(figures, values.tolist(), strict=True))
 
 

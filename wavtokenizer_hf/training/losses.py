@@ -6,8 +6,8 @@ The values equal those of the original's code; `tests/test_training_losses.py` h
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.audio_utils import mel_filter_bank
 
+from ..log_mel import LogMel
 from .discriminators import NAMES, Judgement
 
 
@@ -15,21 +15,11 @@ MEL_SCALES = (256, 512, 2048)
 
 
 class MelLoss(nn.Module):
-    """L1 distance of log mel magnitudes, the part of the objective that needs no discriminator."""
+    """L1 distance of log-mel spectrograms, the part of the objective that needs no discriminator. Arguments as of `LogMel`."""
 
     def __init__(self, sampling_rate: int = 24000, n_fft: int = 1024, hop_length: int = 256, num_mels: int = 100):
         super().__init__()
-        self.n_fft, self.hop_length = n_fft, hop_length
-        filters = mel_filter_bank(n_fft // 2 + 1, num_mels, 0.0, sampling_rate / 2, sampling_rate, mel_scale="htk")
-        self.register_buffer("filters", torch.from_numpy(filters).float().T.contiguous(), persistent=False)
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
-
-    def log_mel(self, audio: torch.Tensor) -> torch.Tensor:
-        """audio (B, T) -> (B, num_mels, frames): logarithm of mel magnitudes, not below that of 1e-7."""
-        # evaluation/metrics.py has the same, since rooms do not import each other; a test holds the two together
-        with torch.autocast(audio.device.type, enabled=False):
-            spectrum = torch.stft(audio.float(), self.n_fft, self.hop_length, window=self.window, return_complex=True)
-            return (self.filters @ spectrum.abs()).clamp(min=1e-7).log()
+        self.log_mel = LogMel(sampling_rate, n_fft, hop_length, num_mels)
 
     def forward(self, made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Distance of two batches of audio (B, T)."""
