@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import REFERENCE
 from huggingface_hub import InferenceClient, ModelCard
-from test_conversion import CODEBOOK, ENCODER, is_kept, new_name, read_weights, small_tensors
+from small_checkpoints import CODEBOOK, ENCODER, is_kept, new_name, read_weights, small_tensors
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from wavtokenizer_hf import WavTokenizerModel, bundled_model, cli

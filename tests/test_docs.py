@@ -20,7 +20,7 @@ import torch
 from conftest import REFERENCE, ROOT, tiny_config
 from hub_server import put_into_cache
 from language_models import byte_level, tiny_llama
-from test_conversion import small_tensors
+from small_checkpoints import small_tensors
 from tiny_training import write_clips
 from transformers import AutoModel
 

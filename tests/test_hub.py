@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import REFERENCE
 from hub_server import Hub, Repository, put_into_cache
-from test_conversion import large_checkpoint, memory_and_seconds, new_name, small_tensors
+from small_checkpoints import large_checkpoint, memory_and_seconds, new_name, small_tensors
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerEncoderModel, WavTokenizerModel, cli, loading
 from wavtokenizer_hf.conversion import load_original

@@ -20,7 +20,7 @@ import soundfile
 import torch
 from conftest import ROOT, tiny_config
 from hub_server import put_into_cache
-from test_conversion import small_tensors
+from small_checkpoints import small_tensors
 from test_docs import blocks
 
 from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel

@@ -16,7 +16,7 @@ import torch
 import yaml
 from conftest import FIXTURES, REFERENCE
 from safetensors.torch import save_file
-from test_conversion import CODEBOOK
+from small_checkpoints import CODEBOOK
 
 from wavtokenizer_hf import WavTokenizerConfig, WavTokenizerFeatureExtractor, WavTokenizerModel
 from wavtokenizer_hf.cli import main as command_line

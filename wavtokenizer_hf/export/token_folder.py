@@ -133,7 +133,7 @@ class TokenFolder:
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Samples and codes of every row, each (N,) int64. Raises ValueError for a row whose lengths do not fit together."""
-        compute = import_optional("pyarrow.compute", "bulk")
+        compute = require("pyarrow.compute", "bulk")
         samples, codes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for path in self.files:
             with self._open(path) as file:
