@@ -58,14 +58,8 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
     "demo": {"audio", "evaluation", "loading", "plots", "token_file", ""},
     "bulk": {"audio", "audio_errors", "find_files", "loading", ""},
     "training": {"audio", "find_files", "loading", "log_mel", ""},  # audio is the only door to sound files
-    "evaluation": {
-        "audio",
-        "find_files",
-        "log_mel",
-        "long_audio",
-        "plots",
-        "",
-    },  # long_audio scales clips as a model asks
+    # long_audio scales clips as a model asks
+    "evaluation": {"audio", "find_files", "log_mel", "long_audio", "plots", ""},
     "conversion": {"loading", "training", ""},  # checks of weights, and the names of the discriminators
     "model_names": {
         "conversion",
