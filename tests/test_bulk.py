@@ -366,13 +366,18 @@ def test_only_what_is_finished_is_uploaded(run, tmp_path, monkeypatch):
             sent = [file for file in files if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns)]
             calls.append(("upload", options["repo_id"], options["repo_type"], sorted(sent)))
 
+        def upload_file(self, path_or_fileobj, path_in_repo, **options):
+            assert path_in_repo == "README.md" and path_or_fileobj.startswith(b"---\nconfigs:\n")
+            calls.append(("card", options["repo_id"], options["repo_type"]))
+
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     run(push_to_hub="me/tokens")
-    (_, *created), (_, *uploaded) = calls
+    (_, *created), (_, *uploaded), card = calls
+    assert card == ("card", "me/tokens", "dataset")
     assert created == ["me/tokens", "dataset", []]  # before the work
     assert uploaded[:2] == ["me/tokens", "dataset"]
     part = next((tmp_path / "out" / "data").iterdir()).name
-    assert uploaded[2] == ["README.md", f"data/{part}", "failures.jsonl", "manifest.json"]
+    assert uploaded[2] == [f"data/{part}", "failures.jsonl", "manifest.json"]
 
 
 def test_a_hub_that_refuses_is_said_before_the_work(run, tmp_path):

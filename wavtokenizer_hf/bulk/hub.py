@@ -1,8 +1,10 @@
-"""The way of a folder to the Hub."""
+"""Upload an output folder to the Hub."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from .card import add_configs
 
 
 def prepare(name: str) -> None:
@@ -13,17 +15,28 @@ def prepare(name: str) -> None:
 
 
 def push(folder: Path, name: str) -> None:
-    """Uploads what is finished; files that are there already are not sent again."""
+    """Upload what is finished. Files that are there already are not sent again. The card gets its `configs`."""
     from huggingface_hub import HfApi
 
+    text = add_configs((folder / "README.md").read_text(encoding="utf-8"))
     _say_what(
         name,
         lambda: HfApi().upload_folder(
             repo_id=name,
             repo_type="dataset",
             folder_path=folder,
-            allow_patterns=["data/part-*.parquet", "manifest.json", "failures.jsonl", "README.md"],
-            commit_message="Tokens by wavtokenizer_hf",
+            allow_patterns=["data/part-*.parquet", "manifest.json", "failures.jsonl"],
+            commit_message="Codes by wavtokenizer_hf",
+        ),
+    )
+    _say_what(
+        name,
+        lambda: HfApi().upload_file(
+            repo_id=name,
+            repo_type="dataset",
+            path_or_fileobj=text.encode(),
+            path_in_repo="README.md",
+            commit_message="Card by wavtokenizer_hf",
         ),
     )
 

@@ -1,6 +1,7 @@
 """Options of `tokenize`. Imports no torch: the command line checks its arguments before it loads anything."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from ..audio_errors import MAX_CLIP_SECONDS, check_channel, check_peak
@@ -43,6 +44,8 @@ class TokenizeOptions:
         retry_failed: Try clips again that failed in an earlier run.
         refresh: Encode clips again whose file has another size or time than when it was read.
         push_to_hub: Name of a dataset on the Hub, to which the folder is uploaded at the end.
+        license: Licence of the dataset for its card, by the Hub's name. Defaults to that of the source's card.
+        language: Codes of the languages for the card, such as `("en", "de")`. Defaults to those of the source's card.
 
     Raises:
         ValueError: A value is not one of those above.
@@ -69,6 +72,8 @@ class TokenizeOptions:
     retry_failed: bool = False
     refresh: bool = False
     push_to_hub: str | None = None
+    license: str | None = None
+    language: tuple[str, ...] | list[str] | None = None
 
     def __post_init__(self):
         if self.engine not in ENGINES:
@@ -85,11 +90,21 @@ class TokenizeOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"Got {name}={value}, expected at least 1.")
+        for name, value in (("license", self.license), *(("language", code) for code in self.language or ())):
+            if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", value):
+                raise ValueError(
+                    f"Got {name}={value!r}, expected a name as the Hub has it, such as 'cc-by-4.0' or 'en'."
+                )
         check_seconds("batch_seconds", self.batch_seconds)
         check_seconds("max_clip_seconds", self.max_clip_seconds)
         index, number = self.shard
         if not 0 <= index < number:
             raise ValueError(f"Got the shard {index}/{number}, expected i/n with i from 0 to n - 1.")
+
+    def card_metadata(self) -> dict[str, str | list[str]]:
+        """Return the metadata of the dataset card that is given here."""
+        given = {"license": self.license, "language": list(self.language or ())}
+        return {name: value for name, value in given.items() if value}
 
 
 def check_on_error(on_error: str) -> None:

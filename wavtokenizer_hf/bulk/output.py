@@ -24,7 +24,7 @@ from .. import __version__
 from ..atomic_files import atomic_write
 from ..extras import require
 from ..limited_files import read_json_object
-from .card import GENERATED_MARKER, card
+from .card import GENERATED_MARKER, card, read_metadata
 from .records import OWN_COLUMNS, Failure, Settings, Stamp, Summary, Tokens
 
 
@@ -50,6 +50,8 @@ class Output:
     def __init__(self, folder: str | os.PathLike, settings: Settings, schema, shard: tuple[int, int] = (0, 1)):
         self.folder, self.settings, self.shard = Path(folder), settings, shard
         self.schema = _schema(settings, schema)
+        self.source_metadata: dict[str, Any] = {}  # of the card: from the card of the source
+        self.card_metadata: dict[str, Any] = {}  # of the card: from the options, which have precedence
 
     # -----------------------------------------------------------------------------------------------------------------
     # Opening
@@ -331,9 +333,19 @@ class Output:
             self._write_text("failures.jsonl", "".join(line + "\n" for line in lines))
             readme = self.folder / "README.md"
             if not readme.exists() or GENERATED_MARKER in readme.read_text(encoding="utf-8"):
-                self._write_text("README.md", card(self.settings, self.schema, total, complete))
+                self._write_card(readme, total, complete)
             self._write_manifest(total, complete)
         return total, failures
+
+    def _write_card(self, readme: Path, total: Summary, complete: bool) -> None:
+        """Write README.md. Metadata that the user added stays; a card whose metadata cannot be parsed stays as it is."""
+        own = ("size_categories", "tags", "dataset_info")
+        try:
+            before = {name: value for name, value in read_metadata(readme).items() if name not in own and value}
+        except ValueError:
+            return
+        metadata = {**self.source_metadata, **before, **self.card_metadata}
+        self._write_text("README.md", card(self.settings, self.schema, total, complete, metadata))
 
     def _known_files(self) -> dict[str, dict[str, Any]]:
         """Name of a part -> its size, sha256 and digest in the manifest, if there is one."""

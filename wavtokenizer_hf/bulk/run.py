@@ -16,6 +16,7 @@ from ..extras import require
 from ..loading import target_peak
 from ..worker_processes import stop_in_unguarded_script
 from . import encoding, hub, processes, ray_engine
+from .card import source_metadata
 from .options import TokenizeOptions
 from .output import Output
 from .progress import ClipProgress
@@ -97,6 +98,8 @@ def tokenize(
     )
     del encoder
     with Output(output, settings, clips.schema, options.shard).open() as folder:
+        folder.source_metadata = source_metadata(source, options.dataset_revision)
+        folder.card_metadata = options.card_metadata()
         if options.push_to_hub is not None:
             hub.prepare(options.push_to_hub)
         changed, without_source = _compare_with_files(clips, folder, options.shard)

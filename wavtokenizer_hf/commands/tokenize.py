@@ -110,6 +110,14 @@ def add(commands) -> None:
         help="print the number of clips, hours, tokens, sizes and about how long it takes, from a sample of the clips; write nothing",
     )
     tokenize.add_argument("--push-to-hub", metavar="NAME", help="upload OUTPUT to this dataset on the Hub at the end")
+    tokenize.add_argument(
+        "--license", help="licence for the dataset card, by the Hub's name (default: that of the source's card)"
+    )
+    tokenize.add_argument(
+        "--language",
+        nargs="+",
+        help="codes of the languages for the dataset card (default: those of the source's card)",
+    )
 
 
 def _tokenize(arguments) -> int:
