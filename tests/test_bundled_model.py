@@ -239,6 +239,19 @@ def test_a_package_whose_sound_has_moved_is_named(packages, monkeypatch):
         recordings.make_recordings(packages, 0, 1)
 
 
+@pytest.mark.parametrize(("recorded", "expected"), [(7, 3), (0, 2)])
+def test_synthetic_clips_are_repeated_up_to_their_share(recorded, expected, tmp_path):
+    make = load_script(RECIPE / "make.py")
+    for part, count in (("training", recorded), ("training_synthetic", 2)):
+        (tmp_path / part).mkdir()
+        for index in range(count):
+            (tmp_path / part / f"{index}.wav").touch()
+    make.write_training_list(tmp_path)
+    listed = (tmp_path / "training.txt").read_text().split()
+    assert len(set(listed)) == recorded + 2
+    assert sum(line.startswith("training_synthetic/") for line in listed) == expected
+
+
 def test_the_recipe_is_settings_of_a_model_at_75_tokens_per_second_within_24_megabytes():
     config = WavTokenizerConfig(**Settings.load(str(RECIPE / "recipe.yaml")).config)
     assert config.frame_rate == 75

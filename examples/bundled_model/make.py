@@ -46,6 +46,7 @@ HERE = Path(__file__).parent
 
 RECIPE = HERE / "recipe.yaml"
 QUICK = {"steps": 20, "continuous_steps": 5, "kmeans_iterations": 5, "validate_every": 10, "log_every": 10}
+SYNTHETIC_SHARE = 0.3  # of the clips of training, where there are recordings; with less, synthetic speech gets worse
 MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 """Tells glibc to keep memory that it once got. Else every step of training gives it back and asks for it again, at one page
 fault for every 4 kB; see benchmarks/training.py."""
@@ -109,18 +110,27 @@ def make_sound(folder: Path, kind: str, hours: float, seed: int) -> dict:
         facts |= recordings.summary(recordings.make_recordings(folder, seed, workers))
     sound.make_held_out(folder / "held_out_synthetic", seed)
     sound.make_clips(folder / "validation", min(hours, 0.05), seed, "validation", workers)
-    sound.make_clips(folder / "training", hours, seed, "training", workers)
+    sound.make_clips(folder / "training_synthetic", hours, seed, "training", workers)
+    write_training_list(folder)
     partial = remembered.with_suffix(".partial")
     partial.write_text(json.dumps(facts))
     os.replace(partial, remembered)
     return facts
 
 
+def write_training_list(folder: Path) -> None:
+    """Lists the clips of training. Synthetic ones are repeated until they are SYNTHETIC_SHARE of all."""
+    recorded, synthetic = (sorted(folder.glob(f"{name}/*.wav")) for name in ("training", "training_synthetic"))
+    wanted = round(len(recorded) * SYNTHETIC_SHARE / (1 - SYNTHETIC_SHARE)) or len(synthetic)
+    clips = [*recorded, *itertools.islice(itertools.cycle(synthetic), wanted)]
+    (folder / "training.txt").write_text("".join(f"{clip.relative_to(folder)}\n" for clip in clips), encoding="utf-8")
+
+
 def train(output: Path, changes: dict) -> Settings:
     """`wavtokenizer train` in a process of its own, whose memory glibc keeps; goes on from a run that is there."""
     run = output / "run"
     changes |= {
-        "train_data": str(output / "sound" / "training"),
+        "train_data": str(output / "sound" / "training.txt"),
         "validation_data": str(output / "sound" / "validation"),
         "output": str(run),
     }
