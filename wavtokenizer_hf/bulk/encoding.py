@@ -12,6 +12,7 @@ import torch
 
 from .. import audio
 from ..audio_errors import MAX_CLIP_SECONDS, failure_kind
+from ..configuration_wavtokenizer import WavTokenizerConfig
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 from ..loading import load_feature_extractor, load_model
 from ..modeling_wavtokenizer import WavTokenizerEncoderModel
@@ -45,7 +46,7 @@ def load_encoder(
     return encoder, load_feature_extractor(model, revision, encoder.config, peak_dbfs)
 
 
-def check_codebook_size(config) -> None:
+def check_codebook_size(config: WavTokenizerConfig) -> None:
     """Raise ValueError if codes would not fit into 16 bits."""
     if config.codebook_size > np.iinfo(np.uint16).max + 1:
         raise ValueError(

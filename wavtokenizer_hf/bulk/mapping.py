@@ -34,7 +34,13 @@ class _Mapped:
     hash of the weights in a folder and its peak level. A loaded model is pickled with its weights.
     """
 
-    def __init__(self, model: str | PreTrainedModel, revision: str | None, device: str | None, feature_extractor=None):
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        revision: str | None,
+        device: str | None,
+        feature_extractor: WavTokenizerFeatureExtractor | None = None,
+    ):
         self._loaded = self.folder_contents = None
         self.device = device
         if not isinstance(model, (str, os.PathLike)):
@@ -80,7 +86,9 @@ class _Mapped:
         raise NotImplementedError
 
 
-def _check_loaded(model, revision: str | None, device: str | None, feature_extractor) -> None:
+def _check_loaded(
+    model: Any, revision: str | None, device: str | None, feature_extractor: WavTokenizerFeatureExtractor | None
+) -> None:
     """Raise TypeError or ValueError if a loaded model cannot be used, or was given with arguments for a model by name."""
     if not isinstance(model, (WavTokenizerModel, WavTokenizerEncoderModel)):
         raise TypeError(
