@@ -1,6 +1,7 @@
 """Infer the shape of a WavTokenizer from its tensors, and compare it with a YAML file of the reference implementation."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def infer_config(shapes: dict[str, Shape], kept: dict[str, str], sampling_rate: 
     layers = _encoder_layers(shapes)
     stages = layers[1:-2]  # without the first convolution, the LSTM and the last convolution
     num_stages = sum(kind == "c" for _, kind in stages)
-    counts = {
+    counts: dict[str, Any] = {
         "num_residual_layers": (len(stages) - num_stages) // num_stages,
         "num_lstm_layers": max(1, _count(shapes, r"\.lstm\.\w+_l(\d+)")),
         "decoder_num_layers": max(1, _count(shapes, r"backbone\.convnext\.(\d+)\.")),
@@ -107,9 +108,9 @@ def infer_config(shapes: dict[str, Shape], kept: dict[str, str], sampling_rate: 
             f"The tensors do not make a WavTokenizer. {error.__cause__} Use another checkpoint."
         ) from error
     _check_head(shapes["head.linear.weight"][0], config)
-    for name, expected in _model_shapes(config).items():
-        if shapes[name] != expected:
-            raise ValueError(_misshapen(kept[name], shapes[name], f"{expected} beside the other tensors"))
+    for name, shape in _model_shapes(config).items():
+        if shapes[name] != shape:
+            raise ValueError(_misshapen(kept[name], shapes[name], f"{shape} beside the other tensors"))
     return config
 
 
@@ -174,7 +175,7 @@ def _kernel(layer: str) -> str:
     return f"{_ENCODER}{layer}.conv.parametrizations.weight.original1"
 
 
-def _count(names, pattern: str) -> int:
+def _count(names: Iterable[str], pattern: str) -> int:
     return len({found[1] for name in names if (found := re.search(pattern, name))})
 
 

@@ -6,7 +6,7 @@ import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import safetensors.torch
 import torch
@@ -101,7 +101,7 @@ def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
         content = limited_files.read_yaml(path)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {one_line(error)}. Give the checkpoint's YAML file.") from error
-    parts = {"model": _init_args(content, "model")}
+    parts: dict[str, Any] = {"model": _init_args(content, "model")}
     for part in ("feature_extractor", "backbone", "head"):
         parts[part] = _init_args(parts["model"], part)
     wrong = [part for part, values in parts.items() if values is None]
@@ -116,7 +116,9 @@ def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
 
 def _plain_names(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Return the tensors by names without wrappers and without a leading `model.`, and what was done, in words."""
-    plain, averaged, removed = {}, {}, Counter()
+    plain: dict[str, torch.Tensor] = {}
+    averaged: dict[str, torch.Tensor] = {}
+    removed: Counter[str] = Counter()
     for name, tensor in tensors.items():
         parts = name.split(".")
         kept = [part for part in parts[:-1] if part not in WRAPPERS] + parts[-1:]
@@ -224,13 +226,13 @@ def _open_pickle(path: Path, start: bytes) -> Any:
 class Ignored:
     """Stand-in for a harmless value beside the weights. Nothing of the value's own type is imported or built."""
 
-    def __init__(self, *arguments, **options):
+    def __init__(self, *arguments: object, **options: object) -> None:
         pass
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: object) -> None:
         pass
 
-    def __setitem__(self, key, value):
+    def __setitem__(self, key: object, value: object) -> None:
         pass
 
 
@@ -252,17 +254,19 @@ _HARMLESS_NAMES = (
 )  # fmt: skip
 
 
-def _dictionary(*arguments) -> dict:
+def _dictionary(*arguments: object) -> dict:
     return {}
 
 
-def _list(*arguments) -> list:
+def _list(*arguments: object) -> list:
     return []
 
 
 _BY_HAND = {"collections.defaultdict": _dictionary, "collections.deque": _list}  # torch fills only plain ones
 
-HARMLESS = [(_BY_HAND.get(name) or type(name.rpartition(".")[2], (Ignored,), {}), name) for name in _HARMLESS_NAMES]
+HARMLESS: list[Any] = [
+    (_BY_HAND.get(name) or type(name.rpartition(".")[2], (Ignored,), {}), name) for name in _HARMLESS_NAMES
+]
 """The closed list of what may lie beside tensors in a pickle, each with the stand-in that is built in its place. Everything
 else that torch does not allow itself is refused."""
 
@@ -297,12 +301,13 @@ def _foreign_imports(path: Path, is_zip: bool) -> list[str]:
         return []
 
 
-def _imports(file: BinaryIO) -> list[str]:
-    found, strings = {}, []
+def _imports(file: IO[bytes]) -> list[str]:
+    found: dict[str, None] = {}  # in their order
+    strings: list[str] = []
     with contextlib.suppress(Exception):  # at the end of what can be read as a pickle; what came before it counts
         for _ in range(4):  # a file older than torch 1.6 is four pickles in a row, the tensors in the last
             for operation, argument, _ in pickletools.genops(file):
-                if operation.name in ("GLOBAL", "INST"):
+                if operation.name in ("GLOBAL", "INST") and isinstance(argument, str):
                     found[argument.replace(" ", ".")] = None
                 elif operation.name == "STACK_GLOBAL":  # takes module and name from the two strings before it
                     found[".".join(strings[-2:])] = None

@@ -134,7 +134,7 @@ def _convert(
     from .from_original import convert
     from .push import push
 
-    files = arguments.files or download(published, arguments.revision)
+    files = arguments.files if published is None else arguments.files or download(published, arguments.revision)
     with shown_progress("steps") as show:
         folder = convert(
             files,
@@ -147,7 +147,7 @@ def _convert(
             keep_existing=published is not None or hub_name is not None,
             on_progress=show,
         )
-    result = {} if published is None else {"checkpoint": published.name}
+    result: dict[str, str | None] = {} if published is None else {"checkpoint": published.name}
     result["output"] = str(folder)
     result["codebook_fingerprint"] = WavTokenizerConfig.from_pretrained(folder).codebook_fingerprint
     if hub_name is not None:

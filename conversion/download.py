@@ -16,7 +16,7 @@ from .published import PublishedCheckpoint
 
 
 # of httpx, or of httpx2 from huggingface_hub 2.4 on: what breaks a connection, too
-HTTP_ERROR = HfHubHTTPError.__bases__[0]
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 def download(

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -166,7 +167,8 @@ def _module(cls: type) -> str:
 def _differences(source: Source, folder: Path, published: PublishedCheckpoint | None) -> list[str]:
     """Load what was written. Return how it differs from the checkpoint, and from what is known of the published one."""
     try:
-        model, loading = WavTokenizerModel.from_pretrained(folder, output_loading_info=True)
+        pair: Any = WavTokenizerModel.from_pretrained(folder, output_loading_info=True)
+        model, loading = pair
     except safetensors.SafetensorError as error:
         return [f"its weights cannot be read ({error})"]
     problems = [f"{kind}: {sorted(names)}" for kind, names in loading.items() if names]

@@ -58,7 +58,8 @@ def sort_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str
     Raises:
         ValueError: A second quantizer, or a name that is in no table.
     """
-    kept, dropped, unknown = {}, {}, []
+    kept, unknown = {}, []
+    dropped: dict[str, list[str]] = {}
     quantizers = {0}
     for name in names:
         prefix = next((prefix for prefix in DROPPED if name.startswith(prefix)), None)
@@ -79,7 +80,9 @@ def sort_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str
 
 def original_name(name: str) -> str:
     """Return the original name of a tensor of the model."""
-    return _translate(name, {new: old for old, new in KEPT.items()})
+    original = _translate(name, {new: old for old, new in KEPT.items()})
+    assert original is not None, f"KEPT lacks {name}"
+    return original
 
 
 def check_names(kept: dict[str, str], expected: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -96,7 +96,7 @@ class PublishedCheckpoint:
         Args:
             files: Files that were given as this checkpoint.
         """
-        known = [self.fingerprint, *self.known_answers]
+        known: list[Any] = [self.fingerprint, *self.known_answers]
         if len(files) == 1:
             known += [self.size, self.sha256, self._is_in_the_hubs_cache(files[0]) or None]
         if any(fact is not None for fact in known):
@@ -152,7 +152,7 @@ def table() -> dict[str, PublishedCheckpoint]:
     return {name: _published(name, **fields) for name, fields in content.items()}
 
 
-def _published(name: str, known_answers: list[dict], **fields) -> PublishedCheckpoint:
+def _published(name: str, known_answers: list[dict], **fields: Any) -> PublishedCheckpoint:
     return PublishedCheckpoint(name=name, known_answers=[KnownAnswer(**answer) for answer in known_answers], **fields)
 
 

@@ -62,7 +62,7 @@ def read_source(
         for file, digest in digests.items():
             published.check_file(file, digest)
     values = None if config is None else read_yaml(config)
-    sampling_rate = 24000 if values is None else yaml_sampling_rate(values, config)
+    sampling_rate = 24000 if config is None or values is None else yaml_sampling_rate(values, config)
     opened = {file: read_checkpoint(file) for file in files}
     content, others = _join(opened)
     kept, dropped = sort_names(content)
@@ -71,7 +71,7 @@ def read_source(
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"Got {type(tensor).__name__} for {kept[name]}, expected a tensor. Save it again.")
     model_config = infer_config({name: tuple(tensor.shape) for name, tensor in tensors.items()}, kept, sampling_rate)
-    if values is not None:
+    if config is not None and values is not None:
         check_yaml(values, model_config, config)
     weights = {name: _weight(kept[name], tensor) for name, tensor in tensors.items()}
     users = Counter(weight.data_ptr() for weight in weights.values())
@@ -86,7 +86,9 @@ def read_source(
 
 def _join(opened: dict[Path, Checkpoint]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Join the parts of one checkpoint. Tensors that two parts share must be equal."""
-    content, others, came_from = {}, [], {}
+    content: dict[str, torch.Tensor] = {}
+    others: list[str] = []
+    came_from: dict[str, Path] = {}
     for file, checkpoint in opened.items():
         part = {
             original_name(EMBED) if name == EMBED_COPY else name: tensor for name, tensor in checkpoint.tensors.items()
@@ -102,7 +104,7 @@ def _join(opened: dict[Path, Checkpoint]) -> tuple[dict[str, torch.Tensor], list
     return content, others
 
 
-def _equal(left, right) -> bool:
+def _equal(left: object, right: object) -> bool:
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
     return type(left) is type(right) and left == right

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -26,7 +27,7 @@ from .source import read_source
 
 
 # What the original's code has built in (decoder/feature_extractors.py, decoder/models.py), where others are refused.
-BUILT_IN = {
+BUILT_IN: dict[str, Any] = {
     "num_filters": 32,
     "num_residual_layers": 1,
     "dilation_growth_rate": 2,
@@ -73,7 +74,8 @@ def to_original(folder: str | Path, output: str | Path) -> Path:
     discriminator_file = folder / "discriminators.safetensors"
     try:
         check_files(WavTokenizerModel, str(folder))
-        model, loading = WavTokenizerModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        pair: Any = WavTokenizerModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, loading = pair
         discriminators = load_file(discriminator_file) if discriminator_file.is_file() else {}
     except (SafetensorError, ValueError) as error:
         raise ValueError(

@@ -116,6 +116,7 @@ def test_folder_holds_weights_configuration_code_and_card_and_nothing_else(folde
         "modeling_wavtokenizer_padding.py",
         "modeling_wavtokenizer_pickling.py",
         "modeling_wavtokenizer_precision.py",
+        "modeling_wavtokenizer_typing.py",
         "modeling_wavtokenizer_windows.py",
         "preprocessor_config.json",
     ]

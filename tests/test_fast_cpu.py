@@ -250,6 +250,16 @@ def test_decoding_works_with_layers_that_have_forward_only(tiny_model):
     torch.testing.assert_close(tiny_model.decode(codes).audio_values, expected, atol=1e-6, rtol=0)
 
 
+def test_decoding_works_with_a_convolution_without_bias(tiny_model):
+    codes = torch.randint(0, 64, (1, 1, 20))
+    for block in tiny_model.backbone.convnext:
+        block.dwconv.bias.zero_()
+    expected = tiny_model.decode(codes).audio_values
+    for block in tiny_model.backbone.convnext:
+        block.dwconv.bias = None
+    torch.testing.assert_close(tiny_model.decode(codes).audio_values, expected, atol=1e-6, rtol=0)
+
+
 def test_a_lora_delta_comes_before_the_gelu(tiny_model):
     codes = torch.randint(0, 64, (1, 1, 20))
     before = tiny_model.decode(codes).audio_values

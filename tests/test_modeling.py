@@ -552,6 +552,16 @@ def test_weights_that_a_file_lacks_are_initialised(tiny_model, tmp_path):
             assert 0 < direction.abs().max() <= direction[0].numel() ** -0.5
 
 
+def test_layers_without_bias_are_initialised(tiny_model):
+    """Adapters, for example, put such layers in."""
+    for layer in (tiny_model.backbone.convnext[0].pwconv1, tiny_model.backbone.pos_net[0].conv1):
+        layer.bias = None
+        layer.weight.zero_()
+        layer.weight._is_hf_initialized = False
+        tiny_model._init_weights(layer)
+        assert layer.weight.std() > 0.01
+
+
 def test_the_encoder_model_loads_from_a_whole_model_and_from_its_own_folder(tiny_model, tmp_path):
     audio = torch.randn(1, 1, 300)
     expected = tiny_model.encode(audio).audio_codes

@@ -25,6 +25,7 @@ CORE = (
     "modeling_wavtokenizer_padding",
     "modeling_wavtokenizer_pickling",
     "modeling_wavtokenizer_precision",
+    "modeling_wavtokenizer_typing",
     "modeling_wavtokenizer_windows",
 )
 ENCODER_SIBLINGS = (".modeling_wavtokenizer_cpu", ".modeling_wavtokenizer_padding")
@@ -118,7 +119,7 @@ def test_the_core_imports_what_every_hub_user_has_and_no_room(name):
         "modeling_wavtokenizer": siblings - {".feature_extraction_wavtokenizer"},
         "modeling_wavtokenizer_batching": {f".modeling_wavtokenizer_{n}" for n in ("encoder", "padding", "precision")},
         "modeling_wavtokenizer_encoder": {".configuration_wavtokenizer", *ENCODER_SIBLINGS},
-        "modeling_wavtokenizer_windows": {".modeling_wavtokenizer_padding"},
+        "modeling_wavtokenizer_windows": {".configuration_wavtokenizer", ".modeling_wavtokenizer_padding"},
         "auto_classes": {
             ".configuration_wavtokenizer",
             ".feature_extraction_wavtokenizer",

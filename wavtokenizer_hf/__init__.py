@@ -6,7 +6,7 @@ the classes of this package as soon as both packages are imported, in whatever o
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .import_hook import after_import
 
@@ -43,12 +43,14 @@ _MODULES = {  # where each name of the interface is defined
 }
 
 
-def __getattr__(name: str):
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-    globals()[name] = value  # the next time it is found without this function
-    return value
+if not TYPE_CHECKING:  # to a type checker every name would exist, and be Any
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+        globals()[name] = value  # the next time it is found without this function
+        return value
 
 
 def __dir__() -> list[str]:
@@ -76,7 +78,16 @@ _REGISTERED = (
     "feature_extraction_wavtokenizer",
     "modeling_wavtokenizer",
 )
-_PARTS = ("batching", "cpu", "encoder", "padding", "pickling", "precision", "windows")  # of modeling_wavtokenizer
+_PARTS = (
+    "batching",
+    "cpu",
+    "encoder",
+    "padding",
+    "pickling",
+    "precision",
+    "typing",
+    "windows",
+)  # of modeling_wavtokenizer
 after_import(
     "transformers",
     _register,

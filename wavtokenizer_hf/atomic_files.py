@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 LEFTOVER_SECONDS = 3600  # a temporary file that was written to since is never taken for a leftover
@@ -50,8 +51,8 @@ def atomic_write(path: str | os.PathLike, prefix: str = ".") -> Iterator[Path]:
             partial.touch()
             yield partial
             try:
-                with partial.open("rb") as source, _open_stream(path) as target:
-                    shutil.copyfileobj(source, target)
+                with partial.open("rb") as source, _open_stream(path) as stream:
+                    shutil.copyfileobj(source, stream)
             except BrokenPipeError:
                 raise
             except OSError as error:
@@ -221,7 +222,7 @@ def _is_descriptor(path: str | os.PathLike) -> bool:
     return re.fullmatch(r"/dev/(stdin|stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+", os.fspath(path)) is not None
 
 
-def _open_stream(path: Path):
+def _open_stream(path: Path) -> BinaryIO:
     # O_APPEND: the file behind /dev/stdout may hold what was written before; no O_TRUNC and no O_CREAT
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb")
 

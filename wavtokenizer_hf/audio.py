@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import ArrayLike
 from transformers import audio_utils
 
 from .atomic_files import atomic_write, cannot_write
-from .audio_decoders import LARGEST_WHOLE, open_decoder, soundfile_module, torchcodec_decoder
+from .audio_decoders import LARGEST_WHOLE, open_decoder, torchcodec_decoder
 from .audio_decoders import reason as _reason
+from .audio_decoders import soundfile_module as soundfile_module
 from .audio_errors import MAX_CLIP_SECONDS, AudioError, CutOffError, check_channel
 from .find_files import SUFFIXES as SUFFIXES
 
@@ -230,7 +232,7 @@ def load_clip(
     return decode(value, sampling_rate, channel, max_seconds)
 
 
-def _read_array(array, rate, sampling_rate: int, channel, max_seconds: float | None) -> Sound:
+def _read_array(array: Any, rate: Any, sampling_rate: int, channel: str | int, max_seconds: float | None) -> Sound:
     try:
         samples = np.asarray(array, dtype=np.float32)
     except (TypeError, ValueError) as error:
@@ -277,10 +279,15 @@ class AudioReader:
         quiet: bool = False,
     ):
         soundfile_module()
-        path = Path(source) if isinstance(source, (str, os.PathLike)) else None
+        path = None
+        self._file: BinaryIO
+        if isinstance(source, (str, os.PathLike)):
+            path = Path(source)
+            self._file = _open_file(path)
+        else:
+            self._file = BytesIO(source) if isinstance(source, bytes) else source
         self.name = name or ("the content" if path is None else str(path))
         self.sampling_rate, self._max_seconds = sampling_rate, max_seconds
-        self._file = _open_file(path) if path is not None else BytesIO(source) if isinstance(source, bytes) else source
         try:
             if self._file.seek(0, 2) == 0:
                 raise AudioError(f"Cannot read {self.name} as sound: it is empty (0 bytes).", "empty")
@@ -359,7 +366,7 @@ class AudioReader:
     def __enter__(self) -> "AudioReader":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
@@ -449,7 +456,7 @@ def _check_memory(num_bytes: float, name: str) -> None:
         )
 
 
-def check_sampling_rate(rate, name: str) -> int:
+def check_sampling_rate(rate: Any, name: str) -> int:
     """The rate in Hz as an integer. Raises AudioError if it is no number, or none that audio has."""
     try:
         number = int(rate)
@@ -477,7 +484,11 @@ def mono(
 
 
 def save(
-    path: str | os.PathLike, audio, sampling_rate: int = 24000, subtype: str | None = None, format: str | None = None
+    path: str | os.PathLike,
+    audio: ArrayLike,
+    sampling_rate: int = 24000,
+    subtype: str | None = None,
+    format: str | None = None,
 ) -> Path:
     """Writes mono audio to a sound file, first under a temporary name, so that no half-written file can be met.
 
@@ -572,13 +583,14 @@ class _CheckedOutput:
     """The file that libsndfile writes to. It keeps the first error: libsndfile ignores errors in OGG, MP3 and FLAC."""
 
     def __init__(self, partial: Path, path: Path):
-        self._file, self._path, self._error = partial.open("r+b"), path, None
+        self._file, self._path = partial.open("r+b"), path
+        self._error: OSError | None = None
         self.size = 0  # bytes, headers included
 
     def __enter__(self) -> "_CheckedOutput":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         with suppress(OSError):
             self._file.close()
 
@@ -639,7 +651,7 @@ MAX_WAV_SIZE = 2**32 - 2**16
 class ClippingMonitor:
     """How much of the audio that was written lies outside [-1, 1]."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.size, self.outside, self.peak = 0, 0, 0.0
 
     def add(self, audio: np.ndarray) -> None:
@@ -662,14 +674,14 @@ def _check_finite(audio: np.ndarray) -> None:
         raise ValueError(f"Got audio of dtype {audio.dtype} or with NaN or infinite samples, expected finite floats.")
 
 
-def say_what_changes(name, channels: int, rate: int, sampling_rate: int, channel: str | int = "mean") -> None:
+def say_what_changes(name: str, channels: int, rate: int, sampling_rate: int, channel: str | int = "mean") -> None:
     if channels > 1 and channel == "mean":
         logger.warning("%s: %d channels, averaged to one", name, channels)
     if rate != sampling_rate:
         logger.info("%s: resampled from %d to %d Hz", name, rate, sampling_rate)
 
 
-def log_warnings(name, warnings: dict[str, str]) -> None:
+def log_warnings(name: str, warnings: dict[str, str]) -> None:
     """Logs the warnings of a clip, kind -> text."""
     for kind, text in warnings.items():
         logger.warning(
@@ -720,7 +732,9 @@ def _check_file(path: Path) -> None:
         raise PermissionError(f"There is no permission to read {path}. Give it, or choose another file.")
 
 
-def _load_by_other_backend(path: Path, sampling_rate: int, backend: str, channel, max_seconds) -> np.ndarray:
+def _load_by_other_backend(
+    path: Path, sampling_rate: int, backend: str, channel: str | int, max_seconds: float | None
+) -> np.ndarray:
     """By torchaudio as transformers' `load_audio` does, or by torchcodec with a mean: FFmpeg joins two channels to be louder
     than that by 3 dB."""
     _check_file(path)
@@ -739,7 +753,7 @@ def _load_by_other_backend(path: Path, sampling_rate: int, backend: str, channel
         else:
             decoder = torchcodec_decoder()(str(path), sample_rate=sampling_rate)
             metadata = decoder.metadata
-            say_what_changes(path, metadata.num_channels, metadata.sample_rate, sampling_rate, channel)
+            say_what_changes(str(path), metadata.num_channels, metadata.sample_rate, sampling_rate, channel)
             duration = metadata.duration_seconds_from_header
             if max_seconds is not None and duration is not None and duration > max_seconds:
                 raise AudioError(f"{path} lasts {duration:.0f} s, expected at most {max_seconds:g} s.", "too-long")
@@ -750,5 +764,5 @@ def _load_by_other_backend(path: Path, sampling_rate: int, backend: str, channel
         raise AudioError(f"{path} holds no samples, expected at least one.", "empty")
     mixer = Mixer(channel, audio.shape[1], str(path))
     audio = np.ascontiguousarray(mixer(np.asarray(audio, dtype=np.float32)))
-    log_warnings(path, mixer.warnings)
+    log_warnings(str(path), mixer.warnings)
     return audio

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 
 UNKNOWN_SIZE = 0x7FFF0000
@@ -129,7 +129,7 @@ def _wav(file: BinaryIO, start: int, size: int) -> Container:
     return found
 
 
-_ORDER = {True: "big", False: "little"}
+_ORDER: dict[bool, Literal["big", "little"]] = {True: "big", False: "little"}
 
 
 def _is_last_chunk(file: BinaryIO, position: int, size: int, kind: bytes) -> bool:
@@ -284,10 +284,12 @@ def _mpeg(file: BinaryIO, start: int, size: int) -> Container | None:
     position = start
     first = _frame(_read(file, position, 4))
     if first is None:
-        position = _find_frame(file, position, size, None, num_frames=4)
-        if position is None:
+        found_at = _find_frame(file, position, size, None, num_frames=4)
+        if found_at is None:
             return None
+        position = found_at
         first = _frame(_read(file, position, 4))
+        assert first is not None  # that is what was found
     found = Container("mpeg", position, estimates_length=True)
     content = _read(file, position, first.size)
     tag = (

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -49,7 +49,8 @@ class SoundfileDecoder:
     def __init__(self, file: BinaryIO, container: Container, name: str, path: Path | None):
         self._soundfile = soundfile_module()
         self._name, self._container, self._content = name, container, file
-        self._view = None
+        self._view: _View | None = None
+        source: str | bytes | _View
         is_plain = container.format not in ("", "mpeg") and container.start == 0
         is_plain = is_plain and container.end is None and container.patch is None
         if path is not None and is_plain:
@@ -201,7 +202,8 @@ class _View(io.RawIOBase):
     def __init__(self, file: BinaryIO, container: Container):
         super().__init__()
         self._content, self._start, self._patch = file, container.start, container.patch
-        self._position, self.error = 0, None
+        self._position = 0
+        self.error: OSError | None = None
         self._size = file.seek(0, 2) - container.start
         if container.end is not None:
             self._size = min(self._size, container.end)
@@ -220,7 +222,7 @@ class _View(io.RawIOBase):
         self._position = max(0, offset + (0, self._position, self._end)[whence])
         return self._position
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         wanted = min(len(buffer), max(0, self._end - self._position))
         if self._position >= self._size:
             content = bytes(wanted if self._position >= self._end - 128 else 0)
@@ -242,7 +244,7 @@ class _View(io.RawIOBase):
         self._position += len(content)
         return len(content)
 
-    def write(self, content) -> int:  # soundfile takes no file without
+    def write(self, content: Any) -> int:  # soundfile takes no file without
         raise io.UnsupportedOperation("read only")
 
 
@@ -253,12 +255,12 @@ def reason(error: Exception) -> str:
     return re.sub(r"^.*\.cpp:\d+, ", "", text).rstrip(".")
 
 
-def soundfile_module():
+def soundfile_module() -> Any:
     require("soxr", "audio")  # transformers resamples with it
     return require("soundfile", "audio")
 
 
-def torchcodec_decoder():
+def torchcodec_decoder() -> Any:
     """The decoder class of torchcodec. Raises ImportError where it, or the libraries of FFmpeg, do not load."""
     try:
         from torchcodec.decoders import AudioDecoder

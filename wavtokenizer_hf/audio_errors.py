@@ -1,6 +1,7 @@
 """Why audio is refused, in words for people and in one word for programs."""
 
 import math
+from typing import Any
 
 
 MAX_CLIP_SECONDS = 6 * 3600.0
@@ -37,7 +38,7 @@ class AudioError(ValueError):
         super().__init__(message)
         self.kind = kind
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.kind)
 
 

@@ -1,6 +1,8 @@
 """Which classes the Auto classes of transformers give, once `wavtokenizer_hf` is imported."""
 
+import os
 import warnings
+from typing import Any, NoReturn
 
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForAudioTokenization, AutoTokenizer
@@ -20,8 +22,9 @@ def register() -> None:
     AutoModelForAudioTokenization.register(WavTokenizerConfig, WavTokenizerModel, exist_ok=True)
     for config_class in (WavTokenizerConfig, WavTokenizerEncoderConfig):
         AutoTokenizer.register(config_class, NoTextTokenizer, exist_ok=True)
-    for config_class in dict.fromkeys((WavTokenizerConfig, *_configs_with_native_extractor())):
-        _register_feature_extractor(config_class)
+    extracted: list[type] = [WavTokenizerConfig, *_configs_with_native_extractor()]
+    for model_config in dict.fromkeys(extracted):
+        _register_feature_extractor(model_config)
 
     # so that save_pretrained writes the code too, and the folder loads with trust_remote_code=True without this package
     WavTokenizerConfig.register_for_auto_class("AutoConfig")
@@ -35,7 +38,7 @@ class NoTextTokenizer:
     """Refuse `AutoTokenizer` and the pipelines for text, which else report files that are missing."""
 
     @classmethod
-    def from_pretrained(cls, name_or_path, *args, **kwargs):
+    def from_pretrained(cls, name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise ValueError: WavTokenizer encodes audio and has no tokenizer of text."""
         raise ValueError(
             f"{str(name_or_path)!r} is a WavTokenizer, which encodes audio and has no text tokenizer. AutoTokenizer and "
@@ -66,8 +69,12 @@ def _configs_with_native_extractor() -> list[type]:
         return []
     configs = []
     for model_type, names in list(FEATURE_EXTRACTOR_MAPPING_NAMES.items()):
-        names = (names,) if isinstance(names, str) else names.values() if isinstance(names, dict) else names
-        if WavTokenizerFeatureExtractor.__name__ in names:
+        classes: Any = names
+        if isinstance(names, str):
+            classes = (names,)
+        elif isinstance(names, dict):
+            classes = names.values()
+        if WavTokenizerFeatureExtractor.__name__ in classes:
             del FEATURE_EXTRACTOR_MAPPING_NAMES[model_type]
             configs.append(CONFIG_MAPPING[model_type])
     return configs

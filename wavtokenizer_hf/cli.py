@@ -12,9 +12,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from typing import NoReturn
 
 from . import __version__
 from .commands import COMMANDS
@@ -62,14 +63,14 @@ def _is_about_input(error: Exception) -> bool:
 
 
 @contextmanager
-def _cleanup_on_sigterm():
+def _cleanup_on_sigterm() -> Iterator[None]:
     """Let SIGTERM raise SystemExit, so that temporary files are removed. Exit code 143, as for any ended process."""
     if threading.current_thread() is not threading.main_thread():  # where Python sets no handlers
         yield
         return
     process = os.getpid()
 
-    def end(number, frame):
+    def end(number: int, frame: object) -> None:
         if os.getpid() != process:  # a forked worker has nothing to clean up
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -91,7 +92,7 @@ def _refuse_empty(arguments: argparse.Namespace) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         if "-m/--model" in message:
             message += " (-m bundled is the small model of this package)"
         super().error(message)
@@ -102,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     return _parsers(None)[0]
 
 
-def _parsers(command: str | None) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def _parsers(command: str | None) -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
     """The parser, and those of the commands. `command` alone has its arguments; None: all have them."""
     parser = _Parser(
         prog="wavtokenizer",

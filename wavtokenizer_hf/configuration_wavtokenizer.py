@@ -5,7 +5,8 @@ huggingface_hub, and nothing else.
 """
 
 import math
-from typing import ClassVar
+import os
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -114,7 +115,9 @@ class WavTokenizerConfig(PreTrainedConfig):
         return config
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == WavTokenizerEncoderConfig.model_type:
             raise ValueError(
@@ -123,7 +126,7 @@ class WavTokenizerConfig(PreTrainedConfig):
             )
         return config_dict, kwargs
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Refuses what the model does not build; part of the `@strict` validation."""
         built = {
             "audio_channels": 1,
@@ -165,7 +168,7 @@ class WavTokenizerConfig(PreTrainedConfig):
                 f"decoder_attention_num_groups={self.decoder_attention_num_groups}."
             )
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         auto_map = output.get("auto_map")
         if auto_map is not None:
@@ -186,7 +189,9 @@ class WavTokenizerEncoderConfig(WavTokenizerConfig):
     model_type = "wavtokenizer_encoder"
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         config_dict, kwargs = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
         if (
             config_dict.get("model_type") == WavTokenizerConfig.model_type

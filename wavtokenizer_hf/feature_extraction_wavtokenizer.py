@@ -4,10 +4,14 @@ This file is copied unchanged into every Hub repository that we write: it import
 transformers and nothing else.
 """
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import ArrayLike
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.utils import PaddingStrategy, logging
+from transformers.utils import logging
+from transformers.utils.generic import PaddingStrategy, TensorType
 
 
 logger = logging.get_logger(__name__)
@@ -45,7 +49,7 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
         hop_length: int = 600,
         normalize_audio: bool = False,
         target_peak_dB_FS: float = -3.0,
-        **kwargs,
+        **kwargs: Any,
     ):
         if feature_size != 1:
             raise ValueError(f"Got feature_size={feature_size}; WavTokenizer is mono, so it must be 1.")
@@ -59,7 +63,7 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
         self.target_peak_dB_FS = target_peak_dB_FS
 
     @classmethod
-    def from_dict(cls, feature_extractor_dict: dict, **kwargs):
+    def from_dict(cls, feature_extractor_dict: dict[str, Any], **kwargs: Any) -> "WavTokenizerFeatureExtractor":
         """Make an extractor from the fields of a preprocessor_config.json. The old field `peak_dbfs` is read too.
 
         Raises:
@@ -67,7 +71,7 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
         """
         if "peak_dbfs" in kwargs:
             raise TypeError(_RENAMED.format(kwargs["peak_dbfs"]))
-        return super().from_dict(_without_peak_dbfs(feature_extractor_dict), **kwargs)
+        return super().from_dict(_without_peak_dbfs(feature_extractor_dict), **kwargs)  # type: ignore[return-value]  # or a pair, with return_unused_kwargs
 
     def get_num_audio_codes(self, num_samples: int) -> int:
         """Return the number of codes for `num_samples` samples of audio: one per started hop."""
@@ -75,11 +79,11 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
 
     def __call__(
         self,
-        audio,
+        audio: ArrayLike,
         padding: bool | str | PaddingStrategy | None = None,
         truncation: bool | None = False,
         max_length: int | None = None,
-        return_tensors=None,
+        return_tensors: str | TensorType | None = None,
         sampling_rate: int | None = None,
         pad_to_multiple_of: int | None = None,
         normalize_audio: bool | None = None,
@@ -127,12 +131,23 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
         input_values, padding_mask = self._pad_clips(clips, padding, truncation, max_length, pad_to_multiple_of)
         return BatchFeature({"input_values": input_values, "padding_mask": padding_mask}, tensor_type=return_tensors)
 
-    def _pad_clips(self, clips, padding, truncation, max_length, multiple):
+    def _pad_clips(
+        self,
+        clips: list[np.ndarray],
+        padding: bool | str | PaddingStrategy | None,
+        truncation: bool | None,
+        max_length: int | None,
+        multiple: int | None,
+    ) -> tuple[Any, Any]:
         """Clips (T_b,) -> input_values (B, 1, T) and padding_mask (B, T), or lists of each where lengths differ.
 
         The inherited `pad` would do, but transformers is about to change what it takes (pull request 44394).
         """
-        named = {True: PaddingStrategy.LONGEST, None: PaddingStrategy.LONGEST, False: PaddingStrategy.DO_NOT_PAD}
+        named: dict[Any, PaddingStrategy] = {
+            True: PaddingStrategy.LONGEST,
+            None: PaddingStrategy.LONGEST,
+            False: PaddingStrategy.DO_NOT_PAD,
+        }
         padding = PaddingStrategy(named.get(padding, padding))
         if max_length is None and (truncation or padding == PaddingStrategy.MAX_LENGTH):
             raise ValueError("Truncation and padding='max_length' need max_length, in samples. Pass max_length.")
@@ -146,8 +161,10 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
         sizes = [len(clip) for clip in clips]
         if padding == PaddingStrategy.LONGEST:
             max_length = -(-max(sizes) // multiple) * multiple
-        if padding != PaddingStrategy.DO_NOT_PAD:
+        if padding != PaddingStrategy.DO_NOT_PAD and max_length is not None:
             sizes = [max(size, max_length) for size in sizes]
+        input_values: Any
+        padding_mask: Any
         if len(set(sizes)) == 1:
             input_values = np.full((len(clips), 1, sizes[0]), self.padding_value, np.float32)
             padding_mask = np.zeros((len(clips), sizes[0]), np.int32)
@@ -172,7 +189,7 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
                 f"transformers.audio_utils.load_audio(path, sampling_rate={self.sampling_rate})."
             )
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         if output.get("auto_map") is not None:
             # undoes a [name, null] pair of transformers, see _plain_auto_map in configuration_wavtokenizer.py
@@ -180,17 +197,16 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
         return output
 
 
-def _clips(audio) -> list[np.ndarray]:
+def _clips(audio: ArrayLike) -> list[np.ndarray]:
     """The clips of `audio`, each checked, float32 and of shape (T,)."""
-    is_batch = isinstance(audio, (list, tuple)) and not (len(audio) > 0 and np.isscalar(audio[0]))
-    if is_batch and len(audio) == 0:
-        raise ValueError("Got an empty list of clips, expected at least one clip.")
-    if not is_batch:
+    if not isinstance(audio, (list, tuple)) or (len(audio) > 0 and np.isscalar(audio[0])):
         return [_clip(audio, "audio")]
+    if len(audio) == 0:
+        raise ValueError("Got an empty list of clips, expected at least one clip.")
     return [_clip(clip, f"audio[{index}]") for index, clip in enumerate(audio)]
 
 
-def _clip(clip, name: str) -> np.ndarray:
+def _clip(clip: Any, name: str) -> np.ndarray:
     if hasattr(clip, "detach"):  # a torch tensor; numpy has no bfloat16, so floats become float32 on torch's side
         clip = clip.detach().cpu()
         clip = clip.float() if clip.is_floating_point() else clip

@@ -54,7 +54,7 @@ def find_files(folder: str | os.PathLike, suffixes: Sequence[str]) -> FoundFiles
 def walk(folder: str | os.PathLike) -> list[str]:
     """Return all files below a folder, sorted by the parts of their paths. Raises OSError if a folder cannot be read."""
     paths = []
-    for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+    for parent, folders, names in os.walk(os.fspath(folder), onerror=_raise, followlinks=True):
         # a link to a parent folder would never end
         folders[:] = [name for name in folders if not holds(os.path.join(parent, name), parent)]
         paths += [os.path.join(parent, name) for name in names]

@@ -1,10 +1,11 @@
 """Run a function once transformers has been imported, without importing it."""
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 def after_import(name: str, function: Callable[[], None], dependents: Collection[str] = ()) -> None:
@@ -28,7 +29,9 @@ class _Finder(MetaPathFinder):
         self.name, self.function, self.watched = name, function, {name, *dependents}
         self.depth = 0  # watched modules that are being imported, one inside the other
 
-    def find_spec(self, name: str, path=None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name not in self.watched:
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
@@ -49,14 +52,16 @@ class _Loader(Loader):
     def __init__(self, loader: Loader, finder: _Finder):
         self.loader, self.finder = loader, finder
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)  # get_code, is_package and the like, for those who only look for the module
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader  # for what asks a module for its source or its data
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        module.__loader__ = self.loader  # for what asks a module for its source or its data
         self.finder.depth += 1
         try:
             self.loader.exec_module(module)

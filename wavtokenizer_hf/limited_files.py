@@ -13,8 +13,9 @@ import stat
 import struct
 import tokenize
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeGuard
 
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ def check_archive(path: Path) -> None:
         raise ValueError(f"its members promise more bytes than the {size} of the file")
 
 
-def one_line(error: Exception | str, most: int = 300) -> str:
+def one_line(error: BaseException | str, most: int = 300) -> str:
     """The message of an error in one line of at most `most` characters; its type where it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else text[: most - 1] + "…"
@@ -277,7 +278,7 @@ def short_repr(value: Any, most: int = 100) -> str:
 _HEADER_KEYS = ("dtype", "shape", "data_offsets")
 
 
-def _are_sizes(values: Any) -> bool:
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
@@ -285,7 +286,7 @@ def _too_large(size: int, max_bytes: int) -> str:
     return f"it has {size} bytes or more, expected at most {max_bytes}"
 
 
-def _refuse_constant(name: str):
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"it holds the number {name}, expected finite numbers")
 
 
@@ -311,7 +312,7 @@ def _depth(content: bytes) -> int:
     return deepest
 
 
-def _check_depth(events) -> None:
+def _check_depth(events: Iterable[Any]) -> None:
     """Raise ValueError if YAML is nested too deep: events come without recursion, and PyYAML's time grows with the depth."""
     depth = 0
     for event in events:
@@ -321,7 +322,7 @@ def _check_depth(events) -> None:
             raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
 
 
-def _count_nodes(node, counts: dict[int, int]) -> int:
+def _count_nodes(node: Any, counts: dict[int, int]) -> int:
     """Nodes below and with this one, each alias counted as what it stands for. Raises ValueError beyond the limit."""
     if id(node) in counts:
         if counts[id(node)] == 0:

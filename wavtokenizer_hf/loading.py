@@ -1,6 +1,7 @@
 """Load models by name. Raises ValueError with a one-line reason."""
 
 import os
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -13,6 +14,7 @@ from .configuration_wavtokenizer import WavTokenizerConfig
 from .feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 from .limited_files import FLOAT_DTYPES, MAX_HEADER_BYTES, one_line, read_json_object, read_safetensors_header
 from .model_names import find_model, find_torch_model
+from .modeling_wavtokenizer_typing import Model
 
 
 UNREADABLE = (OSError, ValueError, SafetensorError, RuntimeError, StrictDataclassError, OverflowError, KeyError)
@@ -20,12 +22,12 @@ UNREADABLE = (OSError, ValueError, SafetensorError, RuntimeError, StrictDataclas
 
 
 def load_model(
-    model_class: type[PreTrainedModel],
+    model_class: type[Model],
     name: str | os.PathLike,
     revision: str | None = None,
     device: str | torch.device | None = None,
-    **arguments,
-) -> PreTrainedModel:
+    **arguments: Any,
+) -> Model:
     """
     Load a model for inference.
 
@@ -44,9 +46,10 @@ def load_model(
     source, revision = find_torch_model(name, revision), revision or "main"
     try:
         check_files(model_class, source, revision)
-        model, info = model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(  # a pair, unlike its annotation, because of output_loading_info
             source, revision=revision, output_loading_info=True, use_safetensors=True, **arguments
         )
+        model, info = cast(tuple[Model, dict[str, Any]], loaded)
     except UNREADABLE as error:  # not every message names the model
         raise ValueError(f"Cannot load the model {name!r}: {one_line(_reason(error))}") from error
     if info["missing_keys"]:  # transformers would fill them with random numbers
@@ -54,9 +57,10 @@ def load_model(
         raise ValueError(f"The model {name!r} lacks {len(info['missing_keys'])} tensors, such as {missing}.")
     check_finite(model, name)
     try:
-        return model.eval().to(device or "cpu")
+        model.eval().to(device or "cpu")
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without that device
         raise ValueError(f"Cannot use the device {str(device)!r}: {one_line(error)}") from error
+    return model
 
 
 def load_feature_extractor(
@@ -128,7 +132,8 @@ def check_files(model_class: type[PreTrainedModel], source: str, revision: str =
     tensors = _headers(source, revision)
     if not tensors:
         return
-    config = model_class.config_class.from_pretrained(source, revision=revision)
+    config_class: Any = model_class.config_class  # None for abstract classes only
+    config = config_class.from_pretrained(source, revision=revision)
     for field in ("num_lstm_layers", "num_residual_layers", "decoder_num_layers"):
         if getattr(config, field) > len(tensors):
             raise ValueError(
@@ -173,7 +178,7 @@ def _headers(source: str, revision: str) -> dict[str, tuple[str, tuple[int, ...]
         if strange := next((file for file in weight_map.values() if os.path.basename(file) != file), None):
             raise ValueError(f"{index} names {strange!r}, expected files beside it.")
         files = [_file(source, file, revision) for file in sorted(set(weight_map.values()))]
-    found = {}
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in filter(None, files):
         tensors, _ = read_safetensors_header(file)
         found |= {name: (dtype, shape) for name, (dtype, shape, _, _) in tensors.items()}
@@ -185,6 +190,6 @@ def _file(source: str, name: str, revision: str) -> str | None:
     return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
 
 
-def _reason(error: Exception) -> Exception:
+def _reason(error: Exception) -> BaseException:
     # the configuration's own message, without the name of the validator around it
     return error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error

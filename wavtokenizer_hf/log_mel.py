@@ -16,6 +16,9 @@ class LogMel(nn.Module):
         num_mels: Number of mel bands from 0 Hz to half the sampling rate.
     """
 
+    filters: torch.Tensor
+    window: torch.Tensor
+
     def __init__(self, sampling_rate: int = 24000, n_fft: int = 1024, hop_length: int = 256, num_mels: int = 100):
         super().__init__()
         self.n_fft, self.hop_length = n_fft, hop_length

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from .feature_extraction_wavtokenizer import peak_gain
 from .modeling_wavtokenizer import WavTokenizerEncoderModel, WavTokenizerModel
@@ -35,7 +36,7 @@ class EncodeStream:
     """
 
     def __init__(self, model: WavTokenizerModel | WavTokenizerEncoderModel, state: EncoderState | None = None):
-        self.encoder_model = getattr(model, "encoder_model", model)
+        self.encoder_model = model.encoder_model if isinstance(model, WavTokenizerModel) else model
         self.state = EncoderState() if state is None else state
         self._flushed = False
 
@@ -45,7 +46,7 @@ class EncodeStream:
         encoder = self.encoder_model.encoder
         return (1 + encoder.right_context + encoder.output_context) * encoder.hop_length
 
-    def push(self, audio, sampling_rate: int | None = None) -> torch.LongTensor:
+    def push(self, audio: torch.Tensor | ArrayLike, sampling_rate: int | None = None) -> torch.Tensor:
         """
         Take the next samples and return the codes that are complete with them.
 
@@ -70,7 +71,7 @@ class EncodeStream:
             raise ValueError("Got NaN or infinite samples, expected finite numbers. Repair the audio first.")
         return self._continue(audio, final=False)
 
-    def flush(self) -> torch.LongTensor:
+    def flush(self) -> torch.Tensor:
         """End the stream and return the codes that are left.
 
         Returns:
@@ -87,12 +88,12 @@ class EncodeStream:
         self._flushed = True
         return codes
 
-    def _continue(self, audio: torch.Tensor, final: bool) -> torch.LongTensor:
+    def _continue(self, audio: torch.Tensor, final: bool) -> torch.Tensor:
         self._check_open()
         audio = audio.detach()[None, None].to(self.encoder_model.device, torch.float32)
         with torch.no_grad():
             latents, codes, state = encode_chunk(self.encoder_model, audio, self.state, final)
-        check_latents(latents.sum(), state.audio if audio.numel() == 0 else audio)
+        check_latents(latents.sum(), audio if state.audio is None or audio.numel() > 0 else state.audio)
         self.state = state
         return codes[0, 0].cpu()
 
@@ -149,7 +150,7 @@ class DecodeStream:
         """Number of codes that have to arrive before the first audio comes out."""
         return self._window[0]
 
-    def push(self, audio_codes) -> torch.FloatTensor:
+    def push(self, audio_codes: torch.Tensor | ArrayLike) -> torch.Tensor:
         """
         Take the next codes and return the audio that is complete with them.
 
@@ -172,7 +173,7 @@ class DecodeStream:
             audio_codes = torch.zeros(1, 1, 0, dtype=torch.long, device="cpu")
         return self._continue(audio_codes, final=False)
 
-    def flush(self) -> torch.FloatTensor:
+    def flush(self) -> torch.Tensor:
         """End the stream and return the audio that is left.
 
         Returns:
@@ -185,7 +186,7 @@ class DecodeStream:
         self._flushed = True
         return audio_values
 
-    def _continue(self, audio_codes: torch.Tensor, final: bool) -> torch.FloatTensor:
+    def _continue(self, audio_codes: torch.Tensor, final: bool) -> torch.Tensor:
         if self._flushed:
             raise ValueError("This stream has been flushed. Start a new DecodeStream for the next codes.")
         with torch.no_grad():
@@ -211,12 +212,12 @@ def scale_to_peak(blocks: Iterable[np.ndarray], peak_level: float | None) -> Ite
     if peak_level is None:
         yield from blocks
         return
-    peak, sizes = np.float32(0), []
+    peak, sizes = 0.0, []
     with tempfile.SpooledTemporaryFile(2**26) as file:
         for block in blocks:
-            peak = max(peak, np.abs(block).max(initial=0))
+            peak = max(peak, float(np.abs(block).max(initial=0)))
             sizes.append(len(block))
-            file.write(np.ascontiguousarray(block, np.float32))
+            file.write(np.ascontiguousarray(block, np.float32).data)
         file.seek(0)
         for size in sizes:
             block = np.frombuffer(file.read(4 * size), np.float32)

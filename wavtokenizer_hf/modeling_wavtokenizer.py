@@ -22,6 +22,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedAudioTokenizerBase
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import ModelOutput
 
 from .configuration_wavtokenizer import WavTokenizerConfig, WavTokenizerEncoderConfig
 from .modeling_wavtokenizer_batching import EncodePolicy, encode_rows
@@ -39,6 +40,7 @@ from .modeling_wavtokenizer_encoder import WavTokenizerEncoder, WavTokenizerLSTM
 from .modeling_wavtokenizer_padding import PaddedBatch
 from .modeling_wavtokenizer_pickling import PicklableModel
 from .modeling_wavtokenizer_precision import Float32Module
+from .modeling_wavtokenizer_typing import Model, TypedModel, can_return_tuple
 from .modeling_wavtokenizer_windows import decode_windows, window_frames
 
 
@@ -58,9 +60,9 @@ class WavTokenizerEncoderOutput(ModelOutput):
             0 where the mask is 0; with `output_latents=True`.
     """
 
-    audio_codes: torch.LongTensor | None = None
+    audio_codes: torch.Tensor = None  # type: ignore[assignment]  # never None, but transformers asks for a default
     audio_codes_mask: torch.Tensor | None = None
-    latents: torch.FloatTensor | None = None
+    latents: torch.Tensor | None = None
 
 
 @dataclass
@@ -71,7 +73,7 @@ class WavTokenizerDecoderOutput(ModelOutput):
             nominally in [-1, 1] and not clipped.
     """
 
-    audio_values: torch.FloatTensor | None = None
+    audio_values: torch.Tensor = None  # type: ignore[assignment]  # never None
 
 
 @dataclass
@@ -84,10 +86,10 @@ class WavTokenizerOutput(ModelOutput):
         latents (`torch.FloatTensor` of shape `(B, D, L)`, *optional*): the encoder's output before it is quantized.
     """
 
-    audio_values: torch.FloatTensor | None = None
-    audio_codes: torch.LongTensor | None = None
+    audio_values: torch.Tensor = None  # type: ignore[assignment]  # never None
+    audio_codes: torch.Tensor = None  # type: ignore[assignment]  # never None
     audio_codes_mask: torch.Tensor | None = None
-    latents: torch.FloatTensor | None = None
+    latents: torch.Tensor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,6 +99,11 @@ class WavTokenizerOutput(ModelOutput):
 
 class WavTokenizerCodebook(nn.Module):
     """K entries of D numbers, with the moving averages that training keeps of them. The model itself changes none."""
+
+    inited: torch.Tensor
+    cluster_size: torch.Tensor
+    embed: torch.Tensor
+    embed_avg: torch.Tensor
 
     def __init__(self, config: WavTokenizerConfig):
         super().__init__()
@@ -225,7 +232,7 @@ def eager_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with an L x L matrix: (B, 1, L, H) each -> (B, L, 1, H) and the weights (B, 1, L, L)."""
     weights = query @ key.transpose(2, 3) * scaling
@@ -269,7 +276,7 @@ class WavTokenizerAdaLayerNorm(Float32Module):
         self.eps = config.norm_eps
         self.scale = nn.Embedding(config.adanorm_num_embeddings, config.decoder_hidden_size)
         self.shift = nn.Embedding(config.adanorm_num_embeddings, config.decoder_hidden_size)
-        self.scale.initial_value, self.shift.initial_value = 1.0, 0.0  # see _init_weights
+        self.scale.initial_value, self.shift.initial_value = 1.0, 0.0  # type: ignore[assignment]  # see _init_weights
 
     def forward(self, hidden_states: torch.Tensor, bandwidth_id: int) -> torch.Tensor:
         row = torch.full((), bandwidth_id, dtype=torch.long, device=hidden_states.device)
@@ -299,7 +306,7 @@ class WavTokenizerConvNeXtBlock(GradientCheckpointingLayer):
         self.pwconv1 = nn.Linear(channels, config.decoder_intermediate_size)
         self.pwconv2 = nn.Linear(config.decoder_intermediate_size, channels)
         for layer in (self.dwconv, self.pwconv1, self.pwconv2):
-            layer.initial_std = 0.02  # see _init_weights
+            layer.initial_std = 0.02  # type: ignore[assignment]  # see _init_weights
         self.gamma = nn.Parameter(torch.full((channels,), 1 / config.decoder_num_layers))
 
     def forward(
@@ -326,7 +333,7 @@ class WavTokenizerBackbone(nn.Module):
         super().__init__()
         channels, groups = config.decoder_hidden_size, config.decoder_attention_num_groups
         self.embed = nn.Conv1d(config.codebook_dim, channels, kernel_size=7, padding=3)
-        self.embed.initial_std = 0.02  # see _init_weights
+        self.embed.initial_std = 0.02  # type: ignore[assignment]  # see _init_weights
         self.pos_net = nn.ModuleList(  # the name in the files; it encodes no positions
             [
                 WavTokenizerResnetBlock(config),
@@ -400,17 +407,19 @@ class WavTokenizerISTFTHead(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class WavTokenizerPreTrainedModel(PicklableModel, PreTrainedAudioTokenizerBase):
+class WavTokenizerPreTrainedModel(TypedModel, PicklableModel, PreTrainedAudioTokenizerBase):  # type: ignore[misc]  # `to`
     config_class = WavTokenizerConfig
     base_model_prefix = "encoder_model"
     main_input_name = "input_values"
-    input_modalities = ("audio",)
+    input_modalities = ("audio",)  # type: ignore[assignment]  # as in the native model
     supports_gradient_checkpointing = True
     _no_split_modules = [
         "WavTokenizerResidualBlock", "WavTokenizerResnetBlock", "WavTokenizerAttention", "WavTokenizerConvNeXtBlock"
     ]  # fmt: skip
     _supports_sdpa = True
     _can_compile_fullgraph = True
+    config: WavTokenizerConfig
+    quantizer: WavTokenizerQuantizer
 
     @property
     def codebook_fingerprint(self) -> str:
@@ -431,7 +440,7 @@ class WavTokenizerPreTrainedModel(PicklableModel, PreTrainedAudioTokenizerBase):
             )
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls: type[Model], *args: Any, **kwargs: Any) -> Model:
         """Load a model, on the default device of torch unless `device_map` names another.
 
         Raises:
@@ -448,36 +457,38 @@ class WavTokenizerPreTrainedModel(PicklableModel, PreTrainedAudioTokenizerBase):
                 ) from error
         return super().from_pretrained(*args, **kwargs)
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         if self.quantizer.codebook.embed.device.type != "meta":  # offloaded weights cannot be read here
             self.config.codebook_fingerprint = self.codebook_fingerprint
         return super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         """Initialise for training from scratch, as the reference implementation does.
 
         Only modules with tensors of their own are handled. What differs among them is an attribute set by their parent,
         since transformers does not call this for modules without tensors (5.23.0, modeling_utils.py:2371).
         """
         if isinstance(module, ParametrizationList):  # weight norm: PyTorch's, split into gain and direction
-            gain, direction = module.original0, module.original1
+            gain, direction = module.get_parameter("original0"), module.get_parameter("original1")
             init.kaiming_uniform_(direction, a=math.sqrt(5))
             init.copy_(gain, torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True))
         elif isinstance(module, (nn.Conv1d, nn.Linear)):
-            if hasattr(module, "initial_std"):
-                init.trunc_normal_(module.weight, std=module.initial_std)
-                init.zeros_(module.bias)
+            if (initial_std := getattr(module, "initial_std", None)) is not None:
+                init.trunc_normal_(module.weight, std=initial_std)
+                if module.bias is not None:
+                    init.zeros_(module.bias)
             else:  # PyTorch's own
                 if not is_parametrized(module):
                     init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-                bound = module.weight[0].numel() ** -0.5
-                init.uniform_(module.bias, -bound, bound)
+                if module.bias is not None:
+                    bound = module.weight[0].numel() ** -0.5
+                    init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, WavTokenizerLSTMLayers):  # PyTorch's own
             for parameter in module.parameters():
                 init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
         elif isinstance(module, nn.Embedding):
-            init.constant_(module.weight, module.initial_value)
+            init.constant_(module.weight, module.initial_value)  # type: ignore[arg-type]  # set by the parent
         elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -490,7 +501,7 @@ class WavTokenizerPreTrainedModel(PicklableModel, PreTrainedAudioTokenizerBase):
             init.copy_(module.embed_avg, module.embed)
 
 
-class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):
+class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):  # type: ignore[misc]  # `to`
     """Encoder and quantizer: audio to codes. Loads from the files of a whole WavTokenizer, or from its own.
 
     It stays in float32 whatever dtype the model is loaded in or moved to: bfloat16 changes most codes.
@@ -549,13 +560,13 @@ class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):
         padding_mask: torch.Tensor | None = None,
         output_latents: bool = False,
         chunk_seconds: float | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> WavTokenizerEncoderOutput:
         return self.encode(input_values, padding_mask, output_latents, chunk_seconds, **kwargs)
 
     forward.__doc__ = encode.__doc__
 
-    def decode(self, *args, **kwargs):
+    def decode(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
             "WavTokenizerEncoderModel has no decoder. Load the same files with WavTokenizerModel to decode codes to audio."
         )
@@ -570,7 +581,7 @@ class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):
     ) -> WavTokenizerEncoderOutput:
         audio, batch = self._read_audio(input_values, padding_mask)
         latents, audio_codes = self._encode_rows(audio, batch, output_latents, chunk_seconds, policy)
-        return self._output(WavTokenizerEncoderOutput, latents, audio_codes, batch, padding_mask)
+        return WavTokenizerEncoderOutput(**self._output_fields(latents, audio_codes, batch, padding_mask))
 
     @staticmethod
     def _read_audio(
@@ -611,14 +622,16 @@ class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):
             lengths = None if batch is None else batch.lengths
             return encode_rows(self, audio, lengths, output_latents, chunk_seconds, policy)
 
-    def _output(self, output_class, latents, audio_codes, batch: PaddedBatch | None, padding_mask, **fields):
+    def _output_fields(
+        self, latents: torch.Tensor | None, codes: torch.Tensor, batch: PaddedBatch | None, mask: torch.Tensor | None
+    ) -> dict[str, Any]:
         """Move the codes and latents of each row to where its audio was, and add their mask."""
-        mask = None if padding_mask is None else torch.ones_like(audio_codes, dtype=padding_mask.dtype)
-        if batch is not None:
+        codes_mask = None if mask is None else torch.ones_like(codes, dtype=mask.dtype)
+        if batch is not None and codes_mask is not None:
             frames = batch.frames(self.config.hop_length)
-            audio_codes, mask = frames.restore_padding(audio_codes), frames.mask().to(mask.dtype)
+            codes, codes_mask = frames.restore_padding(codes), frames.mask().to(codes_mask.dtype)
             latents = None if latents is None else frames.restore_padding(latents)
-        return output_class(audio_codes=audio_codes, audio_codes_mask=mask, latents=latents, **fields)
+        return {"audio_codes": codes, "audio_codes_mask": codes_mask, "latents": latents}
 
 
 class WavTokenizerModel(WavTokenizerPreTrainedModel):
@@ -636,7 +649,7 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         self.post_init()
 
     @property
-    def quantizer(self) -> WavTokenizerQuantizer:
+    def quantizer(self) -> WavTokenizerQuantizer:  # type: ignore[override]  # an attribute of the encoder model
         return self.encoder_model.quantizer
 
     @can_return_tuple
@@ -647,7 +660,7 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         output_latents: bool = False,
         chunk_seconds: float | None = None,
     ) -> WavTokenizerEncoderOutput:
-        return self.encoder_model.encode(input_values, padding_mask, output_latents, chunk_seconds, return_dict=True)
+        return self.encoder_model._encode(input_values, padding_mask, output_latents, chunk_seconds)
 
     encode.__doc__ = WavTokenizerEncoderModel.encode.__doc__
 
@@ -730,22 +743,16 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
         audio_values = self._decode_rows(audio_codes, frames, bandwidth_id)[..., : input_values.shape[-1]]
         if batch is not None:
             audio_values = batch.restore_padding(audio_values)
-        return self.encoder_model._output(
-            WavTokenizerOutput, latents, audio_codes, batch, padding_mask, audio_values=audio_values
-        )
+        fields = self.encoder_model._output_fields(latents, audio_codes, batch, padding_mask)
+        return WavTokenizerOutput(audio_values=audio_values, **fields)
 
     def _read_codes(
         self, audio_codes: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, PaddedBatch | None]:
         """Check codes and return them as (B, 1, L) int64, rows aligned to the left, with their padding."""
-        is_tensor = isinstance(audio_codes, torch.Tensor)
-        if (
-            not is_tensor
-            or audio_codes.is_floating_point()
-            or audio_codes.is_complex()
-            or audio_codes.dtype == torch.bool
-        ):
-            got = audio_codes.dtype if is_tensor else type(audio_codes).__name__
+        dtype = audio_codes.dtype if isinstance(audio_codes, torch.Tensor) else None
+        if dtype is None or dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+            got = dtype or type(audio_codes).__name__
             raise ValueError(f"Got audio_codes of type {got}, expected an integer tensor.")
         if audio_codes.ndim != 3 or audio_codes.shape[1] != 1 or audio_codes.numel() == 0:
             raise ValueError(

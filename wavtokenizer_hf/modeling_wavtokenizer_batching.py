@@ -11,14 +11,24 @@ siblings, and nothing else.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from .modeling_wavtokenizer_encoder import EncoderState, WavTokenizerLSTM, chunk_ranges
+from .modeling_wavtokenizer_encoder import EncoderState, WavTokenizerEncoder, WavTokenizerLSTM, chunk_ranges
 from .modeling_wavtokenizer_padding import valid_mask
 from .modeling_wavtokenizer_precision import full_float32
+
+
+class EncoderModel(Protocol):
+    """What the functions below need of a WavTokenizerEncoderModel, whose file imports this one."""
+
+    config: Any
+    encoder: WavTokenizerEncoder
+    quantizer: Any
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,7 @@ class EncodePolicy:
     block_seconds: float | None  # length of the blocks in which one clip goes through the convolutions
     chunk_seconds: float = 60.0  # longer rows are encoded in chunks of this length, in constant memory
 
-    def block_size(self, config) -> int | None:
+    def block_size(self, config: Any) -> int | None:
         """Frames of a block, None for no blocks."""
         return None if self.block_seconds is None else math.ceil(self.block_seconds * config.frame_rate)
 
@@ -55,7 +65,7 @@ SCORE_TOLERANCE = 1e-6
 
 
 def encode_rows(
-    model,
+    model: EncoderModel,
     audio: torch.Tensor,
     lengths: torch.Tensor | None,
     output_latents: bool = False,
@@ -65,7 +75,7 @@ def encode_rows(
     """Encode rows that are aligned to the left.
 
     Args:
-        model: WavTokenizerEncoderModel.
+        model: A WavTokenizerEncoderModel.
         audio: (B, 1, T) float32.
         lengths: (B,) valid samples of each row. None if all are valid.
         output_latents: Whether to return latents.
@@ -93,19 +103,20 @@ def encode_rows(
         groups = [[row] for row in order]
     for group in groups:
         clips = [audio[row : row + 1, :, : row_lengths[row]] for row in group]
+        encoded: Sequence[tuple[torch.Tensor | None, torch.Tensor]]
         if len(group) == 1:
             encoded = [_encode_together(model, clips[0], None, output_latents, chunk_seconds, policy)]
         else:
             encoded = _encode_with_shared_lstm(model, clips, policy)
         for row, (clip_latents, clip_codes) in zip(group, encoded, strict=True):
             codes[row, :, : clip_codes.shape[-1]] = clip_codes[0]
-            if output_latents:
+            if latents is not None and clip_latents is not None:
                 latents[row, :, : clip_codes.shape[-1]] = clip_latents[0]
     return latents, codes
 
 
 def encode_chunk(
-    model,
+    model: EncoderModel,
     audio: torch.Tensor,
     state: EncoderState,
     final: bool,
@@ -115,7 +126,7 @@ def encode_chunk(
     """Encode the next chunk of a signal.
 
     Args:
-        model: WavTokenizerEncoderModel.
+        model: A WavTokenizerEncoderModel.
         audio: (B, 1, N) next samples, N >= 0, float32.
         state: `EncoderState()` for the first chunk, then the state that the previous call returned.
         final: Whether the signal ends with this chunk.
@@ -142,7 +153,7 @@ def check_latents(latents_sum: torch.Tensor, audio: torch.Tensor) -> None:
 
 
 def _encode_together(
-    model,
+    model: EncoderModel,
     audio: torch.Tensor,
     lengths: torch.Tensor | None,
     output_latents: bool,
@@ -162,7 +173,7 @@ def _encode_together(
             model, audio[..., first * hop : last * hop], state, last == num_frames, lengths, policy
         )
         codes[..., position : state.num_frames] = chunk_codes
-        if output_latents:
+        if latents is not None:
             latents[..., position : state.num_frames] = chunk_latents
         total = total + chunk_latents.detach().sum()
         position = state.num_frames
@@ -170,13 +181,21 @@ def _encode_together(
     if lengths is not None:
         valid = valid_mask(-(-lengths // hop), num_frames)
         codes = codes * valid
-        latents = latents * valid if output_latents else None
+        latents = None if latents is None else latents * valid
     return latents, codes
 
 
-def _encode_together_and_recheck(model, audio, lengths, output_latents, chunk_seconds, policy):
+def _encode_together_and_recheck(
+    model: EncoderModel,
+    audio: torch.Tensor,
+    lengths: torch.Tensor | None,
+    output_latents: bool,
+    chunk_seconds: float | None,
+    policy: EncodePolicy,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Encode all rows at once, and rows with near ties again, alone."""
     latents, codes = _encode_together(model, audio, lengths, True, chunk_seconds, policy)
+    assert latents is not None
     hop = model.config.hop_length
     row_lengths = [audio.shape[-1]] * len(audio) if lengths is None else lengths.tolist()
     for row, length in enumerate(row_lengths):
@@ -184,12 +203,13 @@ def _encode_together_and_recheck(model, audio, lengths, output_latents, chunk_se
         if clear_codes(model, latents[row : row + 1, :, :num_frames], MASKS_TOLERANCE) is None:
             clip = audio[row : row + 1, :, :length]
             alone, codes[row, :, :num_frames] = _encode_together(model, clip, None, True, chunk_seconds, policy)
+            assert alone is not None
             latents[row, :, :num_frames] = alone[0]
     return latents if output_latents else None, codes
 
 
 def _encode_with_shared_lstm(
-    model, clips: list[torch.Tensor], policy: EncodePolicy
+    model: EncoderModel, clips: list[torch.Tensor], policy: EncodePolicy
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Encode clips (1, 1, T_b) of rising length: the steps of the LSTM for all clips, the other layers clip by clip."""
     encoder, block_size = model.encoder, policy.block_size(model.config)
@@ -223,7 +243,7 @@ def _shared_lstm(lstm: WavTokenizerLSTM, frames: list[torch.Tensor]) -> list[tor
     return [joined[row : row + 1, :, :length] for row, length in enumerate(lengths)]
 
 
-def clear_codes(model, latents: torch.Tensor, tolerance: float) -> torch.Tensor | None:
+def clear_codes(model: EncoderModel, latents: torch.Tensor, tolerance: float) -> torch.Tensor | None:
     """Return the codes (B, 1, L) of latents (B, D, L), or None if one is a near tie.
 
     A near tie might be another code if the latents moved by `tolerance` of their length.
@@ -238,7 +258,7 @@ def clear_codes(model, latents: torch.Tensor, tolerance: float) -> torch.Tensor 
     return nearest[..., 0][:, None] if clear else None
 
 
-def _chunk_size(model, chunk_seconds: float | None, num_frames: int, policy: EncodePolicy) -> int:
+def _chunk_size(model: EncoderModel, chunk_seconds: float | None, num_frames: int, policy: EncodePolicy) -> int:
     """Frames of a chunk, so that it is no longer than `chunk_seconds` with the frames around it."""
     if chunk_seconds is None:
         if torch.compiler.is_compiling() or num_frames <= policy.chunk_seconds * model.config.frame_rate:

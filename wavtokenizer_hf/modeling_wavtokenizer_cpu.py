@@ -25,6 +25,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,11 +44,24 @@ enabled = os.environ.get("WAVTOKENIZER_FAST_CPU", "1") != "0"
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _optional(function: Callable) -> Callable:
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
+
+
+class EncoderConvolution(Protocol):
+    """What `fast_convolve` needs of a WavTokenizerConv1d, whose file imports this one."""
+
+    conv: nn.Conv1d
+    stride: int
+    left: int
+    right: int
+
+
+def _optional(function: Callable[Arguments, Value]) -> Callable[Arguments, Value | None]:
     """Make a function of this module return None, instead of raising, where it cannot run."""
 
     @functools.wraps(function)
-    def attempt(*args, **kwargs):
+    def attempt(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Value | None:
         if not enabled:
             return None
         try:
@@ -102,7 +116,13 @@ def _is_plain(*layers: nn.Module) -> bool:
 _PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.ELU.forward)
 
 
-def _linear_operator(inputs, weight, bias, add=None, gelu=False):
+def _linear_operator(
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    add: torch.Tensor | None = None,
+    gelu: bool = False,
+) -> torch.Tensor:
     if add is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(inputs, add, weight, bias, "add")
     activation, algorithm = ("gelu", "none") if gelu else ("none", "")
@@ -120,7 +140,14 @@ def _pack_lstm(by_input: torch.Tensor, by_state: torch.Tensor, hidden_size: int)
 _ONEDNN_LSTM = 2  # its number among the kinds of recurrent layers
 
 
-def _lstm_operator(inputs, packed, biases, hidden, cell, hidden_size):
+def _lstm_operator(
+    inputs: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    hidden: torch.Tensor,
+    cell: torch.Tensor,
+    hidden_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.ops.aten.mkldnn_rnn_layer(
         inputs, *packed, *biases, hidden, cell, False, [], _ONEDNN_LSTM, hidden_size, 1, True, False, False, False
     )[:3]
@@ -152,14 +179,14 @@ def _try_packed_linear(dtype: torch.dtype) -> Iterable[tuple[torch.Tensor, torch
 
 def _try_lstm(dtype: torch.dtype) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
     size = 32
-    weights = [_wave(4 * size, size, dtype=dtype), _wave(4 * size, size, dtype=dtype).flip(0)]
+    by_input, by_state = _wave(4 * size, size, dtype=dtype), _wave(4 * size, size, dtype=dtype).flip(0)
     biases = [_wave(4 * size, dtype=dtype), _wave(4 * size, dtype=dtype).flip(0)]
     for rows in (1, 3):
         inputs, state = _wave(5, rows, size, dtype=dtype), _wave(1, rows, size, dtype=dtype)
         output, hidden, cell = torch.lstm(
-            inputs, (state, state.flip(-1)), weights + biases, True, 1, 0.0, False, False, False
+            inputs, (state, state.flip(-1)), [by_input, by_state, *biases], True, 1, 0.0, False, False, False
         )
-        fast = _lstm_operator(inputs, _pack_lstm(*weights, size), biases, state, state.flip(-1), size)
+        fast = _lstm_operator(inputs, _pack_lstm(by_input, by_state, size), biases, state, state.flip(-1), size)
         yield from zip(fast, (output, hidden, cell), strict=True)
 
 
@@ -185,10 +212,12 @@ def _works(operator: str, dtype: torch.dtype) -> bool:
 # Values computed from weights
 # ---------------------------------------------------------------------------------------------------------------------
 
-_cache: WeakKeyDictionary = WeakKeyDictionary()  # module -> (state of its weights, value computed from them)
+_cache: WeakKeyDictionary[object, tuple[Any, torch.Tensor, Any]] = (
+    WeakKeyDictionary()
+)  # module -> (state of its weights, value computed from them)
 
 
-def cached_by_weights(module: nn.Module, weights: Sequence[torch.Tensor], compute: Callable):
+def cached_by_weights(module: object, weights: Sequence[torch.Tensor], compute: Callable[[], Value]) -> Value:
     """Return `compute()`, computed anew when a weight has changed.
 
     A change through `.data`, or by a fused optimizer, does not count in a tensor's version. So a number of each row of a
@@ -226,7 +255,7 @@ def fast_feed_forward(first: nn.Linear, second: nn.Linear, inputs: torch.Tensor)
 @_optional
 def fast_depthwise(layer: nn.Conv1d, inputs: torch.Tensor) -> torch.Tensor | None:
     """(B, N, C) -> (B, N, C): sums of shifted frames cost less here than transposing for a convolution and back."""
-    if not (_is_inference(inputs) and _is_plain(layer)):
+    if not (_is_inference(inputs) and _is_plain(layer)) or layer.bias is None:
         return None
     length = inputs.shape[1]
     padded = F.pad(inputs, (0, 0, *2 * layer.padding))
@@ -243,7 +272,7 @@ def fast_depthwise(layer: nn.Conv1d, inputs: torch.Tensor) -> torch.Tensor | Non
 
 
 @_optional
-def fast_convolve(layers: Sequence[nn.Module], signal: torch.Tensor) -> torch.Tensor | None:
+def fast_convolve(layers: nn.ModuleList, signal: torch.Tensor) -> torch.Tensor | None:
     """(1, C, N) -> (1, C', ceil(N / strides)): ELUs, convolutions and residual blocks of the encoder, for one clip.
 
     The signal lies in memory step after step (N, C), so that a block of `stride` steps is one row of a matrix. A window of a
@@ -255,37 +284,38 @@ def fast_convolve(layers: Sequence[nn.Module], signal: torch.Tensor) -> torch.Te
         return None
     for layer in layers:
         modules = (layer, *layer.modules())
-        inner = [module for module in modules if isinstance(module, (nn.Conv1d, nn.ELU))]
+        plain = [module for module in modules if isinstance(module, (nn.Conv1d, nn.ELU))]
         outer = [module for module in modules if not isinstance(module, (nn.Conv1d, nn.ELU))]
-        if any(module._forward_hooks or module._forward_pre_hooks for module in outer) or not _is_plain(*inner):
+        if any(module._forward_hooks or module._forward_pre_hooks for module in outer) or not _is_plain(*plain):
             return None
     length = signal.shape[-1]
     steps = signal[0].t()  # (N, C)
     if steps.shape[1] == 1:  # audio: fill it up to one of few lengths
         steps = F.pad(steps, (0, 0, 0, _bucket_length(length) - length))
     elu = False
-    for layer in layers:
-        if isinstance(layer, nn.ELU):
+    block: Any  # the attributes of an nn.Module have no types of their own
+    for block in layers:
+        if isinstance(block, nn.ELU):
             elu = True  # computed by the next convolution, while it copies its input
             continue
-        if hasattr(layer, "shortcut"):
-            _, narrow, _, widen = layer.block
-            shortcut = _convolve(layer.shortcut, steps, length)
+        if hasattr(block, "shortcut"):
+            _, narrow, _, widen = block.block
+            shortcut = _convolve(block.shortcut, steps, length)
             inner = _convolve(narrow, steps, length, elu=True)
-            steps = (
+            output = (
                 None if shortcut is None or inner is None else _convolve(widen, inner, length, elu=True, add=shortcut)
             )
         else:
-            steps = _convolve(layer, steps, length, elu)
-            length = -(-length // layer.stride)
-        if steps is None:
+            output = _convolve(block, steps, length, elu)
+            length = -(-length // block.stride)
+        if output is None:
             return None
-        elu = False
+        steps, elu = output, False
     return steps[:length].t()[None]
 
 
 def _convolve(
-    layer: nn.Module, steps: torch.Tensor, length: int, elu: bool = False, add: torch.Tensor | None = None
+    layer: EncoderConvolution, steps: torch.Tensor, length: int, elu: bool = False, add: torch.Tensor | None = None
 ) -> torch.Tensor | None:
     """One convolution of the first `length` of the steps (N, C) -> (ceil(N / stride), C'), after an ELU of its input.
 
@@ -317,7 +347,7 @@ def _convolve(
     return output
 
 
-def _packed_taps(layer: nn.Module) -> list[torch.Tensor]:
+def _packed_taps(layer: EncoderConvolution) -> list[torch.Tensor]:
     """The weight (C', C, K) without weight norm, cut into packed blocks of `stride` steps (C', stride * C)."""
 
     def pack() -> list[torch.Tensor]:
@@ -342,13 +372,13 @@ def fast_lstm(
     layer: nn.RNNBase, inputs: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None:
     """(N, B, C) -> (N, B, C) and the state: what torch.lstm calls on a CPU, with weights that are packed once."""
-    weights = [weight for of_layer in layer.all_weights for weight in of_layer]
+    weights: list[torch.Tensor] = [weight for of_layer in layer.all_weights for weight in of_layer]
     if inputs.dtype != torch.float32 or not (_is_inference(inputs) and _works("lstm", torch.float32)):
         return None
     if not all(type(weight) is nn.Parameter and weight.device.type == "cpu" for weight in weights):
         return None
 
-    def pack() -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    def pack() -> list[tuple[list[torch.Tensor], list[nn.Parameter]]]:
         return [
             (_pack_lstm(by_input, by_state, layer.hidden_size), biases)
             for by_input, by_state, *biases in layer.all_weights

@@ -39,21 +39,15 @@ class WavTokenizerResidualBlock(GradientCheckpointingLayer):
     def __init__(self, config: WavTokenizerConfig, channels: int, dilation: int):
         super().__init__()
         inner = channels // config.compress
-        self.block = nn.ModuleList(
-            [
-                nn.ELU(),
-                WavTokenizerConv1d(channels, inner, config.residual_kernel_size, dilation=dilation),
-                nn.ELU(),
-                WavTokenizerConv1d(inner, channels, 1),
-            ]
-        )
+        narrow = WavTokenizerConv1d(channels, inner, config.residual_kernel_size, dilation=dilation)
+        self.block = nn.ModuleList([nn.ELU(), narrow, nn.ELU(), WavTokenizerConv1d(inner, channels, 1)])
         self.shortcut = WavTokenizerConv1d(channels, channels, 1)
 
     def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         return self.shortcut(hidden_states, lengths) + _run_layers(self.block, hidden_states, lengths)
 
 
-def _run_layers(layers, hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+def _run_layers(layers: nn.ModuleList, hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
     """Run ELUs, convolutions and residual blocks. `lengths` (B,) are the valid steps of each row, None if all are valid."""
     for layer in layers:
         if isinstance(layer, nn.ELU):
@@ -65,24 +59,27 @@ def _run_layers(layers, hidden_states: torch.Tensor, lengths: torch.Tensor | Non
     return hidden_states
 
 
+LSTMState = tuple[torch.Tensor, torch.Tensor]  # hidden and cell state (layers, B, C)
+
+
 class WavTokenizerLSTMLayers(nn.RNNBase):
     """nn.LSTM (L, B, C) -> (L, B, C) and its state, under another name: torch.compile refuses to trace that class."""
 
     def __init__(self, channels: int, num_layers: int):
         super().__init__("LSTM", channels, channels, num_layers)
 
-    def forward(self, inputs: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None = None):
+    def forward(self, inputs: torch.Tensor, state: LSTMState | None = None) -> tuple[torch.Tensor, LSTMState]:
         if state is None:
             zeros = inputs.new_zeros(self.num_layers, inputs.shape[1], self.hidden_size)
             state = (zeros, zeros)
         fast = fast_lstm(self, inputs, state)
         if fast is not None:
             return fast
-        weights = [weight for layer in self.all_weights for weight in layer]
-        output, *state = torch.lstm(
+        weights: list[torch.Tensor] = [weight for layer in self.all_weights for weight in layer]
+        output, hidden, cell = torch.lstm(
             inputs, state, weights, self.bias, self.num_layers, 0.0, self.training, False, False
         )
-        return output, tuple(state)
+        return output, (hidden, cell)
 
 
 class WavTokenizerLSTM(nn.Module):
@@ -92,9 +89,7 @@ class WavTokenizerLSTM(nn.Module):
         super().__init__()
         self.lstm = WavTokenizerLSTMLayers(channels, config.num_lstm_layers)
 
-    def forward(
-        self, hidden_states: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    def forward(self, hidden_states: torch.Tensor, state: LSTMState | None = None) -> tuple[torch.Tensor, LSTMState]:
         output, state = self.lstm(hidden_states.permute(2, 0, 1), state)
         return hidden_states + output.permute(1, 2, 0), state
 
@@ -106,7 +101,7 @@ class EncoderState:
     audio: torch.Tensor | None = None  # (B, 1, N): samples that later frames depend on
     audio_start: int = 0  # position of the first of them, in frames
     num_lstm_frames: int = 0  # frames that went through the convolutions and the LSTM
-    lstm: tuple[torch.Tensor, torch.Tensor] | None = None
+    lstm: LSTMState | None = None
     frames: torch.Tensor | None = None  # (B, C, N): frames after the LSTM that the last convolution still needs
     frames_start: int = 0  # position of the first of them
     num_frames: int = 0  # frames returned so far
@@ -122,7 +117,7 @@ class WavTokenizerEncoder(nn.Module):
     def __init__(self, config: WavTokenizerConfig):
         super().__init__()
         channels = config.num_filters
-        layers = [WavTokenizerConv1d(config.audio_channels, channels, config.kernel_size)]
+        layers: list[nn.Module] = [WavTokenizerConv1d(config.audio_channels, channels, config.kernel_size)]
         for stride in reversed(config.upsampling_ratios):
             for layer in range(config.num_residual_layers):
                 layers.append(WavTokenizerResidualBlock(config, channels, config.dilation_growth_rate**layer))
@@ -131,11 +126,11 @@ class WavTokenizerEncoder(nn.Module):
             channels *= 2
         layers.append(WavTokenizerLSTM(config, channels))
         layers.append(nn.ELU())
-        layers.append(WavTokenizerConv1d(channels, config.hidden_size, config.last_kernel_size))
-        self.layers = nn.ModuleList(layers)
-        self.hop_length = config.hop_length
+        last_conv = WavTokenizerConv1d(channels, config.hidden_size, config.last_kernel_size)
+        self.layers = nn.ModuleList([*layers, last_conv])
+        self.hop_length, self.hidden_size = config.hop_length, config.hidden_size
         self.left_context, self.right_context = self._context()  # frames around a frame that `downsample` looks at
-        self.output_context = self.output_layers[-1].left  # the same to either side, of `project`
+        self.output_context = last_conv.left  # the same to either side, of `project`
 
     @property
     def downsampling_layers(self) -> nn.ModuleList:
@@ -143,7 +138,7 @@ class WavTokenizerEncoder(nn.Module):
 
     @property
     def lstm(self) -> WavTokenizerLSTM:
-        return self.layers[-3]
+        return self.layers[-3]  # type: ignore[return-value]  # a ModuleList does not know the class of each layer
 
     @property
     def output_layers(self) -> nn.ModuleList:
@@ -216,13 +211,11 @@ class WavTokenizerEncoder(nn.Module):
         audio_start = max(0, last - self.left_context)
 
         done, ready = state.num_frames, last if final else last - self.output_context
-        if ready > done:
-            own_lengths = None
-            if lengths is not None:
-                own_lengths = (-(-lengths // hop) - state.frames_start).clamp(1, frames.shape[-1])
-            latents = self.project(frames, own_lengths)[..., done - state.frames_start : ready - state.frames_start]
+        if frames is not None and ready > done:
+            valid = None if lengths is None else (-(-lengths // hop) - state.frames_start).clamp(1, frames.shape[-1])
+            latents = self.project(frames, valid)[..., done - state.frames_start : ready - state.frames_start]
         else:
-            latents = audio.new_zeros(audio.shape[0], self.output_layers[-1].conv.out_channels, 0)
+            latents = audio.new_zeros(audio.shape[0], self.hidden_size, 0)
         ready = max(done, ready)
         frames_start = max(0, ready - self.output_context)
         return (

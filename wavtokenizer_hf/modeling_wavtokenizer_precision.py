@@ -5,7 +5,9 @@ nothing else.
 """
 
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +17,9 @@ from torch.amp import is_autocast_available
 class Float32Module(nn.Module):
     """Mixin for modules that stay in float32 whatever dtype they are moved to."""
 
-    def _apply(self, function, *args, **kwargs):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
-            moved = function(tensor)
+            moved = fn(tensor)
             lossless = not moved.is_floating_point() or moved.dtype == torch.float32
             return moved if lossless else tensor.to(moved.device, torch.float32)
 
@@ -25,9 +27,13 @@ class Float32Module(nn.Module):
 
 
 # Switches that let torch compute float32 products in TF32 or bfloat16, by device type. "none" and "ieee" mean full float32.
-_PRECISION_SWITCHES = {
-    "cpu": (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn),
-    "cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn),
+_mkldnn: Any = (
+    torch.backends.mkldnn
+)  # at import torch replaces this module and the next by objects with more attributes
+_cudnn: Any = torch.backends.cudnn
+_PRECISION_SWITCHES: dict[str, tuple[Any, ...]] = {
+    "cpu": (_mkldnn.matmul, _mkldnn.conv, _mkldnn.rnn),
+    "cuda": (torch.backends.cuda.matmul, _cudnn.conv, _cudnn.rnn),
 }
 _lock = threading.Lock()
 _num_users: dict[str, int] = {}  # device type -> number of active `full_float32` blocks
@@ -35,7 +41,7 @@ _saved_switches: dict[str, list] = {}  # device type -> switches to restore, wit
 
 
 @contextmanager
-def full_float32(device: torch.device):
+def full_float32(device: torch.device) -> Iterator[None]:
     """Disable autocast and reduced-precision float32 products inside the block.
 
     The switches are global to the process. With several threads the first block sets them and the last one restores them.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .configuration_wavtokenizer import WavTokenizerConfig
 from .modeling_wavtokenizer_padding import PaddedBatch
 
 
@@ -24,7 +25,7 @@ class DecoderState:
     overlap_tail: torch.Tensor | None = None  # (B, 1, n): audio of the last window from there on
 
 
-def window_frames(config, window_seconds: float, overlap_seconds: float) -> tuple[int, int]:
+def window_frames(config: WavTokenizerConfig, window_seconds: float, overlap_seconds: float) -> tuple[int, int]:
     """Return the length of a window and of an overlap in frames. Raises ValueError if they do not fit each other."""
     frame_rate = config.frame_rate
     if not (0 <= 2 * overlap_seconds <= window_seconds < math.inf and round(window_seconds * frame_rate) > 0):

@@ -1,5 +1,7 @@
 """Replace the native WavTokenizer of transformers >= 5.24 by the model of this package."""
 
+from typing import Any
+
 import torch
 import transformers
 from torch import nn
@@ -64,7 +66,7 @@ def _is_native(module: nn.Module) -> bool:
     return native is not None and type(module) in (native.WavTokenizerModel, native.WavTokenizerEncoderModel)
 
 
-def _ours(model: nn.Module) -> WavTokenizerModel | WavTokenizerEncoderModel:
+def _ours(model: Any) -> WavTokenizerModel | WavTokenizerEncoderModel:
     """Return our model with the tensors of a native one."""
     tensors = model.state_dict(keep_vars=True)
     devices = {tensor.device for tensor in tensors.values()}

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from . import audio
 from .audio_containers import UNKNOWN_SIZE
-from .audio_errors import AudioError
+from .audio_errors import AudioError, CutOffError
 
 
 logger = logging.getLogger(__name__)
@@ -54,10 +54,11 @@ def read_sound(
         form = _WavFormat(rate, 1, "PCM_16", None)
     else:
         start = stream.read(12)
-        form = _read_wav_header(stream, start) if _begins_wav(start) else start
-        if not isinstance(form, _WavFormat):
-            yield from _read_from_file(stream, form, sampling_rate, channel, on_warnings)
+        header = _read_wav_header(stream, start) if _begins_wav(start) else start
+        if not isinstance(header, _WavFormat):
+            yield from _read_from_file(stream, header, sampling_rate, channel, on_warnings)
             return
+        form = header
         rate = audio.check_sampling_rate(form.sampling_rate, "The WAV file on standard input")
     mixer = audio.Mixer(channel, form.num_channels, "standard input")
     audio.say_what_changes("standard input", form.num_channels, rate, sampling_rate, channel)
@@ -95,7 +96,13 @@ def _begins_wav(start: bytes) -> bool:
     raise AudioError("Standard input is empty, expected a WAV file, or raw samples and --raw RATE.", "empty")
 
 
-def _read_from_file(stream: BinaryIO, start: bytes, sampling_rate: int, channel, on_warnings) -> Iterator[np.ndarray]:
+def _read_from_file(
+    stream: BinaryIO,
+    start: bytes,
+    sampling_rate: int,
+    channel: str | int,
+    on_warnings: Callable[[dict[str, str]], None] | None,
+) -> Iterator[np.ndarray]:
     """What is no plain WAV: decoders of other formats look at the end of a file before its beginning."""
     with tempfile.TemporaryFile() as file:
         file.write(start)
@@ -140,7 +147,7 @@ def writing_sound(
     monitor.warn_of_clipping("standard output")
 
 
-def read_codes(stream: BinaryIO, start: bytes = b"") -> Iterator[np.ndarray]:
+def read_codes(stream: Any, start: bytes = b"") -> Iterator[np.ndarray]:
     """Reads numbers between white space as they come, after `start`, which was read before: int64 arrays (n,), n > 0.
 
     Raises ValueError for anything but numbers.
@@ -234,7 +241,7 @@ def _read_wav_header(stream: BinaryIO, start: bytes) -> "_WavFormat | bytes":
     return _WavFormat(rate, channels, _WAV_SUBTYPES[tag, bits], None if size == 0 or size >= UNKNOWN_SIZE else size)
 
 
-def _sample_blocks(stream: BinaryIO, form: _WavFormat) -> Iterator[np.ndarray]:
+def _sample_blocks(stream: Any, form: _WavFormat) -> Iterator[np.ndarray]:
     """Samples as they come, (n, channels) float32, n > 0."""
     rate, channels, subtype, size = form.sampling_rate, form.num_channels, form.subtype, form.size
     frame_size, left, rest, num_bytes = _SAMPLE_SIZES[subtype] * channels, size, b"", 0
@@ -253,11 +260,9 @@ def _sample_blocks(stream: BinaryIO, form: _WavFormat) -> Iterator[np.ndarray]:
             )[0]  # fmt: skip
     is_padding = size is None and rest == b"\0" and num_bytes % 2 == 0  # WAV chunks of odd length end in a zero
     if rest and not is_padding:
-        raise audio.CutOffError(f"The stream ends within a sample: {len(rest)} of its {frame_size} bytes came.")
-    if left:
-        raise audio.CutOffError(
-            f"The stream ends early: {size - left} of the {size} bytes of samples in its header came."
-        )
+        raise CutOffError(f"The stream ends within a sample: {len(rest)} of its {frame_size} bytes came.")
+    if left and size is not None:
+        raise CutOffError(f"The stream ends early: {size - left} of the {size} bytes of samples in its header came.")
 
 
 def _wav_header(sampling_rate: int, num_samples: int | None) -> bytes:

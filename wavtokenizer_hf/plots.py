@@ -3,6 +3,7 @@
 import os
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,13 +73,13 @@ def spectrogram_png(audio: np.ndarray, max_width: int = 1000) -> bytes:
     return file.getvalue()
 
 
-def new_figure(size: tuple[float, float]):
+def new_figure(size: tuple[float, float]) -> Any:
     """Return an empty matplotlib figure of this width and height in inches. Raises ImportError without matplotlib."""
     # not pyplot: no window, no state
     return require("matplotlib.figure", "audio").Figure(figsize=size, layout="constrained")
 
 
-def save_figure(figure, path: str | os.PathLike, format: str | None = None) -> Path:
+def save_figure(figure: Any, path: str | os.PathLike, format: str | None = None) -> Path:
     """Write a matplotlib figure at once. The ending of `path` names the format unless `format` does. Raises OSError."""
     path = Path(path)
     with atomic_write(path) as partial:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from typing import ClassVar
+from typing import Any, ClassVar, TextIO
 
 
 DELAY_SECONDS = 2  # shorter work shows nothing
@@ -39,7 +39,8 @@ class Progress:
     def __init__(self, total: float, unit: str, initial: float = 0, shown: bool = True):
         self.total, self.unit, self.initial, self.done = total, unit, initial, initial
         self.figures: dict[str, str] = {}
-        self._bar, self._thread = None, None
+        self._bar: Any = None  # tqdm, which has no types
+        self._thread: threading.Thread | None = None
         self._closed = threading.Event()
         self._started = time.monotonic()
         self._on_terminal = sys.stderr.isatty()
@@ -63,7 +64,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def update(self, amount: float = 1) -> None:
@@ -121,7 +122,7 @@ def shown_progress(unit: str) -> Iterator[Callable[[float, float], None]]:
         yield show
 
 
-def write(text: str, file=None) -> None:
+def write(text: str, file: TextIO | None = None) -> None:
     """Print a line above the bars that are shown. `file`: default standard output."""
     if any(progress._bar is not None for progress in Progress._open):
         from tqdm import tqdm

@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors.numpy import save as serialize
@@ -44,7 +44,7 @@ class TokenFile:
     hop_length: int
     num_samples: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         codes = np.asarray(self.audio_codes)
         if codes.ndim != 1 or codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
             raise ValueError(
@@ -128,7 +128,7 @@ class TokenFile:
                 raise ValueError(f"its {name} is {str(fields[name])[:100]!r}, expected {expected}")
         return cls(codes, **{name: fields[name] for name in kinds})
 
-    def check_rate(self, config) -> None:
+    def check_rate(self, config: Any) -> None:
         """Raise ValueError unless the codes have the sampling rate and the samples per code of a model's config."""
         for name in ("sampling_rate", "hop_length"):
             if getattr(self, name) != getattr(config, name):
@@ -154,7 +154,7 @@ MAX_BYTES = 2**28
 NUMBERS = ("sampling_rate", "hop_length", "num_samples")
 
 
-def _codes_of_json(values) -> np.ndarray:
+def _codes_of_json(values: Any) -> np.ndarray:
     if values is None:
         raise ValueError("it lacks 'audio_codes'")
     if not isinstance(values, list) or not all(type(value) is int for value in values):

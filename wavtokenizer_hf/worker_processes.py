@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
+from types import FrameType
 from typing import Any
 
 
@@ -26,7 +27,7 @@ def stop_in_unguarded_script() -> None:
     """
     if multiprocessing.parent_process() is None:
         return
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__") == "__mp_main__" and frame.f_code.co_name == "<module>":
             sys.exit(UNGUARDED)
@@ -36,6 +37,8 @@ def stop_in_unguarded_script() -> None:
 def end_with_parent() -> None:
     """Make this worker process end as soon as the process that started it is gone."""
     parent = multiprocessing.parent_process()
+    if parent is None:  # this is no worker
+        return
 
     def watch() -> None:
         wait([parent.sentinel])
@@ -70,7 +73,7 @@ def run_workers(
     """
     # not fork: CUDA cannot be forked, and a fork would copy locks that threads of this process hold
     has_server = preload is not None and "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if has_server else "spawn")
+    context: Any = multiprocessing.get_context("forkserver" if has_server else "spawn")
     if has_server:
         context.set_forkserver_preload([preload])
     workers: dict[Connection, Any] = {}
@@ -84,7 +87,8 @@ def run_workers(
             theirs.close()  # else nobody would notice the end of the other
             workers[ours] = process
         while workers:
-            for connection in wait(list(workers)):
+            ready: list[Any] = wait(list(workers))
+            for connection in ready:
                 try:
                     kind, content = connection.recv()
                     begun.add(connection)
@@ -126,7 +130,7 @@ def _serve(connection: Connection, start: Callable[[int], Work], rank: int) -> N
         connection.send(("error", kind(str(error))))
 
 
-def _ended(process, had_begun: bool, memory_hint: str) -> ChildProcessError:
+def _ended(process: Any, had_begun: bool, memory_hint: str) -> ChildProcessError:
     """The error for a worker that ended before its jobs were done."""
     process.join(timeout=10)
     exit_code = process.exitcode or 0

@@ -31,7 +31,9 @@ MEANINGS = {
 }
 
 
-def card(settings: Settings, schema, total: Summary, complete: bool, metadata: dict[str, Any] | None = None) -> str:
+def card(
+    settings: Settings, schema: Any, total: Summary, complete: bool, metadata: dict[str, Any] | None = None
+) -> str:
     """
     Return the text of README.md.
 
@@ -80,7 +82,7 @@ audio = detokenize_dataset(tokens, "{settings.model}")  # refuses a model with a
 """
 
 
-def _metadata(schema, total: Summary, metadata: dict[str, Any]) -> str:
+def _metadata(schema: Any, total: Summary, metadata: dict[str, Any]) -> str:
     """Return the metadata in YAML, without `configs`: those are for the Hub alone, see `add_configs`."""
     own = {
         "size_categories": [size_category(total.num_clips)],
@@ -90,7 +92,7 @@ def _metadata(schema, total: Summary, metadata: dict[str, Any]) -> str:
     return DatasetCardData(**{**metadata, **own}).to_yaml()
 
 
-def _features(schema) -> dict[str, Any]:
+def _features(schema: Any) -> dict[str, Any]:
     """Return `dataset_info` with the columns as the Hub writes them; nothing where the datasets library is missing."""
     try:
         from datasets import DatasetInfo, Features
@@ -168,7 +170,9 @@ def _card_on_hub(name: str, revision: str | None) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    http_error = HfHubHTTPError.__bases__[0]  # HTTPError of httpx, or of httpx2 from huggingface_hub 2.4 on
+    http_error: type[Exception] = HfHubHTTPError.__bases__[
+        0
+    ]  # HTTPError of httpx, or of httpx2 from huggingface_hub 2.4 on
     try:
         return Path(hf_hub_download(name, "README.md", repo_type="dataset", revision=revision))
     except (OSError, HFValidationError, http_error):  # no card, no network, or a glob of files

@@ -57,8 +57,9 @@ def estimate(
         on_progress(len(results), len(read))
     seconds = time.monotonic() - started
     good = [result for result in results if not isinstance(result, Failure)]
+    failures = [result for result in results if isinstance(result, Failure)]
     if not good:
-        raise ValueError(f"No clip of a sample of {len(results)} can be read; the first: {results[0].reason}")
+        raise ValueError(f"No clip of a sample of {len(results)} can be read; the first: {failures[0].reason}")
     scale = len(clips.items) / len(results)
     num_codes = sum(len(result.audio_codes) for result in good) * scale
     return {

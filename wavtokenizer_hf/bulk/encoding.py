@@ -4,7 +4,8 @@ import ctypes
 import hashlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensor.detach().cpu().float().numpy()))
+        digest.update(np.ascontiguousarray(tensor.detach().cpu().float().numpy()).data)
     return digest.hexdigest()[:16]
 
 
@@ -131,7 +132,7 @@ def micro_batches(lengths: Sequence[int], budget: float) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def _encode_batch(encoder, feature_extractor, waveforms: list[np.ndarray]) -> list[np.ndarray]:
+def _encode_batch(encoder: Any, feature_extractor: Any, waveforms: list[np.ndarray]) -> list[np.ndarray]:
     inputs = feature_extractor(waveforms, sampling_rate=encoder.config.sampling_rate, return_tensors="pt")
     encoded = encoder.encode(**inputs.to(encoder.device))
     codes, mask = encoded.audio_codes[:, 0].cpu().numpy(), encoded.audio_codes_mask[:, 0].bool().cpu().numpy()
@@ -146,7 +147,7 @@ def tokenize_clips(
     num_readers: int,
     channel: str | int = "mean",
     max_clip_seconds: float = MAX_CLIP_SECONDS,
-) -> Iterator[list[Tokens | Failure]]:
+) -> Generator[list[Tokens | Failure], None, None]:
     """
     Codes of clips, in the order of `read`, a window of them at a time.
 
@@ -185,7 +186,7 @@ def tokenize_clips(
         yield _encode_window(encoder, feature_extractor, window, batch_seconds)
 
 
-def _encode_window(encoder, feature_extractor, window, batch_seconds: float) -> list[Tokens | Failure]:
+def _encode_window(encoder: Any, feature_extractor: Any, window: Any, batch_seconds: float) -> list[Tokens | Failure]:
     good = [sound for sound in window if isinstance(sound, audio.Sound)]
     codes = iter(encode(encoder, feature_extractor, [sound.audio for sound in good], batch_seconds))
     results = []
@@ -221,7 +222,7 @@ class OrderedPrefetcher:
             thread.start()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -248,7 +249,7 @@ class OrderedPrefetcher:
     def __iter__(self) -> Iterator:
         for place in range(len(self._jobs)):
             with self._changed:
-                self._changed.wait_for(lambda place=place: place in self._results)
+                self._changed.wait_for(partial(self._results.__contains__, place))
                 result = self._results.pop(place)
                 self._waiting -= 0 if isinstance(result, BaseException) else _size(result)
                 self._changed.notify_all()

@@ -44,7 +44,9 @@ def push(folder: Path, name: str) -> None:
 def _say_what(name: str, call: Callable[[], Any]) -> None:
     from huggingface_hub.errors import HfHubHTTPError
 
-    http_error = HfHubHTTPError.__bases__[0]  # HTTPError of httpx, or of httpx2 from huggingface_hub 2.4 on
+    http_error: type[Exception] = HfHubHTTPError.__bases__[
+        0
+    ]  # HTTPError of httpx, or of httpx2 from huggingface_hub 2.4 on
     try:
         call()
     except (OSError, ValueError, http_error) as error:

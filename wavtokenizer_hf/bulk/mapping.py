@@ -41,7 +41,9 @@ class _Mapped:
         device: str | None,
         feature_extractor: WavTokenizerFeatureExtractor | None = None,
     ):
-        self._loaded = self.folder_contents = None
+        self._loaded: tuple[Any, Any] | None = None  # model and feature extractor of this process
+        self.folder_contents: tuple[str, float | None] | None = None
+        self.model: Any  # a name, or a loaded model
         self.device = device
         if not isinstance(model, (str, os.PathLike)):
             _check_loaded(model, revision, device, feature_extractor)
@@ -61,14 +63,14 @@ class _Mapped:
         self.revision = commit or revision
         self.sampling_rate = config.sampling_rate
         if commit is None:
-            model, feature_extractor = self._load("cpu")
+            loaded, feature_extractor = self._load("cpu")
             level = None if feature_extractor is None else target_peak(feature_extractor)
-            self.folder_contents = encoding.weights_fingerprint(model), level
+            self.folder_contents = encoding.weights_fingerprint(loaded), level
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None}
 
-    def _ready(self, rank: int | None):
+    def _ready(self, rank: int | None) -> tuple[Any, Any]:
         """Return the model and feature extractor of this process. Load them when they are first needed."""
         if self._loaded is None:
             if _in_child() and not torch.cuda.is_available():
@@ -82,7 +84,7 @@ class _Mapped:
                 self._loaded = (self.model.to(device) if moves else self.model), self.feature_extractor
         return self._loaded
 
-    def _load(self, device: str) -> tuple[PreTrainedModel, WavTokenizerFeatureExtractor | None]:
+    def _load(self, device: str) -> tuple[Any, WavTokenizerFeatureExtractor | None]:
         raise NotImplementedError
 
 
@@ -166,7 +168,7 @@ class AudioTokenizer(_Mapped):
         self.column, self.batch_seconds, self.on_error = column, batch_seconds, on_error
         self.channel, self.max_clip_seconds = channel, max_clip_seconds
 
-    def _load(self, device: str):
+    def _load(self, device: str) -> tuple[Any, WavTokenizerFeatureExtractor | None]:
         return encoding.load_encoder(self.model, self.revision, device)
 
     def __call__(self, batch: dict[str, Sequence], rank: int | None = None) -> dict[str, list]:
@@ -180,7 +182,7 @@ class AudioTokenizer(_Mapped):
         rows = [self._row(result, encoder.codebook_fingerprint) for window in windows for result in window]
         return {name: [row[name] for row in rows] for name in _features()}
 
-    def _row(self, result, codebook_fingerprint: str) -> dict[str, Any]:
+    def _row(self, result: Any, codebook_fingerprint: str) -> dict[str, Any]:
         if isinstance(result, Failure):
             if self.on_error == "fail":
                 raise ValueError(result.reason)
@@ -224,7 +226,7 @@ def _features() -> dict[str, Any]:
 
 
 def tokenize_dataset(
-    dataset,
+    dataset: Any,
     model: str | PreTrainedModel,
     *,
     revision: str | None = None,
@@ -237,7 +239,7 @@ def tokenize_dataset(
     channel: str | int = "mean",
     max_clip_seconds: float = MAX_CLIP_SECONDS,
     feature_extractor: WavTokenizerFeatureExtractor | None = None,
-):
+) -> Any:
     """
     Replace the audio column of a dataset by codes.
 
@@ -302,7 +304,7 @@ class AudioDetokenizer(_Mapped):
         super().__init__(model, revision, device)
         self.column = column
 
-    def _load(self, device: str):
+    def _load(self, device: str) -> tuple[Any, WavTokenizerFeatureExtractor | None]:
         return load_model(WavTokenizerModel, self.model, self.revision, device), None
 
     def __call__(self, batch: dict[str, Sequence], rank: int | None = None) -> dict[str, list]:
@@ -314,7 +316,7 @@ class AudioDetokenizer(_Mapped):
         return {"audio": [self._sound(model, codes, length) for codes, length in zip(rows, lengths, strict=True)]}
 
     @torch.inference_mode()
-    def _sound(self, model: WavTokenizerModel, codes, num_samples: int | None) -> dict[str, Any] | None:
+    def _sound(self, model: WavTokenizerModel, codes: Any, num_samples: int | None) -> dict[str, Any] | None:
         if codes is None:
             return None
         audio_codes = torch.from_numpy(np.asarray(codes).astype(np.int64))[None, None].to(model.device)
@@ -325,7 +327,7 @@ class AudioDetokenizer(_Mapped):
 
 
 def detokenize_dataset(
-    dataset,
+    dataset: Any,
     model: str | PreTrainedModel,
     *,
     revision: str | None = None,
@@ -333,7 +335,7 @@ def detokenize_dataset(
     device: str | None = None,
     batch_size: int = 100,
     num_proc: int | None = None,
-):
+) -> Any:
     """
     Replace the codes of a dataset by audio, in an Audio column `audio` at the model's sampling rate.
 
@@ -365,7 +367,9 @@ def detokenize_dataset(
     return sounds.cast_column("audio", audio_feature)
 
 
-def _map(dataset, function: _Mapped, column: str, added: dict, batch_size: int, num_proc: int | None, casts: dict):
+def _map(
+    dataset: Any, function: _Mapped, column: str, added: dict, batch_size: int, num_proc: int | None, casts: dict
+) -> Any:
     """`dataset.map` in batches; `column` goes and `added` come, whatever kind of dataset it is."""
     if isinstance(dataset, dict):
         one = partial(_map, function=function, column=column, added=added, batch_size=batch_size)
@@ -399,7 +403,7 @@ def _map(dataset, function: _Mapped, column: str, added: dict, batch_size: int, 
     return mapped if format is None else mapped.with_format(format)
 
 
-def _format(dataset) -> str | None:
+def _format(dataset: Any) -> str | None:
     """The format that `with_format` gave a dataset or a stream of one."""
     if hasattr(dataset, "format"):
         return dataset.format["type"]

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from ..audio_errors import MAX_CLIP_SECONDS, check_channel, check_peak
 
@@ -62,20 +63,20 @@ class TokenizeOptions:
     peak_dbfs: float | str = "model"
     batch_seconds: float = 120
     device: str | None = None
-    engine: str = "processes"
+    engine: Literal["processes", "ray"] = "processes"
     ray_address: str | None = None
     num_processes: int | None = None
     num_readers: int | None = None
     part_size: int | None = None
     shard: tuple[int, int] = (0, 1)
-    on_error: str = "record"
+    on_error: Literal["record", "fail"] = "record"
     retry_failed: bool = False
     refresh: bool = False
     push_to_hub: str | None = None
     license: str | None = None
     language: tuple[str, ...] | list[str] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise ValueError(f"Got the engine {self.engine!r}, expected one of {', '.join(ENGINES)}.")
         if self.ray_address is not None and self.engine != "ray":

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Output:
         shard: index and number of shards, of which this process makes one.
     """
 
-    def __init__(self, folder: str | os.PathLike, settings: Settings, schema, shard: tuple[int, int] = (0, 1)):
+    def __init__(self, folder: str | os.PathLike, settings: Settings, schema: Any, shard: tuple[int, int] = (0, 1)):
         self.folder, self.settings, self.shard = Path(folder), settings, shard
         self.schema = _schema(settings, schema)
         self.source_metadata: dict[str, Any] = {}  # of the card: from the card of the source
@@ -110,7 +110,7 @@ class Output:
         for leftover in self.folder.rglob(f".{self._tag}-*.partial"):
             leftover.unlink(missing_ok=True)
 
-    def _alone(self):
+    def _alone(self) -> AbstractContextManager[Any]:
         """Among the shards that work on this folder."""
         return require("filelock", "bulk").FileLock(self.folder / ".folder.lock", timeout=600)
 
@@ -187,7 +187,9 @@ class Output:
         Raises:
             ValueError: a part is damaged, of other settings, or there are two rows of one clip.
         """
-        done, failures, total = set(), {}, Summary()
+        done: set[str] = set()
+        failures: dict[str, Failure] = {}
+        total = Summary()
         for path, part, ids in self.parts():
             if not done.isdisjoint(ids):
                 twice = sorted(done.intersection(ids))[0]
@@ -205,7 +207,8 @@ class Output:
         """Id -> size and time that its file had when the clip was read, of all clips with a row or a failure."""
         parquet = require("pyarrow.parquet", "bulk")
 
-        failed, done = {}, {}
+        failed: dict[str, Stamp] = {}
+        done: dict[str, Stamp] = {}
         for path, part, ids in self.parts():
             failed.update({id: tuple(stamp) for id, stamp in part["failure_stamps"].items()})
             with parquet.ParquetFile(path) as file:
@@ -263,7 +266,7 @@ class Output:
 
         good = [place for place, result in enumerate(tokens) if isinstance(result, Tokens)]
         failures = {ids[place]: asdict(result) for place, result in enumerate(tokens) if isinstance(result, Failure)}
-        rows = [tokens[place] for place in good]
+        rows = [result for result in tokens if isinstance(result, Tokens)]
         num_samples = [row.num_samples for row in rows]
         codes = np.concatenate([row.audio_codes for row in rows]) if rows else np.zeros(0, np.uint16)
         offsets = np.cumsum([0, *(len(row.audio_codes) for row in rows)])
@@ -290,7 +293,7 @@ class Output:
         part = {"settings": asdict(self.settings), "failures": failures, "failure_stamps": failed}
         return self._write_table(self.folder / "data" / part_name(ids), table, part)
 
-    def _write_table(self, path: Path, table, part: dict[str, Any]) -> Summary:
+    def _write_table(self, path: Path, table: Any, part: dict[str, Any]) -> Summary:
         """Write rows as a part, with `part` and what follows from the rows in the schema's metadata."""
         parquet = require("pyarrow.parquet", "bulk")
 
@@ -378,7 +381,7 @@ class Output:
             partial.write_text(text, encoding="utf-8")
 
 
-def _schema(settings: Settings, carried):
+def _schema(settings: Settings, carried: Any) -> Any:
     """Own columns, then the carried ones."""
     pyarrow = require("pyarrow", "bulk")
     own = [
@@ -417,7 +420,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return content
 
 
-def summary_of(table, num_failures: int) -> Summary:
+def summary_of(table: Any, num_failures: int) -> Summary:
     """Totals of the rows of a part."""
     compute = require("pyarrow.compute", "bulk")
     num_warned = int((_lengths(table["warnings"]) > 0).sum())
@@ -425,7 +428,7 @@ def summary_of(table, num_failures: int) -> Summary:
     return Summary(len(table), num_failures, num_samples, int(_lengths(table["audio_codes"]).sum()), num_warned)
 
 
-def digest_of(table, part: dict[str, Any]) -> str:
+def digest_of(table: Any, part: dict[str, Any]) -> str:
     """16 hex digits of the rows and failures of a part, whatever the bytes of its file; equal digests, equal content."""
     pyarrow = require("pyarrow", "bulk")
     digest = hashlib.sha256()
@@ -452,7 +455,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _lengths(column) -> np.ndarray:
+def _lengths(column: Any) -> np.ndarray:
     """Number of values in each row of a column of lists; 0 for null."""
     compute = require("pyarrow.compute", "bulk")
     return compute.fill_null(compute.list_value_length(column), 0).to_numpy().astype(np.int64)

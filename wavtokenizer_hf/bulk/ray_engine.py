@@ -80,7 +80,8 @@ class _Actor:
     try again."""
 
     def __init__(self, job: Job):
-        self._job, self._worker = job, None
+        self._job = job
+        self._worker: Worker | None = None
 
     def __call__(self, row: dict) -> dict:
         total = Summary()

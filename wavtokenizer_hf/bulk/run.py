@@ -79,7 +79,7 @@ def tokenize(
     )
     selection = clips.selection
     settings = Settings(
-        source=_name(source) if is_path else f"datasets.Dataset {source._fingerprint}",
+        source=_name(source) if is_path else f"datasets.Dataset {getattr(source, '_fingerprint', None)}",
         column=selection.get("column"),
         dataset_config=selection.get("config"),
         dataset_revision=selection.get("revision"),

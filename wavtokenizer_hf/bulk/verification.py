@@ -50,7 +50,8 @@ def verify(output: str | os.PathLike) -> Verification:
         f"data/{name}: missing, and listed in manifest.json" for name in sorted(files.keys() - {p.name for p in paths})
     ]
     for path in paths:
-        name, wrong = f"data/{path.name}", []
+        name = f"data/{path.name}"
+        wrong: list[str] = []
         wrong += _file_problems(path, files.get(path.name))
         try:
             table, part = _read(path)
@@ -105,7 +106,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     return table, part
 
 
-def _row_problems(table, part: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+def _row_problems(table: Any, part: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
     compute = require("pyarrow.compute", "bulk")
     if part["settings"] != settings:
         yield "was made with other settings than manifest.json says"
@@ -133,6 +134,7 @@ def _total_problems(folder: Path, manifest: dict[str, Any], total: Summary) -> I
     for name, value in asdict(total).items():
         if manifest.get(name) != value:
             yield f"manifest.json: {name} is {manifest.get(name)}, and the files have {value}"
+    ids: list | None
     try:
         lines = (folder / "failures.jsonl").read_text(encoding="utf-8").splitlines()
         ids = [json.loads(line)["id"] for line in lines]

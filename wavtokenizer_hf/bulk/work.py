@@ -12,7 +12,7 @@ import torch
 from . import encoding
 from .options import TokenizeOptions
 from .output import Output
-from .records import NO_FILE, Failure, Stamp, Summary
+from .records import NO_FILE, Failure, Stamp, Summary, Tokens
 from .sources import Item, Source
 
 
@@ -68,7 +68,8 @@ class Worker:
             ValueError: a clip failed, if that is to end the work.
             OSError: the part cannot be written.
         """
-        job, results = self.job, []
+        job = self.job
+        results: list[Tokens | Failure] = []
         extra_columns: list[dict[str, Any]] = [{} for _ in items]
         stamps: list[Stamp] = [NO_FILE for _ in items]
 

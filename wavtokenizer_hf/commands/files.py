@@ -90,7 +90,8 @@ def find_jobs(
         raise UsageError(
             f"Got the file {output} as the output of {len(sources)} files, expected a folder: {folder.stem}/"
         )
-    jobs, seen = [], {}
+    jobs = []
+    seen: dict[Path, Path | None] = {}
     for source, place in sources:
         target = folder / place.with_suffix(new_suffix)
         if target in seen:

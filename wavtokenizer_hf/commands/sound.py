@@ -198,7 +198,10 @@ def _reconstruct(arguments) -> int:
     def work(source: Path | None, target: Path | None) -> Counts:
         if arguments.plot and audio.seconds(source) > WHOLE_SECONDS:
             raise ValueError(f"Got --plot for {audio.seconds(source):.0f} s, expected at most {WHOLE_SECONDS} s.")
-        counts, waveform, all_codes, reconstruction = Counts(), [], [], []
+        counts = Counts()
+        waveform: list = []
+        all_codes: list = []
+        reconstruction: list = []
 
         def keep(pieces, kept: list):
             for piece in pieces:
@@ -218,9 +221,13 @@ def _reconstruct(arguments) -> int:
                     write(block)
                     progress.update(len(block) / model.config.sampling_rate)
                 if arguments.plot:
-                    clips = [np.concatenate(pieces) for pieces in (waveform, reconstruction, all_codes)]
+                    original, decoded_audio, tokens = (
+                        np.concatenate(blocks) for blocks in (waveform, reconstruction, all_codes)
+                    )
                     try:
-                        plot_reconstruction(partial, *clips, model.config.sampling_rate, source.name, "png")
+                        plot_reconstruction(
+                            partial, original, decoded_audio, tokens, model.config.sampling_rate, source.name, "png"
+                        )
                     except OSError as error:
                         raise OSError(f"Cannot write the picture {picture}: {error.__cause__ or error}") from error
         return counts

@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from ..audio import CutOffError
+from ..audio_errors import CutOffError
 from ..long_audio import DecodeStream, EncodeStream
 
 

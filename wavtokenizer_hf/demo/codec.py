@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from .. import audio
+from ..audio_errors import AudioError
 from ..evaluation.metrics import SAMPLING_RATE, Clip, score, why_not
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 from ..limited_files import parse_json
@@ -135,7 +137,7 @@ class Codec:
     def _read(self, path: str, model: WavTokenizerModel) -> audio.Sound:
         try:
             return audio.load_clip(path, model.config.sampling_rate, max_seconds=self.max_seconds)
-        except audio.AudioError as error:
+        except AudioError as error:
             if error.kind == "too-long":
                 raise ValueError(
                     f"The clip is too long: this page takes up to {self.max_seconds:g} s. Cut it, use `wavtokenizer "
@@ -200,7 +202,7 @@ def parse_tokens(text: str) -> dict:
         raise ValueError("Got no list of integers under audio_codes. Paste a whole token file or row.")
     if max(codes) > 65535 or min(codes) < 0:
         raise ValueError(f"Got tokens from {min(codes)} to {max(codes)}, expected numbers from 0 to 65535.")
-    found = {"audio_codes": np.array(codes, np.int64)}
+    found: dict[str, Any] = {"audio_codes": np.array(codes, np.int64)}
     for name, kind in (("codebook_fingerprint", str), ("num_samples", int)):
         if isinstance(fields.get(name), kind):
             found[name] = fields[name]

@@ -1,8 +1,9 @@
 """The page: a Gradio app that calls `Codec` and shows what it returns."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..extras import require
 from ..limited_files import one_line
@@ -17,7 +18,7 @@ Audio to one stream of 40 or 75 tokens per second, and back. The bundled model i
 hear what the codec can do."""
 
 
-def build_page(models: Sequence[str] = ("bundled",), any_model: bool = False, max_seconds: float = 60):
+def build_page(models: Sequence[str] = ("bundled",), any_model: bool = False, max_seconds: float = 60) -> Any:
     """
     Return the page, a `gradio.Blocks`.
 
@@ -33,11 +34,11 @@ def build_page(models: Sequence[str] = ("bundled",), any_model: bool = False, ma
     gradio = require("gradio", "demo")
     codec = Codec(models, any_model, max_seconds)
 
-    def reconstruct(path: str | None, model: str):
+    def reconstruct(path: str | None, model: str) -> tuple[str, str, str]:
         name = "clip" if path is None else Path(path).stem
         return _answer(lambda: codec.reconstruct(path, model), name)
 
-    def decode(text: str, model: str):
+    def decode(text: str, model: str) -> tuple[str, str]:
         return _answer(lambda: codec.decode(text, model), "pasted")[:2]
 
     with gradio.Blocks(title="WavTokenizer", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -90,7 +91,9 @@ def build_page(models: Sequence[str] = ("bundled",), any_model: bool = False, ma
     return page
 
 
-def launch(page, host: str = "127.0.0.1", port: int | None = None, share: bool = False, block: bool = True) -> str:
+def launch(
+    page: Any, host: str = "127.0.0.1", port: int | None = None, share: bool = False, block: bool = True
+) -> str:
     """
     Serve the page, and return its address.
 
@@ -127,7 +130,7 @@ def launch(page, host: str = "127.0.0.1", port: int | None = None, share: bool =
     return address
 
 
-def _answer(work, name: str) -> tuple[str, str, str]:
+def _answer(work: Callable[[], Any], name: str) -> tuple[str, str, str]:
     """Message, result as HTML, and tokens as JSON."""
     try:
         result: Result = work()

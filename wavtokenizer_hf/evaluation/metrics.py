@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class Options:
     crepe: str = "full"
     asr: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.crepe not in ("full", "tiny"):
             raise ValueError(f"Got crepe={self.crepe!r}, expected 'full' or 'tiny'.")
 
@@ -335,7 +336,8 @@ def why_not(name: str, options: Options | None = None) -> str | None:
 
 def score(reference: Clip, estimate: Clip, names: list[str]) -> tuple[dict[str, float | None], dict[str, str]]:
     """Compute metrics of one pair. Return name -> value or None, and name -> reason for each None."""
-    values, reasons = {}, {}
+    values: dict[str, float | None] = {}
+    reasons: dict[str, str] = {}
     for name in names:
         try:
             value = METRICS[name].function(reference, estimate)
@@ -372,7 +374,7 @@ def _log_mel(audio: np.ndarray) -> torch.Tensor:
 
 
 @cache
-def _load_torchscript(weights: str):
+def _load_torchscript(weights: str) -> torch.jit.ScriptModule:
     if not Path(weights).is_file():
         raise FileNotFoundError(f"There is no file {weights}.")
     return torch.jit.load(weights, map_location="cpu").eval()
@@ -385,7 +387,7 @@ def _viterbi(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @cache
-def _visqol_api():
+def _visqol_api() -> Any:
     api = package("visqol").VisqolApi()
     api.create(mode="speech")
     return api
@@ -394,7 +396,7 @@ def _visqol_api():
 def _speaker_weights() -> Path:
     """The weights in the package resemblyzer, whose code is not imported."""
     found = importlib.util.find_spec("resemblyzer")
-    if found is None:
+    if found is None or found.origin is None:
         raise ImportError("This needs resemblyzer: pip install 'wavtokenizer_hf[evaluation]'")
     path = Path(found.origin).with_name("pretrained.pt")
     if not path.is_file():
@@ -457,11 +459,11 @@ def _pocketsphinx() -> Callable[[np.ndarray], str]:
 def _asr_pipeline(name: str) -> Callable[[np.ndarray], str]:
     from transformers import pipeline
 
-    recognizer = pipeline("automatic-speech-recognition", model=name)
+    recognizer: Any = pipeline("automatic-speech-recognition", model=name)
     return lambda audio: recognizer({"raw": audio, "sampling_rate": LOW_RATE})["text"]
 
 
-def package(name: str) -> types.ModuleType:
+def package(name: str) -> Any:
     """Import a module of the extra `evaluation`. Raises ImportError that names the extra."""
     with _without_torchaudio() if name == "torchcrepe" else nullcontext():
         return require(name, "evaluation")

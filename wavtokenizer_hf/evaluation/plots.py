@@ -1,6 +1,7 @@
 """Pictures of an evaluation. Needs the extra `evaluation` (matplotlib)."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -8,7 +9,11 @@ from ..plots import new_figure, save_figure
 from .metrics import METRICS
 
 
-def plot_metrics(path: Path, report) -> Path:
+if TYPE_CHECKING:
+    from .report import Report, SystemResult
+
+
+def plot_metrics(path: Path, report: "Report") -> Path:
     """Draw one dot for each file and system, for each metric that gave numbers; a line joins what is of the same file.
 
     Args:
@@ -51,7 +56,7 @@ def plot_metrics(path: Path, report) -> Path:
     return save_figure(figure, path)
 
 
-def plot_codebook(path: Path, report) -> Path:
+def plot_codebook(path: Path, report: "Report") -> Path:
     """Plot how often each codebook entry occurs, most frequent first, and equal use; one line per model."""
     figure = new_figure((8, 4.5))
     axes = figure.subplots()
@@ -70,11 +75,11 @@ def plot_codebook(path: Path, report) -> Path:
     return save_figure(figure, path)
 
 
-def _numbers(system, name: str) -> np.ndarray:
+def _numbers(system: "SystemResult", name: str) -> np.ndarray:
     return np.array([value for value in system.column(name) if value is not None], dtype=np.float64)
 
 
-def _legend(figure, report) -> None:
+def _legend(figure: Any, report: "Report") -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(color=f"C{index}", alpha=0.5, label=system.name) for index, system in enumerate(report.systems)]

@@ -54,7 +54,7 @@ class FileResult:
 
     def failures(self) -> list[tuple[list[str], str]]:
         """Return the metrics without a value, grouped by reason: (names, reason)."""
-        by_reason = {}
+        by_reason: dict[str, list[str]] = {}
         for name, reason in self.reasons.items():
             by_reason.setdefault(reason, []).append(name)
         return [(names, reason) for reason, names in by_reason.items()]
@@ -189,7 +189,7 @@ class Report:
                 if name not in first.names:
                     continue
                 pairs = zip(system.column(name), first.column(name), strict=True)
-                summaries[name] = Summary.of([None if None in pair else pair[0] - pair[1] for pair in pairs])
+                summaries[name] = Summary.of([None if a is None or b is None else a - b for a, b in pairs])
             found.append((system.name, first.name, summaries))
         return found
 

@@ -5,6 +5,7 @@ depend on the number of processes: each metric computes on one thread wherever i
 """
 
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,9 +20,11 @@ import numpy as np
 import torch
 
 from .. import __version__, audio
+from ..audio_errors import MAX_CLIP_SECONDS
 from ..feature_extraction_wavtokenizer import peak_gain
 from ..find_files import utf8_name
 from ..long_audio import scale_to_peak
+from ..modeling_wavtokenizer import WavTokenizerModel
 from ..progress import Progress
 from ..worker_processes import end_with_parent
 from .codebook import CodebookUsage
@@ -32,6 +35,10 @@ from .report import CODEBOOK_FIGURES, FileResult, Report, SystemResult, WorstCli
 MAX_SAMPLES_CUT = SAMPLING_RATE // 10
 """How much a decoded file may differ in length: other codecs fill the last frame up, or drop it. 0.1 s is more than a
 frame of any codec in use, and less than a wrong file."""
+
+
+References = Sequence[tuple[Path, Path]]
+"""Audio files, each with its relative path in the report."""
 
 
 class System(Protocol):
@@ -57,7 +64,7 @@ class Model:
 
     gives_codes = True
 
-    def __init__(self, name: str, model, peak_level: float | None = None):
+    def __init__(self, name: str, model: WavTokenizerModel, peak_level: float | None = None):
         if model.config.sampling_rate != SAMPLING_RATE:
             raise ValueError(f"Got a model for {model.config.sampling_rate} Hz, the metrics need {SAMPLING_RATE} Hz.")
         self.name = name
@@ -106,7 +113,7 @@ class DecodedFolder:
 
     gives_codes = False
 
-    def __init__(self, folder, name: str | None = None):
+    def __init__(self, folder: str | os.PathLike, name: str | None = None):
         self.folder = Path(folder)
         self.name = name or str(folder)
         if not self.folder.is_dir():
@@ -116,7 +123,7 @@ class DecodedFolder:
         return {"kind": "decoded files"}
 
     def reconstruct(self, place: Path, waveform: np.ndarray) -> tuple[np.ndarray, None]:
-        return audio.load(self.find(place), SAMPLING_RATE, max_seconds=audio.MAX_CLIP_SECONDS), None
+        return audio.load(self.find(place), SAMPLING_RATE, max_seconds=MAX_CLIP_SECONDS), None
 
     def find(self, place: Path) -> Path:
         """Return the decoded file of a reference, of any extension. Raises ValueError if there are several."""
@@ -131,7 +138,7 @@ class DecodedFolder:
 
 
 def evaluate(
-    references: Sequence[tuple[Path, Path]],
+    references: References,
     systems: Sequence[System],
     metrics: Iterable[str] | None = None,
     utmos_weights: str | Path | None = None,
@@ -216,23 +223,25 @@ def evaluate(
     return report
 
 
-def _worst_clips(report: Report, references, systems: Sequence[System], channel, count: int = 10) -> list[WorstClip]:
+def _worst_clips(
+    report: Report, references: References, systems: Sequence[System], channel: str | int, count: int = 10
+) -> list[WorstClip]:
     """Return the clips with the worst values of the first metric that has any, reconstructed again."""
     name = report.ranking
     if name is None:
         return []
     sign = 1 if METRICS[name].higher_is_better else -1
     scored = [
-        (sign * value, index, number)
+        (sign * value, index, number, value)
         for number, result in enumerate(report.systems)
         for index, value in enumerate(result.column(name))
         if value is not None
     ]
     worst = []
-    for _, index, number in sorted(scored)[:count]:
+    for _, index, number, value in sorted(scored)[:count]:
         source, place = references[index]
         try:
-            waveform = audio.load(source, SAMPLING_RATE, channel=channel, max_seconds=audio.MAX_CLIP_SECONDS)
+            waveform = audio.load(source, SAMPLING_RATE, channel=channel, max_seconds=MAX_CLIP_SECONDS)
             estimate, _ = systems[number].reconstruct(place, waveform)
         except (
             ValueError,
@@ -241,7 +250,7 @@ def _worst_clips(report: Report, references, systems: Sequence[System], channel,
         ):  # the file has changed since it was measured; its values stay
             continue
         result = report.systems[number]
-        worst.append(WorstClip(place.as_posix(), result.name, name, result.column(name)[index], waveform, estimate))
+        worst.append(WorstClip(place.as_posix(), result.name, name, value, waveform, estimate))
     return worst
 
 
@@ -260,11 +269,16 @@ class _Reconstruction:
     failure: str | None = None
 
 
-def _reconstruct_all(references, systems, channel) -> Iterator[tuple[str, np.ndarray | None, list[_Reconstruction]]]:
+_Job = tuple[str, np.ndarray | None, list[_Reconstruction]]  # place, audio, one reconstruction for each system
+_Score = tuple[dict[str, float | None], dict[str, str]]  # values and reasons, see `score`
+_Scored = tuple[str, float | None, list[_Reconstruction], list[_Score | None]]
+
+
+def _reconstruct_all(references: References, systems: Sequence[System], channel: str | int) -> Iterator[_Job]:
     """Yield (place, waveform or None, one reconstruction per system) for each reference."""
     for source, place in references:
         try:
-            waveform = audio.load(source, SAMPLING_RATE, channel=channel, max_seconds=audio.MAX_CLIP_SECONDS)
+            waveform = audio.load(source, SAMPLING_RATE, channel=channel, max_seconds=MAX_CLIP_SECONDS)
         except ImportError:
             raise
         except Exception as error:
@@ -292,7 +306,7 @@ def _reconstruct(system: System, place: Path, waveform: np.ndarray) -> _Reconstr
     return _Reconstruction(estimate, usage, samples_cut)
 
 
-def _score_all(jobs, names: list[str], options: Options, num_workers: int):
+def _score_all(jobs: Iterable[_Job], names: list[str], options: Options, num_workers: int) -> Iterator[_Scored]:
     """Yield (place, seconds, reconstructions, scores) for each job, in order. A score is None after a failure."""
     if num_workers == 0:
         for place, waveform, reconstructions in jobs:
@@ -306,9 +320,9 @@ def _score_all(jobs, names: list[str], options: Options, num_workers: int):
     with ProcessPoolExecutor(num_workers, context, _start_worker) as executor:
         waiting: deque[tuple[str, float | None, list[_Reconstruction], Future]] = deque()
 
-        def first_in_line():
-            *job, future = waiting.popleft()
-            return *job, future.result()
+        def first_in_line() -> _Scored:
+            place, seconds, reconstructions, future = waiting.popleft()
+            return place, seconds, reconstructions, future.result()
 
         try:
             for place, waveform, reconstructions in jobs:
@@ -334,12 +348,14 @@ def _start_worker() -> None:
     torch.set_num_threads(1)
 
 
-def _score(waveform, estimates: list[np.ndarray | None], names: list[str], options: Options) -> list[tuple | None]:
+def _score(
+    waveform: np.ndarray | None, estimates: list[np.ndarray | None], names: list[str], options: Options
+) -> list[_Score | None]:
     """Compute the metrics of each estimate of one reference: (values, reasons), or None without an estimate."""
     if waveform is None:
         return [None] * len(estimates)
     reference = Clip(waveform, options)
-    scores = []
+    scores: list[_Score | None] = []
     for estimate in estimates:
         if estimate is None:
             scores.append(None)
@@ -350,11 +366,20 @@ def _score(waveform, estimates: list[np.ndarray | None], names: list[str], optio
     return scores
 
 
-def _file_result(place, seconds, system, reconstruction, scored, metrics, runnable) -> FileResult:
+def _file_result(
+    place: str,
+    seconds: float | None,
+    system: System,
+    reconstruction: _Reconstruction,
+    scored: _Score | None,
+    metrics: Iterable[str],
+    runnable: Iterable[str],
+) -> FileResult:
     figures = list(CODEBOOK_FIGURES) if system.gives_codes else []
-    values = dict.fromkeys([*metrics, *figures])
+    values: dict[str, float | None] = dict.fromkeys([*metrics, *figures])
     if scored is None:
-        return FileResult(place, seconds, values, dict.fromkeys([*runnable, *figures], reconstruction.failure))
+        failure = reconstruction.failure or ""  # it is there where nothing was scored
+        return FileResult(place, seconds, values, dict.fromkeys([*runnable, *figures], failure))
     scores, reasons = scored
     values |= scores
     if reconstruction.usage is not None:
@@ -367,7 +392,7 @@ def _file_result(place, seconds, system, reconstruction, scored, metrics, runnab
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _check(references, systems, metrics: list[str]) -> None:
+def _check(references: References, systems: Sequence[System], metrics: list[str]) -> None:
     if not references or not systems or not metrics:
         raise ValueError(
             f"Got {len(references)} files, {len(systems)} systems and {len(metrics)} metrics, expected at least one each."
@@ -377,7 +402,7 @@ def _check(references, systems, metrics: list[str]) -> None:
         raise ValueError(f"Got the metrics {', '.join(unknown)}, expected some of {', '.join(METRICS)}.")
     if len({system.name for system in systems}) < len(systems):
         raise ValueError(f"Got systems of one name: {', '.join(system.name for system in systems)}. Name them apart.")
-    seen = {}
+    seen: dict[Path, Path] = {}
     for source, place in references:
         if place in seen:
             raise ValueError(f"{seen[place]} and {source} would both be {place} in the report. Evaluate them apart.")
@@ -389,7 +414,7 @@ def _seconds(waveform: np.ndarray | None) -> float | None:
 
 
 @contextmanager
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     """Use one thread, as in a worker process: the last bits of float32 sums depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Ways out of this package: models as ONNX files, and token folders as the files that language models are trained from."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .wavtokenizer_onnx import WavTokenizerOnnx
 
@@ -11,10 +11,12 @@ if TYPE_CHECKING:
 __all__ = ["OnnxReport", "WavTokenizerOnnx", "export_onnx"]
 
 
-def __getattr__(name: str):
-    """`export_onnx` and its report, on first use: they need torch, `WavTokenizerOnnx` does not."""
-    if name in ("OnnxReport", "export_onnx"):
-        from . import onnx_export
+if not TYPE_CHECKING:  # to a type checker every name would exist, and be Any
 
-        return getattr(onnx_export, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """`export_onnx` and its report, on first use: they need torch, `WavTokenizerOnnx` does not."""
+        if name in ("OnnxReport", "export_onnx"):
+            from . import onnx_export
+
+            return getattr(onnx_export, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

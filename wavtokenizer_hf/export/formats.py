@@ -10,6 +10,7 @@ import struct
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +86,7 @@ class MegatronFormat(Format):
     loss_mask: bool = False
     ids_type: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         size = self.sequences.vocab_size
         if self.ids_type is None:
             self.ids_type = "uint16" if size <= _LARGEST_UINT16_VOCABULARY else "int32"
@@ -98,7 +99,7 @@ class MegatronFormat(Format):
             )
 
     @property
-    def index_columns(self) -> tuple[str, ...]:
+    def index_columns(self) -> tuple[str, ...]:  # type: ignore[override]  # nobody assigns it
         return ("source_id", "clip_num") if self.sequences.kind == "interleaved" else ()
 
     def check(self, folder: TokenFolder) -> None:
@@ -141,12 +142,14 @@ class MegatronFormat(Format):
 
     def _kinds(self) -> dict[str, str]:
         """Name of the files -> type of their numbers."""
-        return {"tokens": self.ids_type, **({"loss_mask": "uint8"} if self.loss_mask else {})}
+        return {"tokens": str(self.ids_type), **({"loss_mask": "uint8"} if self.loss_mask else {})}
 
     def chunk_files(self, output: Path, parts: str, number: int) -> list[Path]:
         return [output / parts / f"{number:06d}.{kind}" for kind in (*self._kinds(), "lengths")]
 
-    def write_chunk(self, folder, rows, output, parts, number, bad):
+    def write_chunk(
+        self, folder: TokenFolder, rows: list[dict], output: Path, parts: str, number: int, bad: list[BadRow]
+    ) -> dict[str, int]:
         ids, masks, bad_rows = self.sequences.make(rows)
         bad += bad_rows
         lengths = np.array([len(each) for each in ids], np.int32)
@@ -160,7 +163,7 @@ class MegatronFormat(Format):
             file.write(lengths.astype("<i4").tobytes())
         return {"num_sequences": len(lengths), "num_ids": int(lengths.sum())}
 
-    def finish(self, folder, output, parts, num_chunks):
+    def finish(self, folder: TokenFolder, output: Path, parts: str, num_chunks: int) -> int:
         lengths = np.concatenate(
             [np.fromfile(self.chunk_files(output, parts, number)[-1], "<i4") for number in range(num_chunks)]
         )
@@ -181,7 +184,7 @@ class MegatronFormat(Format):
         return size
 
 
-def _write_index(file, lengths: np.ndarray, kind: str) -> None:
+def _write_index(file: Any, lengths: np.ndarray, kind: str) -> None:
     """Header, sequence lengths (int32), their offsets in bytes (int64), and first sequence of each document and the end (int64)."""
     file.write(_MAGIC + struct.pack("<QB", _VERSION, _TYPE_CODES[kind]))
     file.write(struct.pack("<QQ", len(lengths), len(lengths) + 1))
@@ -211,7 +214,7 @@ class ShardedFormat(Format):
     bytes_per_row, bytes_per_code = 0.0, 0.0
     index_columns = ("num_samples",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.shard_size < 1:
             raise ValueError(f"Got shard_size={self.shard_size}, expected at least 1.")
 
@@ -224,7 +227,9 @@ class ShardedFormat(Format):
         shards = ((sizes - sizes[0]) // self.shard_size).astype(np.int64)
         return np.split(np.arange(len(index)), np.flatnonzero(np.diff(shards)) + 1)
 
-    def write_chunk(self, folder, rows, output, parts, number, bad):
+    def write_chunk(
+        self, folder: TokenFolder, rows: list[dict], output: Path, parts: str, number: int, bad: list[BadRow]
+    ) -> dict[str, int]:
         self._write(folder, rows, output, number)
         size = sum(path.stat().st_size for path in self.chunk_files(output, parts, number))
         return {
@@ -250,10 +255,10 @@ class WebDatasetFormat(ShardedFormat):
     name = "webdataset"
     bytes_per_row, bytes_per_code = 512 * 3 + 400.0, 2.0
 
-    def chunk_files(self, output, parts, number):
+    def chunk_files(self, output: Path, parts: str, number: int) -> list[Path]:
         return [output / f"tokens-{number:06d}.tar"]
 
-    def _write(self, folder, rows, output, number):
+    def _write(self, folder: TokenFolder, rows: list[dict], output: Path, number: int) -> None:
         (path,) = self.chunk_files(output, "", number)
         with open_atomic(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for position, row in enumerate(rows):
@@ -273,10 +278,10 @@ class JsonlFormat(ShardedFormat):
     name = "jsonl"
     bytes_per_row, bytes_per_code = 300.0, 5.5
 
-    def chunk_files(self, output, parts, number):
+    def chunk_files(self, output: Path, parts: str, number: int) -> list[Path]:
         return [output / f"tokens-{number:06d}.jsonl"]
 
-    def _write(self, folder, rows, output, number):
+    def _write(self, folder: TokenFolder, rows: list[dict], output: Path, number: int) -> None:
         (path,) = self.chunk_files(output, "", number)
         with open_atomic(path, "w") as file:
             for row in rows:
@@ -284,7 +289,7 @@ class JsonlFormat(ShardedFormat):
                 file.write(json.dumps(line, ensure_ascii=False, default=_plain) + "\n")
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """Columns that JSON does not know: bytes as text, times by their ISO form."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
@@ -307,11 +312,11 @@ class LhotseFormat(ShardedFormat):
     def check(self, folder: TokenFolder) -> None:
         require("lhotse", "lhotse")
 
-    def chunk_files(self, output, parts, number):
+    def chunk_files(self, output: Path, parts: str, number: int) -> list[Path]:
         shar = output / "shar"  # of its own, since lhotse takes every file of a folder for a field of the cuts
         return [shar / f"cuts.{number:06d}.jsonl.gz", shar / f"audio_codes.{number:06d}.tar"]
 
-    def _write(self, folder, rows, output, number):
+    def _write(self, folder: TokenFolder, rows: list[dict], output: Path, number: int) -> None:
         lhotse, shar = require("lhotse", "lhotse"), require("lhotse.shar", "lhotse")
         frame_shift = folder.hop_length / folder.sampling_rate
         partial = output / f".shard-{number:06d}.partial"

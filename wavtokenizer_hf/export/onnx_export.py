@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ def export_onnx(
         )
     onnx, _ = require("onnx", "onnx"), require("onnxruntime", "onnx")
     config, encoder = model.config, model.encoder_model.encoder
-    lstm = next(layer.lstm for layer in encoder.layers if hasattr(layer, "lstm"))
+    lstm: Any = next(layer.lstm for layer in encoder.layers if hasattr(layer, "lstm"))
     facts = {
         "codebook_fingerprint": model.codebook_fingerprint,
         "sampling_rate": config.sampling_rate,
@@ -131,7 +132,7 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _quantize(decoder, folder: Path):
+def _quantize(decoder: Any, folder: Path) -> Any:
     """The decoder with its products in int8, as onnxruntime's dynamic quantization makes it."""
     onnx, quantization = require("onnx", "onnx"), require("onnxruntime.quantization", "onnx")
     constants = {weight.name for weight in decoder.graph.initializer}
@@ -159,7 +160,7 @@ def _quantize(decoder, folder: Path):
     return model
 
 
-def _store_weights(decoder, dtype: str) -> None:
+def _store_weights(decoder: Any, dtype: str) -> None:
     """Stores large float32 weights as float16 or int8, and computes float32 of them, which runtimes do once, at load."""
     onnx = require("onnx", "onnx")
     float32, from_array, make_node = onnx.TensorProto.FLOAT, onnx.numpy_helper.from_array, onnx.helper.make_node
@@ -214,6 +215,7 @@ def compare(
         on_progress(index)
         encoded = model.encode(torch.from_numpy(audio)[None, None].to(model.device), output_latents=True)
         expected = encoded.audio_codes[0, 0].cpu().numpy()
+        assert encoded.latents is not None
         latents = encoded.latents[0].double().cpu().numpy()  # (D, L)
         encoders: dict[str, Callable] = {"encoder.onnx": lambda audio: exported.encode(audio[None, None])[0][0, 0]}
         if "encoder_stream.onnx" in exported.files:
@@ -248,14 +250,18 @@ def _stream(exported: WavTokenizerOnnx, audio: np.ndarray) -> np.ndarray:
     return np.concatenate([*(stream.push(block) for block in blocks), stream.flush()])
 
 
-def _decode_difference(model, exported, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _decode_difference(
+    model: WavTokenizerModel, exported: WavTokenizerOnnx, codes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     audio_codes = torch.from_numpy(codes)[None, None]
     expected = model.decode(audio_codes.to(model.device)).audio_values[0, 0].cpu().numpy()
     found = exported.decode(audio_codes.numpy()).audio_values[0, 0]
     return expected, found - expected
 
 
-def _count_near_ties(latents: np.ndarray, entries: np.ndarray, expected, found, where: str) -> int:
+def _count_near_ties(
+    latents: np.ndarray, entries: np.ndarray, expected: np.ndarray, found: np.ndarray, where: str
+) -> int:
     """Number of codes that differ. Raises ValueError if one of them is no near tie."""
     (frames,) = np.nonzero(expected != found)
     for frame in frames:

@@ -79,7 +79,7 @@ def export_tokens(
     format: Format,
     num_processes: int = 1,
     on_error: str = "fail",
-    on_progress=lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExportResult:
     """
     Write the rows of a token folder as training files. Needs no model.
@@ -139,7 +139,7 @@ def export_tokens(
             (output / ".lock").unlink()
 
 
-def _settings(folder: TokenFolder, index, format: Format, on_error: str) -> dict:
+def _settings(folder: TokenFolder, index: Index, format: Format, on_error: str) -> dict:
     """What the bytes depend on."""
     return {
         "format": format.describe(),
@@ -214,7 +214,14 @@ def _summary_path(output: Path, number: int) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _run(job: Job, index: Index, chunks: list[np.ndarray], to_do: list[int], num_processes: int, on_done) -> None:
+def _run(
+    job: Job,
+    index: Index,
+    chunks: list[np.ndarray],
+    to_do: list[int],
+    num_processes: int,
+    on_done: Callable[[int], None],
+) -> None:
     """Make the chunks, and call `on_done` with the number of each that is done."""
     if num_processes == 1 or len(to_do) < 2:
         for number in to_do:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..limited_files import one_line, read_json_object
 from ..llm import AudioVocabulary, PackedRows, Template, TrainingRows
+from .token_folder import Index
 
 
 KINDS = ("audio", "text-to-audio", "audio-to-text", "both", "interleaved")
@@ -51,7 +52,7 @@ class Sequences:
     pack: int | None = None
     pad_token_id: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"Got the sequences {self.kind!r}, expected one of {', '.join(KINDS)}.")
         if self.template is not None and self.kind == "interleaved":
@@ -64,13 +65,15 @@ class Sequences:
                 raise ValueError(f"Got {name}={length}, expected at least 1.")
         if self.pack is not None and self.max_length is not None:
             raise ValueError(f"Got max_length={self.max_length} and pack={self.pack}, expected one of them.")
-        if self.pack is not None and self.pad_token_id is None:
-            raise ValueError(
-                "Packed sequences are filled up with a padding id. Name one, or a tokenizer that has one."
-            )
+        self.packed_rows = None
+        if self.pack is not None:
+            if self.pad_token_id is None:
+                raise ValueError(
+                    "Packed sequences are filled up with a padding id. Name one, or a tokenizer that has one."
+                )
+            self.packed_rows = PackedRows(self.pack, self.pad_token_id)
         self.training_rows = TrainingRows(self.tokenizer, self.vocabulary, self.templates)
         self._around = self._ids_around_codes() if self.kind == "audio" and self.template is None else None
-        self.packed_rows = None if self.pack is None else PackedRows(self.pack, self.pad_token_id)
 
     def _ids_around_codes(self) -> tuple[list[int], list[int]]:
         """What stands before and after the codes of every clip where there is no text: ten times as fast as row by row."""
@@ -152,6 +155,7 @@ class Sequences:
     def _make_row(self, row: dict) -> dict[str, list] | BadRow:
         if row["audio_codes"] is None or len(row["audio_codes"]) == 0:
             return BadRow(row["id"], "it has no codes")
+        made: dict[str, list]
         try:
             if self._around is None:
                 made = self.training_rows({name: [value] for name, value in row.items()})
@@ -166,12 +170,13 @@ class Sequences:
             return BadRow(row["id"], f"it makes a sequence of {longest} ids, and {limit} is the limit")
         return made
 
-    def _join_sources(self, rows, ids, labels) -> tuple[list, list]:
+    def _join_sources(self, rows: list[dict], ids: list, labels: list) -> tuple[list, list]:
         """Clips of one source, one after another, between BOS and EOS; cut between clips where `max_length` is reached."""
         begin = [id for id in (getattr(self.tokenizer, "bos_token_id", None),) if id is not None]
         end = [id for id in (getattr(self.tokenizer, "eos_token_id", None),) if id is not None]
         limit = self.pack or self.max_length
-        documents, source, current = [], None, []
+        documents, source = [], None
+        current: list[int] = []
         for row, (clip_ids,), (clip_labels,) in zip(rows, ids, labels, strict=True):
             full = limit is not None and len(begin) + len(current) + len(clip_ids) + len(end) > limit
             if current and (row["source_id"] != source or full):
@@ -198,7 +203,7 @@ def load_vocabulary(path: str | os.PathLike) -> AudioVocabulary:
         raise ValueError(f"Cannot read a vocabulary from {path}: {one_line(error)}") from error
 
 
-def order_by_source(index, columns: Sequence[str] = ("source_id", "clip_num")) -> np.ndarray:
+def order_by_source(index: Index, columns: Sequence[str] = ("source_id", "clip_num")) -> np.ndarray:
     """Numbers of the rows, by source and clip. Raises ValueError if a row has none, or its clip is no number."""
     sources, clips = (index.columns[name] for name in columns)
     for name, values in zip(columns, (sources, clips), strict=True):

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,8 @@ class TokenFolder:
         if not is_token_folder(folder):
             raise ValueError(f"{folder} is not a token folder, expected one that `wavtokenizer tokenize` wrote.")
         manifest = read_json_object(self.folder / MANIFEST, MAX_MANIFEST_BYTES)
-        self.settings, self.complete = manifest.get("settings"), manifest.get("complete") is True
+        self.settings: dict[str, Any] = manifest.get("settings") or {}
+        self.complete = manifest.get("complete") is True
         self._check_settings()
         self.hop_length, self.sampling_rate = self.settings["hop_length"], self.settings["sampling_rate"]
         self.codebook_fingerprint = self.settings["codebook_fingerprint"]
@@ -70,9 +72,9 @@ class TokenFolder:
         if self.files:
             with self._open(self.files[0]) as file:
                 self.column_names = file.schema_arrow.names
-        self._held = (None, None)  # the row group that was read last
+        self._held: tuple[Any, Any] = (None, None)  # the row group that was read last
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": (None, None)}
 
     def _check_settings(self) -> None:
@@ -157,7 +159,7 @@ class TokenFolder:
 
     def read(self, index: Index, numbers: np.ndarray, columns: Sequence[str] | None = None) -> list[dict]:
         """Rows of an index by their numbers in it, in that order; `audio_codes` as uint16 arrays (L,), or None."""
-        places = {}
+        places: dict[Any, Any] = {}  # file -> rows and their positions; then (file, row) -> values
         for position, number in enumerate(numbers.tolist()):
             places.setdefault(int(index.files[number]), []).append((int(index.rows[number]), position))
         result: list[dict] = [{}] * len(numbers)
@@ -202,7 +204,7 @@ class TokenFolder:
             return f"it has the code {largest}, expected codes below {self.settings['codebook_size']}"
         return None
 
-    def check_model(self, model) -> None:
+    def check_model(self, model: Any) -> None:
         """Raise ValueError unless a model has the codebook, the sampling rate and the samples per code of these rows."""
         model.check_codebook_fingerprint(self.codebook_fingerprint)
         for name in ("sampling_rate", "hop_length"):
@@ -227,7 +229,7 @@ class TokenFolder:
 _NEVER_NULL = ("id", "num_samples")
 
 
-def _wrong_columns(schema) -> str | None:
+def _wrong_columns(schema: Any) -> str | None:
     """What is wrong with the columns that every token file has, or None."""
     types = require("pyarrow", "bulk").types
     checks = {
@@ -244,7 +246,7 @@ def _wrong_columns(schema) -> str | None:
     return None
 
 
-def _to_rows(table) -> list[dict]:
+def _to_rows(table: Any) -> list[dict]:
     """A table as dictionaries. Codes stay arrays: as lists of Python's numbers they are slow, and 20 times as large."""
     columns = {name: table[name].to_pylist() for name in table.column_names if name != "audio_codes"}
     if "audio_codes" in table.column_names:

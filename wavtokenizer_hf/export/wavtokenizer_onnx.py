@@ -18,7 +18,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -98,15 +98,15 @@ class WavTokenizerOnnx:
         self.files = tuple(files)
         self.providers = list(providers)
         self.num_threads = num_threads
-        self._sessions = {}
+        self._sessions: dict[str, Any] = {}
 
-    def session(self, name: str):
+    def session(self, name: str) -> Any:
         """The `onnxruntime.InferenceSession` of a file, `encoder`, `encoder_stream` or `decoder`; loaded on first use."""
         if name not in self._sessions:
             self._sessions[name] = self._load(f"{name}.onnx")
         return self._sessions[name]
 
-    def _load(self, name: str):
+    def _load(self, name: str) -> Any:
         try:
             import onnxruntime
         except ImportError as error:

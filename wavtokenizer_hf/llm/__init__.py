@@ -10,7 +10,7 @@ Needs nothing beyond the core; chat templates need jinja2, as in transformers.
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .mapping import AudioSpan, MalformedSpan
 from .rows import PackedRows, Template, TrainingRows
@@ -38,8 +38,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    """What generates, on first use: it needs torch, and exports of training files do not."""
-    if name in _GENERATION:
-        return getattr(importlib.import_module(".generation", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # to a type checker every name would exist, and be Any
+
+    def __getattr__(name: str) -> Any:
+        """What generates, on first use: it needs torch, and exports of training files do not."""
+        if name in _GENERATION:
+            return getattr(importlib.import_module(".generation", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

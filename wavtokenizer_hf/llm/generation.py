@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from queue import Empty, Queue
+from typing import Any
 
 import torch
 from transformers import (
@@ -46,7 +47,7 @@ class AudioSpanProcessor(LogitsProcessor):
         self.vocabulary, self.min_codes, self.max_codes = vocabulary, min_codes, max_codes
         self._largest = max(vocabulary.token_ids)
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
         """Set the scores (B, V) of tokens to -inf that must not follow input_ids (B, L)."""
         vocabulary, size = self.vocabulary, scores.shape[-1]
         if size <= self._largest:
@@ -115,7 +116,7 @@ def span_arguments(
 
 def decode_spans(
     codec: WavTokenizerModel, vocabulary: AudioVocabulary, spans: Sequence[AudioSpan], batch_size: int = 8
-) -> list[torch.FloatTensor]:
+) -> list[torch.Tensor]:
     """
     Decode many spans in batches. Each gets the audio that it gets alone.
 
@@ -179,7 +180,7 @@ class AudioStreamer(BaseStreamer):
         _check_marks(vocabulary)
         vocabulary.check_codec(codec)
         self.codec, self.vocabulary, self.timeout = codec, vocabulary, timeout
-        self._window = {"window_seconds": window_seconds, "overlap_seconds": overlap_seconds}
+        self._window: dict[str, Any] = {"window_seconds": window_seconds, "overlap_seconds": overlap_seconds}
         DecodeStream(codec, **self._window)  # refuses bad windows here, and not in the middle of things
         self._queue: Queue = Queue()
         self._chunks = self._read()
@@ -203,10 +204,10 @@ class AudioStreamer(BaseStreamer):
 
     # What the listener calls
 
-    def __iter__(self) -> Iterator[torch.FloatTensor]:
+    def __iter__(self) -> Iterator[torch.Tensor]:
         return self
 
-    def __next__(self) -> torch.FloatTensor:
+    def __next__(self) -> torch.Tensor:
         return next(self._chunks)
 
     def _next_ids(self) -> list[int] | None:
@@ -218,7 +219,7 @@ class AudioStreamer(BaseStreamer):
             raise item
         return item
 
-    def _read(self) -> Iterator[torch.FloatTensor]:
+    def _read(self) -> Iterator[torch.Tensor]:
         prompt = self._next_ids()
         if prompt is None:
             return
@@ -239,7 +240,9 @@ class AudioStreamer(BaseStreamer):
             if len(rest) > 0:
                 yield rest
 
-    def _take(self, token_id: int, place: int, stream: DecodeStream | None):
+    def _take(
+        self, token_id: int, place: int, stream: DecodeStream | None
+    ) -> tuple[torch.Tensor, DecodeStream | None]:
         """One token -> the audio that is complete with it, and the stream of the span that is open then."""
         vocabulary, nothing = self.vocabulary, torch.zeros(0)
         is_code = bool(vocabulary.is_audio(token_id))
@@ -265,8 +268,8 @@ def stream_audio(
     vocabulary: AudioVocabulary,
     window_seconds: float = 1.0,
     overlap_seconds: float = 0.25,
-    **arguments,
-) -> Iterator[torch.FloatTensor]:
+    **arguments: Any,
+) -> Iterator[torch.Tensor]:
     """
     Run `model.generate(**arguments)` in a thread, and yield the audio as soon as it is complete.
 
@@ -303,7 +306,8 @@ def stream_audio(
 
     def generate() -> None:
         try:
-            model.generate(**arguments, streamer=streamer, stopping_criteria=criteria)
+            generating: Any = model  # a PreTrainedModel with a language model's head
+            generating.generate(**arguments, streamer=streamer, stopping_criteria=criteria)
             streamer.end()  # a generate() of the model's own may forget it; a second end is not read
         except BaseException as error:
             streamer.fail(error)
@@ -318,10 +322,10 @@ def stream_audio(
 
 
 class _NobodyListens(StoppingCriteria):
-    def __init__(self):
+    def __init__(self) -> None:
         self.event = threading.Event()
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 

@@ -2,9 +2,17 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..modeling_wavtokenizer import WavTokenizerModel
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class CodeMapping:
     begin_token: str = "<|audio_begin|>"
     end_token: str = "<|audio_end|>"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.first_token_id < 0 or self.codebook_size < 1:
             raise ValueError(
                 f"Got first_token_id={self.first_token_id} and codebook_size={self.codebook_size}, expected at least 0 "
@@ -82,12 +90,16 @@ class CodeMapping:
     # Codes <-> ids <-> text
     # -----------------------------------------------------------------------------------------------------------------
 
-    def is_audio(self, token_ids):
+    def is_audio(self, token_ids: Any) -> Any:
         """Return which ids are codes: bool, in the shape and the library (numpy or torch) of `token_ids`."""
         token_ids = _integers(token_ids, "token_ids")
         return (token_ids >= self.first_token_id) & (token_ids <= self.last_token_id)
 
-    def codes_to_ids(self, audio_codes):
+    @overload
+    def codes_to_ids(self, audio_codes: "torch.Tensor") -> "torch.Tensor": ...
+    @overload
+    def codes_to_ids(self, audio_codes: np.ndarray | Sequence) -> np.ndarray: ...
+    def codes_to_ids(self, audio_codes: Any) -> Any:
         """
         Return the token ids of codes: code + `first_token_id`.
 
@@ -104,7 +116,11 @@ class CodeMapping:
         _check_range(audio_codes, 0, self.codebook_size - 1, "code", "Are they ids already, or padding?")
         return audio_codes + self.first_token_id
 
-    def ids_to_codes(self, token_ids):
+    @overload
+    def ids_to_codes(self, token_ids: "torch.Tensor") -> "torch.Tensor": ...
+    @overload
+    def ids_to_codes(self, token_ids: np.ndarray | Sequence) -> np.ndarray: ...
+    def ids_to_codes(self, token_ids: Any) -> Any:
         """
         Return the codes of token ids, the inverse of `codes_to_ids`.
 
@@ -122,7 +138,7 @@ class CodeMapping:
         _check_range(token_ids, self.first_token_id, self.last_token_id, "token id", hint)
         return token_ids - self.first_token_id
 
-    def codes_to_text(self, audio_codes) -> str:
+    def codes_to_text(self, audio_codes: "torch.Tensor | np.ndarray | Sequence[int]") -> str:
         """Return the text of codes (L,), `<|audio_17|><|audio_4|>…`, which the tokenizer reads as their token ids."""
         token_ids = self.codes_to_ids(_one_row(audio_codes, "audio_codes"))
         return "".join(self.token_format.format(id - self.first_token_id) for id in token_ids.tolist())
@@ -153,12 +169,16 @@ class CodeMapping:
     # Spans
     # -----------------------------------------------------------------------------------------------------------------
 
-    def span(self, audio_codes) -> list[int]:
+    def span(self, audio_codes: "torch.Tensor | np.ndarray | Sequence[int]") -> list[int]:
         """Return the token ids of codes (L,), with the boundary tokens around them. Raises ValueError for a code outside [0, K)."""
         token_ids = self.codes_to_ids(_one_row(audio_codes, "audio_codes")).tolist()
-        return [self.begin_token_id, *token_ids, self.end_token_id] if self.has_boundary_tokens else token_ids
+        if self.begin_token_id is None or self.end_token_id is None:
+            return token_ids
+        return [self.begin_token_id, *token_ids, self.end_token_id]
 
-    def find_spans(self, token_ids) -> tuple[list[AudioSpan], list[MalformedSpan]]:
+    def find_spans(
+        self, token_ids: "torch.Tensor | np.ndarray | Sequence[int]"
+    ) -> tuple[list[AudioSpan], list[MalformedSpan]]:
         """
         Find the spans of audio in the output of a language model, prompt and padding included.
 
@@ -174,15 +194,15 @@ class CodeMapping:
         Raises:
             ValueError: ids of another shape, or no integers.
         """
-        token_ids = _one_row(token_ids, "token_ids")
-        token_ids = token_ids.cpu().numpy() if _is_tensor(token_ids) else token_ids
-        audio = self.is_audio(token_ids)
+        row = _one_row(token_ids, "token_ids")
+        ids: np.ndarray = row.cpu().numpy() if _is_tensor(row) else row
+        audio = self.is_audio(ids)
         runs = _runs(audio)
         if not self.has_boundary_tokens:
-            return [AudioSpan(start, stop, self.ids_to_codes(token_ids[start:stop])) for start, stop in runs], []
+            return [AudioSpan(start, stop, self.ids_to_codes(ids[start:stop])) for start, stop in runs], []
         spans, malformed, begin, covered = [], [], None, []
-        for place in np.flatnonzero((token_ids == self.begin_token_id) | (token_ids == self.end_token_id)).tolist():
-            if token_ids[place] == self.begin_token_id:
+        for place in np.flatnonzero((ids == self.begin_token_id) | (ids == self.end_token_id)).tolist():
+            if ids[place] == self.begin_token_id:
                 if begin is not None:
                     malformed.append(MalformedSpan(begin, place, "It has no end before the next one begins."))
                     covered.append((begin, place))
@@ -190,16 +210,16 @@ class CodeMapping:
             elif begin is None:
                 malformed.append(MalformedSpan(place, place + 1, "It has an end and no begin."))
             else:
-                reason = self._reason(token_ids[begin + 1 : place], begin + 1)
+                reason = self._reason(ids[begin + 1 : place], begin + 1)
                 if reason is None:
-                    spans.append(AudioSpan(begin + 1, place, self.ids_to_codes(token_ids[begin + 1 : place])))
+                    spans.append(AudioSpan(begin + 1, place, self.ids_to_codes(ids[begin + 1 : place])))
                 else:
                     malformed.append(MalformedSpan(begin, place + 1, reason))
                 covered.append((begin, place))
                 begin = None
         if begin is not None:
-            malformed.append(MalformedSpan(begin, len(token_ids), "It has no end."))
-            covered.append((begin, len(token_ids)))
+            malformed.append(MalformedSpan(begin, len(ids), "It has no end."))
+            covered.append((begin, len(ids)))
         for start, stop in runs:
             if not any(first <= start < last for first, last in covered):
                 malformed.append(MalformedSpan(start, stop, "Its codes are not between a begin and an end."))
@@ -227,7 +247,7 @@ class CodeMapping:
                 "language model learned."
             )
 
-    def check_codec(self, codec) -> None:
+    def check_codec(self, codec: "WavTokenizerModel") -> None:
         """Raise ValueError if this vocabulary is for the codes of another WavTokenizer than `codec`."""
         if codec.config.codebook_size != self.codebook_size:
             raise ValueError(
@@ -237,7 +257,7 @@ class CodeMapping:
         self.check_codebook_fingerprint(codec.codebook_fingerprint)
 
 
-def _integers(values, name: str):
+def _integers(values: Any, name: str) -> Any:
     """As an int64 tensor or array: sums in a narrower type, such as the uint16 of token files, would overflow."""
     if _is_tensor(values):
         if values.is_floating_point() or values.is_complex() or str(values.dtype) == "torch.bool":
@@ -249,14 +269,14 @@ def _integers(values, name: str):
     return values.astype(np.int64)
 
 
-def _one_row(values, name: str):
+def _one_row(values: Any, name: str) -> Any:
     values = _integers(values, name)
     if values.ndim != 1:
         raise ValueError(f"Got {name} of shape {tuple(values.shape)}, expected one row, (L,).")
     return values
 
 
-def _check_range(values, low: int, high: int, name: str, hint: str) -> None:
+def _check_range(values: Any, low: int, high: int, name: str, hint: str) -> None:
     outside = (values < low) | (values > high)
     if outside.any():
         place = int(outside.reshape(-1).nonzero()[0][0])
@@ -271,6 +291,6 @@ def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
-def _is_tensor(values) -> bool:
+def _is_tensor(values: object) -> bool:
     torch = sys.modules.get("torch")  # without it there are no tensors
     return torch is not None and isinstance(values, torch.Tensor)

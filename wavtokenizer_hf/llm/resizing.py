@@ -1,18 +1,19 @@
 """Embeddings and output layer of a language model, resized for the codes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 
-def num_tokens(module: torch.nn.Module) -> int:
+def num_tokens(module: Any) -> int:
     """Tokens of an embedding or an output head. By its attributes, since a quantized weight has another shape."""
     return getattr(module, "num_embeddings", None) or getattr(module, "out_features", None) or len(module.weight)
 
 
 def check_embeddings(model: PreTrainedModel, needed: int) -> None:
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     if embeddings.weight.device.type == "meta" or embeddings.weight.numel() == 0:  # offloaded, or DeepSpeed's ZeRO-3
         raise ValueError(
             "The model's embeddings are not in memory here. Add the tokens before it is moved or partitioned."
@@ -42,6 +43,6 @@ def add_embeddings(model: PreTrainedModel, first_new: int, needed: int, pad_to_m
                 parameter[first:] = parameter[:first].float().mean(dim=0).to(parameter.dtype)
 
 
-def _modules(model: PreTrainedModel) -> Sequence[torch.nn.Module]:
+def _modules(model: PreTrainedModel) -> Sequence[Any]:
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     return [module for module in modules if module is not None]

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -48,7 +48,7 @@ class Template:
     response: str
     loss_on_prompt: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.response:
             raise ValueError("The response of the template is empty, and with it what the model shall learn to write.")
         if "{audio}" not in self.prompt + self.response:
@@ -56,7 +56,7 @@ class Template:
 
     @classmethod
     def from_chat(
-        cls, tokenizer: "PreTrainedTokenizerBase", messages: list[dict], loss_on_prompt: bool = False, **options
+        cls, tokenizer: "PreTrainedTokenizerBase", messages: list[dict], loss_on_prompt: bool = False, **options: Any
     ) -> "Template":
         """
         Make a template from the tokenizer's chat template. The last message, of the assistant, becomes the response.
@@ -77,7 +77,7 @@ class Template:
         """
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError("Expected the last message to be the assistant's: it is what the model shall write.")
-        render = tokenizer.apply_chat_template
+        render: Any = tokenizer.apply_chat_template  # text, with tokenize=False
         whole = render(messages, tokenize=False, **options)
         prompt = render(messages[:-1], tokenize=False, add_generation_prompt=True, **options)
         if not whole.startswith(prompt):
@@ -180,7 +180,7 @@ class TrainingRows:
         opening = []
         if pieces[first : first + 1] == [(AUDIO, True)]:
             opening = self._ids("".join(text for text, _ in pieces[:first]), row)
-            if self.vocabulary.has_boundary_tokens:
+            if self.vocabulary.begin_token_id is not None:
                 opening.append(self.vocabulary.begin_token_id)
         return self._ids(template.prompt, row) + opening
 
@@ -212,7 +212,7 @@ class TrainingRows:
             )
         return token_ids
 
-    def _audio(self, audio_codes) -> list[int]:
+    def _audio(self, audio_codes: Any) -> list[int]:
         if audio_codes is not None and np.ndim(audio_codes) == 0:
             raise ValueError("Got a code where a row's codes were expected. Call dataset.map(..., batched=True).")
         if audio_codes is None or len(audio_codes) == 0:
@@ -288,11 +288,11 @@ class PackedRows:
                 self.size,
             )
         packed: dict[str, list] = {"input_ids": [], "labels": [], "position_ids": []}
-        for row, places in zip(rows, free, strict=True):
-            row.append(([self.pad_token_id] * places, [NO_LOSS] * places))
-            packed["input_ids"].append([id for token_ids, _ in row for id in token_ids])
+        for parts, places in zip(rows, free, strict=True):
+            parts.append(([self.pad_token_id] * places, [NO_LOSS] * places))
+            packed["input_ids"].append([id for token_ids, _ in parts for id in token_ids])
             packed["labels"].append(
-                [label for _, labels in row for label in ([NO_LOSS, *labels[1:]] if labels else [])]
+                [label for _, labels in parts for label in ([NO_LOSS, *labels[1:]] if labels else [])]
             )
-            packed["position_ids"].append([place for token_ids, _ in row for place in range(len(token_ids))])
+            packed["position_ids"].append([place for token_ids, _ in parts for place in range(len(token_ids))])
         return packed

@@ -92,7 +92,8 @@ class AudioVocabulary(CodeMapping):
             check_embeddings(model, num_old)
         every = [*tokens, begin_token, end_token]
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in every])
-        first, *_, begin, end = ids = tokenizer.convert_tokens_to_ids(every)
+        ids: Any = tokenizer.convert_tokens_to_ids(every)  # a list for a list
+        first, *_, begin, end = ids
         if ids != list(range(num_old, num_old + len(every))):
             raise ValueError(
                 f"The tokenizer gave the new tokens ids from {min(ids)} to {max(ids)}, expected {len(every)} consecutive ids "

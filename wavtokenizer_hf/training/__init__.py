@@ -17,7 +17,7 @@ train(Settings.load("small_cpu", {"train_data": "clips", "validation_data": "oth
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .settings import Settings
 
@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from .state import State
 
 
-def __getattr__(name: str):
-    # torch is imported with these, and the settings are arguments of the command line, whose help must not wait for it
-    modules = {"State": "state", "train": "loop"}
-    if name not in modules:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{modules[name]}", __name__), name)
+if not TYPE_CHECKING:  # to a type checker every name would exist, and be Any
+
+    def __getattr__(name: str) -> Any:
+        # torch is imported with these, and the settings are arguments of the command line, whose help must not wait for it
+        modules = {"State": "state", "train": "loop"}
+        if name not in modules:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{modules[name]}", __name__), name)
 
 
 __all__ = ["Settings", "State", "train"]

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .. import audio
+from ..audio_errors import AudioError
 from ..extras import require
 from ..find_files import describe_passed_over, find_files, utf8_name
 from .settings import derived_seed
@@ -43,7 +45,11 @@ class Batch:
         return self
 
 
-def open_clips(source: str | os.PathLike | Sequence) -> Sequence:
+Clips = str | os.PathLike | Sequence[Any]
+"""A folder, a list file, a folder saved by `save_to_disk`, or a dataset, see `open_clips`."""
+
+
+def open_clips(source: Clips) -> Sequence[Any]:
     """
     The clips of a data source, of which `read_clip` gives the sound.
 
@@ -90,9 +96,7 @@ def read_clip(clips: Sequence, index: int, sampling_rate: int, channel: str | in
     row = clips[index]
     if isinstance(row, dict) and not {"bytes", "path", "array"} & set(row):
         if COLUMN not in row:
-            raise audio.AudioError(
-                f"Got a row of {', '.join(row) or 'nothing'}, expected sound as {COLUMN!r}.", "no-audio"
-            )
+            raise AudioError(f"Got a row of {', '.join(row) or 'nothing'}, expected sound as {COLUMN!r}.", "no-audio")
         row = row[COLUMN]
     clip = audio.load_clip(row, sampling_rate, channel)
     audio.say_what_changes(
@@ -161,8 +165,8 @@ class EndlessBatches(Sampler):
         self.rank, self.world_size, self.start = rank, world_size, start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        joint, epoch, order = self.batch_size * self.world_size, None, None
-        batch = self.start
+        joint, batch = self.batch_size * self.world_size, self.start
+        epoch, order = -1, np.zeros(0, np.int64)
         while True:
             first = batch * joint + self.rank * self.batch_size
             places = []
@@ -194,7 +198,7 @@ def training_batches(
     )
 
 
-def validation_clips(source, length: int, sampling_rate: int, most: int, channel: str | int = "mean") -> Batch:
+def validation_clips(source: Clips, length: int, sampling_rate: int, most: int, channel: str | int = "mean") -> Batch:
     """Return the starts of at most `most` clips at -3 dBFS. The clips are evenly spread over the source, and always the same."""
     clips = open_clips(source)
     segments, skipped, num_repeated = [], {}, 0
@@ -228,7 +232,7 @@ def name_of(clips: Sequence, index: int) -> str:
     return utf8_name(str(path)) if isinstance(path, (str, os.PathLike)) else f"clip {index}"
 
 
-def _undecoded(dataset: Sequence) -> Sequence:
+def _undecoded(dataset: Any) -> Sequence:
     """Return a dataset whose audio wavtokenizer_hf.audio decodes, and not torchcodec."""
     if isinstance(dataset, dict):
         raise ValueError(f"Got a dataset of the splits {', '.join(dataset)}. Give one of them.")
@@ -250,7 +254,7 @@ def _undecoded(dataset: Sequence) -> Sequence:
     return dataset.select_columns(COLUMN).cast_column(COLUMN, datasets.Audio(decode=False))
 
 
-def _load_dataset(folder: str | os.PathLike):
+def _load_dataset(folder: str | os.PathLike) -> Any:
     datasets = require("datasets", "bulk")
     try:
         return datasets.load_from_disk(str(folder))
@@ -266,9 +270,9 @@ def _join(batches: list[Batch]) -> Batch:
 class _OneOfAKind(logging.Filter):
     """Log each kind of message once, not once per file."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.seen = set()
+        self.seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         new = record.msg not in self.seen

@@ -37,7 +37,8 @@ class Judgement:
     def halves(self) -> tuple["Judgement", "Judgement"]:
         """Of a batch that is two batches one after the other: what was said of each."""
         scores, features = self.scores.chunk(2), [each.chunk(2) for each in self.features]
-        return tuple(Judgement(scores[half], [each[half] for each in features]) for half in (0, 1))
+        first, second = (Judgement(scores[half], [each[half] for each in features]) for half in (0, 1))
+        return first, second
 
 
 class Discriminators(nn.Module):
@@ -82,7 +83,7 @@ class PeriodDiscriminator(nn.Module):
         super().__init__()
         self.period = period
         self.convs = nn.ModuleList(_period_convs(scale))
-        channels = self.convs[-1].out_channels
+        channels = _scaled(PERIOD_CHANNELS[-1], scale)
         self.emb = _zero_embedding(num_embeddings, channels)
         self.conv_post = weight_norm(nn.Conv2d(channels, 1, (3, 1), padding=(1, 0)))
 
@@ -163,13 +164,14 @@ class DACPeriodDiscriminator(nn.Module):
         self.convs = nn.ModuleList(
             nn.ModuleList([conv]) for conv in _period_convs(scale)
         )  # nested as in the reference implementation
-        self.conv_post = weight_norm(nn.Conv2d(self.convs[-1][0].out_channels, 1, (3, 1), padding=(1, 0)))
+        self.conv_post = weight_norm(nn.Conv2d(_scaled(PERIOD_CHANNELS[-1], scale), 1, (3, 1), padding=(1, 0)))
 
     def forward(self, audio: torch.Tensor) -> Judgement:
         # unlike the discriminator above, a whole period is added where no sample is missing
         hidden_states = _fold(audio, self.period, self.period - audio.shape[-1] % self.period)
         features = []
-        for (conv,) in self.convs:
+        for nested in self.convs:
+            (conv,) = nested.children()
             hidden_states = F.leaky_relu(conv(hidden_states), 0.1)
             features.append(hidden_states)
         return Judgement(self.conv_post(hidden_states).flatten(1), features)
@@ -195,7 +197,8 @@ class DACBandDiscriminator(nn.Module):
         features, bands = [], []
         for (low, high), convs in zip(self.bands, self.band_convs, strict=True):
             hidden_states = spectrum[..., low:high]
-            for (conv,) in convs:
+            for nested in convs.children():
+                (conv,) = nested.children()
                 hidden_states = F.leaky_relu(conv(hidden_states), 0.1)
                 features.append(hidden_states)
             bands.append(hidden_states)
@@ -230,7 +233,9 @@ def _zero_embedding(num_embeddings: int, channels: int) -> nn.Embedding:
     return embedding
 
 
-def _conditioned_scores(discriminator: nn.Module, hidden_states: torch.Tensor, bandwidth_id: int) -> torch.Tensor:
+def _conditioned_scores(
+    discriminator: PeriodDiscriminator | ResolutionDiscriminator, hidden_states: torch.Tensor, bandwidth_id: int
+) -> torch.Tensor:
     """Score map (B, 1, any, any), the inner product of the last map with an embedding added to it."""
     row = torch.full((), bandwidth_id, device=hidden_states.device)
     agreement = (discriminator.emb(row)[:, None, None] * hidden_states).sum(dim=1, keepdim=True)

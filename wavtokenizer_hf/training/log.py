@@ -3,7 +3,9 @@
 import io
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +46,8 @@ class Log:
         self.folder, self.samples = output / "log", output / "samples"
         self.sampling_rate = sampling_rate
         self._hook, threading.excepthook = threading.excepthook, self._on_thread_error
-        self.writer, self.failed = None, False
+        self.writer: Any = None  # SummaryWriter, None if it cannot be opened
+        self.failed = False
         # a resumed run removes entries that were logged after its checkpoint
         self._try(lambda: setattr(self, "writer", SummaryWriter(self.folder, purge_step=first_step)))
 
@@ -69,7 +72,7 @@ class Log:
         self._try(lambda: self.writer.close())
         threading.excepthook = self._hook
 
-    def _try(self, write) -> None:
+    def _try(self, write: Callable[[], object]) -> None:
         if self.failed:
             return
         try:
@@ -78,7 +81,7 @@ class Log:
             self.failed = True
             logger.warning("Cannot write the log in %s (%s): nothing more is logged.", self.folder, one_line(error))
 
-    def _on_thread_error(self, arguments) -> None:
+    def _on_thread_error(self, arguments: threading.ExceptHookArgs) -> None:
         # the next call raises the error of TensorBoard's thread; Python would print a traceback too
         if not (
             type(arguments.thread).__module__.startswith("tensorboard.") and issubclass(arguments.exc_type, OSError)

@@ -5,13 +5,15 @@ be closer to real audio, also in their eyes; then the codebook moves. A step is 
 settings' seed alone, so a resumed run goes the way of one that was never stopped.
 """
 
+import functools
 import logging
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from torch.nn.utils.parametrize import cached
 
 from ..progress import Progress, write
 from .codebook import all_reduce_sum, usage_figures, world_size
-from .data import Batch, one_warning_of_a_kind, open_clips, training_batches, validation_clips
+from .data import Batch, Clips, one_warning_of_a_kind, open_clips, training_batches, validation_clips
 from .log import Log, write_curves
 from .losses import adversarial_losses, discriminator_losses, total
 from .memory import GB, Estimate, PeakMemory, available_memory, estimate, refusal
@@ -36,7 +38,7 @@ SHORT_CLIPS = (
 )
 
 
-def train(settings: Settings, train_data=None, validation_data=None) -> State:
+def train(settings: Settings, train_data: Clips | None = None, validation_data: Clips | None = None) -> State:
     """
     Trains a model; on several GPUs where accelerate or torchrun started several processes.
 
@@ -166,7 +168,8 @@ def train_step(state: State, batches: list[torch.Tensor]) -> dict[str, float]:
 
 def _train_step(state: State, batches: list[torch.Tensor], rehearsal: bool) -> dict[str, float]:
     """`train_step`; or, as a rehearsal, all that a step with discriminators computes, which changes nothing."""
-    settings, figures = state.settings, {}
+    settings = state.settings
+    figures: dict[str, float] = {}
     num_embeddings = state.model.config.adanorm_num_embeddings
     bandwidth_id = derived_seed(settings.seed, "bandwidth_id", state.step) % num_embeddings
     state.model.train()
@@ -206,27 +209,29 @@ def _train_critics(
     state: State, batches: list[torch.Tensor], bandwidth_id: int, figures: dict[str, float], rehearsal: bool
 ) -> tuple:
     """The discriminators' half of a step; gives the codec's output for the last batch, with its graph if it is the only one."""
+    discriminators, optimizer, schedule = state.prepared_critics, state.critics_optimizer, state.critics_schedule
+    assert discriminators is not None and optimizer is not None and schedule is not None
     for index, audio in enumerate(batches):
         with torch.set_grad_enabled(len(batches) == 1):
             output = _run_codec(state, audio, index, bandwidth_id)
-        with _synchronized(state, state.prepared_critics, last=index == len(batches) - 1), cached():
+        with _synchronized(state, discriminators, last=index == len(batches) - 1), cached():
             with autocast(audio.device, state.settings.precision):
                 both = torch.cat([audio[:, 0], output[0][:, 0].detach()])
-                real, made = _halves(state.prepared_critics(both, bandwidth_id))
+                real, made = _halves(discriminators(both, bandwidth_id))
             losses = discriminator_losses(real, made)
-            loss = sum(losses.values())
+            loss = functools.reduce(torch.add, losses.values())
             _note(figures, "discriminator", losses | {"total": loss}, len(batches))
             (loss / len(batches)).backward()
     if rehearsal:
-        state.critics_optimizer.zero_grad()
+        optimizer.zero_grad()
     else:
-        _step(state, state.critics_optimizer, state.critics_schedule, figures, "discriminators", "discriminator")
+        _step(state, optimizer, schedule, figures, "discriminators", "discriminator")
     return output
 
 
-def check_apart(train_data, validation_data) -> None:
+def check_apart(train_data: Clips, validation_data: Clips) -> None:
     """Raises ValueError if a run would validate on what it trains on."""
-    if not all(isinstance(data, (str, os.PathLike)) for data in (train_data, validation_data)):
+    if not (isinstance(train_data, (str, os.PathLike)) and isinstance(validation_data, (str, os.PathLike))):
         if train_data is validation_data:
             raise ValueError(
                 "Got one dataset as train_data and validation_data. Validate on sound that training never sees."
@@ -264,10 +269,13 @@ def check_memory(state: State, length: int) -> Estimate | None:
             _train_step(state, [audio] * min(2, settings.gradient_accumulation), rehearsal=True)
         return peak.bytes
 
-    optimizers = [(state.optimizer, state.model), (state.critics_optimizer, state.critics)]
+    optimizers: list[tuple[torch.optim.Optimizer | None, nn.Module | None]] = [
+        (state.optimizer, state.model),
+        (state.critics_optimizer, state.critics),
+    ]
     # AdamW keeps two numbers for each that it trains; a resumed run holds them already
     missing = [module for optimizer, module in optimizers if optimizer is not None and not optimizer.state]
-    numbers = [p.nbytes for module in missing for p in module.parameters() if p.requires_grad]
+    numbers = [p.nbytes for module in filter(None, missing) for p in module.parameters() if p.requires_grad]
     try:
         found = estimate(measure, 2 * sum(numbers), 1)
     except torch.OutOfMemoryError as error:
@@ -298,6 +306,7 @@ def validate(state: State, clips: Batch, log: Log | None) -> dict[str, float]:
             audio = clips.audio[index : index + 1].to(accelerator.device)
             encoded = model.encode(audio, output_latents=True)
             made = model.decode(encoded.audio_codes).audio_values[..., : audio.shape[-1]]
+            assert encoded.latents is not None
             commitment = F.mse_loss(encoded.latents, model.quantizer.decode(encoded.audio_codes))
             sums += torch.stack([state.mel_loss(made[:, 0], audio[:, 0]), commitment, torch.ones_like(commitment)])
             usage += torch.bincount(encoded.audio_codes.flatten(), minlength=len(usage))
@@ -322,7 +331,7 @@ def normalize_encoder(state: State, stream: Iterator[Batch]) -> None:
     """
 
     @torch.no_grad()
-    def normalize(conv: nn.Conv1d, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    def normalize(conv: Any, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         count = all_reduce_sum(output.new_tensor(output.shape[0] * output.shape[2]))
         mean = all_reduce_sum(output.sum((0, 2))) / count
         deviation = (all_reduce_sum((output - mean[:, None]).square().sum((0, 2))) / count).sqrt().clamp(min=1e-5)
@@ -343,8 +352,9 @@ def normalize_encoder(state: State, stream: Iterator[Batch]) -> None:
 def start_codebook(state: State, stream: Iterator[Batch]) -> None:
     """Chooses the first codebook of a new model by k-means on what its encoder makes of the first batches."""
     settings, accelerator = state.settings, state.accelerator
-    batches, wanted = [], max(1, settings.kmeans_latents // accelerator.num_processes)
-    while sum(map(len, batches)) < wanted:
+    batches: list[torch.Tensor] = []
+    wanted = max(1, settings.kmeans_latents // accelerator.num_processes)
+    while sum(len(latents) for latents in batches) < wanted:
         audio = next(stream).audio.to(accelerator.device)
         with torch.inference_mode():
             latents = state.model.encoder_model.encoder(audio)
@@ -366,6 +376,7 @@ def _run_codec(state: State, audio: torch.Tensor, index: int, bandwidth_id: int)
 
 def _judge(state: State, audio: torch.Tensor, made: torch.Tensor, bandwidth_id: int) -> dict[str, torch.Tensor]:
     """The discriminators' losses for the codec. They learn nothing here, so nothing is computed for them."""
+    assert state.critics is not None
     state.critics.requires_grad_(False)
     try:
         with cached(), autocast(audio.device, state.settings.precision):
@@ -379,15 +390,23 @@ def _judge(state: State, audio: torch.Tensor, made: torch.Tensor, bandwidth_id: 
 def _halves(judgements: dict) -> tuple[dict, dict]:
     """What was said of a batch of real audio followed by made audio -> of each of the two."""
     split = {name: [judgement.halves() for judgement in each] for name, each in judgements.items()}
-    return tuple({name: [pair[half] for pair in pairs] for name, pairs in split.items()} for half in (0, 1))
+    real, made = ({name: [pair[half] for pair in pairs] for name, pairs in split.items()} for half in (0, 1))
+    return real, made
 
 
-def _synchronized(state: State, module: nn.Module, last: bool):
+def _synchronized(state: State, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
     """Gradients are exchanged between processes with the last of several batches."""
     return nullcontext() if last else state.accelerator.no_sync(module)
 
 
-def _step(state: State, optimizer, schedule, figures: dict[str, float], name: str, losses: str) -> None:
+def _step(
+    state: State,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    figures: dict[str, float],
+    name: str,
+    losses: str,
+) -> None:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     # the norm is the same on all processes, as their gradients are; a loss may be one's own, and its launcher stops the others
@@ -403,7 +422,7 @@ def _step(state: State, optimizer, schedule, figures: dict[str, float], name: st
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grads_with_norm_(parameters, state.settings.max_gradient_norm, norm)
     figures[f"gradient_norm/{name}"] = norm.item()
-    figures[f"learning_rate/{name}"] = schedule.get_last_lr()[0]
+    figures[f"learning_rate/{name}"] = float(schedule.get_last_lr()[0])
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()

@@ -3,6 +3,9 @@
 The values equal those of the original's code; `tests/test_training_losses.py` holds them against it.
 """
 
+import functools
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -43,7 +46,7 @@ class MelScalesLoss(nn.Module):
 
     def forward(self, made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Distance of two batches of audio (B, T)."""
-        return sum(scale(made, real) for scale in self.scales) / len(self.scales)
+        return _sum(scale(made, real) for scale in self.scales) / len(self.scales)
 
 
 class InstantaneousFrequencyLoss(nn.Module):
@@ -79,7 +82,7 @@ class InstantaneousFrequencyLoss(nn.Module):
                     scale = target.square().sum(dim=-1).sqrt().mean().clamp(min=1e-3)
                 difference = self._advances(made, n_fft, bins) - target
                 distances.append((difference.square().sum(dim=-1) + 1e-8).sqrt().mean() / scale)
-        return sum(distances) / len(distances)
+        return _sum(distances) / len(distances)
 
 
 def discriminator_losses(
@@ -90,9 +93,9 @@ def discriminator_losses(
     for name in real:
         pairs = [(r.scores.float(), m.scores.float()) for r, m in zip(real[name], made[name], strict=True)]
         if name == "dac":
-            losses[name] = sum((1 - r).square().mean() + m.square().mean() for r, m in pairs)
+            losses[name] = _sum((1 - r).square().mean() + m.square().mean() for r, m in pairs)
         else:
-            losses[name] = sum(F.relu(1 - r).mean() + F.relu(1 + m).mean() for r, m in pairs) / len(pairs)
+            losses[name] = _sum(F.relu(1 - r).mean() + F.relu(1 + m).mean() for r, m in pairs) / len(pairs)
     return losses
 
 
@@ -107,17 +110,21 @@ def adversarial_losses(real: dict[str, list[Judgement]], made: dict[str, list[Ju
             for r, m in zip(real_judgement.features, made_judgement.features, strict=True)
         ]
         if name == "dac":  # summed, not averaged
-            losses[name] = sum((1 - score).square().mean() for score in scores)
-            losses[f"{name}_features"] = sum(distances)
+            losses[name] = _sum((1 - score).square().mean() for score in scores)
+            losses[f"{name}_features"] = _sum(distances)
         else:
-            losses[name] = sum(F.relu(1 - score).mean() for score in scores) / len(scores)
-            losses[f"{name}_features"] = sum(distances) / len(scores)
+            losses[name] = _sum(F.relu(1 - score).mean() for score in scores) / len(scores)
+            losses[f"{name}_features"] = _sum(distances) / len(scores)
     return losses
 
 
 def total(losses: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
     """The weighted sum of all losses by name; a KeyError for one that no weight was given for."""
-    return sum(weights[name] * loss for name, loss in losses.items())
+    return _sum(weights[name] * loss for name, loss in losses.items())
+
+
+def _sum(values: Iterable[torch.Tensor]) -> torch.Tensor:
+    return functools.reduce(torch.add, values)
 
 
 def used_discriminators(weights: dict[str, float]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Estimate:
         return max(0, int((available - self.fixed) // max(self.per_segment, 1.0)))
 
 
-def estimate(measure, optimizer_bytes: int, segments: int) -> Estimate | None:
+def estimate(measure: Callable[[int], int | None], optimizer_bytes: int, segments: int) -> Estimate | None:
     """
     The memory of steps, from two small ones.
 
@@ -54,6 +55,8 @@ def estimate(measure, optimizer_bytes: int, segments: int) -> Estimate | None:
     if measure(segments) is None:  # not counted: the first step of a process also loads libraries
         return None
     small, large = measure(segments), measure(2 * segments)
+    if small is None or large is None:
+        return None
     per_segment = max(large - small, 0) / segments
     return Estimate(small - segments * per_segment + optimizer_bytes, per_segment)
 
@@ -94,11 +97,11 @@ def available_memory(device: torch.device, settings: Settings, num_processes: in
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    free = _meminfo().get("MemAvailable")
+    available = _meminfo().get("MemAvailable")
     held = _status().get("VmRSS")
-    if free is None or held is None:
+    if available is None or held is None:
         return None
-    limits = [free]
+    limits = [available]
     for limit, usage in CGROUP_LIMITS:
         try:
             limits.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
@@ -125,7 +128,7 @@ class PeakMemory:
                 self.known = False
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_reserved(self.device)
         elif self.known:

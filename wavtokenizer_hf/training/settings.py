@@ -33,7 +33,9 @@ WEIGHTS = {
 """The published weights of the generator's losses. A discriminator whose two weights are 0 is not made."""
 
 
-def _field(help: str, default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, free: bool = False):
+def _field(
+    help: str, default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, free: bool = False
+) -> Any:
     """A field with its documentation. `free`: a resumed run may have another value, since the result does not depend on it."""
     return field(default=default, default_factory=factory, metadata={"help": help, "free": free})
 
@@ -140,7 +142,7 @@ class Settings:
     )
     push_to_hub: str | None = _field("repository on the Hub to which best/ is uploaded at the end", None, free=True)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.loss_weights = {**WEIGHTS, **self.loss_weights}
         self.config = json.loads(json.dumps(self.config))  # lists for tuples, as it will be read from files
         self.check()
@@ -225,7 +227,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help=f"YAML file of settings, or the name of a bundled recipe: {recipes}")
     types_ = typing.get_type_hints(Settings)
     for f in dataclasses.fields(Settings):
-        help, options = f.metadata["help"], {}
+        help = f.metadata["help"]
+        options: dict[str, Any] = {}
         if types_[f.name] is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(types_[f.name]) is dict:

@@ -7,7 +7,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from .discriminators import Discriminators
 from .losses import InstantaneousFrequencyLoss, MelLoss, MelScalesLoss, used_discriminators
 from .settings import Settings, derived_seed
 
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +85,11 @@ class State:
     frequency_loss: InstantaneousFrequencyLoss | None  # likewise
     learner: CodebookLearner
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    schedule: torch.optim.lr_scheduler.LambdaLR
     critics: Discriminators | None = None
     prepared_critics: nn.Module | None = None
     critics_optimizer: torch.optim.Optimizer | None = None
-    critics_schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+    critics_schedule: torch.optim.lr_scheduler.LambdaLR | None = None
     frozen_digest: str | None = None  # of the encoder and codebook, if they are frozen
     step: int = 0  # steps done
     best_score: float = math.inf
@@ -106,7 +109,7 @@ class State:
         return self.critics is not None and self.step >= self.settings.mel_only_steps
 
 
-def autocast(device: torch.device, precision: str):
+def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
@@ -252,8 +255,8 @@ def _restore_from(state: State, folder: Path) -> None:
         )
     try:
         state.model.load_state_dict(_load_model(str(folder)).state_dict())
-        needed = state.critics is not None and step >= state.settings.mel_only_steps
-        if needed and not load_discriminators(str(folder), state.critics):
+        needed = step >= state.settings.mel_only_steps
+        if state.critics is not None and needed and not load_discriminators(str(folder), state.critics):
             raise ValueError("it lacks its discriminators")
         for name, part in _steered(state).items():
             _load_part(name, part, tensors[name])
@@ -304,7 +307,7 @@ def upload(state: State, output: Path) -> None:
     state.accelerator.wait_for_everyone()
 
 
-def _hub():
+def _hub() -> "HfApi":
     from huggingface_hub import HfApi
 
     return HfApi()
@@ -312,7 +315,7 @@ def _hub():
 
 def _steered(state: State) -> dict[str, Any]:
     """The parts with a state of their own beside the weights."""
-    parts = {"optimizer": state.optimizer, "schedule": state.schedule}
+    parts: dict[str, Any] = {"optimizer": state.optimizer, "schedule": state.schedule}
     if state.critics is not None:
         parts |= {"critics_optimizer": state.critics_optimizer, "critics_schedule": state.critics_schedule}
     return parts

@@ -82,7 +82,7 @@ def row_id(value: Any, where: str) -> str:
     return str(value)
 
 
-def typed_field(field):
+def typed_field(field: Any) -> Any:
     """Return a field of pyarrow; one of nothing but nulls becomes one of text."""
     pyarrow = require("pyarrow", "bulk")
     return field.with_type(pyarrow.string()) if pyarrow.types.is_null(field.type) else field

@@ -17,7 +17,7 @@ PATH_COLUMNS = ("audio", "path", "file_name")  # of a list file, where none is n
 class FileSource(Source):
     """Audio files. A locator is a path and the carried columns."""
 
-    def __init__(self, items: list[Item], schema=None, column: str | None = None):
+    def __init__(self, items: list[Item], schema: Any = None, column: str | None = None):
         self.items = items
         self.selection = {} if column is None else {"column": column}
         self.schema = require("pyarrow", "bulk").schema([]) if schema is None else schema
@@ -65,6 +65,7 @@ def open_list(path: Path, column: str | None) -> Source:
             f"The list {path} has the columns {names}, expected one of paths: {', '.join(PATH_COLUMNS)}, or another that you "
             "name as the column."
         )
+    column = column or PATH_COLUMNS[0]  # of an empty list
     has_segments = {"start", "duration"} <= set(names)
     id_column = "id" if "id" in names else column
     items = []

@@ -10,7 +10,7 @@ from .base import Item, Source, check_column, row_id
 class HFDatasetSource(Source):
     """A `datasets.Dataset`, read as it is stored: nothing is decoded by it. A locator is a row's number."""
 
-    def __init__(self, dataset, column: str, **selection: str | None):
+    def __init__(self, dataset: Any, column: str, **selection: str | None):
         if not isinstance(dataset, require("datasets", "bulk").Dataset):
             raise ValueError(
                 f"Got a {type(dataset).__name__} as the source, expected a path or a datasets.Dataset. Of a dictionary take a "

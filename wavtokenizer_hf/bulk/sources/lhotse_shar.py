@@ -55,7 +55,7 @@ class LhotseSource(Source):
     def file(self, locator: tuple[int, int]) -> str:
         return self._shards[locator[0]][1]
 
-    def _cut(self, locator: tuple[int, int]):
+    def _cut(self, locator: tuple[int, int]) -> Any:
         number, position = locator
 
         def read() -> list:
@@ -85,7 +85,7 @@ class LhotseSource(Source):
         return {"text": getattr(first, "text", None), "speaker": getattr(first, "speaker", None)}
 
 
-def _of_recording(cut, recording, name: str) -> audio.Channels:
+def _of_recording(cut: Any, recording: Any, name: str) -> audio.Channels:
     """A cut of a recording that lies in the shard, decoded as the same bytes in any other source are."""
     whole = audio.read_channels(recording.sources[0].source, name)
     if whole.sampling_rate != recording.sampling_rate:
@@ -116,7 +116,7 @@ def _beside(cuts: str) -> str:
 
 
 def _cut_ids(path: str) -> list[str]:
-    ids = []
+    ids: list[str] = []
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             while line := file.readline(MAX_CUT_BYTES + 1):

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ...find_files import SUFFIXES, holds, utf8_name, walk
 from ..records import OWN_COLUMNS
@@ -47,6 +47,7 @@ def open_source(
             that has none; columns with names of the output's own; or an id twice.
         OSError: A folder or file cannot be read.
     """
+    opened: Source
     if not isinstance(source, (str, os.PathLike)):
         opened = HFDatasetSource(source, column or "audio")
     elif not os.fspath(source):
@@ -108,7 +109,8 @@ def _open_path(
 def _of_files(files: list[str], base: Path, source: str, column: str, tar_names: str) -> Source:
     """By the endings of the files, of which only one kind may be there."""
     kinds: dict[str, list[str]] = {"sound files": [], "tar shards": [], "Parquet": []}
-    passed_over = []
+    passed_over: list[str] = []
+    opened: Source
     for file in files:
         ending = os.path.splitext(file)[1].lower()
         kind = "sound files" if ending in SUFFIXES else {".tar": "tar shards", ".parquet": "Parquet"}.get(ending)
@@ -129,7 +131,7 @@ def _of_files(files: list[str], base: Path, source: str, column: str, tar_names:
 _KNOWN = (*SUFFIXES, *LISTS, ".tar", ".parquet")
 
 
-def _refuse(error: OSError):
+def _refuse(error: OSError) -> NoReturn:
     raise error
 
 

@@ -19,7 +19,8 @@ class ParquetSource(Source):
         parquet, pyarrow = require("pyarrow.parquet", "bulk"), require("pyarrow", "bulk")
         self.column, self.items, schema = column, [], None
         self.selection = {"column": column}
-        self._lock, self._held = threading.Lock(), (None, None)
+        self._lock = threading.Lock()
+        self._held: tuple[Any, Any] = (None, None)  # place and table of the row group that was read last
         for file in files:
             try:
                 with parquet.ParquetFile(file) as opened:
@@ -37,12 +38,14 @@ class ParquetSource(Source):
                     id = f"{relative_path(file, base)}/{number}" if ids is None else row_id(ids[number], file)
                     self.items.append(Item(id, (file, group, row)))
                     number += 1
-        self.schema = pyarrow.schema([typed_field(field) for field in schema if field.name not in (column, "id")])
+        self.schema = pyarrow.schema(
+            [typed_field(field) for field in schema or () if field.name not in (column, "id")]
+        )
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None, "_held": (None, None)}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def _row(self, locator: tuple[str, int, int], names: list[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -10,8 +10,9 @@ from weakref import WeakValueDictionary
 class _Entry:
     """A value that is read once, by the first thread that needs it."""
 
-    def __init__(self):
-        self.lock, self.value = threading.Lock(), None
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.value: Any = None
 
 
 class RecentValues:
@@ -21,13 +22,15 @@ class RecentValues:
     Readers at the end of one recording and at the beginning of the next share both, so each is read once.
     """
 
-    def __init__(self):
-        self._lock, self._entries, self._recent = threading.Lock(), WeakValueDictionary(), deque(maxlen=2)
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: WeakValueDictionary[Hashable, _Entry] = WeakValueDictionary()
+        self._recent: deque[_Entry] = deque(maxlen=2)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return RecentValues, ()  # another process reads for itself
 
-    def get(self, key, read: Callable[[], Any]) -> Any:
+    def get(self, key: Hashable, read: Callable[[], Any]) -> Any:
         """The value of `key`, by calling `read` if it is not there."""
         with self._lock:
             entry = self._entries.get(key)

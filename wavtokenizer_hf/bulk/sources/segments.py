@@ -26,7 +26,7 @@ class SegmentSource(Source):
         base: folder of the manifest.
     """
 
-    def __init__(self, rows: list[dict], column: str, schema, base: Path):
+    def __init__(self, rows: list[dict], column: str, schema: Any, base: Path):
         self.schema, self.selection = schema, {"column": column}
         self._recordings = RecentValues()
         items = []
@@ -37,7 +37,7 @@ class SegmentSource(Source):
             items.append(Item(str(id), (str(base / row[column]), start, duration, carried)))
         self.items = sorted(items, key=lambda item: item.locator[:2])
 
-    def read(self, locator) -> audio.Channels:
+    def read(self, locator: Any) -> audio.Channels:
         path, start, duration, _ = locator
         # at its own rate, so that a segment is resampled as a file of its own would be
         recording = self._recordings.get(path, lambda: audio.read_channels(path))
@@ -50,7 +50,7 @@ class SegmentSource(Source):
         first, count = round(start * rate), max(1, round(duration * rate))
         return audio.Channels(recording.samples[first : first + count], rate, f"the segment at {start:g} s of {path}")
 
-    def extra_columns(self, locator) -> dict[str, Any]:
+    def extra_columns(self, locator: Any) -> dict[str, Any]:
         return locator[3]
 
 

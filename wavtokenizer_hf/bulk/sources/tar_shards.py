@@ -26,7 +26,8 @@ class TarSource(Source):
         pyarrow = require("pyarrow", "bulk")
         check_tar_names(tar_names)
         group = _by_ending if tar_names == "ending" else _by_first_dot
-        self.items, self.passed_over, endings = [], [], set()
+        self.items, self.passed_over = [], []
+        endings: set[str] = set()
         for shard in shards:
             samples, others = group(shard, self._members(shard))
             self.passed_over += [f"{relative_path(shard, base)}/{name}" for name in others]
@@ -77,10 +78,10 @@ class TarSource(Source):
             raise ValueError(f"{shard} ends within this clip. The shard may be damaged.")
         return content
 
-    def read(self, locator) -> bytes:
+    def read(self, locator: Any) -> bytes:
         return self._content(locator[0], locator[1])
 
-    def extra_columns(self, locator) -> dict[str, Any]:
+    def extra_columns(self, locator: Any) -> dict[str, Any]:
         contents = {name: self._content(locator[0], where) for name, where in locator[2].items()}
         try:
             return {name: content.decode() if _is_text(name) else content for name, content in contents.items()}
@@ -122,7 +123,8 @@ def _by_first_dot(shard: str, members: dict[str, _Member]) -> tuple[_Samples, li
         folder, base = os.path.split(name)
         key, _, ending = base.partition(".")
         groups.setdefault(os.path.join(folder, key) if key else name, {})[ending] = name
-    samples, others = {}, []
+    samples = {}
+    others: list[str] = []
     for key, names in groups.items():
         sounds = [ending for ending in names if f".{ending.lower()}".endswith(SUFFIXES)]
         if len(sounds) > 1:
