@@ -1,7 +1,7 @@
 # make demo   set up, then tokenize the bundled speech file, decode it, plot both; your own: make demo AUDIO=voice.wav
 # make test   set up, then run the tests
 # make test-versions  run the tests of the core with the oldest and the newest transformers that pyproject.toml allows
-# make lint   set up, then check style
+# make lint   set up, then check style and types
 # make package  set up, then build source archive and wheel into dist/, and use the wheel in an environment of its own
 # make docs   set up, then build the documentation into site/; make docs-serve shows it on http://localhost:8000
 # make setup  set up only
@@ -53,6 +53,7 @@ test-slow: $(VENV)/installed $(TRANSFORMERS_TESTS)
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # the wheel is made from the source archive, so this checks both
 package: $(VENV)/installed
