@@ -163,10 +163,10 @@ def test_the_pages_lead_from_a_clone_to_a_trained_model_and_a_page(tmp_path):
         )
         page = subprocess.Popen(
             ["bash", "-c", f"{command} --port 0"],
-            cwd=stranger.work, env=stranger.environment, stderr=subprocess.PIPE, text=True,
+            cwd=stranger.work, env=stranger.environment, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         try:
-            address = next(m[1] for line in page.stderr if (m := re.search(r"The page is at (http://\S+?)/? ", line)))
+            address = next(m[1] for line in page.stdout if (m := re.search(r"The page is at (http://\S+?)/? ", line)))
             tokens = ask_page(address, stranger.work / "speech.flac")
         finally:
             page.send_signal(signal.SIGTERM)
