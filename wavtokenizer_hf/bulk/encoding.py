@@ -86,7 +86,7 @@ def encode(
     while batches:
         batch = batches.pop()
         try:
-            codes = _encode_batch(encoder, feature_extractor, [waveforms[place] for place in batch])
+            codes = _encode_batch(encoder, feature_extractor, [waveforms[index] for index in batch])
         except (RuntimeError, ValueError) as error:
             is_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # of a CPU
             if is_memory:
@@ -105,8 +105,8 @@ def encode(
         finally:
             if encoder.device.type == "cpu":
                 _give_back_memory()
-        for place, clip_codes in zip(batch, codes, strict=True):
-            results[place] = clip_codes
+        for index, clip_codes in zip(batch, codes, strict=True):
+            results[index] = clip_codes
     return results
 
 
@@ -118,16 +118,16 @@ def _give_back_memory() -> None:
 
 def micro_batches(lengths: Sequence[int], budget: float) -> list[list[int]]:
     """
-    Places of clips, sorted by length and cut so that a batch, padded to its longest clip, stays within the budget.
+    Return the indices of clips, sorted by length and cut so that a batch, padded to its longest clip, stays within the budget.
 
     A clip that is longer than the budget is a batch by itself.
     """
     batches: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:  # the first is the longest
-            batches[-1].append(place)
+            batches[-1].append(index)
         else:
-            batches.append([place])
+            batches.append([index])
     return batches
 
 
@@ -232,25 +232,25 @@ class OrderedPrefetcher:
     def _run(self) -> None:
         while True:
             with self._changed:
-                # places are taken in order, so what the reader waits for is never behind what waits for the reader
+                # jobs are taken in order, so what the reader waits for is never behind what waits for the reader
                 self._changed.wait_for(lambda: self._waiting < self._limit or self._closed)
                 if self._closed or self._next == len(self._jobs):
                     return
-                place, self._next = self._next, self._next + 1
+                index, self._next = self._next, self._next + 1
             try:
-                result = self._work(self._jobs[place])
+                result = self._work(self._jobs[index])
             except BaseException as error:  # goes to whoever takes the result
                 result = error
             with self._changed:
-                self._results[place] = result
+                self._results[index] = result
                 self._waiting += 0 if isinstance(result, BaseException) else _size(result)
                 self._changed.notify_all()
 
     def __iter__(self) -> Iterator:
-        for place in range(len(self._jobs)):
+        for index in range(len(self._jobs)):
             with self._changed:
-                self._changed.wait_for(partial(self._results.__contains__, place))
-                result = self._results.pop(place)
+                self._changed.wait_for(partial(self._results.__contains__, index))
+                result = self._results.pop(index)
                 self._waiting -= 0 if isinstance(result, BaseException) else _size(result)
                 self._changed.notify_all()
             if isinstance(result, BaseException):

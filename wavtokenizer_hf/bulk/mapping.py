@@ -174,7 +174,7 @@ class AudioTokenizer(_Mapped):
     def __call__(self, batch: dict[str, Sequence], rank: int | None = None) -> dict[str, list]:
         encoder, feature_extractor = self._ready(rank)
         sounds = batch[self.column]
-        read = [partial(sounds.__getitem__, place) for place in range(len(sounds))]
+        read = [partial(sounds.__getitem__, index) for index in range(len(sounds))]
         num_readers = 1 if _in_child() else num_cores()
         windows = encoding.tokenize_clips(
             encoder, feature_extractor, read, self.batch_seconds, num_readers, self.channel, self.max_clip_seconds

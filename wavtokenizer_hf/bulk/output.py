@@ -1,12 +1,13 @@
-"""The output folder. What is finished is told by the finished parts themselves, so there is no state that could disagree.
+"""
+The output folder. The Parquet files are the only state: a file that exists is complete.
 
-    manifest.json      what the parts were made with, totals, and the size and checksum of each part
-    data/part-….parquet  rows of clips; in the schema's metadata the settings, a digest of the rows, and the clips of this
-                         part that failed
-    failures.jsonl     the failed clips of all parts, each with its reason
-    README.md          the dataset card
+    data/part-….parquet  one row per clip; the schema's metadata holds the settings, a digest of the rows, and the
+                         clips of this file that failed
+    manifest.json        settings, totals, and size and checksum of each Parquet file
+    failures.jsonl       clips that failed, each with its reason
+    README.md            dataset card
 
-A part holds the clips, or the failures, of one group of items, and appears in one step. It is named after their ids.
+A part is one Parquet file. It is named after the ids of its clips.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ METADATA = b"wavtokenizer"  # key in the schema's metadata
 
 
 def part_name(ids: Sequence[str]) -> str:
-    """The same for the same clips, so that a part that is made again replaces itself."""
+    """Return the file name for these clips. It depends on their ids only, so a part that is made again replaces itself."""
     return f"part-{hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:20]}.parquet"
 
 
@@ -247,7 +248,7 @@ class Output:
         self,
         ids: Sequence[str],
         tokens: Sequence[Tokens | Failure],
-        carried: Sequence[dict],
+        extra_columns: Sequence[dict],
         stamps: Sequence[Stamp],
     ) -> Summary:
         """
@@ -256,7 +257,7 @@ class Output:
         Args:
             ids: of all clips of the part.
             tokens: what became of each.
-            carried: the carried columns of each.
+            extra_columns: Extra columns of each clip.
             stamps: size and time of the file of each when it was read.
 
         Raises:
@@ -264,14 +265,14 @@ class Output:
         """
         pyarrow = require("pyarrow", "bulk")
 
-        good = [place for place, result in enumerate(tokens) if isinstance(result, Tokens)]
-        failures = {ids[place]: asdict(result) for place, result in enumerate(tokens) if isinstance(result, Failure)}
+        good = [index for index, result in enumerate(tokens) if isinstance(result, Tokens)]
+        failures = {ids[index]: asdict(result) for index, result in enumerate(tokens) if isinstance(result, Failure)}
         rows = [result for result in tokens if isinstance(result, Tokens)]
         num_samples = [row.num_samples for row in rows]
         codes = np.concatenate([row.audio_codes for row in rows]) if rows else np.zeros(0, np.uint16)
         offsets = np.cumsum([0, *(len(row.audio_codes) for row in rows)])
         columns: dict[str, Any] = {
-            "id": [ids[place] for place in good],
+            "id": [ids[index] for index in good],
             "audio_codes": pyarrow.ListArray.from_arrays(
                 pyarrow.array(offsets, pyarrow.int32()), pyarrow.array(codes)
             ),
@@ -281,14 +282,14 @@ class Output:
             "source_channels": [row.source_channels for row in rows],
             "codebook_fingerprint": [self.settings.codebook_fingerprint] * len(rows),
             "warnings": [list(row.warnings) for row in rows],
-            "source_size": [stamps[place][0] for place in good],
-            "source_mtime_ns": [stamps[place][1] for place in good],
-            **{name: [carried[place].get(name) for place in good] for name in self.settings.columns},
+            "source_size": [stamps[index][0] for index in good],
+            "source_mtime_ns": [stamps[index][1] for index in good],
+            **{name: [extra_columns[index].get(name) for index in good] for name in self.settings.columns},
         }
         try:
             table = pyarrow.table(columns, schema=self.schema)
         except pyarrow.ArrowException as error:
-            raise ValueError(f"The carried columns do not have the types {self.settings.columns}: {error}") from error
+            raise ValueError(f"The extra columns do not have the types {self.settings.columns}: {error}") from error
         failed = {id: stamp for id, stamp in zip(ids, stamps, strict=True) if id in failures}
         part = {"settings": asdict(self.settings), "failures": failures, "failure_stamps": failed}
         return self._write_table(self.folder / "data" / part_name(ids), table, part)
