@@ -25,8 +25,6 @@ def stop_in_unguarded_script() -> None:
     A spawned process imports the main script under the name `__mp_main__`. Whatever that script does outside of
     `if __name__ == "__main__":` it would do again, and workers would start workers.
     """
-    if multiprocessing.parent_process() is None:
-        return
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__") == "__mp_main__" and frame.f_code.co_name == "<module>":
@@ -53,7 +51,7 @@ def run_workers(
     on_report: Callable[[Any], None],
     num_processes: int,
     preload: str | None = None,
-    memory_hint: str = "use fewer processes",
+    hint: str = "use fewer processes",
 ) -> None:
     """
     Do jobs in worker processes. Each worker takes the next job when it has done one.
@@ -65,7 +63,7 @@ def run_workers(
         num_processes: Number of workers.
         preload: Module that a server process imports once, before it forks the workers. It must start no threads and use no
             GPU. Default: each worker is a new process that imports for itself.
-        memory_hint: What to do if a worker was killed, perhaps for want of memory.
+        hint: What to do if a worker was killed, perhaps for want of memory.
 
     Raises:
         ChildProcessError: A worker was killed, or ended by itself.
@@ -96,7 +94,7 @@ def run_workers(
                         content = next(queue, None)
                         connection.send(content)
                 except (EOFError, ConnectionError):
-                    raise _ended(workers[connection], connection in begun, memory_hint) from None
+                    raise _ended(workers[connection], connection in begun, hint) from None
                 if kind == "error":
                     raise content
                 if kind == "report":
@@ -130,7 +128,7 @@ def _serve(connection: Connection, start: Callable[[int], Work], rank: int) -> N
         connection.send(("error", kind(str(error))))
 
 
-def _ended(process: Any, had_begun: bool, memory_hint: str) -> ChildProcessError:
+def _ended(process: Any, had_begun: bool, hint: str) -> ChildProcessError:
     """The error for a worker that ended before its jobs were done."""
     process.join(timeout=10)
     exit_code = process.exitcode or 0
@@ -146,6 +144,6 @@ def _ended(process: Any, had_begun: bool, memory_hint: str) -> ChildProcessError
             f"`{GUARD}`, put the call below that line."
         )
     return ChildProcessError(
-        f"A worker process {how}; if the machine has run out of memory, {memory_hint}. What is finished stays valid; run again "
+        f"A worker process {how}; if the machine has run out of memory, {hint}. What is finished stays valid; run again "
         "to go on."
     )

@@ -26,7 +26,7 @@ def run(job: Job, parts: Sequence[Sequence[Item]], on_report: Callable[[Summary]
             worker.make_part(items, on_report)
         return
     hint = "use fewer processes or fewer seconds in a batch"
-    run_workers(partial(_start, job), parts, on_report, num_processes, memory_hint=hint)
+    run_workers(partial(_start, job), parts, on_report, num_processes, hint=hint)
 
 
 def _start(job: Job, rank: int) -> Work:
