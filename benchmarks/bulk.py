@@ -3,10 +3,10 @@
     python benchmarks/bulk.py [--clips 200] [--num-processes 2]       throughput, on a CPU or one GPU or several
     python benchmarks/bulk.py --memory 100 1000                       peak memory for so many clips
 
-The loop reads, resamples and encodes one clip after the other with the torch threads of the machine: with our model, and with
-`--checkout ../WavTokenizer` also with the original's, as people do it today. All work on the same files (1 to 15 s, 16 to 48 kHz,
-WAV and FLAC) in one run, in turns, and are counted with the loading of the model and of the libraries. Then the loop alone
-tells where the time goes.
+The loop reads, resamples and encodes one clip after the other with the torch threads of the machine: with our model,
+and with `--checkout ../WavTokenizer` also with the original's, as people do it today. All work on the same files (1 to
+15 s, 16 to 48 kHz, WAV and FLAC) in one run, in turns, and are counted with the loading of the model and of the
+libraries. Then the loop alone tells where the time goes.
 """
 
 import argparse

@@ -5,9 +5,9 @@
     python benchmarks/compare_with_original.py ../WavTokenizer
 
 Prints seconds of audio per second for both and the ratio of ours to theirs (over 1: ours is faster), the median of
-several rounds, and how far the results are apart: how many codes differ, and how many of them are more than a tie, in that the
-two nearest entries differ by at least 1e-6 of their distance. Nothing is downloaded: weights are random, as training starts from
-them, or the reference formula's.
+several rounds, and how far the results are apart: how many codes differ, and how many of them are more than a tie, in
+that the two nearest entries differ by at least 1e-6 of their distance. Nothing is downloaded: weights are random, as
+training starts from them, or the reference formula's.
 """
 
 import argparse

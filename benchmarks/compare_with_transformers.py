@@ -2,9 +2,10 @@
 
     python benchmarks/compare_with_transformers.py [--rate 75] [--seconds 1 3 10 30 60]
 
-Both models have the same weights: random ones, or those of a folder. Prints one table of single clips, one row for a batch of
-equal clips, and the wrong codes of padded batches: codes that differ from those of the clip alone. A ratio above 1 means that
-ours is faster. Times are medians over interleaved rounds; a ratio is the median of the ratios within the rounds.
+Both models have the same weights: random ones, or those of a folder. Prints one table of single clips, one row for a
+batch of equal clips, and the wrong codes of padded batches: codes that differ from those of the clip alone. A ratio
+above 1 means that ours is faster. Times are medians over interleaved rounds; a ratio is the median of the ratios
+within the rounds.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
     python benchmarks/compile.py [--rate 75] [--seconds 3] [--device cpu]
 
-Full graphs for fixed shapes, against the same model uncompiled, interleaved; ratios over 1: compiled is faster. Random weights.
+Full graphs for fixed shapes, against the same model uncompiled, interleaved; ratios over 1: compiled is faster. Random
+weights.
 """
 
 import argparse
@@ -28,7 +29,8 @@ def main() -> None:
     with torch.inference_mode():
         codes = model.encode(audio).audio_codes
         print(
-            f"torch {torch.__version__}, {arguments.device}, {torch.get_num_threads()} threads, {arguments.seconds:g} s"
+            f"torch {torch.__version__}, {arguments.device}, {torch.get_num_threads()} threads, "
+            f"{arguments.seconds:g} s"
         )
         print("| | warm-up | ratio | results differ by |\n|---|---|---|---|")
         for name, function, argument in (("encode", model.encode, audio), ("decode", model.decode, codes)):

@@ -46,7 +46,8 @@ def main() -> None:
         }
         packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime", "openvino"))
         print(
-            f"{platform.processor() or platform.machine()}, {arguments.threads} threads, {packages}, float32, {arguments.model}"
+            f"{platform.processor() or platform.machine()}, {arguments.threads} threads, {packages}, float32, "
+            f"{arguments.model}"
         )
         print(
             "seconds of audio | part | "

@@ -1,4 +1,5 @@
-"""Throughput on one GPU, beside the WavTokenizer of transformers: hours of audio per hour, by batch size. Under 10 minutes.
+"""Throughput on one GPU, beside the WavTokenizer of transformers: hours of audio per hour, by batch size. Under 10
+minutes.
 
     python benchmarks/gpu.py [--seconds 10] [--batch-sizes 1 8 32 64]
     python benchmarks/gpu.py --device cpu --quick      # checks that the script runs

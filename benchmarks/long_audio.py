@@ -3,8 +3,9 @@
     python benchmarks/long_audio.py [--job encode] [--rate 75] [--seconds 30 60 300]
     python benchmarks/long_audio.py --without-first --rounds 1 --seconds 60 900 3600      an hour, in little memory
 
-Encode: whole, in automatic chunks, and as a stream. Decode: exact, in windows, and as a stream. Memory is anonymous memory
-above that of the loaded model, at its peak, each in a process of its own; speeds are those of interleaved rounds in one process.
+Encode: whole, in automatic chunks, and as a stream. Decode: exact, in windows, and as a stream. Memory is anonymous
+memory above that of the loaded model, at its peak, each in a process of its own; speeds are those of interleaved
+rounds in one process.
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
     python benchmarks/many_lengths.py ../WavTokenizer
 
-The CPU's libraries make new code for each size that they have not met, so a loop over a corpus is slower than the same clip
-again and again. Clips of 1 to 15 s are drawn at random and go through both models once, clip by clip in turn, after one clip
-for warming up. Prints seconds of audio per second and the ratio of ours to theirs (over 1: ours is faster) for each quarter of
-the clips. Weights are random, as training starts from them; for the checkout see compare_with_original.py.
+The CPU's libraries make new code for each size that they have not met, so a loop over a corpus is slower than the same
+clip again and again. Clips of 1 to 15 s are drawn at random and go through both models once, clip by clip in turn,
+after one clip for warming up. Prints seconds of audio per second and the ratio of ours to theirs (over 1: ours is
+faster) for each quarter of the clips. Weights are random, as training starts from them; for the checkout see
+compare_with_original.py.
 """
 
 import argparse

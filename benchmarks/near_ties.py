@@ -3,8 +3,8 @@
     python benchmarks/near_ties.py [--rate 75] [--batches 20]
 
 Random batches of 8 rows of 1 sample to 3 s, noise and the formula's speech-like signal, on the reference checkpoint,
-padded left and right in turn. Also prints the largest relative gap between the nearest and the second-nearest entry among
-the codes that differ: small means that float32 could not tell.
+padded left and right in turn. Also prints the largest relative gap between the nearest and the second-nearest entry
+among the codes that differ: small means that float32 could not tell.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
     python benchmarks/reconstruct.py ../WavTokenizer
 
-Ours is `wavtokenizer reconstruct` on a converted folder, exact (`--window-seconds 0`) and in windows. Theirs loads its checkpoint
-as its README does, encodes, decodes, and writes with the same library. Each way is a process of its own, interleaved, with the
-files in the system's cache; the median of the ratios is printed, over 1 if ours is faster, and the peak memory of each.
+Ours is `wavtokenizer reconstruct` on a converted folder, exact (`--window-seconds 0`) and in windows. Theirs loads its
+checkpoint as its README does, encodes, decodes, and writes with the same library. Each way is a process of its own,
+interleaved, with the files in the system's cache; the median of the ratios is printed, over 1 if ours is faster, and
+the peak memory of each.
 """
 
 import argparse
@@ -64,7 +65,8 @@ def main() -> None:
             times[name].append(seconds)
     checkpoint.unlink()
     print(
-        f"{arguments.seconds:g} s of audio, {arguments.rate} tokens/s\n\n| | time | ratio | peak memory |\n|---|---|---|---|"
+        f"{arguments.seconds:g} s of audio, {arguments.rate} tokens/s\n\n| | time | ratio | peak memory "
+        "|\n|---|---|---|---|"
     )
     for name, seconds in times.items():
         ratio = statistics.median(their / our for their, our in zip(times["theirs"], seconds, strict=True))
@@ -72,7 +74,9 @@ def main() -> None:
 
 
 def _run(command: list[str]) -> tuple[float, float]:
-    """Seconds from start to end, and megabytes at the peak, looked at every 10 ms: what wait4 gives begins with our own."""
+    """
+    Seconds from start to end, and megabytes at the peak, looked at every 10 ms: what wait4 gives begins with our own.
+    """
     paths = os.pathsep.join([str(ROOT / "tests" / "fixtures"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
     started, peak = time.perf_counter(), 0

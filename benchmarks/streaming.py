@@ -2,9 +2,9 @@
 
     python benchmarks/streaming.py [--rate 75] [--seconds 10] [--model FOLDER] [--language-model FOLDER]
 
-First sound: from the call to the first piece. Real-time factor: the whole time over the length of the sound; under 1 it can be
-played while it comes. Medians of interleaved rounds. Without folders, a WavTokenizer of the published shape and a Llama as that of
-examples/audio_lm, both with random weights, which change no time.
+First sound: from the call to the first piece. Real-time factor: the whole time over the length of the sound; under 1
+it can be played while it comes. Medians of interleaved rounds. Without folders, a WavTokenizer of the published shape
+and a Llama as that of examples/audio_lm, both with random weights, which change no time.
 """
 
 import argparse
@@ -69,8 +69,9 @@ def main() -> None:
 
     sizes = [sum(parameter.numel() for parameter in each.parameters()) / 1e6 for each in (model, codec)]
     print(
-        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; a language model of {sizes[0]:.1f} M weights, a "
-        f"WavTokenizer of {sizes[1]:.1f} M at {codec.config.frame_rate:g} tokens/s; {arguments.seconds:g} s of sound"
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; a language model of {sizes[0]:.1f} "
+        f"M weights, a WavTokenizer of {sizes[1]:.1f} M at {codec.config.frame_rate:g} tokens/s; "
+        f"{arguments.seconds:g} s of sound"
     )
     print("| | first sound | real-time factor |\n|---|---|---|")
     for name, measured in times.items():

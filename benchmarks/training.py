@@ -5,9 +5,9 @@
     python benchmarks/training.py ../WavTokenizer
 
 Prints the median time of a step of both, and the median of the ratios within each round (under 1: ours is faster). The
-original's step is put together from its own modules in the order of its `training_step`, with what Lightning does around
-it, since Lightning 1.8 does not run beside a torch of today. Its mel-only step is taken without the two terms that make it
-crash, and both use one and the same mel loss, since torchaudio may be absent.
+original's step is put together from its own modules in the order of its `training_step`, with what Lightning does
+around it, since Lightning 1.8 does not run beside a torch of today. Its mel-only step is taken without the two terms
+that make it crash, and both use one and the same mel loss, since torchaudio may be absent.
 """
 
 import argparse
@@ -100,8 +100,8 @@ class TheirStep:
 
 
 def keep_memory() -> None:
-    """Tells glibc to keep what it has once got. Else it gives memory back and gets it again, one page fault for every 4 kB,
-    and which of the two steps has to pay for that changes from run to run."""
+    """Tells glibc to keep what it has once got. Else it gives memory back and gets it again, one page fault for every
+    4 kB, and which of the two steps has to pay for that changes from run to run."""
     if sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
@@ -138,7 +138,9 @@ def main() -> None:
 
 
 def _times(rounds: int, theirs, ours) -> tuple[float, float, float]:
-    """Medians of both times in seconds, and of ours / theirs within each round, which the machine's mood leaves alone."""
+    """
+    Medians of both times in seconds, and of ours / theirs within each round, which the machine's mood leaves alone.
+    """
     theirs(), ours()
     pairs = []
     for index in range(rounds):

@@ -2,10 +2,11 @@
 
     python benchmarks/windows.py --model MODEL --audio FOLDER
 
-The files are joined to one clip (default: up to two minutes), encoded, and its codes decoded whole and in windows. Prints the
-signal-to-noise ratio of the windowed audio against the exact one; the mel distance (mean difference of log mel magnitudes,
-as in training) between the two, and of each to the original sound, which says what windows cost a listener; how fast windows are
-beside exact decoding; and the time from the first code to the first audio of a `DecodeStream`, without waiting for codes.
+The files are joined to one clip (default: up to two minutes), encoded, and its codes decoded whole and in windows.
+Prints the signal-to-noise ratio of the windowed audio against the exact one; the mel distance (mean difference of log
+mel magnitudes, as in training) between the two, and of each to the original sound, which says what windows cost a
+listener; how fast windows are beside exact decoding; and the time from the first code to the first audio of a
+`DecodeStream`, without waiting for codes.
 """
 
 import argparse
@@ -43,7 +44,8 @@ def main() -> None:
         print(f"{len(sound) / rate:.0f} s of {len(files)} files, {model.config.frame_rate:g} tokens/s")
         print(f"exact decode: mel distance to the original sound {to_real:.4f}\n")
         print(
-            "| window | overlap | SNR | mel distance to exact | to the original | speed beside exact | first audio after |"
+            "| window | overlap | SNR | mel distance to exact | to the original | speed beside exact | first audio "
+            "after |"
         )
         print("|---" * 7 + "|")
         for window in arguments.windows:

@@ -13,8 +13,8 @@ push.py                          uploads a folder to the Hub
 command.py                       `wavtokenizer convert` and `wavtokenizer checkpoints`
 convert.py                       `python -m conversion.convert`, from the root of the repository
 
-The folder is at the top of the repository and is installed as `wavtokenizer_hf.conversion`. Names of tensors and configuration
-fields are those of the native WavTokenizer of transformers.
+The folder is at the top of the repository and is installed as `wavtokenizer_hf.conversion`. Names of tensors and
+configuration fields are those of the native WavTokenizer of transformers.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def load_original(
 
     Args:
         name_or_path (`str` or `Path`):
-            Checkpoint file, or name of a published checkpoint (`wavtokenizer checkpoints` lists them). A published one is
-            downloaded into the cache of huggingface_hub and checked.
+            Checkpoint file, or name of a published checkpoint (`wavtokenizer checkpoints` lists them). A published one
+            is downloaded into the cache of huggingface_hub and checked.
         revision (`str`, *optional*): Branch, tag or commit of the published checkpoint's repository on the Hub.
         token (`str` or `bool`, *optional*): Access token of the Hub. Defaults to the one of `hf auth login`.
         cache_dir (`str` or `Path`, *optional*): Cache folder of the download. Defaults to that of huggingface_hub.

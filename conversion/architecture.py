@@ -1,4 +1,6 @@
-"""Infer the shape of a WavTokenizer from its tensors, and compare it with a YAML file of the reference implementation."""
+"""
+Infer the shape of a WavTokenizer from its tensors, and compare it with a YAML file of the reference implementation.
+"""
 
 import re
 from collections.abc import Iterable
@@ -143,12 +145,14 @@ def check_yaml(values: dict[str, dict[str, Any]], config: WavTokenizerConfig, pa
 
 
 def yaml_sampling_rate(values: dict[str, dict[str, Any]], path: Path) -> int:
-    """Return the sampling rate of a YAML file, 24000 if it has none. Raises ValueError unless it is 1000 to 768,000 Hz."""
+    """
+    Return the sampling rate of a YAML file, 24000 if it has none. Raises ValueError unless it is 1000 to 768,000 Hz.
+    """
     sampling_rate = values["model"].get("sample_rate", 24000)
     if type(sampling_rate) is not int or not 1000 <= sampling_rate <= 768_000:
         raise ValueError(
-            f"{path}: got model.sample_rate {short_repr(sampling_rate)}, expected Hz from 1000 to 768000, such as 24000. "
-            "Correct it."
+            f"{path}: got model.sample_rate {short_repr(sampling_rate)}, expected Hz from 1000 to 768000, such as "
+            "24000. Correct it."
         )
     return sampling_rate
 

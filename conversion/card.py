@@ -25,7 +25,10 @@ Source: [Apertus 1.5 in transformers](https://github.com/huggingface/transformer
 
 
 def converted_card(source: Source, name: str, published: PublishedCheckpoint | None) -> str:
-    """Return the card of a converted folder. It combines what its files say and what is known of the published checkpoint."""
+    """
+    Return the card of a converted folder. It combines what its files say and what is known of the published
+    checkpoint.
+    """
     files = [f"`{path.name}` (sha256 `{digest}`)" for path, digest in source.files.items()]
     rows = {
         "weights": "the mean of the checkpoints named below"
@@ -49,7 +52,8 @@ def published_card(published: PublishedCheckpoint) -> str:
         "codebook fingerprint": fingerprint,
         "convert": f"`wavtokenizer convert {file}--checkpoint {published.name} --output DIR`",
     }
-    source = f"the shape that all published files share, in the settings of [the original]({REPOSITORY_URL}/tree/main/configs)"
+    configs = f"[the original]({REPOSITORY_URL}/tree/main/configs)"
+    source = f"the shape that all published files share, in the settings of {configs}"
     return _card(published.config, f"wavtokenizer-{published.name}", rows, source, published)
 
 
@@ -111,8 +115,9 @@ def _description(published: PublishedCheckpoint | None, unverified: str | None) 
     origin = "The weights are those"
     if unverified is not None:
         origin = (
-            f"{unverified[0].upper()}{unverified[1:].replace(published.name, f'`{published.name}`', 1)}. What this card says of its "
-            "origin, training and limits holds only if it is that checkpoint.\n\nThen the weights are those"
+            f"{unverified[0].upper()}{unverified[1:].replace(published.name, f'`{published.name}`', 1)}. What this "
+            "card says of its origin, training and limits holds only if it is that checkpoint.\n\nThen the weights "
+            "are those"
         )
     return (
         f"{origin} of `{published.file}`, {where}; the settings that go with it are `{published.yaml}`.\n\n"
@@ -133,7 +138,8 @@ def _limits(published: PublishedCheckpoint | None) -> str:
     if published is None:
         return "- What it was trained on is not known here: try it on sound of your kind before you build on it."
     if published.corpus == "LibriTTS":
-        unknown = "- Languages: LibriTTS is read English ([its paper](https://arxiv.org/abs/1904.02882)); others were not in training."
+        paper = "[its paper](https://arxiv.org/abs/1904.02882)"
+        unknown = f"- Languages: LibriTTS is read English ({paper}); others were not in training."
     if published.domain == "speech":
         return f"{unknown}\n- Music and other sounds were not in training."
     if "no speech" in published.domain:
@@ -146,12 +152,13 @@ def _measured(published: PublishedCheckpoint | None) -> str:
     for answer in () if published is None else published.known_answers:
         codes = ", ".join(map(str, answer.first_codes))
         lines.append(
-            f"A sine of {answer.hertz:g} Hz, amplitude {answer.amplitude:g}, {answer.seconds:g} s, gives {answer.num_codes} "
-            f"codes, which begin {codes}. Conversion by name checks that.\n\nSource: {answer.source}."
+            f"A sine of {answer.hertz:g} Hz, amplitude {answer.amplitude:g}, {answer.seconds:g} s, gives "
+            f"{answer.num_codes} codes, which begin {codes}. Conversion by name checks that.\n\nSource: "
+            f"{answer.source}."
         )
     lines.append(
-        "No quality figure of these weights was measured for this card. `wavtokenizer evaluate --model PATH --audio CLIPS` "
-        "measures them on your sound; the figures of WavTokenizer's authors are in "
+        "No quality figure of these weights was measured for this card. `wavtokenizer evaluate --model PATH --audio "
+        "CLIPS` measures them on your sound; the figures of WavTokenizer's authors are in "
         "[their paper](https://arxiv.org/abs/2408.16532)."
     )
     return "\n\n".join(lines)

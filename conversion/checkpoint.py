@@ -16,8 +16,9 @@ from ..limited_files import BoundedReader, check_archive, one_line, read_safeten
 
 
 STATE_DICTS = ("state_dict", "model_state_dict", "module", "model", "ema_state_dict", "ema", "model_ema")
-"""Where a file keeps its tensors, if it holds more than them, the best first: Lightning's, the decoders that OuteTTS splits
-off, DeepSpeed's, plain training loops', and averages (EMA), which are taken only where there is nothing else."""
+"""Where a file keeps its tensors, if it holds more than them, the best first: Lightning's, the decoders that OuteTTS
+splits off, DeepSpeed's, plain training loops', and averages (EMA), which are taken only where there is nothing
+else."""
 
 WRAPPERS = ("module", "_orig_mod", "_forward_module")
 """Parts of names that DistributedDataParallel, torch.compile and Fabric insert around a module."""
@@ -161,8 +162,8 @@ def _check_sizes(path: Path, tensors: dict[Any, Any]) -> None:
         expanded += max(0, size - tensor.untyped_storage().nbytes())
         if expanded > MAX_EXPANDED_BYTES:
             raise ValueError(
-                f"{path} holds {short_repr(name)} of shape {tuple(tensor.shape)}, which needs {size} bytes, and stores "
-                f"{tensor.untyped_storage().nbytes()} for it. Save contiguous tensors."
+                f"{path} holds {short_repr(name)} of shape {tuple(tensor.shape)}, which needs {size} bytes, and "
+                f"stores {tensor.untyped_storage().nbytes()} for it. Save contiguous tensors."
             )
 
 
@@ -218,8 +219,9 @@ def _open_pickle(path: Path, start: bytes) -> Any:
             raise ValueError(_damaged(path, error)) from error
         raise ValueError(
             f"{path} holds more than tensors and plain values: opening it in full would run code, namely "
-            f"{', '.join(short_repr(name)[1:-1] for name in foreign[:10])}. Nothing was executed. Expected a checkpoint of "
-            "the original training code; get it from its publisher, and do not open this file by other means."
+            f"{', '.join(short_repr(name)[1:-1] for name in foreign[:10])}. Nothing was executed. Expected a "
+            "checkpoint of the original training code; get it from its publisher, and do not open this file by other "
+            "means."
         ) from error
 
 
@@ -243,12 +245,14 @@ _HARMLESS_NAMES = (
     *(f"numpy.{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
     *(f"numpy.{name}" for name in ("bool_", "bool", "float16", "float32", "float64", "str_", "bytes_")),
     "_codecs.encode",
-    *(f"pathlib{local}.{pure}{kind}Path" for local in ("", "._local") for pure in ("Pure", "") for kind in ("Posix", "Windows")),
+    *(f"pathlib{local}.{pure}{kind}Path"
+      for local in ("", "._local") for pure in ("Pure", "") for kind in ("Posix", "Windows")),
     "pathlib.Path", "pathlib.PurePath",
     "argparse.Namespace",
     "collections.defaultdict", "collections.deque",
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in (
-        "set", "frozenset", "list", "dict", "tuple", "int", "float", "bool", "str", "bytes", "complex", "slice", "range",
+        "set", "frozenset", "list", "dict", "tuple", "int", "float", "bool", "str", "bytes", "complex", "slice",
+        "range",
     )),
     "datetime.datetime", "datetime.date", "datetime.timedelta",
 )  # fmt: skip
@@ -267,8 +271,8 @@ _BY_HAND = {"collections.defaultdict": _dictionary, "collections.deque": _list} 
 HARMLESS: list[Any] = [
     (_BY_HAND.get(name) or type(name.rpartition(".")[2], (Ignored,), {}), name) for name in _HARMLESS_NAMES
 ]
-"""The closed list of what may lie beside tensors in a pickle, each with the stand-in that is built in its place. Everything
-else that torch does not allow itself is refused."""
+"""The closed list of what may lie beside tensors in a pickle, each with the stand-in that is built in its place.
+Everything else that torch does not allow itself is refused."""
 
 
 def _damaged(path: Path, error: Exception) -> str:

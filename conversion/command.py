@@ -1,4 +1,6 @@
-"""Command line of conversion: `wavtokenizer convert`, `wavtokenizer checkpoints` and `python -m conversion.convert`."""
+"""
+Command line of conversion: `wavtokenizer convert`, `wavtokenizer checkpoints` and `python -m conversion.convert`.
+"""
 
 import argparse
 import contextlib
@@ -15,21 +17,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `convert`."""
     add = parser.add_argument
     parser.epilog = (
-        "Nothing in a checkpoint is executed. A folder appears only when it is complete and was compared with the checkpoint "
-        "bit for bit. Exit codes: 0 all went well, 1 some of the checkpoints of --all failed, 2 cannot be done as given."
+        "Nothing in a checkpoint is executed. A folder appears only when it is complete and was compared with the "
+        "checkpoint bit for bit. Exit codes: 0 all went well, 1 some of the checkpoints of --all failed, 2 cannot be "
+        "done as given."
     )
     add(
         "files",
         nargs="*",
         metavar="FILE",
-        help="Lightning .ckpt of the original code, or a state dict (.ckpt, .pt, .bin, .safetensors); several files: parts of one "
-        "checkpoint",
+        help="Lightning .ckpt of the original code, or a state dict (.ckpt, .pt, .bin, .safetensors); several files: "
+        "parts of one checkpoint",
     )
     add(
         "--checkpoint",
         metavar="NAME",
-        help="name of a published checkpoint (see `wavtokenizer checkpoints`) to download, or that FILE is. It is verified by what is "
-        "known of that checkpoint; where that is the rate alone, report and card say so",
+        help="name of a published checkpoint (see `wavtokenizer checkpoints`) to download, or that FILE is. It is "
+        "verified by what is known of that checkpoint; where that is the rate alone, report and card say so",
     )
     add(
         "--all",
@@ -47,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--config",
         metavar="YAML",
-        help="YAML file that FILE was trained with. The shape is read from the tensors and compared with it; its sampling rate "
-        "replaces 24000 Hz",
+        help="YAML file that FILE was trained with. The shape is read from the tensors and compared with it; its "
+        "sampling rate replaces 24000 Hz",
     )
     add("--average", action="store_true", help="average the FILEs, which are checkpoints of one training run")
     add(
@@ -95,7 +98,8 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict], int]:
         if published.repository is None:
             results.append({"checkpoint": name, "skipped": "no longer on the Hub"})
             print(
-                f"{name}: skipped: no longer on the Hub. `wavtokenizer convert FILE --checkpoint {name}` converts a copy.",
+                f"{name}: skipped: no longer on the Hub. `wavtokenizer convert FILE --checkpoint {name}` converts a "
+                "copy.",
                 file=sys.stderr,
             )
             continue

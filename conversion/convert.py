@@ -1,4 +1,7 @@
-"""Run the converter from the root of the repository: `python -m conversion.convert` does what `wavtokenizer convert` does."""
+"""
+Run the converter from the root of the repository: `python -m conversion.convert` does what `wavtokenizer convert`
+does.
+"""
 
 if __name__ == "__main__":
     import sys

@@ -53,7 +53,8 @@ def download(
         ) from error
     except RepositoryNotFoundError as error:
         raise OSError(
-            f"There is no {where}: it is gone, or hidden from you. If it is private, log in with `hf auth login`. {by_file}"
+            f"There is no {where}: it is gone, or hidden from you. If it is private, log in with `hf auth login`. "
+            f"{by_file}"
         ) from error
     except RevisionNotFoundError as error:
         raise OSError(

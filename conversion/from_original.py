@@ -79,8 +79,8 @@ def convert(
     if exists:
         if problems := _differences(source, output, published):
             raise ValueError(
-                f"{output} exists and is not what {source.name} gives: {'; '.join(problems)[:300]}. Remove it, or choose "
-                "another output."
+                f"{output} exists and is not what {source.name} gives: {'; '.join(problems)[:300]}. Remove it, or "
+                "choose another output."
             )
         source.config.codebook_fingerprint = WavTokenizerConfig.from_pretrained(output).codebook_fingerprint
     else:
@@ -101,7 +101,9 @@ def load(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> WavTokenizerModel:
-    """Load an original checkpoint without a folder; `wavtokenizer_hf.conversion.load_original` documents the arguments."""
+    """
+    Load an original checkpoint without a folder; `wavtokenizer_hf.conversion.load_original` documents the arguments.
+    """
     path, published = Path(name_or_path), None
     if not path.exists():
         from .download import download
@@ -132,7 +134,9 @@ def check_new_folder(output: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Return `atomic_folder` for an output that must not exist, or be an empty folder. Raises ValueError if it has files."""
+    """
+    Return `atomic_folder` for an output that must not exist, or be an empty folder. Raises ValueError if it has files.
+    """
     check_new_folder(output)
     with atomic_folder(output) as folder:
         yield folder
@@ -165,7 +169,9 @@ def _module(cls: type) -> str:
 
 
 def _differences(source: Source, folder: Path, published: PublishedCheckpoint | None) -> list[str]:
-    """Load what was written. Return how it differs from the checkpoint, and from what is known of the published one."""
+    """
+    Load what was written. Return how it differs from the checkpoint, and from what is known of the published one.
+    """
     try:
         pair: Any = WavTokenizerModel.from_pretrained(folder, output_loading_info=True)
         model, loading = pair

@@ -1,4 +1,7 @@
-"""Tables of tensor names: which tensors of an original checkpoint are kept under a new name, and which are dropped and why."""
+"""
+Tables of tensor names: which tensors of an original checkpoint are kept under a new name, and which are dropped and
+why.
+"""
 
 import re
 from collections.abc import Iterable
@@ -31,8 +34,9 @@ DROPPED = {
     "n_averaged": "training only: of how many steps torch's AveragedModel is the mean",
 }
 
-# Where the discriminators lie, for those who want to train on. The original's loss holds one DAC-style discriminator and its
-# optimizer another; the codec was trained against the former, so where a file has both, the later line here wins.
+# Where the discriminators lie, for those who want to train on. The original's loss holds one DAC-style discriminator
+# and its optimizer another; the codec was trained against the former, so where a file has both, the later line here
+# wins.
 DISCRIMINATORS = {
     "multiperioddisc.": "multiperioddisc.",
     "multiresddisc.": "multiresddisc.",

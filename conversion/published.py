@@ -138,9 +138,10 @@ class PublishedCheckpoint:
                 codes = model.encode(answer.audio()).audio_codes[0, 0].tolist()
             if len(codes) != answer.num_codes or codes[: len(answer.first_codes)] != answer.first_codes:
                 raise ValueError(
-                    f"A sine of {answer.hertz:g} Hz gave {len(codes)} codes, {codes[: len(answer.first_codes)]}, expected "
-                    f"{answer.num_codes}, {answer.first_codes}, for {self.name} ({answer.source}). It is another "
-                    "checkpoint, or this machine computes wrongly: give its own name, or none, and run the tests."
+                    f"A sine of {answer.hertz:g} Hz gave {len(codes)} codes, {codes[: len(answer.first_codes)]}, "
+                    f"expected {answer.num_codes}, {answer.first_codes}, for {self.name} ({answer.source}). It is "
+                    "another checkpoint, or this machine computes wrongly: give its own name, or none, and run the "
+                    "tests."
                 )
 
 
@@ -162,7 +163,7 @@ def find(name: str) -> PublishedCheckpoint:
     if found is None:
         nearest = difflib.get_close_matches(name, table(), n=3, cutoff=0.4) or list(table())
         raise ValueError(
-            f"Got {name!r}, which is no published checkpoint. Nearest: {', '.join(nearest)}. `wavtokenizer checkpoints` "
-            "lists all; a file on this machine is given by its path."
+            f"Got {name!r}, which is no published checkpoint. Nearest: {', '.join(nearest)}. `wavtokenizer "
+            "checkpoints` lists all; a file on this machine is given by its path."
         )
     return found

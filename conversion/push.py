@@ -43,8 +43,8 @@ def push(folder: Path, name: str, private: bool = False, create_pr: bool = False
         api.create_repo(name, private=private or None, exist_ok=True)
         if private and not api.repo_info(name).private:
             raise OSError(
-                f"{name} exists and is public, expected a private one. Make it private in its settings, choose another "
-                "name, or leave --private out"
+                f"{name} exists and is public, expected a private one. Make it private in its settings, choose "
+                "another name, or leave --private out"
             )
         commit = api.upload_folder(
             repo_id=name,
@@ -58,7 +58,8 @@ def push(folder: Path, name: str, private: bool = False, create_pr: bool = False
     except (OSError, ValueError, RuntimeError, HTTP_ERROR) as error:  # the third: hf_xet, which moves large files
         reason = " ".join(str(error).split())
         raise OSError(
-            f"Cannot upload to {name!r} on the Hub: {reason}.{_advice(error)} {folder} is complete: run this again to go on."
+            f"Cannot upload to {name!r} on the Hub: {reason}.{_advice(error)} {folder} is complete: run this again "
+            "to go on."
         ) from error
     missing = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} - there
     if missing:

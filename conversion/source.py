@@ -23,7 +23,9 @@ EMBED_COPY = "codebook_weights"  # the decoder that OuteTTS splits off has the c
 
 @dataclass
 class Source:
-    """What the files of a checkpoint hold: weights by the names of this package, and a record of how they were read."""
+    """
+    What the files of a checkpoint hold: weights by the names of this package, and a record of how they were read.
+    """
 
     files: dict[Path, str]  # and their sha256
     config: WavTokenizerConfig
@@ -111,7 +113,10 @@ def _equal(left: object, right: object) -> bool:
 
 
 def _average(sources: list[Source]) -> Source:
-    """Average checkpoints of one training run. They are summed in the order of the files, as in the reference implementation."""
+    """
+    Average checkpoints of one training run. They are summed in the order of the files, as in the reference
+    implementation.
+    """
     first, *rest = sources
     if not rest:
         raise ValueError(f"Got one checkpoint to average, {first.name}, expected several. Leave the averaging out.")
@@ -122,8 +127,8 @@ def _average(sources: list[Source]) -> Source:
             )
         if not _of_one_run(first.weights[EMBED], other.weights[EMBED]):
             raise ValueError(
-                f"Most codes do not mean the same in {first.name} and {other.name}: they are of two training runs, whose "
-                "mean is of no use. Average checkpoints of one run, near its end."
+                f"Most codes do not mean the same in {first.name} and {other.name}: they are of two training runs, "
+                "whose mean is of no use. Average checkpoints of one run, near its end."
             )
     weights = {}
     for name, weight in first.weights.items():
@@ -146,7 +151,9 @@ def _of_one_run(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def _weight(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of the checkpoint as float32. A float32 tensor is not copied: it stays in memory or in the file."""
+    """
+    Return a tensor of the checkpoint as float32. A float32 tensor is not copied: it stays in memory or in the file.
+    """
     if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
         raise ValueError(
             f"Got {name} of type {tensor.dtype} ({tensor.layout}), expected float32, float16, bfloat16 or float64. "

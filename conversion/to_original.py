@@ -1,4 +1,5 @@
-"""Convert a folder back to a checkpoint and a YAML file of the reference implementation, for all programs that read its files.
+"""Convert a folder back to a checkpoint and a YAML file of the reference implementation, for all programs that read
+its files.
 
     python -m wavtokenizer_hf.conversion.to_original FOLDER --output DIR
 
@@ -79,7 +80,8 @@ def to_original(folder: str | Path, output: str | Path) -> Path:
         discriminators = load_file(discriminator_file) if discriminator_file.is_file() else {}
     except (SafetensorError, ValueError) as error:
         raise ValueError(
-            f"The weights in {folder} cannot be read: {one_line(error)}. A file there is damaged: convert or download it again."
+            f"The weights in {folder} cannot be read: {one_line(error)}. A file there is damaged: convert or "
+            "download it again."
         ) from error
     if wrong := [f"{kind}: {sorted(names)[:3]}" for kind, names in loading.items() if names]:
         raise ValueError(f"{folder} does not hold one whole WavTokenizer: {'; '.join(wrong)}. Convert it again.")
@@ -104,13 +106,15 @@ def _check_built_in(config: WavTokenizerConfig) -> None:
     for field, built_in in BUILT_IN.items():
         if getattr(config, field) != built_in:
             raise ValueError(
-                f"Got {field}={getattr(config, field)}; the original's code has {built_in} built in and cannot load this "
-                "model. Use it with this package."
+                f"Got {field}={getattr(config, field)}; the original's code has {built_in} built in and cannot load "
+                "this model. Use it with this package."
             )
 
 
 def _unused_decoder() -> dict[str, torch.Tensor]:
-    """Return EnCodec's decoder by its original names, as zeros. The reference implementation loads no file without it."""
+    """
+    Return EnCodec's decoder by its original names, as zeros. The reference implementation loads no file without it.
+    """
     prefix, tensors = "feature_extractor.encodec.decoder.model.", {}
 
     def convolution(name: str, out_channels: int, in_channels: int, kernel: int, transposed: bool = False) -> None:

@@ -1,4 +1,6 @@
-"""Pages that MkDocs makes of other files: the command-line reference, the benchmarks and pictures of the repository."""
+"""
+Pages that MkDocs makes of other files: the command-line reference, the benchmarks and pictures of the repository.
+"""
 
 import argparse
 import posixpath

@@ -1,7 +1,8 @@
 """The main job, end to end: speech -> token file -> speech, with a picture and a table. `make demo` runs this.
 
-The speech is a recorded voice that the model has never heard (speech.LICENSE.txt). The model is the small one that comes with the
-package (wavtokenizer_hf/bundled/README.md says how far it goes). Published checkpoints are far better: `--model FOLDER`.
+The speech is a recorded voice that the model has never heard (speech.LICENSE.txt). The model is the small one that
+comes with the package (wavtokenizer_hf/bundled/README.md says how far it goes). Published checkpoints are far better:
+`--model FOLDER`.
 """
 
 import argparse

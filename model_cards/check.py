@@ -2,8 +2,8 @@
 
     python -m model_cards.check [CARD.md …]    # default: every card in this folder
 
-A paragraph, an item of a list or a row of a table that states a number has to hold a link, or what comes after the empty
-line below it has to begin with "Source: ". Code, headings and the metadata state nothing.
+A paragraph, an item of a list or a row of a table that states a number has to hold a link, or what comes after the
+empty line below it has to begin with "Source: ". Code, headings and the metadata state nothing.
 """
 
 import re

@@ -65,7 +65,10 @@ class Browser:
         return value
 
     def resize(self, width: int, height: int) -> None:
-        """Set the size of the page in CSS pixels. Windows of Chromium are never narrower than 500, so this emulates a phone."""
+        """
+        Set the size of the page in CSS pixels. Windows of Chromium are never narrower than 500, so this emulates a
+        phone.
+        """
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         command = {"cmd": "Emulation.setDeviceMetricsOverride", "params": metrics}
         self._ask(f"{self._session}/goog/cdp/execute", command)

@@ -1,7 +1,7 @@
 """A small Hub on 127.0.0.1: what huggingface_hub needs to make a repository, to upload to it, and to download from it.
 
-huggingface_hub has no such test double. Files are kept in memory, large ones by git LFS's protocol, without Xet. And caches that
-are made by hand, for what works offline.
+huggingface_hub has no such test double. Files are kept in memory, large ones by git LFS's protocol, without Xet. And
+caches that are made by hand, for what works offline.
 """
 
 import base64
@@ -45,7 +45,8 @@ class Hub:
     large_files: dict[str, bytes] = field(default_factory=dict)  # uploaded by LFS, by their sha256
     requests: list[str] = field(default_factory=list)  # method and path
     ranges: list[str] = field(default_factory=list)  # ranges of files that were requested in part
-    # makes requests fail: called with method and path, returns a status code, or "cut" to close the connection half-way
+    # makes requests fail: called with method and path, returns a status code, or "cut" to close the connection
+    # half-way
     fault: Callable[[str, str], int | str | None] = lambda method, path: None
 
     def __enter__(self):
@@ -243,7 +244,10 @@ def _oid(content: bytes) -> str:
 
 
 def put_into_cache(cache: Path, repository: str, files: dict[str, Path]) -> Path:
-    """Make the cache entry that a download would make, as https://huggingface.co/docs/huggingface_hub/guides/manage-cache says."""
+    """
+    Make the cache entry that a download would make, as https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    says.
+    """
     folder, commit = cache / f"models--{repository.replace('/', '--')}", "0123456789abcdef0123456789abcdef01234567"
     snapshot = folder / "snapshots" / commit
     for name, file in files.items():

@@ -196,7 +196,9 @@ def large_checkpoint(checkpoint: Path, path: Path) -> Path:
 
 
 def memory_and_seconds(arguments: list, **environment: str) -> tuple[int, float]:
-    """What a conversion takes in a process of its own: peak memory above that of the imports, in bytes, and seconds."""
+    """
+    What a conversion takes in a process of its own: peak memory above that of the imports, in bytes, and seconds.
+    """
     program = """
 import sys, torch, transformers
 from wavtokenizer_hf.conversion.command import main

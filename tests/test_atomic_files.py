@@ -287,7 +287,8 @@ def test_a_file_system_of_16_kb_holds_no_half_a_sound(format, model_folder, tmp_
     (tmp_path / "disk").mkdir()
     script = (
         f"mount -t tmpfs -o size=16k none {tmp_path}/disk || exit 77; {sys.executable} -m wavtokenizer_hf reconstruct "
-        f"{tmp_path}/long.wav -m {model_folder} -o {tmp_path}/disk/x.{format}; code=$?; ls -A {tmp_path}/disk; exit $code"
+        f"{tmp_path}/long.wav -m {model_folder} -o {tmp_path}/disk/x.{format}; code=$?; ls -A {tmp_path}/disk; exit "
+        "$code"
     )
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
     if done.returncode in (1, 77) and "wavtokenizer" not in done.stderr:

@@ -91,7 +91,9 @@ def test_other_backends_refuse_what_is_no_sound(tmp_path, backend, content):
 
 
 def skip_without(backend: str) -> None:
-    """Neither is installed by any extra: torchcodec needs FFmpeg's libraries, and torchaudio needs torchcodec to read."""
+    """
+    Neither is installed by any extra: torchcodec needs FFmpeg's libraries, and torchaudio needs torchcodec to read.
+    """
     try:
         import torchcodec.decoders  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:

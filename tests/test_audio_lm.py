@@ -1,4 +1,6 @@
-"""The whole program of examples/audio_lm, small: from sentences to sound, and the fine-tuning of a model that there is."""
+"""
+The whole program of examples/audio_lm, small: from sentences to sound, and the fine-tuning of a model that there is.
+"""
 
 import json
 import random

@@ -85,7 +85,9 @@ def test_text_pipelines_and_tokenizers_are_refused_with_what_to_use(saved):
 
 
 def test_auto_processor_gives_the_feature_extractor(saved, tmp_path):
-    """It tries a tokenizer first, and goes on after its error. Without the package it gives the class of the folder."""
+    """
+    It tries a tokenizer first, and goes on after its error. Without the package it gives the class of the folder.
+    """
     assert type(AutoProcessor.from_pretrained(saved)) is WavTokenizerFeatureExtractor
     printed = run_without_the_package(
         """

@@ -1,4 +1,7 @@
-"""The bundled model: what it is and how it sounds; its recipe: what its sound is, what is held out, and that one command does it."""
+"""
+The bundled model: what it is and how it sounds; its recipe: what its sound is, what is held out, and that one command
+does it.
+"""
 
 import csv
 import shutil
@@ -168,7 +171,10 @@ def test_a_seed_gives_the_same_sound_and_another_seed_or_name_other_sound(clips,
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """Two packages of recordings in place of Debian's: tones of several speakers, some held out, and one of telephone quality."""
+    """
+    Two packages of recordings in place of Debian's: tones of several speakers, some held out, and one of telephone
+    quality.
+    """
 
     def unpack(name, folder):
         speakers = {"one": ["it_IT_m_Carlo", "en_US_f_Allison"], "two": ["lt", "ru"]}[name]

@@ -187,7 +187,9 @@ def test_there_is_one_card_for_each_checkpoint_and_it_is_what_the_table_gives():
 
 
 def test_the_task_of_the_cards_is_one_of_the_hub_and_has_no_pipeline():
-    """The Hub shows `pipeline(TASK, model=…)` for the tasks of transformers' pipelines, and none of them runs a codec."""
+    """
+    The Hub shows `pipeline(TASK, model=…)` for the tasks of transformers' pipelines, and none of them runs a codec.
+    """
     tasks = {
         ModelCard.load(path).data.pipeline_tag for path in [*cards.CARDS.glob("*-*.md"), bundled_model() / "README.md"]
     }
@@ -364,7 +366,9 @@ def test_parts_make_the_folder_that_the_whole_makes(tensors, small, save, tmp_pa
 
 
 def outetts_halves(tensors: dict[str, torch.Tensor], folder: Path) -> list[str]:
-    """As outetts/wav_tokenizer/model.py of github.com/edwko/OuteTTS saves them, and OuteAI publishes them on the Hub."""
+    """
+    As outetts/wav_tokenizer/model.py of github.com/edwko/OuteTTS saves them, and OuteAI publishes them on the Hub.
+    """
     encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("feature_extractor.")}
     decoder = {name: tensor for name, tensor in tensors.items() if name.startswith(("backbone.", "head."))}
     codebook = tensors[CODEBOOK + "embed"].clone()

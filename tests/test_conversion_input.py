@@ -71,7 +71,10 @@ def test_training_only_tensors_are_dropped(tensors, save, small_folder, tmp_path
 
 @pytest.fixture(scope="module")
 def discriminators():
-    """The original's three discriminators at their full size, each tensor of one value that no other has; by original names."""
+    """
+    The original's three discriminators at their full size, each tensor of one value that no other has; by original
+    names.
+    """
     manifest = json.loads((REFERENCE / "manifest_discriminators.json").read_text())
     return {name: torch.tensor(float(place)).expand(shape) for place, (name, shape) in enumerate(manifest.items(), 1)}
 

@@ -52,7 +52,8 @@ def clip(tmp_path):
         json.dumps({"audio_codes": CODES, "num_samples": 120, "codebook_fingerprint": "f"}),
         json.dumps({"id": "a.wav", "audio_codes": CODES, "num_samples": 120, "codebook_fingerprint": "f"}, indent=2),
         str({"id": "it's", "audio_codes": CODES, "num_samples": 120, "codebook_fingerprint": "f", "text": None}),
-        "{'audio_codes': array([3, 1, 4, 1, 5,\n   9, 2, 6], dtype=uint16), 'num_samples': 120, 'codebook_fingerprint': 'f'}",
+        "{'audio_codes': array([3, 1, 4, 1, 5,\n   9, 2, 6], dtype=uint16), 'num_samples': 120, "
+        "'codebook_fingerprint': 'f'}",
         " ".join(map(str, CODES)),
         str(CODES),
         "\n".join(map(str, CODES)) + "\n",
@@ -216,7 +217,8 @@ def test_a_visitor_uploads_hears_and_pastes(page, browser, clip, tmp_path, tiny_
     browser.click("#wt-decode")
     browser.wait("document.querySelector('#wt-decoded audio')")
     assert browser.evaluate(
-        "document.querySelector('#wt-decoded audio').src == document.querySelector('#wt-result audio.wt-reconstruction').src"
+        "document.querySelector('#wt-decoded audio').src == document.querySelector('#wt-result "
+        "audio.wt-reconstruction').src"
     )
 
     browser.resize(360, 700)  # a phone

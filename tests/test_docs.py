@@ -74,7 +74,9 @@ def commands(path: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """What the pages name: audio files, a language model, and a Hub cache with a small checkpoint and a native folder."""
+    """
+    What the pages name: audio files, a language model, and a Hub cache with a small checkpoint and a native folder.
+    """
     folder = tmp_path_factory.mktemp("docs")
     shutil.copy(ROOT / "examples" / "speech.flac", folder)
     for clips in ("corpus", "clips", "other_clips", "other_codec"):
@@ -328,7 +330,9 @@ def without_code(text: str) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences of a page's paragraphs, list items, headings and table cells; inline code and links count as their text."""
+    """
+    Sentences of a page's paragraphs, list items, headings and table cells; inline code and links count as their text.
+    """
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # the metadata of a card
     text = re.sub(r"<!--.*?-->|^:::.*?(?=^\S|\Z)", "", without_code(text), flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)

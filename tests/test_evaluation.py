@@ -85,8 +85,9 @@ def test_mel_distance_is_the_mel_loss_of_the_original():
         (waveform("speechlike", 0.5), waveform("noise", 0.5)),
         (waveform("chirp", 0.5), 0.4 * waveform("clipped", 0.5)),
     )
-    # The original's is the mean over a batch of two clips of equal length. The upper bands of the pure chirp hold nothing but
-    # the rounding of the FFT, and MKL rounds by the processor: 6e-4 between SSE4.2 (the reference's) and AVX-512.
+    # The original's is the mean over a batch of two clips of equal length. The upper bands of the pure chirp hold
+    # nothing but the rounding of the FFT, and MKL rounds by the processor: 6e-4 between SSE4.2 (the reference's) and
+    # AVX-512.
     assert np.mean([value_of("mel_distance", *pair) for pair in pairs]) == pytest.approx(expected, rel=1e-3)
 
 
@@ -225,7 +226,9 @@ def test_pesq_of_a_long_clip_is_the_mean_of_its_pieces_and_survives_any_number_o
 
 
 def tone(hertz: float, seconds: float = 1.0) -> np.ndarray:
-    """A voice-like sum of harmonics, up to 8 kHz: with nothing in the upper bands it would count as too soft to hear."""
+    """
+    A voice-like sum of harmonics, up to 8 kHz: with nothing in the upper bands it would count as too soft to hear.
+    """
     phase = 2 * np.pi * hertz * np.arange(round(seconds * 24000)) / 24000
     return (0.1 * sum(np.sin(k * phase) / k for k in range(1, 35))).astype(np.float32)
 

@@ -253,7 +253,9 @@ def test_batches_in_one_run_have_the_names_of_the_published_decoder(folder, expo
 
 @pytest.mark.slow
 def test_openvino_gives_the_same_codes_and_audio_from_call_to_call(folder, exported, speech):
-    """Also after a call with a single code, after which attention as weights x values went wrong in OpenVINO 2026.4."""
+    """
+    Also after a call with a single code, after which attention as weights x values went wrong in OpenVINO 2026.4.
+    """
     openvino = pytest.importorskip("openvino")
     core = openvino.Core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}

@@ -1,4 +1,7 @@
-"""Token folders to training files: what each consumer's own reader gives equals the rows, and interruptions change no byte."""
+"""
+Token folders to training files: what each consumer's own reader gives equals the rows, and interruptions change no
+byte.
+"""
 
 import errno
 import itertools
@@ -342,7 +345,9 @@ def test_an_export_that_was_interrupted_at_every_write_has_the_same_bytes(
 
 
 def used_by(process: subprocess.Popen) -> tuple[float, float]:
-    """Processor seconds, and the largest memory at a moment in MB, of a process and those that it started, until it ends."""
+    """
+    Processor seconds, and the largest memory at a moment in MB, of a process and those that it started, until it ends.
+    """
     seconds, memory = {}, 0.0
     while process.poll() is None:
         now, waiting = 0.0, [process.pid]

@@ -1,4 +1,6 @@
-"""The fast CPU path: it steps aside wherever it does not apply, and the plain layers give the same result without it."""
+"""
+The fast CPU path: it steps aside wherever it does not apply, and the plain layers give the same result without it.
+"""
 
 import copy
 import io
@@ -394,9 +396,9 @@ def test_codes_are_the_same_with_other_instruction_sets(name, folders, tmp_path)
 
 
 def test_nothing_is_on_the_wrong_device(monkeypatch):
-    """Fake tensors refuse operations across devices. Their device is "meta", for the model just another one than the CPU:
-    torch's CPU builds cannot run convolutions of fake CUDA tensors. They hold no values, so as in a compiled graph none
-    are checked."""
+    """Fake tensors refuse operations across devices. Their device is "meta", for the model just another one than the
+    CPU: torch's CPU builds cannot run convolutions of fake CUDA tensors. They hold no values, so as in a compiled
+    graph none are checked."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)

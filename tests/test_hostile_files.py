@@ -1,4 +1,6 @@
-"""Files that are damaged or made to do harm are refused in one line, before they take memory, and nothing is executed."""
+"""
+Files that are damaged or made to do harm are refused in one line, before they take memory, and nothing is executed.
+"""
 
 import argparse
 import collections
@@ -249,7 +251,8 @@ HOSTILE_MODELS = {
     "a number that is none": (change_tensor(one_nan), "1 of the 1024 numbers of .*embed are NaN or infinite"),
     "infinite numbers": (change_tensor(lambda tensor: tensor / 0), "are NaN or infinite"),
     "integers": (change_tensor(lambda tensor: (100 * tensor).int()), "holds numbers of type I32, expected floats"),
-    "another shape": (change_tensor(lambda tensor: tensor[:50].contiguous()), r"has the shape \(50, 16\), and config.json"),
+    "another shape": (change_tensor(lambda tensor: tensor[:50].contiguous()), r"has the shape \(50, 16\), and "
+    r"config.json"),
     "a cut file": (cut, "damaged or cut short"),
     "a header of 2**60 bytes": (write("model.safetensors", struct.pack("<Q", 2**60) + b"{}"), "a header of"),
     "10**9 layers of an LSTM": (change_config(num_lstm_layers=10**9), "num_lstm_layers=1000000000, expected at most"),
@@ -262,8 +265,10 @@ HOSTILE_MODELS = {
     "a config nested deep": (write("config.json", b'{"a":' * 2000 + b"1" + b"}" * 2000), "nested more than 100 deep"),
     "a config of 2 MB": (write("config.json", b" " * 2**21 + b"{}"), "bytes or more, expected at most"),
     "an extractor that is a list": (write("preprocessor_config.json", b"[1]"), "holds a list, expected a JSON object"),
-    "an extractor nested deep": (write("preprocessor_config.json", b"[" * 1000 + b"]" * 1000), "nested more than 100 deep"),
-    "an extractor of text": (write("preprocessor_config.json", b'{"sampling_rate": "fast"}'), "feature extractor|fast"),
+    "an extractor nested deep": (write("preprocessor_config.json", b"[" * 1000 + b"]" * 1000), "nested more than 100 "
+    "deep"),
+    "an extractor of text": (write("preprocessor_config.json", b'{"sampling_rate": "fast"}'), "feature "
+    "extractor|fast"),
 }  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""Published checkpoints from the Hub, and converted folders to it: against a small server, and against caches made by hand."""
+"""
+Published checkpoints from the Hub, and converted folders to it: against a small server, and against caches made by
+hand.
+"""
 
 import hashlib
 import json
@@ -58,7 +61,9 @@ def hub(monkeypatch, cache):
 
 
 def codes_without_the_package(name: str, audio: np.ndarray, folder: Path, **environment) -> np.ndarray:
-    """What `AutoModel.from_pretrained(name, trust_remote_code=True)` makes of audio, in a process without the package."""
+    """
+    What `AutoModel.from_pretrained(name, trust_remote_code=True)` makes of audio, in a process without the package.
+    """
     np.save(folder / "audio.npy", audio)
     program = """
 import sys

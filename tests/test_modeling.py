@@ -117,8 +117,8 @@ def margins(model, latents):
 def check_rows(model, clips, padding_side, policy):
     """Every row of the batch of `clips` gets the codes, latents and audio that its clip gets alone.
 
-    Without a recheck, and only then, a code may differ where two entries are nearly equally near, since float32 sums run in
-    another order than alone; benchmarks/README.md says how often that happens.
+    Without a recheck, and only then, a code may differ where two entries are nearly equally near, since float32 sums
+    run in another order than alone; benchmarks/README.md says how often that happens.
     """
     hop = model.config.hop_length
     extractor = WavTokenizerFeatureExtractor(hop_length=hop, padding_side=padding_side)

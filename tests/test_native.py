@@ -44,7 +44,9 @@ def extractor_fields(level: float | None) -> dict:
 
 @pytest.fixture
 def folders(tiny_model, tmp_path):
-    """Name -> folder with the same tiny model: saved by our classes and by the native ones, whole and as an encoder."""
+    """
+    Name -> folder with the same tiny model: saved by our classes and by the native ones, whole and as an encoder.
+    """
     tiny_model.save_pretrained(tmp_path / "ours")
     tiny_model.encoder_model.save_pretrained(tmp_path / "our_encoder")
     native_modeling.WavTokenizerModel.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "native")

@@ -1,4 +1,6 @@
-"""Manifests of segments and Lhotse Shar as sources of `tokenize`: the codes that each part gets as a file of its own."""
+"""
+Manifests of segments and Lhotse Shar as sources of `tokenize`: the codes that each part gets as a file of its own.
+"""
 
 import gzip
 import io
@@ -174,7 +176,10 @@ def test_times_beyond_all_measure_are_beyond_the_recording(times, place, tmp_pat
 
 
 def write_shar(folder, contents: dict[str, tuple[bytes, dict]]):
-    """Shar of recordings as they are, each with its rate, channels and number of samples, as `audio_format="original"` gives it."""
+    """
+    Shar of recordings as they are, each with its rate, channels and number of samples, as `audio_format="original"`
+    gives it.
+    """
     folder.mkdir()
     lines = []
     with tarfile.open(folder / "recording.000000.tar", "w") as tar:

@@ -59,7 +59,9 @@ for arguments, expected in {ARGUMENTS}:
 
 
 def test_help_takes_less_than_0_3_seconds():
-    """Of processor time, which other programs on the machine hardly change. With torch and transformers it would be 3 s."""
+    """
+    Of processor time, which other programs on the machine hardly change. With torch and transformers it would be 3 s.
+    """
 
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -77,7 +79,9 @@ FIRST_IMPORTS = [  # all other tests import this package first
 
 
 def check_first_imports(imports: list[str]) -> None:
-    """Run each line in a process that has imported torch and nothing of transformers: ours must be registered afterwards."""
+    """
+    Run each line in a process that has imported torch and nothing of transformers: ours must be registered afterwards.
+    """
     code = f"""
 import os, sys, torch, huggingface_hub
 for line in {imports}:

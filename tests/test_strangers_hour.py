@@ -1,7 +1,7 @@
 """A stranger's first hour: a fresh clone, an empty environment, and the commands of README and docs alone.
 
-The steps take their commands from the pages, so a step that needs more than they say fails here. Needs git, make and pip's
-index. It installs everything anew, which takes minutes and some gigabytes.
+The steps take their commands from the pages, so a step that needs more than they say fails here. Needs git, make and
+pip's index. It installs everything anew, which takes minutes and some gigabytes.
 """
 
 import contextlib
@@ -73,7 +73,10 @@ class Stranger:
 
 
 def fill_cache(cache: Path, folder: Path) -> None:
-    """What downloads would leave there: a small checkpoint with the name of a published one, and a folder of native files."""
+    """
+    What downloads would leave there: a small checkpoint with the name of a published one, and a folder of native
+    files.
+    """
     checkpoint = folder / "WavTokenizer_small_320_24k_4096.ckpt"
     torch.save({"state_dict": small_tensors(75)}, checkpoint)
     put_into_cache(cache, "novateur/WavTokenizer", {checkpoint.name: checkpoint})

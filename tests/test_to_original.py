@@ -256,7 +256,9 @@ def test_the_original_itself_loads_the_files_and_gives_its_codes(back, rate, mon
 @pytest.mark.slow
 @pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="set it to a checkout of ggml-org/llama.cpp")
 def test_llama_cpps_converters_make_gguf_of_it(back):
-    """The commands of docs/onnx.md. Every tensor of the result is one of the model, which llama.cpp's own reader says."""
+    """
+    The commands of docs/onnx.md. Every tensor of the result is one of the model, which llama.cpp's own reader says.
+    """
     checkout, checkpoint = Path(os.environ["LLAMA_CPP"]), back(75)
     gguf = checkpoint.parent / "wavtokenizer.gguf"
     for command in (

@@ -336,7 +336,8 @@ def test_two_processes_give_the_weights_and_codebook_of_one(tmp_path):
         for file in ("model.safetensors", "discriminators.safetensors"):
             expected, got = (load_file(tmp_path / name / "last" / file) for name in (one, two))
             for name, tensor in expected.items():
-                # float32 sums in another order: weights move by about 1e-5, entries by 0.1, and averages are tens of entries
+                # float32 sums in another order: weights move by about 1e-5, entries by 0.1, and averages are tens of
+                # entries
                 tolerance = 1e-3 if ".codebook." in name else 2e-6
                 torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=tolerance)
         facts = [read_state(tmp_path / name / "last")[0] for name in (one, two)]

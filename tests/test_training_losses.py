@@ -79,9 +79,9 @@ def test_scores_and_feature_maps_are_the_originals(judged):
         assert means == pytest.approx(EXPECTED[f"{name}/real_score_means"], abs=1e-4)
 
 
-# Half of the reference's batch is a pure chirp, whose upper bands hold nothing but the rounding of the FFT; their logarithm differs
-# by 6e-4 between the instruction sets that MKL picks by processor. With the one that the reference was computed with, the
-# value is the same to 2e-7, as the slow test shows.
+# Half of the reference's batch is a pure chirp, whose upper bands hold nothing but the rounding of the FFT; their
+# logarithm differs by 6e-4 between the instruction sets that MKL picks by processor. With the one that the reference
+# was computed with, the value is the same to 2e-7, as the slow test shows.
 
 
 def test_mel_loss_equals_the_originals_but_for_the_rounding_of_the_fft():
@@ -181,7 +181,8 @@ def test_the_frequency_loss_sees_a_pitch_that_mel_losses_hardly_do_and_no_absolu
     assert loss(low, low).item() == pytest.approx(0, abs=1e-3)  # but for a constant that keeps gradients finite
     assert loss(sine(220, phase=0.25), low).item() < 0.1
     assert loss(-low, low).item() < 1e-3
-    # 10 Hz apart the phase moves by 0.335 rad more in a hop of 128 samples, and by 0.670 in one of 256; magnitudes differ, too
+    # 10 Hz apart the phase moves by 0.335 rad more in a hop of 128 samples, and by 0.670 in one of 256; magnitudes
+    # differ, too
     expected = (2 * math.sin(0.335 / 2) + 2 * math.sin(0.670 / 2)) / 2
     assert expected < loss(sine(230), low).item() < 1.5 * expected
     assert loss(low + sine(5000, level=0.1), low).item() < 0.1

@@ -71,7 +71,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_pat
         "train_data": str(folder / "clips"),
         "validation_data": str(folder / "validation"),
         "output": str(tmp_path / "run"),
-        "mel_only_steps": 1,  # the checkpoint, after two, holds discriminators that have learned, and their optimizer's state
+        # the checkpoint, after two, holds discriminators that have learned, and their optimizer's state
+        "mel_only_steps": 1,
     }
 
     def crash_in_the_fourth_step(state, batches):

@@ -195,7 +195,8 @@ def test_a_step_is_what_the_settings_say_whatever_accelerate_was_configured_to(n
 
 
 def test_bfloat16_keeps_latents_and_codes_in_float32(tmp_path):
-    # not shorter: on a CPU, torch 2.13 computes bfloat16 convolutions of stride (2, 2) over maps of width 1 or 2 wrongly
+    # not shorter: on a CPU, torch 2.13 computes bfloat16 convolutions of stride (2, 2) over maps of width 1 or 2
+    # wrongly
     sound = 0.3 * torch.randn(1, 1, 12000, generator=torch.Generator().manual_seed(0))
     codes = []
     for precision in ("float32", "bfloat16"):

@@ -151,7 +151,8 @@ class WavTokenizerModelTest(CommonModelTests, unittest.TestCase):
         pass
 
     def test_an_encoders_folder_is_refused(self):
-        # Two of the mixin's tests load the base model's folder into the whole model, whose other weights are then random.
+        # Two of the mixin's tests load the base model's folder into the whole model, whose other weights are then
+        # random.
         # We refuse that, since a random decoder makes noise.
         with tempfile.TemporaryDirectory() as folder:
             WavTokenizerEncoderModel(tiny_config().encoder_config).save_pretrained(folder)

@@ -11,7 +11,10 @@ from wavtokenizer_hf.training.state import build
 
 @pytest.fixture(autouse=True)
 def without_rehearsal(request, monkeypatch):
-    """Only tests of memory, and those of other processes, make the small steps that estimate it: they take as long as a tiny run."""
+    """
+    Only tests of memory, and those of other processes, make the small steps that estimate it: they take as long as a
+    tiny run.
+    """
     if "memory" not in request.node.name:
         monkeypatch.setattr(loop, "check_memory", lambda state, length: None)
 

@@ -1,7 +1,7 @@
 """WavTokenizer for Hugging Face: 24 kHz audio to one stream of 40 or 75 codes per second, and back.
 
-The import is light: torch and transformers are imported when something of them is used. The Auto classes of transformers give
-the classes of this package as soon as both packages are imported, in whatever order.
+The import is light: torch and transformers are imported when something of them is used. The Auto classes of
+transformers give the classes of this package as soon as both packages are imported, in whatever order.
 """
 
 import importlib
@@ -60,7 +60,8 @@ def __dir__() -> list[str]:
 def bundled_model() -> Path:
     """Return the folder of the small model that comes with this package: 24 kHz, 75 codes/s.
 
-    It is made for demos, tests and teaching. Do not train a language model on its codes. README.md in the folder has its figures.
+    It is made for demos, tests and teaching. Do not train a language model on its codes. README.md in the folder has
+    its figures.
     """
     return Path(__file__).parent / "bundled"
 

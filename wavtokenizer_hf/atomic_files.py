@@ -1,7 +1,8 @@
 """Output files and folders that are whole or absent. Every file that this package writes goes through here.
 
 A file is written under a temporary name beside its target, flushed to disk, and renamed. The temporary name is
-`.HOST-PID-RANDOM.partial`: it belongs to one process, fits wherever a name of 100 bytes fits, and is never a user's file.
+`.HOST-PID-RANDOM.partial`: it belongs to one process, fits wherever a name of 100 bytes fits, and is never a user's
+file.
 """
 
 import errno
@@ -140,7 +141,9 @@ def cannot_write(path: str | os.PathLike, error: OSError) -> OSError:
 
 
 def is_stream(path: str | os.PathLike) -> bool:
-    """Whether a path names something to write into rather than to replace: a device, a pipe, a socket, a descriptor."""
+    """
+    Whether a path names something to write into rather than to replace: a device, a pipe, a socket, a descriptor.
+    """
     if _is_descriptor(path):
         return True
     try:

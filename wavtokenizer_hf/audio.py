@@ -1,6 +1,8 @@
-"""Sound files: the only place that reads or writes them; pipes.py does so for streams. Needs the extra `audio` (soundfile, soxr).
+"""Sound files: the only place that reads or writes them; pipes.py does so for streams. Needs the extra `audio`
+(soundfile, soxr).
 
-`audio_decoders.py` holds the decoders, `audio_containers.py` what headers promise, `audio_errors.py` the kinds of failures.
+`audio_decoders.py` holds the decoders, `audio_containers.py` what headers promise, `audio_errors.py` the kinds of
+failures.
 """
 
 import logging
@@ -51,15 +53,15 @@ def load(
 ) -> np.ndarray:
     """Reads a sound file as mono audio at `sampling_rate`, to the same samples as transformers' `load_audio`.
 
-    Several channels are averaged, and a warning says so; other rates are resampled, and a log line (INFO) says so. A mean in
-    which the channels cancel each other, digital silence and samples beyond ±8 give a warning each.
+    Several channels are averaged, and a warning says so; other rates are resampled, and a log line (INFO) says so. A
+    mean in which the channels cancel each other, digital silence and samples beyond ±8 give a warning each.
 
     Args:
         path: a local file.
         sampling_rate: Hz of what is returned.
-        backend: `"soundfile"` (decodes with soundfile, or with torchcodec what that does not know; resamples with soxr), or
-            where those are installed `"torchcodec"` (decodes and resamples by FFmpeg) or `"torchaudio"` (needs transformers
-            5.23). The three resample differently, so for equal codes use one throughout.
+        backend: `"soundfile"` (decodes with soundfile, or with torchcodec what that does not know; resamples with
+            soxr), or where those are installed `"torchcodec"` (decodes and resamples by FFmpeg) or `"torchaudio"`
+            (needs transformers 5.23). The three resample differently, so for equal codes use one throughout.
         channel: `"mean"`, `"left"`, `"right"` or the number of a channel, from 0.
         max_seconds: longer audio is refused, before it is read if its header says so.
 
@@ -68,8 +70,8 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such file.
-        AudioError: a ValueError with a `kind` (see `audio_errors.FAILURE_KINDS`): the file is not sound, is damaged or cut off,
-            holds no samples or some that are not finite, is too long, or lacks the channel.
+        AudioError: a ValueError with a `kind` (see `audio_errors.FAILURE_KINDS`): the file is not sound, is damaged or
+            cut off, holds no samples or some that are not finite, is too long, or lacks the channel.
         ImportError: the backend is not installed.
     """
     path = Path(path)
@@ -90,7 +92,8 @@ def read_blocks(
     channel: str | int = "mean",
     on_warnings: Callable[[dict[str, str]], None] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Reads a sound file block by block: joined, the very samples of `load`, in memory that does not grow with the file.
+    """Reads a sound file block by block: joined, the very samples of `load`, in memory that does not grow with the
+    file.
 
     Args:
         path: Local file.
@@ -104,8 +107,9 @@ def read_blocks(
 
     Raises:
         FileNotFoundError: There is no such file. All errors are raised when the blocks are read.
-        AudioError: The file is not audio, is damaged, holds no samples or some that are not finite, or lacks the channel. A
-            file that is damaged later on fails there. A truncated file gives all that is left, and then CutOffError.
+        AudioError: The file is not audio, is damaged, holds no samples or some that are not finite, or lacks the
+            channel. A file that is damaged later on fails there. A truncated file gives all that is left, and then
+            CutOffError.
     """
     with AudioReader(Path(path), sampling_rate, channel) as reader:
         try:
@@ -173,13 +177,15 @@ def decode(
     channel: str | int = "mean",
     max_seconds: float | None = None,
 ) -> Sound:
-    """Reads sound as `load` does with soundfile, to the same samples, and says in the result what `load` says in the log.
+    """Reads sound as `load` does with soundfile, to the same samples, and says in the result what `load` says in the
+    log.
 
     Args:
         source: Local file, or the content of one.
         sampling_rate: Hz of the result.
         channel: `"mean"`, `"left"`, `"right"` or the number of a channel, from 0.
-        max_seconds: Longest audio that is read. Longer audio is refused, before it is read if its header gives the length.
+        max_seconds: Longest audio that is read. Longer audio is refused, before it is read if its header gives the
+            length.
 
     Returns:
         `Sound`: float32 audio (T,), nominally in [-1, 1], with rate and channels of its source, and warnings.
@@ -201,7 +207,8 @@ def load_clip(
     Reads a clip as a dataset or another source gives it, to the samples of `load`; arrays are resampled likewise.
 
     Args:
-        value: Path, content of an audio file, row of an Audio column of the datasets library (decoded or not), or `Channels`.
+        value: Path, content of an audio file, row of an Audio column of the datasets library (decoded or not), or
+            `Channels`.
         sampling_rate: Hz of the result.
         channel: `"mean"`, `"left"`, `"right"` or the number of a channel, from 0.
         max_seconds: Longest audio that is read; longer audio is refused. None: no limit.
@@ -405,8 +412,9 @@ class Mixer:
         if is_bad.any():
             first = int(np.flatnonzero(is_bad)[0])
             raise AudioError(
-                f"{self._name} holds NaN or infinite samples, or some beyond ±{NO_SAMPLE:g}: the first is {mono[first]:g}, at "
-                f"sample {self._num_samples + first} of its own. Expected finite numbers; repair or drop it.",
+                f"{self._name} holds NaN or infinite samples, or some beyond ±{NO_SAMPLE:g}: the first is "
+                f"{mono[first]:g}, at sample {self._num_samples + first} of its own. Expected finite numbers; repair "
+                "or drop it.",
                 "not-finite",
             )
         if channels.shape[1] > 1 and self._index is None:
@@ -426,14 +434,15 @@ class Mixer:
             if self._energy > 0:
                 how_far = f"to {10 * math.log10(self._channel_energy / self._energy):.0f} dB below them"
             found["cancelled"] = (
-                f"the channels cancel each other in their mean, {how_far}; choose one with channel='left' (--channel left)"
+                f"the channels cancel each other in their mean, {how_far}; choose one with channel='left' (--channel "
+                "left)"
             )
         elif self._num_samples > 0 and self._peak == 0:
             found["silent"] = "every sample is zero"
         if self._peak > LARGEST_SAMPLE:
             found["out-of-range"] = (
-                f"the largest sample is {self._peak:.5g}, far from [-1, 1]; if it holds integers as floats, divide them by "
-                "their full scale, such as 32768"
+                f"the largest sample is {self._peak:.5g}, far from [-1, 1]; if it holds integers as floats, divide "
+                "them by their full scale, such as 32768"
             )
         return found
 
@@ -474,7 +483,9 @@ def check_sampling_rate(rate: Any, name: str) -> int:
 def mono(
     channels: np.ndarray, rate: int, sampling_rate: int, channel: str | int = "mean", name: str = "the clip"
 ) -> Sound:
-    """Channels (T', C), float32, at `rate` Hz -> one of them or their mean at `sampling_rate` Hz. Raises AudioError."""
+    """
+    Channels (T', C), float32, at `rate` Hz -> one of them or their mean at `sampling_rate` Hz. Raises AudioError.
+    """
     rate = check_sampling_rate(rate, name)
     mixer = Mixer(channel, channels.shape[1], name)
     blocks = list(mono_blocks(iter([mixer(channels)] if len(channels) else []), rate, sampling_rate))
@@ -525,8 +536,8 @@ def writing(
 ) -> Iterator[Callable]:
     """Write mono audio block by block: `with writing(path) as write: write(block)`.
 
-    The file gets its name when the `with` block ends without an error and the file reads back with every sample. After an error
-    nothing is left.
+    The file gets its name when the `with` block ends without an error and the file reads back with every sample. After
+    an error nothing is left.
 
     Args:
         path: File to write. Its ending (.wav, .flac, .ogg, .mp3) names the format.
@@ -535,7 +546,8 @@ def writing(
         format: Container by soundfile's name, for a path whose ending says nothing.
 
     Yields:
-        Function that takes the next block: float array (n,), n >= 0, nominally in [-1, 1]. Integer formats clip, with a warning.
+        Function that takes the next block: float array (n,), n >= 0, nominally in [-1, 1]. Integer formats clip, with
+            a warning.
 
     Raises:
         ValueError: Audio that is not finite, no audio at all, or an ending that names no format.
@@ -735,8 +747,8 @@ def _check_file(path: Path) -> None:
 def _load_by_other_backend(
     path: Path, sampling_rate: int, backend: str, channel: str | int, max_seconds: float | None
 ) -> np.ndarray:
-    """By torchaudio as transformers' `load_audio` does, or by torchcodec with a mean: FFmpeg joins two channels to be louder
-    than that by 3 dB."""
+    """By torchaudio as transformers' `load_audio` does, or by torchcodec with a mean: FFmpeg joins two channels to be
+    louder than that by 3 dB."""
     _check_file(path)
     if backend == "torchaudio":
         if not hasattr(audio_utils, "_load_audio_soundfile"):  # transformers 5.23

@@ -69,7 +69,9 @@ def _read(file: BinaryIO, position: int, size: int) -> bytes:
 
 
 def holds_another_flac(file: BinaryIO, start: int) -> bool:
-    """Whether a second FLAC file begins after the one at `start`. Reads the whole file, so it is for after decoding."""
+    """
+    Whether a second FLAC file begins after the one at `start`. Reads the whole file, so it is for after decoding.
+    """
     pattern = b"fLaC\x00\x00\x00\x22"  # the first 8 bytes of every one
     file.seek(start + 4)
     tail = b""
@@ -261,7 +263,9 @@ _SEARCH = 2**20  # bytes that are searched for the first frame, or for the next 
 
 
 def _find_frame(file: BinaryIO, position: int, size: int, kind: tuple | None, num_frames: int) -> int | None:
-    """The position of the first of `num_frames` frames that follow each other, or of a last one, at or after this one."""
+    """
+    The position of the first of `num_frames` frames that follow each other, or of a last one, at or after this one.
+    """
     block = _read(file, position, _SEARCH)
     offset = block.find(b"\xff")
     while offset >= 0:

@@ -61,7 +61,8 @@ class SoundfileDecoder:
             self._file = self._soundfile.SoundFile(source)
         except (RuntimeError, EOFError) as error:  # LibsndfileError among them
             raise AudioError(reason(error)) from error
-        # SoundFile.read (0.14) seeks to where it already is, after every block; an MP3 decoder then gives other samples
+        # SoundFile.read (0.14) seeks to where it already is, after every block; an MP3 decoder then gives other
+        # samples
         self._file.seekable = lambda: False
         self.sampling_rate, self.num_channels = self._file.samplerate, self._file.channels
         self.num_frames = (
@@ -93,7 +94,8 @@ class SoundfileDecoder:
         if self._container.format == "flac" and holds_another_flac(self._content, self._container.start):
             raise AudioError(f"Cannot read {self._name} as sound: {_SEVERAL}. Split it.")
         counted = self._container.num_frames
-        # an MP3 decoder drops the delay of the encoder and what fills the last frame up, 12 bits each, and waits for its bits
+        # an MP3 decoder drops the delay of the encoder and what fills the last frame up, 12 bits each, and waits for
+        # its bits
         if counted is not None and num_read < counted - 2**14:
             raise AudioError(
                 f"The decoder ended after {num_read} of {counted} samples of {self._name}. The file may be damaged."
@@ -106,7 +108,10 @@ class SoundfileDecoder:
         promised = f"{self.num_frames}"
         if self.num_frames is None or num_read >= self.num_frames:
             promised = f"at least {self._container.num_missing} bytes more"
-        return f"{self._name} ends early: {num_read} samples came, its header promises {promised}. It is cut off, or damaged."
+        return (
+            f"{self._name} ends early: {num_read} samples came, its header promises {promised}. "
+            "It is cut off, or damaged."
+        )
 
     def close(self) -> None:
         self._file.close()
@@ -129,12 +134,15 @@ class TorchcodecDecoder:
         self.num_frames = None if duration is None else round(duration * self.sampling_rate)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """As `SoundfileDecoder.blocks`, but the file is decoded whole: ranges of WMA overlap by some samples (torchcodec 0.13)."""
+        """
+        As `SoundfileDecoder.blocks`, but the file is decoded whole: ranges of WMA overlap by some samples (torchcodec
+        0.13).
+        """
         size = 4 * (self.num_frames or 0) * self.num_channels
         if size > LARGEST_WHOLE:
             raise AudioError(
-                f"{self._name} would take {size / 2**30:.0f} GiB of memory, since its format is decoded whole; expected at most "
-                f"{LARGEST_WHOLE / 2**30:.0f}. Convert it to FLAC with ffmpeg, or cut it.",
+                f"{self._name} would take {size / 2**30:.0f} GiB of memory, since its format is decoded whole; "
+                f"expected at most {LARGEST_WHOLE / 2**30:.0f}. Convert it to FLAC with ffmpeg, or cut it.",
                 "memory",
             )
         try:
@@ -195,8 +203,8 @@ class _View(io.RawIOBase):
     """
     The content of a file from where its audio starts, as libsndfile shall see it.
 
-    Where libsndfile would estimate the length, the end seems far away, so that it reads until its decoder ends. The decoder
-    (mpg123) looks for a tag in the last 128 bytes, so there are some.
+    Where libsndfile would estimate the length, the end seems far away, so that it reads until its decoder ends. The
+    decoder (mpg123) looks for a tag in the last 128 bytes, so there are some.
     """
 
     def __init__(self, file: BinaryIO, container: Container):
@@ -249,8 +257,8 @@ class _View(io.RawIOBase):
 
 
 def reason(error: Exception) -> str:
-    """What a decoder says, without what comes before: the address of content in memory, which is another each time, or the
-    place in torchcodec's source."""
+    """What a decoder says, without what comes before: the address of content in memory, which is another each time, or
+    the place in torchcodec's source."""
     text = str(getattr(error, "error_string", error)).strip().partition("\n")[0]
     return re.sub(r"^.*\.cpp:\d+, ", "", text).rstrip(".")
 

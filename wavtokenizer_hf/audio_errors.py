@@ -25,7 +25,8 @@ FAILURE_KINDS = {
 
 WARNING_KINDS = {
     "silent": "every sample is zero",
-    "cancelled": "the mean of the channels is 30 dB or more below them, as with opposite phase (--channel chooses one)",
+    "cancelled": "the mean of the channels is 30 dB or more below them, as with opposite phase (--channel chooses "
+    "one)",
     "out-of-range": "samples lie beyond ±8, so they are probably integers; full scale is 1",
 }
 """Machine-readable kinds of warnings about a clip that was read, and what they mean."""

@@ -14,7 +14,9 @@ from .modeling_wavtokenizer import WavTokenizerEncoderModel, WavTokenizerModel
 
 
 def register() -> None:
-    """Make the Auto classes give the classes of this package, in place of those that transformers >= 5.24 has itself."""
+    """
+    Make the Auto classes give the classes of this package, in place of those that transformers >= 5.24 has itself.
+    """
     AutoConfig.register("wavtokenizer", WavTokenizerConfig, exist_ok=True)
     AutoConfig.register("wavtokenizer_encoder", WavTokenizerEncoderConfig, exist_ok=True)
     AutoModel.register(WavTokenizerConfig, WavTokenizerModel, exist_ok=True)
@@ -26,7 +28,8 @@ def register() -> None:
     for model_config in dict.fromkeys(extracted):
         _register_feature_extractor(model_config)
 
-    # so that save_pretrained writes the code too, and the folder loads with trust_remote_code=True without this package
+    # so that save_pretrained writes the code too, and the folder loads with trust_remote_code=True without this
+    # package
     WavTokenizerConfig.register_for_auto_class("AutoConfig")
     WavTokenizerEncoderConfig.register_for_auto_class("AutoConfig")
     WavTokenizerModel.register_for_auto_class("AutoModel")
@@ -41,8 +44,8 @@ class NoTextTokenizer:
     def from_pretrained(cls, name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise ValueError: WavTokenizer encodes audio and has no tokenizer of text."""
         raise ValueError(
-            f"{str(name_or_path)!r} is a WavTokenizer, which encodes audio and has no text tokenizer. AutoTokenizer and "
-            "pipeline('feature-extraction') are for text: use AutoFeatureExtractor, AutoModel and model.encode."
+            f"{str(name_or_path)!r} is a WavTokenizer, which encodes audio and has no text tokenizer. AutoTokenizer "
+            "and pipeline('feature-extraction') are for text: use AutoFeatureExtractor, AutoModel and model.encode."
         )
 
 
@@ -59,9 +62,9 @@ def _register_feature_extractor(config_class: type) -> None:
 def _configs_with_native_extractor() -> list[type]:
     """Remove the native extractor from transformers' table; return the configs of the models that it is for.
 
-    AutoFeatureExtractor goes by the class name in preprocessor_config.json and looks for it in this table before it looks
-    among registered classes, so `register` alone never wins. The table is private: where there is none, the native
-    extractor stays. It reads the same fields and gives the same samples.
+    AutoFeatureExtractor goes by the class name in preprocessor_config.json and looks for it in this table before it
+    looks among registered classes, so `register` alone never wins. The table is private: where there is none, the
+    native extractor stays. It reads the same fields and gives the same samples.
     """
     try:
         from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES

@@ -1,10 +1,11 @@
 """The command line, `wavtokenizer COMMAND`.
 
-Help, the version and the errors of wrong arguments appear without an import of torch or transformers, which takes seconds.
+Help, the version and the errors of wrong arguments appear without an import of torch or transformers, which takes
+seconds.
 
-Exit codes: 0, all went well; 1, some of several files failed, or a pipe was cut off (each is named with its reason, the rest is
-done); 2, the command cannot be carried out as given; 130, interrupted; 141, nobody reads standard output any more; 143, ended by
-SIGTERM.
+Exit codes: 0, all went well; 1, some of several files failed, or a pipe was cut off (each is named with its reason,
+the rest is done); 2, the command cannot be carried out as given; 130, interrupted; 141, nobody reads standard output
+any more; 143, ended by SIGTERM.
 """
 
 import argparse
@@ -23,7 +24,9 @@ from .commands.arguments import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code. `argv` holds the arguments after the program's name (default: sys.argv)."""
+    """
+    Run one command and return the exit code. `argv` holds the arguments after the program's name (default: sys.argv).
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     if "_ARGCOMPLETE" in os.environ:
         _complete()

@@ -1,7 +1,7 @@
 """Configuration of WavTokenizer.
 
-This file is copied unchanged into every Hub repository that we write: it imports the standard library, transformers and
-huggingface_hub, and nothing else.
+This file is copied unchanged into every Hub repository that we write: it imports the standard library, transformers
+and huggingface_hub, and nothing else.
 """
 
 import math
@@ -24,7 +24,8 @@ class WavTokenizerConfig(PreTrainedConfig):
     Args:
         sampling_rate (`int`, defaults to 24000): Hz of the audio that goes in and comes out.
         audio_channels (`int`, defaults to 1): must be 1, WavTokenizer is mono.
-        num_filters (`int`, defaults to 32): channels after the first encoder convolution; each downsampling doubles them.
+        num_filters (`int`, defaults to 32): channels after the first encoder convolution; each downsampling doubles
+            them.
         upsampling_ratios (`list[int]`, defaults to `[6, 5, 5, 4]`): the encoder downsamples by these, last one first;
             their product is `hop_length`.
         num_residual_layers (`int`, defaults to 1): residual blocks before each downsampling of the encoder.
@@ -138,8 +139,9 @@ class WavTokenizerConfig(PreTrainedConfig):
         for name, value in built.items():
             if getattr(self, name) != value:
                 raise ValueError(
-                    f"Got {name}={getattr(self, name)!r}; this class builds {name}={value!r} only. Load such a checkpoint "
-                    "with the classes of transformers >= 5.24: without wavtokenizer_hf and trust_remote_code."
+                    f"Got {name}={getattr(self, name)!r}; this class builds {name}={value!r} only. Load such a "
+                    "checkpoint with the classes of transformers >= 5.24: without wavtokenizer_hf and "
+                    "trust_remote_code."
                 )
         if self.codebook_dim != self.hidden_size:
             raise ValueError(

@@ -1,4 +1,6 @@
-"""Packages of the extras in pyproject.toml. They are imported where they are used, since the core works without them."""
+"""
+Packages of the extras in pyproject.toml. They are imported where they are used, since the core works without them.
+"""
 
 import sys
 from importlib import import_module

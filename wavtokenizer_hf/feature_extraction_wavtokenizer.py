@@ -95,7 +95,8 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
         Args:
             audio: one clip, or a list or tuple of clips. A clip is a numpy array, a torch tensor or a list of floats,
                 mono, of shape `(T,)` or `(1, T)`, floating point, nominally in [-1, 1], with at least one sample.
-            padding (`bool` or `str`, *optional*): `True` or `"longest"`, which is the default, `"max_length"`, or `False`.
+            padding (`bool` or `str`, *optional*): `True` or `"longest"`, which is the default, `"max_length"`, or
+                `False`.
             truncation (`bool`, defaults to `False`): cut clips longer than `max_length`.
             max_length (`int`, *optional*): samples, for `padding="max_length"` and `truncation`.
             return_tensors (`str`, *optional*): `"pt"` or `"np"`; default numpy.
@@ -180,8 +181,8 @@ class WavTokenizerFeatureExtractor(SequenceFeatureExtractor):
     def _check_sampling_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:
             logger.warning(
-                f"No sampling_rate was given to {type(self).__name__}. Pass sampling_rate={self.sampling_rate} (if that "
-                "is your audio's rate): audio at another rate gives wrong codes, and only this check could tell."
+                f"No sampling_rate was given to {type(self).__name__}. Pass sampling_rate={self.sampling_rate} (if "
+                "that is your audio's rate): audio at another rate gives wrong codes, and only this check could tell."
             )
         elif sampling_rate != self.sampling_rate:
             raise ValueError(
@@ -250,7 +251,9 @@ def _scale_to_peak(clip: np.ndarray, target_peak_dB_FS: float) -> np.ndarray:
 
 
 def peak_gain(peak: float, target_peak_dB_FS: float) -> float:
-    """The factor that brings a clip with this peak to a level in dBFS. A peak below -200 dBFS counts as one of -200 dBFS."""
+    """
+    The factor that brings a clip with this peak to a level in dBFS. A peak below -200 dBFS counts as one of -200 dBFS.
+    """
     return 10.0 ** (float(target_peak_dB_FS) / 20.0) / max(float(peak), 1e-10)
 
 

@@ -16,8 +16,8 @@ SUFFIXES = (
 
 WRITABLE_FORMATS = (
     "wav", "flac", "ogg", "mp3",
-    "aiff", "au", "avr", "caf", "htk", "ircam", "mat4", "mat5", "mpc2k", "nist", "paf", "pvf", "raw", "rf64", "sd2", "sds",
-    "svx", "voc", "w64", "wavex", "wve", "xi",
+    "aiff", "au", "avr", "caf", "htk", "ircam", "mat4", "mat5", "mpc2k", "nist", "paf", "pvf", "raw", "rf64", "sd2",
+    "sds", "svx", "voc", "w64", "wavex", "wve", "xi",
 )  # fmt: skip
 """Formats of audio files that soundfile writes, each with its name as its extension. The first line is for people."""
 
@@ -52,7 +52,9 @@ def find_files(folder: str | os.PathLike, suffixes: Sequence[str]) -> FoundFiles
 
 
 def walk(folder: str | os.PathLike) -> list[str]:
-    """Return all files below a folder, sorted by the parts of their paths. Raises OSError if a folder cannot be read."""
+    """
+    Return all files below a folder, sorted by the parts of their paths. Raises OSError if a folder cannot be read.
+    """
     paths = []
     for parent, folders, names in os.walk(os.fspath(folder), onerror=_raise, followlinks=True):
         # a link to a parent folder would never end

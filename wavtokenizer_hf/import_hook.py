@@ -15,8 +15,8 @@ def after_import(name: str, function: Callable[[], None], dependents: Collection
     Args:
         name: Module to wait for, such as "transformers".
         function: Called without arguments, in the thread that imports the module.
-        dependents: Modules that import `name` and that `function` imports. While one of them is being imported, `function`
-            would meet half of it, so the call waits until it is complete.
+        dependents: Modules that import `name` and that `function` imports. While one of them is being imported,
+            `function` would meet half of it, so the call waits until it is complete.
     """
     if name in sys.modules:
         function()

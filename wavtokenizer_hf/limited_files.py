@@ -1,7 +1,7 @@
 """Readers with limits for files that others wrote: JSON, YAML, npy, safetensors and zip archives of torch.save.
 
-Each looks at declared sizes before it takes memory for them, executes nothing, and raises ValueError with a reason of one
-line for every file that it cannot take.
+Each looks at declared sizes before it takes memory for them, executes nothing, and raises ValueError with a reason of
+one line for every file that it cannot take.
 """
 
 import io
@@ -202,7 +202,9 @@ def parse_safetensors_header(start: bytes, size: int) -> tuple[dict[str, tuple[s
 
 
 def safetensors_header_size(start: bytes, size: int) -> int:
-    """Bytes of the header, from the first 8 bytes of a file of `size` bytes. Raises ValueError if they make no sense."""
+    """
+    Bytes of the header, from the first 8 bytes of a file of `size` bytes. Raises ValueError if they make no sense.
+    """
     if len(start) < 8:
         raise ValueError(f"it has {size} bytes, expected a safetensors file")
     (length,) = struct.unpack("<Q", start[:8])
@@ -212,7 +214,9 @@ def safetensors_header_size(start: bytes, size: int) -> int:
 
 
 def read_safetensors_header(path: str | os.PathLike) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], dict]:
-    """Read and check the header of a file, see `parse_safetensors_header`. Raises ValueError that names it, or OSError."""
+    """
+    Read and check the header of a file, see `parse_safetensors_header`. Raises ValueError that names it, or OSError.
+    """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -313,7 +317,9 @@ def _depth(content: bytes) -> int:
 
 
 def _check_depth(events: Iterable[Any]) -> None:
-    """Raise ValueError if YAML is nested too deep: events come without recursion, and PyYAML's time grows with the depth."""
+    """
+    Raise ValueError if YAML is nested too deep: events come without recursion, and PyYAML's time grows with the depth.
+    """
     depth = 0
     for event in events:
         name = type(event).__name__

@@ -33,8 +33,8 @@ def load_model(
 
     Args:
         model_class: `WavTokenizerModel`, or `WavTokenizerEncoderModel` for the encoder alone.
-        name: `bundled`, the name of a published checkpoint, a folder, or OWNER/NAME on the Hub. A published checkpoint is
-            converted on first use, see `model_names`.
+        name: `bundled`, the name of a published checkpoint, a folder, or OWNER/NAME on the Hub. A published checkpoint
+            is converted on first use, see `model_names`.
         revision: Branch, tag or commit on the Hub. Default: main.
         device: Device to load the model on. Defaults to CPU.
         arguments: Further arguments of `from_pretrained`.
@@ -67,16 +67,19 @@ def load_feature_extractor(
     name: str | os.PathLike, revision: str | None, config: WavTokenizerConfig, peak_dbfs: float | str = "model"
 ) -> WavTokenizerFeatureExtractor:
     """
-    Load the feature extractor beside a model, which may scale clips to a peak. A folder may lack it: then nothing is scaled.
+    Load the feature extractor beside a model, which may scale clips to a peak. A folder may lack it: then nothing is
+    scaled.
 
     Args:
         name: `bundled`, the name of a published checkpoint, a folder, or OWNER/NAME on the Hub.
         revision: Branch, tag or commit on the Hub. Default: main.
         config: Config of the model.
-        peak_dbfs: Peak level that clips are scaled to, in dBFS, at most 0. `"none"`: no scaling. Default: as the file says.
+        peak_dbfs: Peak level that clips are scaled to, in dBFS, at most 0. `"none"`: no scaling. Default: as the file
+            says.
 
     Raises:
-        ValueError: It cannot be loaded, a value in it makes no sense, or it is for another sampling rate than the model.
+        ValueError: It cannot be loaded, a value in it makes no sense, or it is for another sampling rate than the
+            model.
     """
     check_peak(peak_dbfs)
     feature_extractor = _read_feature_extractor(os.fspath(name), revision, config)
@@ -137,7 +140,8 @@ def check_files(model_class: type[PreTrainedModel], source: str, revision: str =
     for field in ("num_lstm_layers", "num_residual_layers", "decoder_num_layers"):
         if getattr(config, field) > len(tensors):
             raise ValueError(
-                f"config.json has {field}={getattr(config, field)}, and the weights hold {len(tensors)} tensors in all."
+                f"config.json has {field}={getattr(config, field)}, and the weights hold {len(tensors)} tensors in "
+                "all."
             )
     with torch.device("meta"):  # shapes without memory
         expected = model_class(config).state_dict()
@@ -160,8 +164,8 @@ def check_finite(model: torch.nn.Module, name: str) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
             raise ValueError(
-                f"The model {name!r} cannot be used: {count} of the {tensor.numel()} numbers of {tensor_name} are NaN or "
-                "infinite. Its training diverged or the file is damaged."
+                f"The model {name!r} cannot be used: {count} of the {tensor.numel()} numbers of {tensor_name} are "
+                "NaN or infinite. Its training diverged or the file is damaged."
             )
 
 

@@ -19,8 +19,8 @@ class EncodeStream:
     """
     Encode audio as it arrives, from a file read in blocks, a microphone or a socket.
 
-    The codes are those of the whole audio, for blocks of any size. A code comes out `delay` samples after its own first sample,
-    when all audio that it depends on has arrived. Memory does not grow with the length of the stream.
+    The codes are those of the whole audio, for blocks of any size. A code comes out `delay` samples after its own
+    first sample, when all audio that it depends on has arrived. Memory does not grow with the length of the stream.
 
     ```python
     stream = EncodeStream(model)
@@ -30,9 +30,10 @@ class EncodeStream:
     ```
 
     Args:
-        model (`WavTokenizerModel` or `WavTokenizerEncoderModel`): Model, in eval mode. One model can serve many streams.
-        state (`EncoderState`, *optional*): State of another stream (its attribute `state`), to continue from. It is small and
-            can be pickled.
+        model (`WavTokenizerModel` or `WavTokenizerEncoderModel`): Model, in eval mode. One model can serve many
+            streams.
+        state (`EncoderState`, *optional*): State of another stream (its attribute `state`), to continue from. It is
+            small and can be pickled.
     """
 
     def __init__(self, model: WavTokenizerModel | WavTokenizerEncoderModel, state: EncoderState | None = None):
@@ -51,15 +52,16 @@ class EncodeStream:
         Take the next samples and return the codes that are complete with them.
 
         Args:
-            audio: Float array or tensor of shape (n,), n >= 0, at the model's sampling rate, nominally in [-1, 1]. Any float
-                dtype; it is computed in float32.
+            audio: Float array or tensor of shape (n,), n >= 0, at the model's sampling rate, nominally in [-1, 1]. Any
+                float dtype; it is computed in float32.
             sampling_rate: Hz of `audio`, which is compared with that of the model. Defaults to no check.
 
         Returns:
             `(m,)` int64 codes in [0, K), m >= 0, on the CPU.
 
         Raises:
-            ValueError: Audio of another shape or dtype, at another rate or not finite, or a stream that has been flushed.
+            ValueError: Audio of another shape or dtype, at another rate or not finite, or a stream that has been
+                flushed.
         """
         expected = self.encoder_model.config.sampling_rate
         if sampling_rate not in (None, expected):
@@ -106,9 +108,10 @@ class DecodeStream:
     """
     Decode codes as they arrive, from a language model that is still generating, a file or a socket.
 
-    The audio is that of `model.decode(..., window_seconds=..., overlap_seconds=...)` for all codes, for blocks of any size. It
-    comes out when a window is full, except for the overlap, which is faded into the next window. A shorter window gives audio
-    earlier, a longer one is closer to exact decoding. Memory does not grow with the length of the stream.
+    The audio is that of `model.decode(..., window_seconds=..., overlap_seconds=...)` for all codes, for blocks of any
+    size. It comes out when a window is full, except for the overlap, which is faded into the next window. A shorter
+    window gives audio earlier, a longer one is closer to exact decoding. Memory does not grow with the length of the
+    stream.
 
     ```python
     stream = DecodeStream(model)
@@ -121,10 +124,10 @@ class DecodeStream:
         model (`WavTokenizerModel`): Model, in eval mode. One model can serve many streams.
         window_seconds (`float`, defaults to 3.0): Length of a window.
         overlap_seconds (`float`, defaults to 0.25): Overlap of two windows, at most half a window.
-        bandwidth_id (`int`, defaults to 0): Row of the adaptive norms' tables, in [0, config.adanorm_num_embeddings). The
-            reference implementation always decodes with 0.
-        state (`DecoderState`, *optional*): State of another stream with the same settings (its attribute `state`), to continue
-            from. It is small and can be pickled.
+        bandwidth_id (`int`, defaults to 0): Row of the adaptive norms' tables, in [0, config.adanorm_num_embeddings).
+            The reference implementation always decodes with 0.
+        state (`DecoderState`, *optional*): State of another stream with the same settings (its attribute `state`), to
+            continue from. It is small and can be pickled.
 
     Raises:
         ValueError: A window shorter than a frame or than twice the overlap, or a `bandwidth_id` that the model lacks.
@@ -200,7 +203,8 @@ def scale_to_peak(blocks: Iterable[np.ndarray], peak_level: float | None) -> Ite
     """
     Scale blocks of audio so that the largest sample of all gets a level, as the feature extractor does.
 
-    The peak is known only at the end, so the audio waits in a temporary file, 4 bytes per sample, up to 64 MiB of it in memory.
+    The peak is known only at the end, so the audio waits in a temporary file, 4 bytes per sample, up to 64 MiB of it
+    in memory.
 
     Args:
         blocks: Blocks of audio, float32, (n,).

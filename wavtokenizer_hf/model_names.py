@@ -21,12 +21,13 @@ def find_model(name: str | os.PathLike, revision: str | None = None) -> str:
     Return what `from_pretrained` loads: a folder, or a name on the Hub.
 
     Args:
-        name: `bundled`, the name of a published checkpoint (see `wavtokenizer checkpoints`), a folder, or OWNER/NAME on the Hub.
-            A folder goes before a published checkpoint of the same name.
+        name: `bundled`, the name of a published checkpoint (see `wavtokenizer checkpoints`), a folder, or OWNER/NAME
+            on the Hub. A folder goes before a published checkpoint of the same name.
         revision: Branch, tag or commit of a published checkpoint's repository. Default: main.
 
     Raises:
-        ValueError: There is no such folder or checkpoint, or the checkpoint cannot be downloaded, verified or converted.
+        ValueError: There is no such folder or checkpoint, or the checkpoint cannot be downloaded, verified or
+            converted.
     """
     name = os.fspath(name)
     if name == "bundled":
@@ -42,8 +43,8 @@ def find_model(name: str | os.PathLike, revision: str | None = None) -> str:
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(nearest)}?" if nearest else "`wavtokenizer checkpoints` lists the names."
     raise ValueError(
-        f"Cannot load the model {name!r}: there is no such folder, and no published checkpoint has this name. {hint} A model on "
-        "the Hub is OWNER/NAME; bundled is the small model of this package."
+        f"Cannot load the model {name!r}: there is no such folder, and no published checkpoint has this name. {hint} "
+        "A model on the Hub is OWNER/NAME; bundled is the small model of this package."
     )
 
 
@@ -52,8 +53,8 @@ def find_torch_model(name: str | os.PathLike, revision: str | None = None) -> st
     folder = find_model(name, revision)
     if is_exported(folder):
         raise ValueError(
-            f"{os.fspath(name)} is a folder of ONNX files, which `wavtokenizer encode`, `decode` and `reconstruct` run. Everything "
-            "else, such as bulk work, needs the torch model that was exported. Pass that model."
+            f"{os.fspath(name)} is a folder of ONNX files, which `wavtokenizer encode`, `decode` and `reconstruct` "
+            "run. Everything else, such as bulk work, needs the torch model that was exported. Pass that model."
         )
     return folder
 
@@ -84,7 +85,8 @@ def converted_model(name: str, revision: str | None = None) -> Path:
     """
     Return the folder of a published checkpoint; download, verify and convert it first if it is not in the cache.
 
-    Standard error says in two lines what is done. Processes that need the same checkpoint wait for the one that converts it.
+    Standard error says in two lines what is done. Processes that need the same checkpoint wait for the one that
+    converts it.
 
     Raises:
         ValueError: It cannot be downloaded, is not the published checkpoint, or the cache cannot be written.
@@ -107,8 +109,9 @@ def converted_model(name: str, revision: str | None = None) -> Path:
             stack.enter_context(WeakFileLock(folder.with_name(f"{folder.name}.lock")))
         except OSError as error:
             raise ValueError(
-                f"Cannot load the model {name!r}: the cache {folder.parent} cannot be written ({error.strerror or error}). Set "
-                f"HF_HOME to another folder, or run `wavtokenizer convert --checkpoint {name} -o FOLDER` and give FOLDER."
+                f"Cannot load the model {name!r}: the cache {folder.parent} cannot be written "
+                f"({error.strerror or error}). Set HF_HOME to another folder, or run `wavtokenizer convert "
+                f"--checkpoint {name} -o FOLDER` and give FOLDER."
             ) from error
         if (folder / "config.json").is_file():  # another process was first
             return folder

@@ -3,16 +3,18 @@
 In the order of the data:
 
     input_values (B, 1, T) -> encoder -> latents (B, D, L) -> quantizer -> audio_codes (B, 1, L)
-    audio_codes (B, 1, L) -> quantizer -> quantized (B, D, L) -> backbone -> (B, L, H) -> head -> audio_values (B, 1, L * hop)
+    audio_codes (B, 1, L) -> quantizer -> quantized (B, D, L) -> backbone -> (B, L, H)
+        -> head -> audio_values (B, 1, L * hop)
 
 Shape letters: B rows of a batch, T samples, L = ceil(T / hop) frames, hop = hop_length samples per code,
 D = hidden_size (512), K = codebook_size (4096), H = decoder_hidden_size (768), C channels, N time steps of any kind.
 
-Each row of a padded batch gets what it would get alone: `PaddedBatch` says where the valid part of a row lies, and every layer
-that looks beyond one time step respects it. modeling_wavtokenizer_batching.py decides which rows are computed together.
+Each row of a padded batch gets what it would get alone: `PaddedBatch` says where the valid part of a row lies, and
+every layer that looks beyond one time step respects it. modeling_wavtokenizer_batching.py decides which rows are
+computed together.
 
-On a CPU, functions named `fast_...` run the expensive layers (see modeling_wavtokenizer_cpu.py). They return None where they
-do not apply, and then the plain layers run.
+On a CPU, functions named `fast_...` run the expensive layers (see modeling_wavtokenizer_cpu.py). They return None
+where they do not apply, and then the plain layers run.
 
 This file is copied unchanged into every Hub repository that we write. It imports the standard library, torch,
 transformers and its siblings, and nothing else.
@@ -54,8 +56,8 @@ class WavTokenizerEncoderOutput(ModelOutput):
     """
     Args:
         audio_codes (`torch.LongTensor` of shape `(B, 1, L)`): codes in [0, K); 0 where the mask is 0.
-        audio_codes_mask (`torch.Tensor` of shape `(B, 1, L)`, *optional*): 1 for the codes of real audio, 0 for padding,
-            in the dtype of `padding_mask`; with a `padding_mask`.
+        audio_codes_mask (`torch.Tensor` of shape `(B, 1, L)`, *optional*): 1 for the codes of real audio, 0 for
+            padding, in the dtype of `padding_mask`; with a `padding_mask`.
         latents (`torch.FloatTensor` of shape `(B, D, L)`, *optional*): the encoder's output before it is quantized,
             0 where the mask is 0; with `output_latents=True`.
     """
@@ -82,7 +84,8 @@ class WavTokenizerOutput(ModelOutput):
     Args:
         audio_values (`torch.FloatTensor` of shape `(B, 1, T)`): the reconstruction, as long as the input.
         audio_codes (`torch.LongTensor` of shape `(B, 1, L)`): codes in [0, K); 0 where the mask is 0.
-        audio_codes_mask (`torch.Tensor` of shape `(B, 1, L)`, *optional*): 1 for the codes of real audio, 0 for padding.
+        audio_codes_mask (`torch.Tensor` of shape `(B, 1, L)`, *optional*): 1 for the codes of real audio, 0 for
+            padding.
         latents (`torch.FloatTensor` of shape `(B, D, L)`, *optional*): the encoder's output before it is quantized.
     """
 
@@ -160,8 +163,8 @@ def _zero_padding(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> tor
     return hidden_states if mask is None else hidden_states * mask
 
 
-# The decoder may have another dtype than float32. Then its large products use that dtype, and all between them stays in
-# float32: in bfloat16 this costs little time and loses far less.
+# The decoder may have another dtype than float32. Then its large products use that dtype, and all between them stays
+# in float32: in bfloat16 this costs little time and loses far less.
 
 
 def _cast_for(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -466,8 +469,8 @@ class WavTokenizerPreTrainedModel(TypedModel, PicklableModel, PreTrainedAudioTok
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise for training from scratch, as the reference implementation does.
 
-        Only modules with tensors of their own are handled. What differs among them is an attribute set by their parent,
-        since transformers does not call this for modules without tensors (5.23.0, modeling_utils.py:2371).
+        Only modules with tensors of their own are handled. What differs among them is an attribute set by their
+        parent, since transformers does not call this for modules without tensors (5.23.0, modeling_utils.py:2371).
         """
         if isinstance(module, ParametrizationList):  # weight norm: PyTorch's, split into gain and direction
             gain, direction = module.get_parameter("original0"), module.get_parameter("original1")
@@ -529,28 +532,29 @@ class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):  # t
         chunk_seconds: float | None = None,
     ) -> WavTokenizerEncoderOutput:
         r"""
-        Encode audio to codes. Each row of a padded batch gets the codes that it gets alone. Long audio gets the same codes
-        in chunks as in one piece.
+        Encode audio to codes. Each row of a padded batch gets the codes that it gets alone. Long audio gets the same
+        codes in chunks as in one piece.
 
         Args:
             input_values (`torch.FloatTensor` of shape `(B, 1, T)`):
                 Audio at `config.sampling_rate`, nominally in [-1, 1], of any float dtype. It is computed in float32.
             padding_mask (`torch.Tensor` of shape `(B, T)` or `(B, 1, T)`, *optional*):
-                1 for valid samples and 0 for padding, on the left or on the right of a row. Padding may hold any values.
+                1 for valid samples and 0 for padding, on the left or on the right of a row. Padding may hold any
+                values.
             output_latents (`bool`, defaults to `False`): Whether to return the encoder's output before quantization.
             chunk_seconds (`float`, *optional*):
-                Maximum length of the chunks in which the audio is encoded, at least 4 frames. Memory does not grow with T.
-                Defaults to 60.
+                Maximum length of the chunks in which the audio is encoded, at least 4 frames. Memory does not grow
+                with T. Defaults to 60.
 
         Returns:
-            [`WavTokenizerEncoderOutput`]: `audio_codes` (B, 1, L), int64 in [0, K), L = ceil(T / hop). With a padding mask also
-            `audio_codes_mask` (B, 1, L), with `output_latents` also `latents` (B, D, L). A row that is padded on the left
-            has its codes at the right end.
+            [`WavTokenizerEncoderOutput`]: `audio_codes` (B, 1, L), int64 in [0, K), L = ceil(T / hop). With a padding
+            mask also `audio_codes_mask` (B, 1, L), with `output_latents` also `latents` (B, D, L). A row that is
+            padded on the left has its codes at the right end.
 
         Raises:
-            ValueError: Audio of another shape or dtype, without samples, not finite, or so loud that latents are not finite.
-                A mask of another shape or on another device, or one that is not a single run of ones at the start or end of
-                each row. `chunk_seconds` not above 0. A compiled graph checks shapes and dtypes only.
+            ValueError: Audio of another shape or dtype, without samples, not finite, or so loud that latents are not
+                finite. A mask of another shape or on another device, or one that is not a single run of ones at the
+                start or end of each row. `chunk_seconds` not above 0. A compiled graph checks shapes and dtypes only.
         """
         return self._encode(input_values, padding_mask, output_latents, chunk_seconds)
 
@@ -568,7 +572,8 @@ class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):  # t
 
     def decode(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
-            "WavTokenizerEncoderModel has no decoder. Load the same files with WavTokenizerModel to decode codes to audio."
+            "WavTokenizerEncoderModel has no decoder. Load the same files with WavTokenizerModel to decode codes to "
+            "audio."
         )
 
     def _encode(
@@ -684,19 +689,20 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
                 1 for valid codes and 0 for padding, on the left or on the right of a row. Padding may hold any values.
             window_seconds (`float`, *optional*):
                 Length of the windows in which the codes are decoded, in constant memory. The result differs from full
-                decoding, since the decoder looks at all frames at once; benchmarks/README.md says by how much. By default
-                all codes are decoded at once.
+                decoding, since the decoder looks at all frames at once; benchmarks/README.md says by how much. By
+                default all codes are decoded at once.
             overlap_seconds (`float`, defaults to 0.25):
                 Overlap of two windows, over which the first fades into the second. At most half a window.
 
         Returns:
-            [`WavTokenizerDecoderOutput`]: `audio_values` (B, 1, L * hop), float32, 0 where the mask is 0. A row that is padded
-            on the left has its audio at the right end.
+            [`WavTokenizerDecoderOutput`]: `audio_values` (B, 1, L * hop), float32, 0 where the mask is 0. A row that
+            is padded on the left has its audio at the right end.
 
         Raises:
-            ValueError: Codes of another shape or dtype, or outside [0, K). A mask of another shape or on another device, or one
-                that is not a single run of ones at the start or end of each row. A `bandwidth_id` outside its range. A window
-                shorter than a frame or than twice the overlap. A compiled graph checks shapes and dtypes only.
+            ValueError: Codes of another shape or dtype, or outside [0, K). A mask of another shape or on another
+                device, or one that is not a single run of ones at the start or end of each row. A `bandwidth_id`
+                outside its range. A window shorter than a frame or than twice the overlap. A compiled graph checks
+                shapes and dtypes only.
         """
         codes, batch = self._read_codes(audio_codes, audio_codes_mask)
         self._check_bandwidth_id(bandwidth_id)
@@ -722,19 +728,23 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
 
         Args:
             input_values (`torch.FloatTensor` of shape `(B, 1, T)`):
-                Audio at `config.sampling_rate`, nominally in [-1, 1], of any float dtype. The encoder computes in float32.
+                Audio at `config.sampling_rate`, nominally in [-1, 1], of any float dtype. The encoder computes in
+                float32.
             padding_mask (`torch.Tensor` of shape `(B, T)` or `(B, 1, T)`, *optional*):
                 1 for valid samples and 0 for padding, on the left or on the right of a row.
-            bandwidth_id (`int`, defaults to 0): Row of the adaptive norms' tables. The reference implementation uses 0.
+            bandwidth_id (`int`, defaults to 0): Row of the adaptive norms' tables. The reference implementation uses
+                0.
             output_latents (`bool`, defaults to `False`): Whether to return the encoder's output before quantization.
 
         Returns:
-            [`WavTokenizerOutput`]: `audio_values` (B, 1, T), float32, at the positions of the input, 0 where `padding_mask`
-            is 0, and `audio_codes` (B, 1, L). With a padding mask also `audio_codes_mask`, with `output_latents` `latents`.
+            [`WavTokenizerOutput`]: `audio_values` (B, 1, T), float32, at the positions of the input, 0 where
+            `padding_mask` is 0, and `audio_codes` (B, 1, L). With a padding mask also `audio_codes_mask`, with
+            `output_latents` `latents`.
 
         Raises:
-            ValueError: Audio of another shape or dtype, without samples, or not finite. A mask of another shape or device, or
-                one that is not a single run of ones at one end of each row. A `bandwidth_id` outside its range.
+            ValueError: Audio of another shape or dtype, without samples, or not finite. A mask of another shape or
+                device, or one that is not a single run of ones at one end of each row. A `bandwidth_id` outside its
+                range.
         """
         audio, batch = self.encoder_model._read_audio(input_values, padding_mask)
         self._check_bandwidth_id(bandwidth_id)
@@ -775,8 +785,8 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
     def _check_bandwidth_id(self, bandwidth_id: int) -> None:
         if type(bandwidth_id) is not int or not 0 <= bandwidth_id < self.config.adanorm_num_embeddings:
             raise ValueError(
-                f"Got bandwidth_id={bandwidth_id}, expected an int from 0 to {self.config.adanorm_num_embeddings - 1}; "
-                "the reference implementation always decodes with 0."
+                f"Got bandwidth_id={bandwidth_id}, expected an int from 0 to "
+                f"{self.config.adanorm_num_embeddings - 1}; the reference implementation always decodes with 0."
             )
 
     def _decode_rows(

@@ -1,8 +1,9 @@
-"""How WavTokenizer encodes the rows of a batch: all together, one after the other, or one after the other up to the LSTM.
+"""How WavTokenizer encodes the rows of a batch: all together, one after the other, or one after the other up to the
+LSTM.
 
-The codes do not depend on it. Rows that are computed together get float32 sums in another order than alone, and that can
-change the code of a frame which is nearly as near to another entry of the codebook (a near tie). On a CPU such rows are
-encoded again, alone. On a GPU they are not: benchmarks/README.md says how often a code differs there.
+The codes do not depend on it. Rows that are computed together get float32 sums in another order than alone, and that
+can change the code of a frame which is nearly as near to another entry of the codebook (a near tie). On a CPU such
+rows are encoded again, alone. On a GPU they are not: benchmarks/README.md says how often a code differs there.
 
 Shape letters: B rows of a batch, T samples, L frames, D = hidden_size, K = codebook_size.
 
@@ -57,7 +58,8 @@ def default_policy(audio: torch.Tensor) -> EncodePolicy:
 
 ROWS_PER_LSTM = 8  # more rows do not make a step of the LSTM cheaper per row
 
-# Bounds on |latents together - latents alone| / |latents alone|. The largest measured were 1.4e-6 and 3e-7 (benchmarks/README.md).
+# Bounds on |latents together - latents alone| / |latents alone|. The largest measured were 1.4e-6 and 3e-7
+# (benchmarks/README.md).
 MASKS_TOLERANCE = 1e-5
 SHARED_LSTM_TOLERANCE = 1e-6
 # Bound on the change of two scores' difference by rounding, over |latents| * |entry|. The largest measured was 5e-7.
@@ -147,8 +149,8 @@ def check_latents(latents_sum: torch.Tensor, audio: torch.Tensor) -> None:
     if not torch.compiler.is_compiling() and not latents_sum.isfinite():
         raise ValueError(
             "The encoder gave NaN or infinite latents. The largest sample of the audio is "
-            f"{audio.abs().max().item():.3g}, expected about 1: scale the audio. If its level is right, the weights of the "
-            "model are damaged: load them again."
+            f"{audio.abs().max().item():.3g}, expected about 1: scale the audio. If its level is right, the weights "
+            "of the model are damaged: load them again."
         )
 
 
@@ -211,7 +213,9 @@ def _encode_together_and_recheck(
 def _encode_with_shared_lstm(
     model: EncoderModel, clips: list[torch.Tensor], policy: EncodePolicy
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Encode clips (1, 1, T_b) of rising length: the steps of the LSTM for all clips, the other layers clip by clip."""
+    """
+    Encode clips (1, 1, T_b) of rising length: the steps of the LSTM for all clips, the other layers clip by clip.
+    """
     encoder, block_size = model.encoder, policy.block_size(model.config)
     encoded = []
     with full_float32(clips[0].device):

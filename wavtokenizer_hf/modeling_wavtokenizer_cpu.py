@@ -1,7 +1,7 @@
 """Fast inference on a CPU: the expensive layers of WavTokenizer by oneDNN's operators, with packed weights.
 
-This file is optional. Each function below returns None if the fast way is not available, and its caller then runs the plain
-layers. The results differ from the plain ones only in the order of float32 sums.
+This file is optional. Each function below returns None if the fast way is not available, and its caller then runs the
+plain layers. The results differ from the plain ones only in the order of float32 sums.
 
     fast_linear(layer, inputs)                          nn.Linear, or nn.Conv1d of kernel size 1, on (..., C)
     fast_feed_forward(first, second, inputs)            two linear layers with a GELU between
@@ -10,15 +10,15 @@ layers. The results differ from the plain ones only in the order of float32 sums
     fast_lstm(layer, inputs, state)                     LSTM of (N, B, C)
     fast_scores(quantizer, frames, entries, bias)       product with the codebook
 
-The fast way needs inference on a CPU: no gradients, no autocast, no tracing or compiling. It also needs plain layers, since
-it reads their weights without calling them: no hooks, no quantized or offloaded weights, no replaced modules.
+The fast way needs inference on a CPU: no gradients, no autocast, no tracing or compiling. It also needs plain layers,
+since it reads their weights without calling them: no hooks, no quantized or offloaded weights, no replaced modules.
 
-oneDNN's operators in torch are private. So each is tried once per process and dtype on a small input, and left out if it is
-missing, raises or disagrees with the plain result. `WAVTOKENIZER_FAST_CPU=0`, or `enabled = False` in this module, switches
-all of them off.
+oneDNN's operators in torch are private. So each is tried once per process and dtype on a small input, and left out if
+it is missing, raises or disagrees with the plain result. `WAVTOKENIZER_FAST_CPU=0`, or `enabled = False` in this
+module, switches all of them off.
 
-This file is copied unchanged into every Hub repository that we write. It imports the standard library, torch, transformers
-and nothing else.
+This file is copied unchanged into every Hub repository that we write. It imports the standard library, torch,
+transformers and nothing else.
 """
 
 import functools
@@ -220,8 +220,8 @@ _cache: WeakKeyDictionary[object, tuple[Any, torch.Tensor, Any]] = (
 def cached_by_weights(module: object, weights: Sequence[torch.Tensor], compute: Callable[[], Value]) -> Value:
     """Return `compute()`, computed anew when a weight has changed.
 
-    A change through `.data`, or by a fused optimizer, does not count in a tensor's version. So a number of each row of a
-    weight is compared as well.
+    A change through `.data`, or by a fused optimizer, does not count in a tensor's version. So a number of each row of
+    a weight is compared as well.
     """
     versions = [(weight.data_ptr(), None if weight.is_inference() else weight._version) for weight in weights]
     sample = torch.cat([weight.detach().flatten()[:: max(1, weight[0].numel() - 1)] for weight in weights])
@@ -275,8 +275,8 @@ def fast_depthwise(layer: nn.Conv1d, inputs: torch.Tensor) -> torch.Tensor | Non
 def fast_convolve(layers: nn.ModuleList, signal: torch.Tensor) -> torch.Tensor | None:
     """(1, C, N) -> (1, C', ceil(N / strides)): ELUs, convolutions and residual blocks of the encoder, for one clip.
 
-    The signal lies in memory step after step (N, C), so that a block of `stride` steps is one row of a matrix. A window of a
-    convolution is a few blocks, and the convolution is one matrix product per block of the window.
+    The signal lies in memory step after step (N, C), so that a block of `stride` steps is one row of a matrix. A
+    window of a convolution is a few blocks, and the convolution is one matrix product per block of the window.
     """
     if not _is_inference(signal) or len(signal) != 1 or signal.dtype != torch.float32:
         return None
@@ -319,8 +319,8 @@ def _convolve(
 ) -> torch.Tensor | None:
     """One convolution of the first `length` of the steps (N, C) -> (ceil(N / stride), C'), after an ELU of its input.
 
-    Steps after `length` hold anything, in the input and in the output. Returns None for a signal that is too short to be
-    reflected, and for dilated convolutions.
+    Steps after `length` hold anything, in the input and in the output. Returns None for a signal that is too short to
+    be reflected, and for dilated convolutions.
     """
     stride, channels = layer.stride, steps.shape[1]
     right = layer.right + -length % stride

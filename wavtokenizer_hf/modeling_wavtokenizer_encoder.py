@@ -1,4 +1,5 @@
-"""The encoder of WavTokenizer: input_values (B, 1, T) -> latents (B, D, L). See modeling_wavtokenizer.py, which imports it.
+"""The encoder of WavTokenizer: input_values (B, 1, T) -> latents (B, D, L). See modeling_wavtokenizer.py, which
+imports it.
 
 Shape letters: B rows of a batch, T samples, L = ceil(T / hop) frames, D = hidden_size (512), C channels, N time steps.
 
@@ -48,7 +49,9 @@ class WavTokenizerResidualBlock(GradientCheckpointingLayer):
 
 
 def _run_layers(layers: nn.ModuleList, hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """Run ELUs, convolutions and residual blocks. `lengths` (B,) are the valid steps of each row, None if all are valid."""
+    """
+    Run ELUs, convolutions and residual blocks. `lengths` (B,) are the valid steps of each row, None if all are valid.
+    """
     for layer in layers:
         if isinstance(layer, nn.ELU):
             hidden_states = layer(hidden_states)
@@ -154,8 +157,8 @@ class WavTokenizerEncoder(nn.Module):
     ) -> torch.Tensor:
         """Audio (B, 1, T) -> frames (B, C, L): the layers before the LSTM.
 
-        With `block_size`, frames of one clip are computed in blocks of about that many. The result is the same, but the
-        hidden states of a block stay in a CPU's cache.
+        With `block_size`, frames of one clip are computed in blocks of about that many. The result is the same, but
+        the hidden states of a block stay in a CPU's cache.
         """
         num_frames = -(-audio.shape[-1] // self.hop_length)
         if block_size is None or lengths is not None or num_frames <= 2 * block_size:
@@ -246,7 +249,10 @@ class WavTokenizerEncoder(nn.Module):
 
 
 def chunk_ranges(num_frames: int, size: int) -> list[tuple[int, int]]:
-    """Split frames into ranges of `size`. The last two are equally long: libraries order the sums of short ones differently."""
+    """
+    Split frames into ranges of `size`. The last two are equally long: libraries order the sums of short ones
+    differently.
+    """
     cuts = list(range(0, num_frames, size))
     if len(cuts) > 1:
         cuts[-1] = (cuts[-2] + num_frames) // 2

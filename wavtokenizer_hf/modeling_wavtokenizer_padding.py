@@ -31,15 +31,16 @@ class PaddedBatch:
 
         Returns None if nothing is padded.
 
-        Raises ValueError: a mask of another shape or on another device, values other than 0 and 1, a row without a valid
-        step, or a row whose valid steps are not one run that starts or ends the row.
+        Raises ValueError: a mask of another shape or on another device, values other than 0 and 1, a row without a
+        valid step, or a row whose valid steps are not one run that starts or ends the row.
         """
         if mask is None:
             return None
         if not isinstance(mask, torch.Tensor) or tuple(mask.shape) != expected_shape:
             got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise ValueError(
-                f"Got {name} of shape {got}, expected a tensor of shape {expected_shape}, 1 for valid steps and 0 for padding."
+                f"Got {name} of shape {got}, expected a tensor of shape {expected_shape}, 1 for valid steps and 0 "
+                "for padding."
             )
         if mask.device != device:
             raise ValueError(f"Got {name} on {mask.device}, the batch is on {device}. Move both to one device.")

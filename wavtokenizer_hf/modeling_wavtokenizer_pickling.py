@@ -1,7 +1,7 @@
 """Pickling of WavTokenizer models, for torch.save(model), spawned workers and Ray objects.
 
-This file is copied unchanged into every Hub repository that we write. It imports the standard library, torch and nothing
-else.
+This file is copied unchanged into every Hub repository that we write. It imports the standard library, torch and
+nothing else.
 """
 
 import copy
@@ -23,8 +23,8 @@ class PicklableModel(nn.Module):
         tensors = self.state_dict()
         if {name: tensor.shape for name, tensor in tensors.items()} != {n: t.shape for n, t in unchanged.items()}:
             raise PicklingError(
-                f"Got a {type(self).__name__} whose layers were replaced or resized; only its own layers can be pickled. "
-                "Use save_pretrained, and from_pretrained where the model is needed."
+                f"Got a {type(self).__name__} whose layers were replaced or resized; only its own layers can be "
+                "pickled. Use save_pretrained, and from_pretrained where the model is needed."
             )
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         return _unpickle, (type(self), self.config, tensors, frozen, self.training)

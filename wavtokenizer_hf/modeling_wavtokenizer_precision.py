@@ -26,7 +26,8 @@ class Float32Module(nn.Module):
         return super()._apply(keep_float32, *args, **kwargs)
 
 
-# Switches that let torch compute float32 products in TF32 or bfloat16, by device type. "none" and "ieee" mean full float32.
+# Switches that let torch compute float32 products in TF32 or bfloat16, by device type. "none" and "ieee" mean full
+# float32.
 _mkldnn: Any = (
     torch.backends.mkldnn
 )  # at import torch replaces this module and the next by objects with more attributes
@@ -44,8 +45,8 @@ _saved_switches: dict[str, list] = {}  # device type -> switches to restore, wit
 def full_float32(device: torch.device) -> Iterator[None]:
     """Disable autocast and reduced-precision float32 products inside the block.
 
-    The switches are global to the process. With several threads the first block sets them and the last one restores them.
-    A compiled graph cannot set them and keeps those under which it was compiled.
+    The switches are global to the process. With several threads the first block sets them and the last one restores
+    them. A compiled graph cannot set them and keeps those under which it was compiled.
     """
     with torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext():
         if torch.compiler.is_compiling():

@@ -30,8 +30,9 @@ def window_frames(config: WavTokenizerConfig, window_seconds: float, overlap_sec
     frame_rate = config.frame_rate
     if not (0 <= 2 * overlap_seconds <= window_seconds < math.inf and round(window_seconds * frame_rate) > 0):
         raise ValueError(
-            f"Got window_seconds={window_seconds} and overlap_seconds={overlap_seconds}, expected a window of at least "
-            f"one frame ({1 / frame_rate:.4f} s) and twice the overlap. Use a longer window or a shorter overlap."
+            f"Got window_seconds={window_seconds} and overlap_seconds={overlap_seconds}, expected a window of at "
+            f"least one frame ({1 / frame_rate:.4f} s) and twice the overlap. Use a longer window or a shorter "
+            "overlap."
         )
     size = round(window_seconds * frame_rate)
     return size, min(round(overlap_seconds * frame_rate), size // 2)

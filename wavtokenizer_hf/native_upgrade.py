@@ -23,20 +23,21 @@ def upgrade(model: nn.Module) -> nn.Module:
     """
     Replace a native WavTokenizer of transformers >= 5.24, or every one inside a larger model such as Apertus 1.5.
 
-    The new model is exact in padded batches, faster on a CPU, and has chunks, streams and training. It shares the tensors, so
-    nothing is copied, and device, dtype, `requires_grad` and training mode stay. Only the encoder and the norms of a model in
-    bfloat16 or float16 are copied, to float32.
+    The new model is exact in padded batches, faster on a CPU, and has chunks, streams and training. It shares the
+    tensors, so nothing is copied, and device, dtype, `requires_grad` and training mode stay. Only the encoder and the
+    norms of a model in bfloat16 or float16 are copied, to float32.
 
     Args:
         model (`nn.Module`): Native `WavTokenizerModel` or `WavTokenizerEncoderModel`, or a module that holds one.
 
     Returns:
-        [`WavTokenizerModel`] or [`WavTokenizerEncoderModel`] for a native one, which stays usable. For a larger model `model`
-        itself, changed in place. Models of this package are left as they are.
+        [`WavTokenizerModel`] or [`WavTokenizerEncoderModel`] for a native one, which stays usable. For a larger model
+        `model` itself, changed in place. Models of this package are left as they are.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `model` holds no WavTokenizer, has a config that this package does not build, or has offloaded weights.
+        ValueError: `model` holds no WavTokenizer, has a config that this package does not build, or has offloaded
+            weights.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Got {type(model).__name__}, expected a model. Load it first, with from_pretrained.")
@@ -50,9 +51,9 @@ def upgrade(model: nn.Module) -> nn.Module:
     ]
     if not places and not any(isinstance(m, (WavTokenizerModel, WavTokenizerEncoderModel)) for m in model.modules()):
         raise ValueError(
-            f"Got {type(model).__name__}, which holds no WavTokenizer of transformers {transformers.__version__}. Pass a "
-            "WavTokenizerModel or WavTokenizerEncoderModel of transformers >= 5.24, or a model that has one inside; "
-            "folders of WavTokenizer load with wavtokenizer_hf.WavTokenizerModel.from_pretrained."
+            f"Got {type(model).__name__}, which holds no WavTokenizer of transformers {transformers.__version__}. "
+            "Pass a WavTokenizerModel or WavTokenizerEncoderModel of transformers >= 5.24, or a model that has one "
+            "inside; folders of WavTokenizer load with wavtokenizer_hf.WavTokenizerModel.from_pretrained."
         )
     upgraded = {
         child: _ours(child) for _, _, child in places
@@ -93,7 +94,8 @@ def _ours(model: Any) -> WavTokenizerModel | WavTokenizerEncoderModel:
     ours.load_state_dict(tensors, assign=True)
     if any(name.startswith(("encoder", "quantizer")) for name in rounded):
         logger.warning(
-            f"The encoder of {type(model).__name__} is in {model.dtype}, so its weights are rounded and give other codes "
-            "than the checkpoint's. Load the model in float32 and upgrade that; ours keeps its encoder in float32."
+            f"The encoder of {type(model).__name__} is in {model.dtype}, so its weights are rounded and give other "
+            "codes than the checkpoint's. Load the model in float32 and upgrade that; ours keeps its encoder in "
+            "float32."
         )
     return ours.train(model.training)

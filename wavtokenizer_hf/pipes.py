@@ -32,8 +32,8 @@ def read_sound(
 ) -> Iterator[np.ndarray]:
     """Reads a stream of sound: a WAV file, whose header need not know its length, or raw samples, as they come.
 
-    Other formats that `audio.load` knows, compressed WAV among them, are kept in a temporary file and read when the stream
-    has ended. Several channels are averaged and other rates resampled, as by `audio.load`.
+    Other formats that `audio.load` knows, compressed WAV among them, are kept in a temporary file and read when the
+    stream has ended. Several channels are averaged and other rates resampled, as by `audio.load`.
 
     Args:
         stream: a buffered binary stream, as `sys.stdin.buffer`.
@@ -45,8 +45,8 @@ def read_sound(
         float32 arrays of shape (n,), n > 0: what has come since the last one, at most 64 KiB of the stream.
 
     Raises:
-        AudioError: the stream is not sound, of a sample format that is not known, holds no samples or some that are not
-            finite, or has a rate outside of 1 kHz to 768 kHz.
+        AudioError: the stream is not sound, of a sample format that is not known, holds no samples or some that are
+            not finite, or has a rate outside of 1 kHz to 768 kHz.
         CutOffError: the stream ended within a sample, or before its header says; after all that came was given.
     """
     if raw_rate is not None:

@@ -20,7 +20,8 @@ def plot_reconstruction(
     title: str = "",
     format: str | None = None,
 ) -> Path:
-    """Writes a picture of three parts on one time axis: spectrogram of the original, tokens, spectrogram after decoding.
+    """Writes a picture of three parts on one time axis: spectrogram of the original, tokens, spectrogram after
+    decoding.
 
     Args:
         path: where to write; the ending (.png, .svg, .pdf) names the format.
@@ -80,7 +81,9 @@ def new_figure(size: tuple[float, float]) -> Any:
 
 
 def save_figure(figure: Any, path: str | os.PathLike, format: str | None = None) -> Path:
-    """Write a matplotlib figure at once. The ending of `path` names the format unless `format` does. Raises OSError."""
+    """
+    Write a matplotlib figure at once. The ending of `path` names the format unless `format` does. Raises OSError.
+    """
     path = Path(path)
     with atomic_write(path) as partial:
         try:

@@ -17,8 +17,8 @@ class Progress:
     """
     Show how far work is: a bar on a terminal, else a line every 30 seconds. Work under two seconds shows nothing.
 
-    A thread keeps it up to date, so that a single long step shows its elapsed time too. Of several that are open at once, all
-    have a bar on a terminal, and only the outermost writes lines.
+    A thread keeps it up to date, so that a single long step shows its elapsed time too. Of several that are open at
+    once, all have a bar on a terminal, and only the outermost writes lines.
 
     ```python
     with Progress(len(files), "files") as progress:

@@ -133,8 +133,8 @@ class TokenFile:
         for name in ("sampling_rate", "hop_length"):
             if getattr(self, name) != getattr(config, name):
                 raise ValueError(
-                    f"The tokens have {name}={getattr(self, name)}, and the model has {getattr(config, name)}. Use the "
-                    f"model that made them, {self.model}."
+                    f"The tokens have {name}={getattr(self, name)}, and the model has {getattr(config, name)}. Use "
+                    f"the model that made them, {self.model}."
                 )
 
     def _metadata(self) -> dict:

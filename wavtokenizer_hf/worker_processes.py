@@ -1,4 +1,6 @@
-"""Worker processes of bulk work, exports and evaluation. They end with the process that started them, however it ends."""
+"""
+Worker processes of bulk work, exports and evaluation. They end with the process that started them, however it ends.
+"""
 
 import multiprocessing
 import os
@@ -57,12 +59,13 @@ def run_workers(
     Do jobs in worker processes. Each worker takes the next job when it has done one.
 
     Args:
-        start: Called once in each worker with its number, from 0. Returns the function that does the jobs. It is pickled.
+        start: Called once in each worker with its number, from 0. Returns the function that does the jobs. It is
+            pickled.
         jobs: Jobs, which are pickled. None is not a job.
         on_report: Called in this process with what workers report.
         num_processes: Number of workers.
-        preload: Module that a server process imports once, before it forks the workers. It must start no threads and use no
-            GPU. Default: each worker is a new process that imports for itself.
+        preload: Module that a server process imports once, before it forks the workers. It must start no threads and
+            use no GPU. Default: each worker is a new process that imports for itself.
         hint: What to do if a worker was killed, perhaps for want of memory.
 
     Raises:
@@ -134,16 +137,16 @@ def _ended(process: Any, had_begun: bool, hint: str) -> ChildProcessError:
     exit_code = process.exitcode or 0
     if exit_code == UNGUARDED:
         return ChildProcessError(
-            f"The script starts workers outside of `{GUARD}`, and each worker runs the script again. Put the call below that "
-            "line, or use num_processes=1."
+            f"The script starts workers outside of `{GUARD}`, and each worker runs the script again. Put the call "
+            "below that line, or use num_processes=1."
         )
     how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with {exit_code}"
     if not had_begun and exit_code > 0:
         return ChildProcessError(
-            f"A worker process {how} before it began; what it says stands above. If the script that starts it does so outside of "
-            f"`{GUARD}`, put the call below that line."
+            f"A worker process {how} before it began; what it says stands above. If the script that starts it does "
+            f"so outside of `{GUARD}`, put the call below that line."
         )
     return ChildProcessError(
-        f"A worker process {how}; if the machine has run out of memory, {hint}. What is finished stays valid; run again "
-        "to go on."
+        f"A worker process {how}; if the machine has run out of memory, {hint}. What is finished stays valid; run "
+        "again to go on."
     )

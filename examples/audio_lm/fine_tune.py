@@ -1,10 +1,11 @@
 """Fine-tunes a language model that there is on text and the codes of speech, on one GPU or many. See FINE_TUNING.md.
 
     accelerate launch --num_processes 8 examples/audio_lm/fine_tune.py \\
-        --language_model meta-llama/Llama-3.2-1B --tokens tokens/ --task speak --output_dir tuned --bf16 --max_steps 20000
+        --language_model meta-llama/Llama-3.2-1B --tokens tokens/ --task speak --output_dir tuned --bf16 --max_steps
+        20000
 
-`--tokens` is what `wavtokenizer tokenize` wrote, with a column of text. Beside those below, every argument of transformers'
-TrainingArguments is one of this program.
+`--tokens` is what `wavtokenizer tokenize` wrote, with a column of text. Beside those below, every argument of
+transformers' TrainingArguments is one of this program.
 """
 
 import json
@@ -87,7 +88,9 @@ def check_attention(model, settings: TrainingArguments) -> None:
 
 
 def add_audio(arguments: Arguments, tokenizer, model) -> AudioVocabulary:
-    """The vocabulary of the codes in `--tokens`: that of a model fine-tuned before, new tokens, or a range that there is."""
+    """
+    The vocabulary of the codes in `--tokens`: that of a model fine-tuned before, new tokens, or a range that there is.
+    """
     made = json.loads((Path(arguments.tokens) / "manifest.json").read_text())["settings"]
     fingerprint = made["codebook_fingerprint"]
     if "audio_vocabulary" in tokenizer.init_kwargs:

@@ -3,8 +3,9 @@
     python examples/audio_lm/make.py --output audio_lm                      # the whole, on two cores
     python examples/audio_lm/make.py --output small_try --quick             # every step of it, in minutes
 
-espeak-ng speaks sentences of a small grammar (sentences.py), bulk work turns the sound into codes, and a Llama of a few million
-weights learns from scratch to write the codes of a text. Then it speaks sentences that it never heard. In the output folder:
+espeak-ng speaks sentences of a small grammar (sentences.py), bulk work turns the sound into codes, and a Llama of a
+few million weights learns from scratch to write the codes of a text. Then it speaks sentences that it never heard. In
+the output folder:
 
     said.wav, said.png      one of them, as it was streamed, and espeak-ng's own of the same text above it
     spoken/                 all of them
@@ -254,7 +255,8 @@ def validate(model: LlamaForCausalLM, vocabulary: AudioVocabulary, dataset: data
     shares = counts / counts.sum()
     entropy = -(shares * np.log(shares)).sum()
     print(
-        f"validation loss {total / counts.sum():.3f}, unigram entropy {entropy:.3f} nats per code, {counts.sum()} codes"
+        f"validation loss {total / counts.sum():.3f}, unigram entropy {entropy:.3f} nats per code, {counts.sum()} "
+        "codes"
     )
     return {"validation_loss": total / counts.sum(), "unigram_entropy": entropy, "validation_codes": int(counts.sum())}
 
@@ -265,7 +267,9 @@ def validate(model: LlamaForCausalLM, vocabulary: AudioVocabulary, dataset: data
 
 
 def longest(text: str, codec: WavTokenizerModel) -> int:
-    """Codes after which a span is ended. A letter took espeak-ng 0.06 s on average and 0.08 s at most; this leaves room."""
+    """
+    Codes after which a span is ended. A letter took espeak-ng 0.06 s on average and 0.08 s at most; this leaves room.
+    """
     return math.ceil(0.15 * len(text) * codec.config.frame_rate)
 
 

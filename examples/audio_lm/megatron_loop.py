@@ -2,7 +2,8 @@
 
 pip install megatron-core
 wavtokenizer export tokens/ --format megatron --tokenizer llm-with-audio --loss-mask --output megatron/
-python examples/audio_lm/megatron_loop.py --language_model llm-with-audio --tokens megatron/ --output trained --steps 1000
+python examples/audio_lm/megatron_loop.py --language_model llm-with-audio --tokens megatron/ --output trained --steps
+1000
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""What is said: sentences of one simple grammar. Those that are held out are made of words that training hears elsewhere."""
+"""
+What is said: sentences of one simple grammar. Those that are held out are made of words that training hears elsewhere.
+"""
 
 import random
 

@@ -1,9 +1,11 @@
-"""Train a language model on a token folder that is read as a stream: no prepared copy is written, and no folder is too large.
+"""Train a language model on a token folder that is read as a stream: no prepared copy is written, and no folder is too
+large.
 
-    python examples/audio_lm/stream.py --language_model llm-with-audio --tokens tokens/ --output_dir trained --max_steps 1000
+    python examples/audio_lm/stream.py --language_model llm-with-audio --tokens tokens/ --output_dir trained
+    --max_steps 1000
 
-`--language_model` is a model whose tokenizer has the codes, as `AudioVocabulary.add_to` makes it. It learns to continue audio. Every
-argument of transformers' TrainingArguments is one of this program.
+`--language_model` is a model whose tokenizer has the codes, as `AudioVocabulary.add_to` makes it. It learns to
+continue audio. Every argument of transformers' TrainingArguments is one of this program.
 """
 
 from dataclasses import dataclass, field

@@ -1,19 +1,21 @@
 """The bundled model, in one command from nothing to its card.
 
     python examples/bundled_model/make.py --output bundled_model                      # the whole
-    python examples/bundled_model/make.py --output more --model bundled --steps 5000  # from the weights in the repository on
-    python examples/bundled_model/make.py --output small_try --quick                  # every step of it in about two minutes
+    python examples/bundled_model/make.py --output more --model bundled --steps 5000  # from the weights in the
+                                                                                      repository on
+    python examples/bundled_model/make.py --output small_try --quick                  # every step of it in about two
+                                                                                      minutes
 
-It downloads recorded sound (recordings.py) and makes synthetic sound (sound.py), trains on both with recipe.yaml, measures the model
-on recorded utterances of speakers that were held out and on synthetic ones, draws the curves, and writes the card from what was
-measured. In the output folder:
+It downloads recorded sound (recordings.py) and makes synthetic sound (sound.py), trains on both with recipe.yaml,
+measures the model on recorded utterances of speakers that were held out and on synthetic ones, draws the curves, and
+writes the card from what was measured. In the output folder:
 
     model/          the last checkpoint with its card as README.md: what becomes wavtokenizer_hf/bundled
     curves.csv, curves.png, report_voices/, report_synthetic/    what training and evaluation found
     sound/, run/    the sound, and the run with its TensorBoard log
 
-Interrupted, the same command goes on where it was. Needs espeak-ng and the extras `training` and `evaluation`; for recorded sound
-also apt-get, dpkg and ffmpeg (Debian or Ubuntu). `--sound synthetic` does without.
+Interrupted, the same command goes on where it was. Needs espeak-ng and the extras `training` and `evaluation`; for
+recorded sound also apt-get, dpkg and ffmpeg (Debian or Ubuntu). `--sound synthetic` does without.
 """
 
 import argparse
@@ -48,8 +50,8 @@ RECIPE = HERE / "recipe.yaml"
 QUICK = {"steps": 20, "continuous_steps": 5, "kmeans_iterations": 5, "validate_every": 10, "log_every": 10}
 SYNTHETIC_SHARE = 0.3  # of the clips of training, where there are recordings; with less, synthetic speech gets worse
 MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-"""Tells glibc to keep memory that it once got. Else every step of training gives it back and asks for it again, at one page
-fault for every 4 kB; see benchmarks/training.py."""
+"""Tells glibc to keep memory that it once got. Else every step of training gives it back and asks for it again, at one
+page fault for every 4 kB; see benchmarks/training.py."""
 
 
 def main() -> None:
@@ -95,7 +97,9 @@ def main() -> None:
 
 
 def make_sound(folder: Path, kind: str, hours: float, seed: int) -> dict:
-    """Makes training, validation and held-out clips once; returns what they were made of, which sound.json remembers."""
+    """
+    Makes training, validation and held-out clips once; returns what they were made of, which sound.json remembers.
+    """
     asked = {"sound": kind, "hours": hours, "seed": seed, "espeak_ng": sound.espeak_version()}
     remembered = folder / "sound.json"
     if remembered.exists():
@@ -200,7 +204,9 @@ CURVES = {
 
 
 def read_curves(log: Path) -> list[dict[str, float]]:
-    """One point for each validation: step, hours of training so far without interruptions, and the figures of CURVES."""
+    """
+    One point for each validation: step, hours of training so far without interruptions, and the figures of CURVES.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(log), size_guidance={"scalars": 0}).Reload()
@@ -268,7 +274,8 @@ def card(settings: Settings, facts: dict, model: WavTokenizerModel, measured: di
 
 SETS = {
     "voices": "recorded utterances of human speakers that were not in training:",
-    "synthetic": "utterances of espeak-ng. The sentences and voice variants were not in training, nor were half of the languages:",
+    "synthetic": "utterances of espeak-ng. The sentences and voice variants were not in training, nor were half of "
+    "the languages:",
 }
 
 
@@ -286,8 +293,9 @@ def _table(name: str, measured: Measured) -> str:
     codes = result["all_codes"]
     lines += [
         "",
-        f"All {codes['num_codes']} codes together use {codes['num_used']} entries ({codes['codebook_utilization']:.1%}). When "
-        f"the decoded audio is encoded again, {measured.agreement:.1%} of the codes are the same.",
+        f"All {codes['num_codes']} codes together use {codes['num_used']} entries "
+        f"({codes['codebook_utilization']:.1%}). When the decoded audio is encoded again, {measured.agreement:.1%} "
+        "of the codes are the same.",
     ]
     return "\n".join(lines)
 
@@ -300,16 +308,18 @@ def _sound(facts: dict) -> str:
     rows = "\n".join(f"| {package.name} | {package.licence} |" for package in heard)
     music = " and music" if any(package.music for package in heard) else ""
     return (
-        f"{facts['training_hours']:.1f} hours of recordings of {facts['training_speakers']} human voices (counted by package and "
-        f"language){music}, from Debian packages. {facts['held_out_speakers']} voices were held out. The packages' copyright "
-        f"files name the speakers and musicians:\n\n| package | licence of its audio |\n|---|---|\n{rows}"
+        f"{facts['training_hours']:.1f} hours of recordings of {facts['training_speakers']} human voices (counted by "
+        f"package and language){music}, from Debian packages. {facts['held_out_speakers']} voices were held out. The "
+        f"packages' copyright files name the speakers and musicians:\n\n| package | licence of its audio "
+        f"|\n|---|---|\n{rows}"
     )
 
 
 def write_model(output: Path, text: str) -> None:
     """The last checkpoint and its card, beside it first, then in its place; without the code, which it lies beside.
 
-    Not the best by the validation score: that counts the commitment loss, which grows while codes become easier to tell apart.
+    Not the best by the validation score: that counts the commitment loss, which grows while codes become easier to
+    tell apart.
     """
     partial, model = output / "model.partial", output / "model"
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""The recorded sound that the bundled model is trained on: human speech and music out of Debian's packages, split by speaker.
+"""The recorded sound that the bundled model is trained on: human speech and music out of Debian's packages, split by
+speaker.
 
 `make_recordings` downloads the packages by name (apt-get, no root), unpacks them (dpkg -x), and writes 24 kHz clips to
 training/, validation/ and held_out_voices/. No sound of a held-out speaker is in the other two.
@@ -44,12 +45,14 @@ PACKAGES = (
     Package("tuxpaint-stamps-default", "GPL-2", r".*_desc_([a-z]+)\.ogg", "tuxpaint_"),
     Package("hedgewars-data", "GPL-2", r".*/Data/(Music)/.*\.ogg", "hedgewars_", music=True),
 )
-"""What is taken. Other sound of these packages is left out: effects, and hedgewars's voices, which are under the GFDL."""
+"""
+What is taken. Other sound of these packages is left out: effects, and hedgewars's voices, which are under the GFDL.
+"""
 
 HELD_OUT_SPEAKERS = ("it_IT_m_Carlo", "fr_CA_f_June")
 HELD_OUT_LANGUAGES = ("da", "lt")
-"""Of the last three packages of speech: nobody who speaks in one of them under these names is in training, since the same
-volunteer may have recorded for several programs."""
+"""Of the last three packages of speech: nobody who speaks in one of them under these names is in training, since the
+same volunteer may have recorded for several programs."""
 HELD_OUT_COUNTS = {"it_IT_m_Carlo": 90, "fr_CA_f_June": 60, "da": 40, "lt": 40}  # utterances to evaluate on
 HELD_OUT_SECONDS = (1.0, 8.0)
 LOWEST_RATE = 16000  # Hz of a file: some are telephone sound
@@ -107,15 +110,17 @@ def check_programs() -> None:
 
 
 def unpack(name: str, folder: Path) -> None:
-    """Downloads one Debian package and unpacks it into `folder`, as any user. Raises RuntimeError if it cannot be had."""
+    """
+    Downloads one Debian package and unpacks it into `folder`, as any user. Raises RuntimeError if it cannot be had.
+    """
     command = ["apt-get", "download", "-q", name]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     packages = list(folder.glob("*.deb"))
     if done.returncode or not packages:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise RuntimeError(
-            f"Cannot download the Debian package {name}: {reason}. Run `apt-get update` first, or train on synthetic sound "
-            "alone with --sound synthetic."
+            f"Cannot download the Debian package {name}: {reason}. Run `apt-get update` first, or train on synthetic "
+            "sound alone with --sound synthetic."
         )
     subprocess.run(["dpkg", "-x", str(packages[0]), str(folder)], check=True, capture_output=True)
     packages[0].unlink()
@@ -143,7 +148,9 @@ def group_of(speaker: str) -> str | None:
 
 
 def choose_held_out(folder: Path, seed: int) -> None:
-    """Keeps as many utterances of each held-out group as HELD_OUT_COUNTS says, drawn by the seed; the others are deleted."""
+    """
+    Keeps as many utterances of each held-out group as HELD_OUT_COUNTS says, drawn by the seed; the others are deleted.
+    """
     groups: dict[str, list[Path]] = {name: [] for name in HELD_OUT_COUNTS}
     for path in sorted(folder.glob("*.flac")):
         groups[group_of(path.name.split("__")[0])].append(path)

@@ -1,4 +1,5 @@
-"""The sound that the bundled model is trained on, and the utterances that are held out: all of it made here, from a seed.
+"""The sound that the bundled model is trained on, and the utterances that are held out: all of it made here, from a
+seed.
 
 Speech is espeak-ng's; tones, chords, sweeps and noises are numpy's. The same seed gives the same files with the same
 version of espeak-ng.
@@ -25,8 +26,8 @@ SHORTEST, LONGEST = 1.0, 2.5  # seconds of a training clip: short, since trainin
 SPEECH_SHARE = 0.85
 SOURCES = 16  # made at a time
 FLOOR_DB = (-75.0, -50.0)
-"""dBFS of the noise under everything. espeak-ng fills its pauses with exact zeros: there a log-mel loss asks for 1e-7 and
-nothing else, and would spend the model on silence that no microphone records."""
+"""dBFS of the noise under everything. espeak-ng fills its pauses with exact zeros: there a log-mel loss asks for 1e-7
+and nothing else, and would spend the model on silence that no microphone records."""
 
 
 def make_clips(folder: Path, hours: float, seed: int, name: str, num_workers: int) -> None:
@@ -152,7 +153,9 @@ def reverberate(waveform: np.ndarray, random: np.random.Generator) -> np.ndarray
 
 
 def add_floor(waveform: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """The waveform at full scale, and under it soft noise, falling a little towards high frequencies as a room's does."""
+    """
+    The waveform at full scale, and under it soft noise, falling a little towards high frequencies as a room's does.
+    """
     floor = noise(random, len(waveform))
     level = 10 ** (random.uniform(*FLOOR_DB) / 20)
     return to_peak(waveform, 0.0) + level * (floor / floor.std() + random.standard_normal(len(floor))).astype(

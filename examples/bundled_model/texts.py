@@ -7,36 +7,41 @@ import numpy as np
 
 
 TRAINING_WORDS = {
-    "en-us": "water morning yellow kitchen after people always thing through friend usual choice joy measure church bring "
-    "laugh table window strange question very cheap thought garden answer world every school five",
-    "en-gb-x-rp": "paper better father bird ocean number picture village green house quick early often music under chair weather "
-    "judge voice half zero together mouth singing please what",
-    "en-gb-scotland": "road river stone light heart winter under girl brother church loch home small word down cold fire",
-    "de": "Wasser Morgen schön Küche immer Leute Mädchen Straße Freund zwischen Vogel Glück Apfel Zeitung ich auch Bücher Tag "
-    "singen fünf Häuser heute Pferd Schule ruhig",
-    "fr-fr": "bonjour matin jaune cuisine toujours gens pain rue lumière chanson jardin question heureux vingt feuille un bon "
-    "oiseau travail montagne peu juste fille rouge",
-    "es": "agua mañana amarillo cocina siempre gente calle perro guitarra jardín pregunta lluvia zapato jueves corazón ocho "
-    "niño fuerte viejo llave verde",
-    "it": "acqua mattina giallo cucina sempre gente strada cielo giardino domanda zucchero foglia bello notte scuola ragno "
-    "spiaggia otto chiave figlio",
-    "pt-br": "água manhã amarelo cozinha sempre gente coração irmão chuva jardim pergunta folha noite escola caminho luz "
-    "trabalho vinho pão rio",
-    "nl": "water morgen geel keuken altijd mensen straat huis school goed vogel vraag vrij lucht zingen tuin ui vijf groot "
-    "deur schip jong",
-    "pl": "woda rano żółty kuchnia zawsze ludzie ulica dziecko szkoła pytanie ogród chleb źródło książka deszcz pięć noc "
-    "świat rzeka ćma",
-    "ru": "вода утро жёлтый кухня всегда люди улица ребёнок школа вопрос сад хлеб книга дождь пять ночь мир река щека цвет",
-    "tr": "su sabah sarı mutfak her zaman insanlar sokak çocuk okul soru bahçe ekmek kitap yağmur beş gece dünya ırmak göz üzüm",
-    "fi": "vesi aamu keltainen keittiö aina ihmiset katu lapsi koulu kysymys puutarha leipä kirja sade viisi yö maailma joki "
-    "hyvä syödä",
-    "cs": "voda ráno žlutý kuchyně vždy lidé ulice dítě škola otázka zahrada chléb kniha déšť pět noc svět řeka čtyři hlava",
-    "el": "νερό πρωί κίτρινο κουζίνα πάντα άνθρωποι δρόμος παιδί σχολείο ερώτηση κήπος ψωμί βιβλίο βροχή πέντε νύχτα κόσμος "
-    "ποτάμι",
+    "en-us": "water morning yellow kitchen after people always thing through friend usual choice joy measure church "
+    "bring laugh table window strange question very cheap thought garden answer world every school five",
+    "en-gb-x-rp": "paper better father bird ocean number picture village green house quick early often music under "
+    "chair weather judge voice half zero together mouth singing please what",
+    "en-gb-scotland": "road river stone light heart winter under girl brother church loch home small word down cold "
+    "fire",
+    "de": "Wasser Morgen schön Küche immer Leute Mädchen Straße Freund zwischen Vogel Glück Apfel Zeitung ich auch "
+    "Bücher Tag singen fünf Häuser heute Pferd Schule ruhig",
+    "fr-fr": "bonjour matin jaune cuisine toujours gens pain rue lumière chanson jardin question heureux vingt "
+    "feuille un bon oiseau travail montagne peu juste fille rouge",
+    "es": "agua mañana amarillo cocina siempre gente calle perro guitarra jardín pregunta lluvia zapato jueves "
+    "corazón ocho niño fuerte viejo llave verde",
+    "it": "acqua mattina giallo cucina sempre gente strada cielo giardino domanda zucchero foglia bello notte scuola "
+    "ragno spiaggia otto chiave figlio",
+    "pt-br": "água manhã amarelo cozinha sempre gente coração irmão chuva jardim pergunta folha noite escola caminho "
+    "luz trabalho vinho pão rio",
+    "nl": "water morgen geel keuken altijd mensen straat huis school goed vogel vraag vrij lucht zingen tuin ui vijf "
+    "groot deur schip jong",
+    "pl": "woda rano żółty kuchnia zawsze ludzie ulica dziecko szkoła pytanie ogród chleb źródło książka deszcz pięć "
+    "noc świat rzeka ćma",
+    "ru": "вода утро жёлтый кухня всегда люди улица ребёнок школа вопрос сад хлеб книга дождь пять ночь мир река "
+    "щека цвет",
+    "tr": "su sabah sarı mutfak her zaman insanlar sokak çocuk okul soru bahçe ekmek kitap yağmur beş gece dünya "
+    "ırmak göz üzüm",
+    "fi": "vesi aamu keltainen keittiö aina ihmiset katu lapsi koulu kysymys puutarha leipä kirja sade viisi yö "
+    "maailma joki hyvä syödä",
+    "cs": "voda ráno žlutý kuchyně vždy lidé ulice dítě škola otázka zahrada chléb kniha déšť pět noc svět řeka "
+    "čtyři hlava",
+    "el": "νερό πρωί κίτρινο κουζίνα πάντα άνθρωποι δρόμος παιδί σχολείο ερώτηση κήπος ψωμί βιβλίο βροχή πέντε νύχτα "
+    "κόσμος ποτάμι",
     "hi": "पानी सुबह पीला रसोई हमेशा लोग सड़क बच्चा स्कूल सवाल बगीचा रोटी किताब बारिश पाँच रात दुनिया नदी घर दोस्त",
-    "id": "air pagi kuning dapur selalu orang jalan anak sekolah tanya kebun roti buku hujan lima malam dunia sungai nyanyi rumah",
-    "sw": "maji asubuhi njano jikoni daima watu barabara mtoto shule swali bustani mkate kitabu mvua tano usiku dunia mto "
-    "ng'ombe nyumba",
+    "id": "air pagi kuning dapur selalu orang jalan anak sekolah tanya kebun roti buku hujan lima malam dunia sungai "
+    "nyanyi rumah",
+    "sw": "maji asubuhi njano jikoni daima watu barabara mtoto shule swali bustani mkate kitabu mvua tano usiku "
+    "dunia mto ng'ombe nyumba",
     "vi": "nước buổi sáng màu vàng nhà bếp luôn luôn người đường trẻ em trường câu hỏi vườn bánh mì sách mưa năm đêm",
     "cmn": "水 早上 黄色 厨房 总是 人 街 孩子 学校 问题 花园 面包 书 下雨 五 夜 世界 河 朋友 中国",
 }

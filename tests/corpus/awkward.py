@@ -1,7 +1,9 @@
-"""Awkward audio files as people have them, made by formula, with the samples that a reader has to give or the kind of its refusal.
+"""Awkward audio files as people have them, made by formula, with the samples that a reader has to give or the kind of
+its refusal.
 
-Containers are written by hand, byte by byte, where soundfile would not write what is awkward about them; only compressed audio
-is encoded by soundfile. So nothing here needs ffmpeg or sox, and no binary file lies in the repository.
+Containers are written by hand, byte by byte, where soundfile would not write what is awkward about them; only
+compressed audio is encoded by soundfile. So nothing here needs ffmpeg or sox, and no binary file lies in the
+repository.
 """
 
 import io
@@ -23,7 +25,8 @@ class Case:
     Args:
         name: of the file; its bytes as `os.fsencode` gives them.
         content: bytes of it.
-        expected: channels (T, C), float32, at `rate`, that its samples have to be close to; None if it is to be refused.
+        expected: channels (T, C), float32, at `rate`, that its samples have to be close to; None if it is to be
+            refused.
         rate: Hz of `expected`.
         kind: of the refusal.
         warnings: kinds of them.

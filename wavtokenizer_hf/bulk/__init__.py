@@ -1,8 +1,8 @@
 """
 Codes of whole corpora. Needs the extra `bulk`.
 
-`tokenize` writes a folder of Parquet files, and its runs are resumable. `tokenize_dataset` and `AudioTokenizer` are for those
-who have a dataset of the datasets library.
+`tokenize` writes a folder of Parquet files, and its runs are resumable. `tokenize_dataset` and `AudioTokenizer` are
+for those who have a dataset of the datasets library.
 """
 
 import importlib

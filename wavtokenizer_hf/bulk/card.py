@@ -42,7 +42,8 @@ def card(
         schema: Schema of the rows (pyarrow).
         total: Totals of the folder.
         complete: Whether every clip of the source has a row or a failure.
-        metadata: Further metadata, such as `license` and `language`. What is not known is left out, and the card says so.
+        metadata: Further metadata, such as `license` and `language`. What is not known is left out, and the card says
+            so.
     """
     metadata = metadata or {}
     facts = vars(settings)
@@ -188,7 +189,8 @@ def add_configs(text: str) -> str:
     """
     Return a card with `configs`, for the Hub.
 
-    A folder on this machine goes without: with them, datasets 5.2 takes what it cached for another folder of the same name.
+    A folder on this machine goes without: with them, datasets 5.2 takes what it cached for another folder of the same
+    name.
     """
     match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     if match is None or re.search(r"^configs:", match[1], re.MULTILINE):

@@ -26,15 +26,17 @@ def estimate(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """
-    Encode up to 50 clips, evenly spread over the source, and scale up. The number of clips is exact, all else is an estimate.
+    Encode up to 50 clips, evenly spread over the source, and scale up. The number of clips is exact, all else is an
+    estimate.
 
     Args:
-        source, model, options: As for `tokenize`. `num_processes`, `shard` and what concerns the output folder have no effect.
+        source, model, options: As for `tokenize`. `num_processes`, `shard` and what concerns the output folder have no
+            effect.
         on_progress: Called with the number of clips of the sample that are done, and of all.
 
     Returns:
-        `clips`, `hours` of audio, `tokens`, `mib` of Parquet, `hours_of_one_process`, and of the sample `clips_sampled` and
-        `clips_failed`.
+        `clips`, `hours` of audio, `tokens`, `mib` of Parquet, `hours_of_one_process`, and of the sample
+        `clips_sampled` and `clips_failed`.
 
     Raises:
         ValueError: no clips, a model that cannot be loaded, or no clip of the sample can be read.

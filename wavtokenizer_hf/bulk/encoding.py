@@ -1,4 +1,7 @@
-"""The work itself, the same whatever drives it: sound is read in threads ahead of the model, and encoded in micro-batches."""
+"""
+The work itself, the same whatever drives it: sound is read in threads ahead of the model, and encoded in
+micro-batches.
+"""
 
 import ctypes
 import hashlib
@@ -21,8 +24,8 @@ from .records import Failure, Tokens
 
 
 WINDOW = 4
-"""Micro-batches among which clips are sorted by length; as much sound again is read ahead of them. More waste less padding
-and hold more memory."""
+"""Micro-batches among which clips are sorted by length; as much sound again is read ahead of them. More waste less
+padding and hold more memory."""
 
 
 def load_encoder(
@@ -78,7 +81,8 @@ def encode(
     """
     Codes (L,), uint16, of each clip (T,), encoded in micro-batches of clips of like lengths.
 
-    A batch for which a device has too little memory, or that the model refuses, is halved; so the one clip at fault fails.
+    A batch for which a device has too little memory, or that the model refuses, is halved; so the one clip at fault
+    fails.
     """
     results: list[np.ndarray | Failure] = [Failure("not encoded")] * len(waveforms)
     budget = batch_seconds * encoder.config.sampling_rate
@@ -111,14 +115,17 @@ def encode(
 
 
 def _give_back_memory() -> None:
-    """Glibc keeps what is freed, and clips of ever new lengths leave ever more holes in it: gigabytes after some hundred."""
+    """
+    Glibc keeps what is freed, and clips of ever new lengths leave ever more holes in it: gigabytes after some hundred.
+    """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def micro_batches(lengths: Sequence[int], budget: float) -> list[list[int]]:
     """
-    Return the indices of clips, sorted by length and cut so that a batch, padded to its longest clip, stays within the budget.
+    Return the indices of clips, sorted by length and cut so that a batch, padded to its longest clip, stays within the
+    budget.
 
     A clip that is longer than the budget is a batch by itself.
     """
@@ -152,8 +159,8 @@ def tokenize_clips(
     Codes of clips, in the order of `read`, a window of them at a time.
 
     Args:
-        read: gives the sound of each clip, as `audio.load_clip` takes it. Whatever it raises is the reason of that clip's failure,
-            but for a package that is missing.
+        read: gives the sound of each clip, as `audio.load_clip` takes it. Whatever it raises is the reason of that
+            clip's failure, but for a package that is missing.
         batch_seconds: of sound in a micro-batch.
         num_readers: threads that read, decode and resample ahead of the model.
         channel: of clips that have several, as `audio.load` takes it.
@@ -205,7 +212,8 @@ def _size(sound: audio.Sound | Failure) -> int:
 
 
 class OrderedPrefetcher:
-    """Iterates over `work(job)` of each job, in order; threads compute it ahead, until `limit` samples wait to be taken.
+    """Iterates over `work(job)` of each job, in order; threads compute it ahead, until `limit` samples wait to be
+    taken.
 
     Decoding and resampling leave Python's lock to others, so threads do.
     """

@@ -8,7 +8,10 @@ from .card import add_configs
 
 
 def prepare(name: str) -> None:
-    """Makes the dataset repository if there is none. Done before the work, so that a name or token that is refused is met early."""
+    """
+    Makes the dataset repository if there is none. Done before the work, so that a name or token that is refused is met
+    early.
+    """
     from huggingface_hub import HfApi
 
     _say_what(name, lambda: HfApi().create_repo(name, repo_type="dataset", exist_ok=True))

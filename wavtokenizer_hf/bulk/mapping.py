@@ -30,8 +30,8 @@ from .work import num_cores
 class _Mapped:
     """Function for `datasets.Dataset.map`, with one model per process.
 
-    `map` caches by a hash of the pickled object, so the object names the weights: by the commit of a model on the Hub, or by a
-    hash of the weights in a folder and its peak level. A loaded model is pickled with its weights.
+    `map` caches by a hash of the pickled object, so the object names the weights: by the commit of a model on the Hub,
+    or by a hash of the weights in a folder and its peak level. A loaded model is pickled with its weights.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class _Mapped:
         """Return the model and feature extractor of this process. Load them when they are first needed."""
         if self._loaded is None:
             if _in_child() and not torch.cuda.is_available():
-                # `map` does not say how many processes there are; as many threads in each make them up to 30 times as slow
+                # `map` does not say how many processes there are; as many threads in each make them up to 30 times as
+                # slow
                 torch.set_num_threads(1)
             device = self.device or encoding.default_device(_number() if rank is None else rank)
             if isinstance(self.model, str):
@@ -91,24 +92,28 @@ class _Mapped:
 def _check_loaded(
     model: Any, revision: str | None, device: str | None, feature_extractor: WavTokenizerFeatureExtractor | None
 ) -> None:
-    """Raise TypeError or ValueError if a loaded model cannot be used, or was given with arguments for a model by name."""
+    """
+    Raise TypeError or ValueError if a loaded model cannot be used, or was given with arguments for a model by name.
+    """
     if not isinstance(model, (WavTokenizerModel, WavTokenizerEncoderModel)):
         raise TypeError(
-            f"Got a {type(model).__module__}.{type(model).__name__} as the model, expected a name or a WavTokenizerModel of "
-            "wavtokenizer_hf. wavtokenizer_hf.upgrade(model) converts one of transformers' own."
+            f"Got a {type(model).__module__}.{type(model).__name__} as the model, expected a name or a "
+            "WavTokenizerModel of wavtokenizer_hf. wavtokenizer_hf.upgrade(model) converts one of transformers' own."
         )
     for name, value in (("revision", revision), ("device", device)):
         if value is not None:
             raise ValueError(f"Got {name}={value!r} with a loaded model, which has its own. Leave it out.")
     if feature_extractor is not None and feature_extractor.sampling_rate != model.config.sampling_rate:
         raise ValueError(
-            f"Got a feature extractor for {feature_extractor.sampling_rate} Hz and a model for {model.config.sampling_rate} Hz. "
-            "Load both from one folder."
+            f"Got a feature extractor for {feature_extractor.sampling_rate} Hz and a model for "
+            f"{model.config.sampling_rate} Hz. Load both from one folder."
         )
 
 
 def _number() -> int:
-    """Of this process among those of `map(num_proc=...)`, which says it only `with_rank=True`; 0 if there are no others."""
+    """
+    Of this process among those of `map(num_proc=...)`, which says it only `with_rank=True`; 0 if there are no others.
+    """
     identity = require("multiprocess", "bulk").current_process()._identity
     return identity[-1] - 1 if identity else 0
 
@@ -120,11 +125,13 @@ def _in_child() -> bool:
 
 class AudioTokenizer(_Mapped):
     """
-    Function for `map` that encodes audio: `dataset.map(AudioTokenizer("bundled"), batched=True, with_rank=True, num_proc=2)`.
+    Function for `map` that encodes audio: `dataset.map(AudioTokenizer("bundled"), batched=True, with_rank=True,
+    num_proc=2)`.
 
     Each row gets `audio_codes` (list of uint16), `num_samples`, `duration` (seconds), `source_sampling_rate` (Hz),
-    `source_channels`, `codebook_fingerprint`, `warnings` (kinds), `failure` and `failure_kind`. Audio that cannot be read gets no
-    codes, and the reason in `failure`. The kinds are those of `wavtokenizer_hf.audio_errors`. `tokenize_dataset` calls this.
+    `source_channels`, `codebook_fingerprint`, `warnings` (kinds), `failure` and `failure_kind`. Audio that cannot be
+    read gets no codes, and the reason in `failure`. The kinds are those of `wavtokenizer_hf.audio_errors`.
+    `tokenize_dataset` calls this.
 
     Args:
         model: Name on the Hub, folder, or `bundled`; or a loaded `WavTokenizerModel` or `WavTokenizerEncoderModel`.
@@ -132,7 +139,8 @@ class AudioTokenizer(_Mapped):
         column: Column of the audio: an Audio column, decoded or not, or paths.
         device: Device of the model. Defaults to one GPU per process, or the CPU.
         batch_seconds: Seconds of audio per batch.
-        on_error: `"record"` writes the reason into the row, `"fail"` raises ValueError at the first clip that cannot be read.
+        on_error: `"record"` writes the reason into the row, `"fail"` raises ValueError at the first clip that cannot
+            be read.
         channel: Channel of audio that has several: `"mean"`, `"left"`, `"right"` or a number from 0.
         max_clip_seconds: A longer clip fails.
         feature_extractor: That of a loaded model. It may scale clips to a peak. Default: no scaling.
@@ -243,13 +251,13 @@ def tokenize_dataset(
     """
     Replace the audio column of a dataset by codes.
 
-    Audio is decoded here and not by the dataset, so damaged audio becomes a row with the reason in `failure` and no codes.
-    Other columns are carried along. An `IterableDataset` stays one and is encoded while it is read.
+    Audio is decoded here and not by the dataset, so damaged audio becomes a row with the reason in `failure` and no
+    codes. Other columns are carried along. An `IterableDataset` stays one and is encoded while it is read.
 
     Args:
         dataset: `datasets.Dataset`, `IterableDataset`, or a dictionary of either.
-        model: Name on the Hub, folder, or `bundled`; or a loaded `WavTokenizerModel` or `WavTokenizerEncoderModel`, which is
-            used on its device.
+        model: Name on the Hub, folder, or `bundled`; or a loaded `WavTokenizerModel` or `WavTokenizerEncoderModel`,
+            which is used on its device.
         revision: Branch, tag or commit of the model on the Hub.
         column: Column of the audio: an Audio column, decoded or not, or paths.
         device: Device of the model. Defaults to one GPU per process, or the CPU.
@@ -257,7 +265,8 @@ def tokenize_dataset(
         batch_size: Rows that are read at once.
         num_proc: Number of processes, each with its own model; not for an `IterableDataset`. With GPUs they have to be
             spawned: `multiprocess.set_start_method("spawn")`.
-        on_error: `"record"` writes the reason into the row, `"fail"` raises ValueError at the first clip that cannot be read.
+        on_error: `"record"` writes the reason into the row, `"fail"` raises ValueError at the first clip that cannot
+            be read.
         channel: Channel of audio that has several: `"mean"`, `"left"`, `"right"` or a number from 0.
         max_clip_seconds: A longer clip fails.
         feature_extractor: That of a loaded model. It may scale clips to a peak. Default: no scaling.
@@ -266,8 +275,8 @@ def tokenize_dataset(
         A dataset of the same kind, with the columns of `AudioTokenizer` in place of `column`.
 
     Raises:
-        ValueError: There is no such column, or the dataset has columns with the names of the new ones; the model cannot be
-            loaded; a clip cannot be read, with `on_error="fail"`.
+        ValueError: There is no such column, or the dataset has columns with the names of the new ones; the model
+            cannot be loaded; a clip cannot be read, with `on_error="fail"`.
         TypeError: The model is neither a name nor a model of this package.
         PicklingError: With `num_proc`, a loaded model whose layers were replaced.
     """
@@ -282,8 +291,8 @@ class AudioDetokenizer(_Mapped):
     """
     Function for `map` that decodes codes to a column `audio`, FLAC files of 16 bits; the inverse of `AudioTokenizer`.
 
-    Codes of another codebook are refused if the rows have `codebook_fingerprint`. Audio is cut to `num_samples` where a row has
-    it. A row without codes gets no audio.
+    Codes of another codebook are refused if the rows have `codebook_fingerprint`. Audio is cut to `num_samples` where
+    a row has it. A row without codes gets no audio.
 
     Args:
         model: Name on the Hub, folder, or `bundled`; or a loaded `WavTokenizerModel`.
@@ -352,8 +361,8 @@ def detokenize_dataset(
         A dataset of the same kind, with `audio` in place of `column`.
 
     Raises:
-        ValueError: There is no such column, or an `audio` already; the codes are of another codebook; the model cannot be
-            loaded.
+        ValueError: There is no such column, or an `audio` already; the codes are of another codebook; the model cannot
+            be loaded.
         TypeError: The model is neither a name nor a model of this package with a decoder.
     """
     datasets = require("datasets", "bulk")

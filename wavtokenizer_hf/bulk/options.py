@@ -20,26 +20,28 @@ class TokenizeOptions:
 
     Args:
         revision: Branch, tag or commit of the model on the Hub.
-        column: Column of the audio, or of the paths in a list. Defaults to `audio`, and in lists also `path` or `file_name`.
+        column: Column of the audio, or of the paths in a list. Defaults to `audio`, and in lists also `path` or
+            `file_name`.
         dataset_config: Configuration of a dataset on the Hub.
         dataset_revision: Branch, tag or commit of a dataset on the Hub.
         split: Split of a dataset. Defaults to `train`.
-        tar_names: Where names in tar shards are split: `"ending"`, before the known ending of an audio file, or `"webdataset"`,
-            at the first dot.
+        tar_names: Where names in tar shards are split: `"ending"`, before the known ending of an audio file, or
+            `"webdataset"`, at the first dot.
         channel: Channel of clips that have several: `"mean"`, `"left"`, `"right"` or a number from 0.
         max_clip_seconds: A longer clip fails, before it is read if its header gives its length.
-        peak_dbfs: Peak level that each clip is scaled to, in dBFS, at most 0; `"none"`: no scaling. Defaults to what the
-            model's preprocessor_config.json says.
+        peak_dbfs: Peak level that each clip is scaled to, in dBFS, at most 0; `"none"`: no scaling. Defaults to what
+            the model's preprocessor_config.json says.
         batch_seconds: Seconds of audio per batch, padding included. Memory grows with it.
         device: Device of the models. Defaults to one GPU per process, or the CPU.
         engine: `"processes"` on this machine, or `"ray"`.
-        ray_address: Address of a Ray cluster. All its machines must see source and output under the same paths. By default Ray
-            starts on this machine.
-        num_processes: Number of worker processes, each with a model. Default: one per GPU; on a CPU, one per two cores; 2 with
-            Ray. Workers are spawned, so a script with several needs `if __name__ == "__main__":`.
-        num_readers: Threads per process that read, decode and resample ahead of the model. Defaults to its share of the cores.
-        part_size: Clips per Parquet file. A crash costs at most one file per process. Default: 2000, or fewer if there would
-            be less than four files per process.
+        ray_address: Address of a Ray cluster. All its machines must see source and output under the same paths. By
+            default Ray starts on this machine.
+        num_processes: Number of worker processes, each with a model. Default: one per GPU; on a CPU, one per two
+            cores; 2 with Ray. Workers are spawned, so a script with several needs `if __name__ == "__main__":`.
+        num_readers: Threads per process that read, decode and resample ahead of the model. Defaults to its share of
+            the cores.
+        part_size: Clips per Parquet file. A crash costs at most one file per process. Default: 2000, or fewer if there
+            would be less than four files per process.
         shard: `(i, n)`: encode only shard i of n, from 0. All shards may write to one folder at the same time.
         on_error: `"record"` lists a clip that fails and continues, `"fail"` stops at the first one.
         retry_failed: Try clips again that failed in an earlier run.

@@ -33,7 +33,9 @@ METADATA = b"wavtokenizer"  # key in the schema's metadata
 
 
 def part_name(ids: Sequence[str]) -> str:
-    """Return the file name for these clips. It depends on their ids only, so a part that is made again replaces itself."""
+    """
+    Return the file name for these clips. It depends on their ids only, so a part that is made again replaces itself.
+    """
     return f"part-{hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:20]}.parquet"
 
 
@@ -137,8 +139,8 @@ class Output:
         for name, value in asdict(self.settings).items():
             if before.get(name) != value:
                 raise ValueError(
-                    f"The folder {self.folder} was made with {name} {before.get(name)!r}, and this run has {value!r}. Run it "
-                    "as before, or name another folder."
+                    f"The folder {self.folder} was made with {name} {before.get(name)!r}, and this run has "
+                    f"{value!r}. Run it as before, or name another folder."
                 )
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -172,8 +174,8 @@ class Output:
             entry = known.get(path.name)
             if entry is not None and entry["digest"] == part["digest"] and entry["size"] != size:
                 raise ValueError(
-                    f"{path} is damaged ({size} bytes, manifest.json says {entry['size']}). Delete it, and run again to "
-                    "make it anew."
+                    f"{path} is damaged ({size} bytes, manifest.json says {entry['size']}). Delete it, and run again "
+                    "to make it anew."
                 )
             if part["settings"] != asdict(self.settings):
                 raise ValueError(
@@ -342,7 +344,9 @@ class Output:
         return total, failures
 
     def _write_card(self, readme: Path, total: Summary, complete: bool) -> None:
-        """Write README.md. Metadata that the user added stays; a card whose metadata cannot be parsed stays as it is."""
+        """
+        Write README.md. Metadata that the user added stays; a card whose metadata cannot be parsed stays as it is.
+        """
         own = ("size_categories", "tags", "dataset_info")
         try:
             before = {name: value for name, value in read_metadata(readme).items() if name not in own and value}
@@ -430,7 +434,9 @@ def summary_of(table: Any, num_failures: int) -> Summary:
 
 
 def digest_of(table: Any, part: dict[str, Any]) -> str:
-    """16 hex digits of the rows and failures of a part, whatever the bytes of its file; equal digests, equal content."""
+    """
+    16 hex digits of the rows and failures of a part, whatever the bytes of its file; equal digests, equal content.
+    """
     pyarrow = require("pyarrow", "bulk")
     digest = hashlib.sha256()
     digest.update(json.dumps([part["failures"], part["failure_stamps"]], sort_keys=True).encode())

@@ -68,7 +68,8 @@ def run(
             report(Summary(**row["summary"]))
     except ray.exceptions.RayError as error:
         raise OSError(
-            f"Ray has stopped the work: {' '.join(str(error).split())} What is finished stays valid; run again to go on."
+            f"Ray has stopped the work: {' '.join(str(error).split())} What is finished stays valid; run again to go "
+            "on."
         ) from error
     finally:
         if own:

@@ -1,4 +1,6 @@
-"""What bulk work passes on and writes down. Imports no torch, so that the command line, card and sources stay light."""
+"""
+What bulk work passes on and writes down. Imports no torch, so that the command line, card and sources stay light.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +19,9 @@ OWN_COLUMNS = (
 """Columns of the output that do not come from the source."""
 
 Stamp = tuple[int | None, int | None]
-"""Size in bytes and time of the last change in ns since 1970 of the file that a clip came from; None where there is none."""
+"""
+Size in bytes and time of the last change in ns since 1970 of the file that a clip came from; None where there is none.
+"""
 
 NO_FILE: Stamp = (None, None)
 
@@ -90,10 +94,12 @@ class Result:
         seconds: Duration of this run.
         sampling_rate: Sampling rate of the samples that are counted, in Hz.
         passed_over: Files, and members of shards, that are no clips.
-        silent: Ids of clips of this run's shard that have neither a row nor a failure. If there are any, this package has a bug.
-        changed: Ids of clips of this run's shard whose file has another size or time than when it was read. `refresh` encodes
-            them again.
-        without_source: Ids of clips with a row or a failure that the source does not hold any more, or whose file is gone.
+        silent: Ids of clips of this run's shard that have neither a row nor a failure. If there are any, this package
+            has a bug.
+        changed: Ids of clips of this run's shard whose file has another size or time than when it was read. `refresh`
+            encodes them again.
+        without_source: Ids of clips with a row or a failure that the source does not hold any more, or whose file is
+            gone.
     """
 
     total: Summary

@@ -39,24 +39,26 @@ def tokenize(
     """
     Encode every clip of a source to a folder of Parquet files. Runs are resumable: run the same call again.
 
-    The rows do not depend on the number of processes, on the batches, on the engine, or on interruptions. Nothing is lost or
-    encoded twice. Clips that were added to the source since the last run are encoded too.
+    The rows do not depend on the number of processes, on the batches, on the engine, or on interruptions. Nothing is
+    lost or encoded twice. Clips that were added to the source since the last run are encoded too.
 
     Args:
-        source: Folder of audio files, tar shards or Parquet; glob of such files; list (.txt, .csv, .jsonl) of paths; folder of
-            Lhotse Shar or of `save_to_disk`; name of a dataset on the Hub; or a `datasets.Dataset`.
-        model: `bundled`, the name of a published checkpoint, a folder, or OWNER/NAME on the Hub. Its preprocessor_config.json
-            may ask for a peak level, as Apertus 1.5 does.
-        output: Folder for the Parquet files (created if missing), or that of an earlier run with the same source and model.
-        options: `TokenizeOptions`, such as `TokenizeOptions(num_processes=4, batch_seconds=60)`. Default: all defaults.
+        source: Folder of audio files, tar shards or Parquet; glob of such files; list (.txt, .csv, .jsonl) of paths;
+            folder of Lhotse Shar or of `save_to_disk`; name of a dataset on the Hub; or a `datasets.Dataset`.
+        model: `bundled`, the name of a published checkpoint, a folder, or OWNER/NAME on the Hub. Its
+            preprocessor_config.json may ask for a peak level, as Apertus 1.5 does.
+        output: Folder for the Parquet files (created if missing), or that of an earlier run with the same source and
+            model.
+        options: `TokenizeOptions`, such as `TokenizeOptions(num_processes=4, batch_seconds=60)`. Default: all
+            defaults.
         progress: Show progress on standard error.
 
     Returns:
         `Result`: totals of the folder, failures, and what this run did.
 
     Raises:
-        ValueError: Bad arguments, no clips, a model that cannot be loaded, a folder with other settings, or a clip that failed
-            with `on_error="fail"`.
+        ValueError: Bad arguments, no clips, a model that cannot be loaded, a folder with other settings, or a clip
+            that failed with `on_error="fail"`.
         OSError: Something cannot be read or written. ChildProcessError, a kind of OSError: a worker was killed.
         ImportError: A package of the extra `bulk` (or `ray`) is missing.
     """
@@ -155,7 +157,9 @@ def tokenize(
 
 
 def _compare_with_files(clips: Source, folder: Output, shard: tuple[int, int]) -> tuple[list[str], list[str]]:
-    """Ids of clips of this shard whose files have changed since they were read, and ids that have no source any more."""
+    """
+    Ids of clips of this shard whose files have changed since they were read, and ids that have no source any more.
+    """
     locators = {item.id: item.locator for item in clips.items}
     changed, without_source = [], []
     for id, before in folder.stamps().items():
@@ -168,7 +172,10 @@ def _compare_with_files(clips: Source, folder: Output, shard: tuple[int, int]) -
 
 
 def _name(source: str | os.PathLike) -> str:
-    """Of a source by path: the last part, for people, and a hash of the whole, which is nobody's business where it is published."""
+    """
+    Of a source by path: the last part, for people, and a hash of the whole, which is nobody's business where it is
+    published.
+    """
     if not os.path.exists(source) and not glob.has_magic(os.fspath(source)):
         return os.fspath(source)  # on the Hub
     path = os.path.abspath(source)
@@ -203,5 +210,6 @@ def _try_to_summarize(folder: Output) -> None:
 def _default_processes(device: str | None) -> int:
     if device is None and torch.cuda.is_available():
         return torch.cuda.device_count()
-    # two threads in one process are as fast as two processes (benchmarks/README.md), and one model is less memory than two
+    # two threads in one process are as fast as two processes (benchmarks/README.md), and one model is less memory than
+    # two
     return max(1, num_cores() // 2) if device in (None, "cpu") else 1

@@ -1,4 +1,6 @@
-"""Reads and checks every row of an output folder, against the manifest, against its own digests, and against itself."""
+"""
+Reads and checks every row of an output folder, against the manifest, against its own digests, and against itself.
+"""
 
 import json
 import os
@@ -27,8 +29,8 @@ def verify(output: str | os.PathLike) -> Verification:
     """
     Read all Parquet files of an output folder and check them; nothing is changed.
 
-    Checked are sizes and checksums of the manifest, page checksums, schema, settings, digests of the rows, that codes lie
-    in the codebook, that their number fits the number of samples, that no clip occurs twice, and the totals.
+    Checked are sizes and checksums of the manifest, page checksums, schema, settings, digests of the rows, that codes
+    lie in the codebook, that their number fits the number of samples, that no clip occurs twice, and the totals.
 
     Args:
         output: Folder that `tokenize` has written.

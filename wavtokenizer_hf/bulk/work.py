@@ -56,8 +56,8 @@ class Worker:
         if here != (settings.codebook_fingerprint, settings.encoder_fingerprint):
             raise ValueError(
                 f"The model {job.model!r} has the codebook {here[0]} and the encoder {here[1]} here, and the codebook "
-                f"{settings.codebook_fingerprint} and the encoder {settings.encoder_fingerprint} where the work began. It "
-                "changed meanwhile; begin anew."
+                f"{settings.codebook_fingerprint} and the encoder {settings.encoder_fingerprint} where the work "
+                "began. It changed meanwhile; begin anew."
             )
 
     def make_part(self, items: Sequence[Item], report: Callable[[Summary], None] = lambda summary: None) -> None:

@@ -1,7 +1,7 @@
 """The commands of `wavtokenizer`. Each module adds the arguments of its commands with `add`.
 
-arguments.py and files.py hold what they share. Modules import torch, transformers and numpy inside functions: `--help` and the
-errors of wrong arguments need none of them.
+arguments.py and files.py hold what they share. Modules import torch, transformers and numpy inside functions: `--help`
+and the errors of wrong arguments need none of them.
 """
 
 COMMANDS = {

@@ -10,8 +10,8 @@ from . import COMMANDS
 
 
 MODEL_HELP = (
-    "bundled (the small model of this package, for a first try); name of a published checkpoint, as `wavtokenizer checkpoints` "
-    "lists them (downloaded and converted on first use); folder; or OWNER/NAME on the Hub"
+    "bundled (the small model of this package, for a first try); name of a published checkpoint, as `wavtokenizer "
+    "checkpoints` lists them (downloaded and converted on first use); folder; or OWNER/NAME on the Hub"
 )
 
 
@@ -53,8 +53,8 @@ def load_model(arguments, encoder_only: bool = False, allow_exported: bool = Tru
     if Path(arguments.model, CONFIG_NAME).is_file():
         if not allow_exported:
             raise ValueError(
-                f"{arguments.model} is an ONNX folder, expected a model. Measure what `wavtokenizer reconstruct` makes with it: "
-                "--decoded."
+                f"{arguments.model} is an ONNX folder, expected a model. Measure what `wavtokenizer reconstruct` "
+                "makes with it: --decoded."
             )
         return _load_exported(arguments)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,8 +82,8 @@ def add_peak(parser: argparse.ArgumentParser) -> None:
         type=_peak,
         default="model",
         metavar="DB|none|model",
-        help="scale each clip to this peak level before it is encoded, in dBFS, at most 0, such as -3 for Apertus 1.5; none: no "
-        "scaling; model: as the model's preprocessor_config.json says (default)",
+        help="scale each clip to this peak level before it is encoded, in dBFS, at most 0, such as -3 for Apertus "
+        "1.5; none: no scaling; model: as the model's preprocessor_config.json says (default)",
     )
 
 

@@ -15,8 +15,8 @@ def add(commands) -> None:
     convert.add_argument(
         "--to-original",
         action="store_true",
-        help="convert back: FILE is a converted folder, and DIR gets a .ckpt and a YAML file for the original code and for "
-        "llama.cpp's converter to GGUF",
+        help="convert back: FILE is a converted folder, and DIR gets a .ckpt and a YAML file for the original code "
+        "and for llama.cpp's converter to GGUF",
     )
     add_command(commands, "checkpoints", _checkpoints)
 

@@ -12,16 +12,16 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 def add(commands) -> None:
     demo = add_command(commands, "demo", _demo)
     demo.description += (
-        " Record, upload or choose a clip; hear original and reconstruction; see both spectrograms and the tokens; paste tokens "
-        "back. Nothing leaves this machine, unless --share is given. Needs the extra `demo`."
+        " Record, upload or choose a clip; hear original and reconstruction; see both spectrograms and the tokens; "
+        "paste tokens back. Nothing leaves this machine, unless --share is given. Needs the extra `demo`."
     )
     demo.add_argument(
         "-m",
         "--model",
         nargs="+",
         metavar="MODEL",
-        help=f"models to choose from, the first one at the start: {MODEL_HELP}. Default: bundled and all published checkpoints; "
-        "bundled alone where others can open the page",
+        help=f"models to choose from, the first one at the start: {MODEL_HELP}. Default: bundled and all published "
+        "checkpoints; bundled alone where others can open the page",
     )
     demo.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only); 0.0.0.0: all"
@@ -61,6 +61,6 @@ def _free_port(host: str, port: int) -> int:
             return server.getsockname()[1]
     except OSError as error:
         raise OSError(
-            f"Cannot listen on port {port} of {host}: {error.strerror or error}. Choose another with --port (0: any free one) or "
-            "--host (127.0.0.1: this machine)."
+            f"Cannot listen on port {port} of {host}: {error.strerror or error}. Choose another with --port (0: any "
+            "free one) or --host (127.0.0.1: this machine)."
         ) from error

@@ -18,9 +18,10 @@ from .token_folders import DecodedTokens
 def add(commands) -> None:
     evaluate = add_command(commands, "evaluate", _evaluate)
     evaluate.description += (
-        " Encodes and decodes each file with MODEL and compares the result with the file. Prints means with 95 % intervals, and "
-        "with --compare or --decoded also the differences, file by file. Files that cannot be read and metrics that cannot be "
-        "computed are listed with the reason and left out of the means. Needs the extra `evaluation`."
+        " Encodes and decodes each file with MODEL and compares the result with the file. Prints means with 95 % "
+        "intervals, and with --compare or --decoded also the differences, file by file. Files that cannot be read "
+        "and metrics that cannot be computed are listed with the reason and left out of the means. Needs the extra "
+        "`evaluation`."
     )
     evaluate.add_argument(
         "--audio", nargs="+", required=True, metavar="INPUT", help="audio files, or folders to search for them"
@@ -31,50 +32,55 @@ def add(commands) -> None:
     evaluate.add_argument(
         "--tokens",
         metavar="FOLDER",
-        help="token folder that `wavtokenizer tokenize` made of INPUT: measure what MODEL decodes of it, instead of encoding again",
+        help="token folder that `wavtokenizer tokenize` made of INPUT: measure what MODEL decodes of it, instead of "
+        "encoding again",
     )
     evaluate.add_argument(
         "--decoded",
         metavar="FOLDER",
-        help="folder with the output of any other codec: audio files with the names and subfolders of INPUT, in any format",
+        help="folder with the output of any other codec: audio files with the names and subfolders of INPUT, in any "
+        "format",
     )
     evaluate.add_argument(
         "-o",
         "--output",
         metavar="FOLDER",
-        help="folder for report.json, files.csv, metrics.png, codebook.png, and worst.md with the ten worst clips to hear",
+        help="folder for report.json, files.csv, metrics.png, codebook.png, and worst.md with the ten worst clips to "
+        "hear",
     )
     evaluate.add_argument(
         "--preset",
         default="quick",
         metavar="NAME",
-        help="set of metrics: quick (default), paper (the table of the paper: utmos, pesq_wb, stoi, voicing_f1), or full",
+        help="set of metrics: quick (default), paper (the table of the paper: utmos, pesq_wb, stoi, voicing_f1), or "
+        "full",
     )
     evaluate.add_argument(
         "--metrics",
         nargs="+",
         metavar="NAME",
-        help="only these metrics, of pesq_wb, stoi, estoi, si_sdr, mel_distance, stft_distance, mcd, visqol, f0_error, voicing_f1, "
-        "dnsmos, speaker_similarity, word_error_rate, utmos. One that cannot run here is an error",
+        help="only these metrics, of pesq_wb, stoi, estoi, si_sdr, mel_distance, stft_distance, mcd, visqol, "
+        "f0_error, voicing_f1, dnsmos, speaker_similarity, word_error_rate, utmos. One that cannot run here is an "
+        "error",
     )
     evaluate.add_argument(
         "--crepe",
         default="full",
         metavar="SIZE",
-        help="size of the pitch tracker of f0_error and voicing_f1: full (default, as in the paper) or tiny (about fifty times as "
-        "fast on a CPU)",
+        help="size of the pitch tracker of f0_error and voicing_f1: full (default, as in the paper) or tiny (about "
+        "fifty times as fast on a CPU)",
     )
     evaluate.add_argument(
         "--asr",
         metavar="MODEL",
-        help="speech recognizer of word_error_rate, by its name or folder for transformers' pipeline; default: pocketsphinx, "
-        "for English",
+        help="speech recognizer of word_error_rate, by its name or folder for transformers' pipeline; default: "
+        "pocketsphinx, for English",
     )
     evaluate.add_argument(
         "--utmos",
         metavar="FILE",
-        help="TorchScript of UTMOS, which takes float32 audio (1, samples) at 16 kHz and returns one number. Without it UTMOS is "
-        "reported as not run",
+        help="TorchScript of UTMOS, which takes float32 audio (1, samples) at 16 kHz and returns one number. Without "
+        "it UTMOS is reported as not run",
     )
     evaluate.add_argument(
         "--num-workers",

@@ -17,8 +17,8 @@ _MEGATRON = (
 def add(commands) -> None:
     export = add_command(commands, "export", _export)
     export.description += (
-        " Runs are resumable: after a crash, run the same command again. The files do not depend on the number of processes, "
-        "and no model is needed. Needs the extra `bulk`, and `lhotse` for that format."
+        " Runs are resumable: after a crash, run the same command again. The files do not depend on the number of "
+        "processes, and no model is needed. Needs the extra `bulk`, and `lhotse` for that format."
     )
     export.add_argument("tokens", metavar="TOKENS", help="folder that `wavtokenizer tokenize` wrote")
     export.add_argument("--format", required=True, choices=FORMATS, help="format of the files")
@@ -49,8 +49,8 @@ def add(commands) -> None:
     megatron.add_argument(
         "--sequences",
         choices=KINDS,
-        help="audio (default); text before it, after it, or a sequence of each; or interleaved: all clips of a source_id "
-        "in the order of clip_num, each with its text before it",
+        help="audio (default); text before it, after it, or a sequence of each; or interleaved: all clips of a "
+        "source_id in the order of clip_num, each with its text before it",
     )
     megatron.add_argument("--text-column", metavar="NAME", help="column of text (default: text, if there is one)")
     megatron.add_argument("--prompt", help="template of your own, as of llm.Template: what comes first, without loss")

@@ -12,9 +12,9 @@ DTYPES = ("float32", "float16", "int8")
 def add(commands) -> None:
     export = add_command(commands, "export-model", _export_model)
     export.description += (
-        " Writes encoder.onnx, encoder_stream.onnx, decoder.onnx, and wavtokenizer_onnx.py, which runs them without torch. "
-        "Before the folder appears, the files are compared with the model on audio of one sample to 30 s. The encoder is "
-        "always float32. Needs the extra `onnx`."
+        " Writes encoder.onnx, encoder_stream.onnx, decoder.onnx, and wavtokenizer_onnx.py, which runs them without "
+        "torch. Before the folder appears, the files are compared with the model on audio of one sample to 30 s. The "
+        "encoder is always float32. Needs the extra `onnx`."
     )
     export.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     export.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
@@ -24,13 +24,14 @@ def add(commands) -> None:
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="type in which the decoder's weights are stored (default float32); it computes in float32. Smaller files, less "
-        "exact audio: the SNR is measured and printed",
+        help="type in which the decoder's weights are stored (default float32); it computes in float32. Smaller "
+        "files, less exact audio: the SNR is measured and printed",
     )
     export.add_argument(
         "--quantize",
         choices=("int8",),
-        help="compute the decoder's matrix products in 8-bit integers: faster on a CPU, less exact; the SNR is printed",
+        help="compute the decoder's matrix products in 8-bit integers: faster on a CPU, less exact; the SNR is "
+        "printed",
     )
 
 

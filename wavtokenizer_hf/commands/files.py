@@ -20,7 +20,8 @@ def add_files(parser: argparse.ArgumentParser, help: str) -> None:
         "-o",
         "--output",
         required=True,
-        help="output file for a single input file; -: standard output; else a folder, which gets the subfolders of the inputs",
+        help="output file for a single input file; -: standard output; else a folder, which gets the subfolders of "
+        "the inputs",
     )
 
 
@@ -57,7 +58,8 @@ def find_jobs(
         suffixes: Extensions of files that are read from a folder.
         new_suffix: Extension of files that are written to a folder.
         formats: Formats that a single output file may name by its extension, the usual ones first.
-        format_is_given: Whether an option names the format, so that the extension of a single output file does not matter.
+        format_is_given: Whether an option names the format, so that the extension of a single output file does not
+            matter.
 
     Returns:
         Pairs of a file to read and the file to write; None is standard input or output.
@@ -172,8 +174,8 @@ def _run_jobs(jobs, work: Callable, arguments, model, progress: Progress) -> int
         )
         if tally.window_seconds is not None:
             write(
-                f"{name}: decoded in windows of {tally.window_seconds:g} s that share {tally.overlap_seconds:.3g} s, close to "
-                "the exact sound; --window-seconds 0 gives that, in memory that grows with the length",
+                f"{name}: decoded in windows of {tally.window_seconds:g} s that share {tally.overlap_seconds:.3g} s, "
+                "close to the exact sound; --window-seconds 0 gives that, in memory that grows with the length",
                 file=sys.stderr,
             )
         if tally.cut_off is not None:

@@ -11,7 +11,8 @@ def add(commands) -> None:
     info = add_command(commands, "info", _info)
     info.add_argument(
         "source",
-        help=f"a model: {MODEL_HELP}; or a folder of export-model, a token file (.safetensors, .json), or a folder of tokenize",
+        help=f"a model: {MODEL_HELP}; or a folder of export-model, a token file (.safetensors, .json), or a folder "
+        "of tokenize",
     )
     info.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
 

@@ -28,8 +28,9 @@ def add(commands) -> None:
     encode.add_argument(
         "--format",
         choices=TOKEN_FORMATS,
-        help="format of the token files (default: the extension of OUTPUT, else safetensors). safetensors and json record the "
-        "model and the exact length; npy and txt hold the numbers alone. On standard output txt is a stream, one number per line",
+        help="format of the token files (default: the extension of OUTPUT, else safetensors). safetensors and json "
+        "record the model and the exact length; npy and txt hold the numbers alone. On standard output txt is a "
+        "stream, one number per line",
     )
     _add_raw_input(encode)
     add_channel(encode)
@@ -38,7 +39,8 @@ def add(commands) -> None:
     decode = add_command(commands, "decode", _decode)
     add_files(
         decode,
-        "token files, folders to search for them, or a token folder of `wavtokenizer tokenize`; -: tokens on standard input",
+        "token files, folders to search for them, or a token folder of `wavtokenizer tokenize`; -: tokens on "
+        "standard input",
     )
     add_model(decode)
     decode.add_argument(
@@ -88,9 +90,9 @@ def _add_sound(parser: argparse.ArgumentParser) -> None:
         "--window-seconds",
         type=float,
         metavar="SECONDS",
-        help="decode audio longer than SECONDS in overlapping windows (constant memory, approximate; standard error says so). 0: "
-        "always exact. Default: files of up to five minutes exact, longer ones in windows of 10 s, pipes in windows of 3 s, which "
-        "is also their latency",
+        help="decode audio longer than SECONDS in overlapping windows (constant memory, approximate; standard error "
+        "says so). 0: always exact. Default: files of up to five minutes exact, longer ones in windows of 10 s, "
+        "pipes in windows of 3 s, which is also their latency",
     )
     parser.add_argument(
         "--overlap-seconds",
@@ -250,7 +252,10 @@ def _sound_jobs(arguments, suffixes: tuple[str, ...]) -> list[tuple[Path | None,
 
 
 def _whole_seconds(source: Path | None) -> float:
-    """Up to what length audio is encoded in one piece. Chunks have the same codes, reach a pipe at once, and show progress."""
+    """
+    Up to what length audio is encoded in one piece. Chunks have the same codes, reach a pipe at once, and show
+    progress.
+    """
     return 0 if source is None else 20
 
 

@@ -14,16 +14,16 @@ from .arguments import MODEL_HELP, UsageError, add_channel, add_command, add_pea
 def add(commands) -> None:
     tokenize = add_command(commands, "tokenize", _tokenize)
     tokenize.description += (
-        " Runs are resumable: after a crash, or when clips were added to SOURCE, run the same command again. A clip that cannot "
-        "be read is listed in failures.jsonl with the reason. The rows do not depend on the number of processes or on the "
-        "batches. Needs the extra `bulk`."
+        " Runs are resumable: after a crash, or when clips were added to SOURCE, run the same command again. A clip "
+        "that cannot be read is listed in failures.jsonl with the reason. The rows do not depend on the number of "
+        "processes or on the batches. Needs the extra `bulk`."
     )
     tokenize.add_argument(
         "source",
         nargs="?",
         metavar="SOURCE",
-        help="folder of audio files, tar shards or Parquet files, or a glob of them in quotes; list of paths (.txt, or .csv or .jsonl "
-        "with further columns); dataset on disk, or its name on the Hub",
+        help="folder of audio files, tar shards or Parquet files, or a glob of them in quotes; list of paths (.txt, "
+        "or .csv or .jsonl with further columns); dataset on disk, or its name on the Hub",
     )
     tokenize.add_argument("-m", "--model", help=MODEL_HELP)
     tokenize.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
@@ -81,7 +81,8 @@ def add(commands) -> None:
         "--tar-names",
         choices=("ending", "webdataset"),
         default="ending",
-        help="split names in tar shards before the extension of the audio file (default), or at the first dot as WebDataset does",
+        help="split names in tar shards before the extension of the audio file (default), or at the first dot as "
+        "WebDataset does",
     )
     tokenize.add_argument("--retry-failed", action="store_true", help="try clips again that failed in earlier runs")
     tokenize.add_argument(
@@ -92,8 +93,8 @@ def add(commands) -> None:
     tokenize.add_argument(
         "--verify",
         metavar="OUTPUT",
-        help="check the OUTPUT of an earlier run (checksums, schema, codes, totals); takes no other argument. Exit code 1: something is "
-        "wrong, one line each",
+        help="check the OUTPUT of an earlier run (checksums, schema, codes, totals); takes no other argument. Exit "
+        "code 1: something is wrong, one line each",
     )
     tokenize.add_argument(
         "--engine",
@@ -107,7 +108,8 @@ def add(commands) -> None:
     tokenize.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the number of clips, hours, tokens, sizes and about how long it takes, from a sample of the clips; write nothing",
+        help="print the number of clips, hours, tokens, sizes and about how long it takes, from a sample of the "
+        "clips; write nothing",
     )
     tokenize.add_argument("--push-to-hub", metavar="NAME", help="upload OUTPUT to this dataset on the Hub at the end")
     tokenize.add_argument(
@@ -176,8 +178,8 @@ def _tokenize(arguments) -> int:
     if result.passed_over:
         print(f"wavtokenizer tokenize: {describe_passed_over(result.passed_over)}", file=sys.stderr)
     print(
-        f"wavtokenizer tokenize: {result.total.num_clips} clips have rows ({result.total.num_warned} of them with warnings), "
-        f"{len(result.failures)} have a reason, {len(result.silent)} silent",
+        f"wavtokenizer tokenize: {result.total.num_clips} clips have rows ({result.total.num_warned} of them with "
+        f"warnings), {len(result.failures)} have a reason, {len(result.silent)} silent",
         file=sys.stderr,
     )
     return 1 if result.failures or result.silent else 0

@@ -8,9 +8,9 @@ from .arguments import add_command, print_facts, quiet_transformers
 def add(commands) -> None:
     train = add_command(commands, "train", _train)
     train.description += (
-        " Settings come from a recipe, from the options below, or from both; options go before the recipe. Needed in any case: "
-        "--output, --train-data and --validation-data. On several GPUs: accelerate launch -m wavtokenizer_hf train ... Needs the "
-        "extra `training`."
+        " Settings come from a recipe, from the options below, or from both; options go before the recipe. Needed in "
+        "any case: --output, --train-data and --validation-data. On several GPUs: accelerate launch -m "
+        "wavtokenizer_hf train ... Needs the extra `training`."
     )
     settings.add_arguments(train)
 

@@ -1,7 +1,8 @@
-"""Audio -> codes -> audio in one pass, of any length, in memory that does not grow with it: what the command line does.
+"""Audio -> codes -> audio in one pass, of any length, in memory that does not grow with it: what the command line
+does.
 
-Everything is an iterator of pieces: audio (n,) float32 arrays at the model's rate, codes (n,) int64 arrays. So a file, a pipe
-and a live source are one case, and what is chained together runs together.
+Everything is an iterator of pieces: audio (n,) float32 arrays at the model's rate, codes (n,) int64 arrays. So a file,
+a pipe and a live source are one case, and what is chained together runs together.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +27,8 @@ class Counts:
     Args:
         num_samples: of audio.
         num_tokens: codes.
-        window_seconds, overlap_seconds: of the windows that the codes were decoded in; None if they were decoded whole.
+        window_seconds, overlap_seconds: of the windows that the codes were decoded in; None if they were decoded
+            whole.
         cut_off: set if the audio ended before its time.
         warnings: kinds of what is strange about the audio.
     """
@@ -39,7 +41,10 @@ class Counts:
     warnings: list[str] = field(default_factory=list)
 
     def count_audio(self, blocks: Iterable[np.ndarray], report: Callable[[int], None]) -> Iterator[np.ndarray]:
-        """Pass audio on, and report its length. An early end of it is kept in `cut_off`: what came is still worth its codes."""
+        """
+        Pass audio on, and report its length. An early end of it is kept in `cut_off`: what came is still worth its
+        codes.
+        """
         try:
             for block in blocks:
                 self.num_samples += len(block)
@@ -142,7 +147,10 @@ def _decode(model, audio_codes: np.ndarray) -> np.ndarray:
 def cut_to_length(
     blocks: Iterable[np.ndarray], num_samples: Callable[[], int], hop_length: int
 ) -> Iterator[np.ndarray]:
-    """Audio of whole codes -> its first `num_samples()` samples, which lie in the last code and may be known at the end only."""
+    """
+    Audio of whole codes -> its first `num_samples()` samples, which lie in the last code and may be known at the end
+    only.
+    """
     num_given, held = 0, np.zeros(0, np.float32)
     for block in blocks:
         held = np.concatenate([held, block])

@@ -103,7 +103,8 @@ class Codec:
             model_name: Name of the model.
 
         Raises:
-            ValueError: The text holds no tokens, too many, or those of another codebook; or the model cannot be loaded.
+            ValueError: The text holds no tokens, too many, or those of another codebook; or the model cannot be
+                loaded.
         """
         fields = parse_tokens(text)
         model, _ = self._model(model_name)
@@ -181,8 +182,8 @@ def parse_tokens(text: str) -> dict:
     Read pasted tokens.
 
     Args:
-        text: A token file in JSON; a row of the Parquet files of `tokenize`, as JSON or as Python prints it; or numbers between
-            spaces, commas or line ends.
+        text: A token file in JSON; a row of the Parquet files of `tokenize`, as JSON or as Python prints it; or
+            numbers between spaces, commas or line ends.
 
     Returns:
         `audio_codes`, int64 (L,); where the text has them also `codebook_fingerprint` (str) and `num_samples` (int).

@@ -24,8 +24,8 @@ def build_page(models: Sequence[str] = ("bundled",), any_model: bool = False, ma
 
     Args:
         models: Names of the models to choose from, the first one at the start.
-        any_model: Whether a visitor may also type a folder of this machine or a name on the Hub. Not for pages that strangers
-            can open.
+        any_model: Whether a visitor may also type a folder of this machine or a name on the Hub. Not for pages that
+            strangers can open.
         max_seconds: Longest clip, in seconds.
 
     Raises:

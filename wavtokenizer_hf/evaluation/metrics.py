@@ -1,4 +1,5 @@
-"""How far a reconstruction is from its reference: one function per metric, and one table, `METRICS`, that names them all.
+"""How far a reconstruction is from its reference: one function per metric, and one table, `METRICS`, that names them
+all.
 
 Every metric takes two `Clip`s of equal length and gives a number, or raises with the reason why there is none. Where a
 well-kept package has the metric, it is used. Levels stay as they are: only what a metric's definition normalises (PESQ
@@ -31,9 +32,9 @@ SAMPLING_RATE = 24000
 """Hz of the audio that the metrics take."""
 
 PESQ_SECONDS = 19
-"""The longest piece that PESQ is given. The ITU's code has tables for 50 utterances and writes past their end at the 51st
-(pesq 0.0.4, pesqmod.c, id_searchwindows): a crash, or a wrong score. An utterance and the pause after it take at least
-0.388 s, so 19 s hold fewer than 50."""
+"""The longest piece that PESQ is given. The ITU's code has tables for 50 utterances and writes past their end at the
+51st (pesq 0.0.4, pesqmod.c, id_searchwindows): a crash, or a wrong score. An utterance and the pause after it take at
+least 0.388 s, so 19 s hold fewer than 50."""
 
 LOW_RATE = 16000  # Hz, what PESQ, CREPE, DNSMOS, the speaker encoder, speech recognition and UTMOS take
 PITCH_SIZE, PITCH_STEP = 1024, 160
@@ -87,7 +88,10 @@ class Clip:
 
     @cached_property
     def pitch(self) -> np.ndarray:
-        """(F,) fundamental frequency in Hz by CREPE, NaN where unvoiced or silent; frames are not centred, as in the paper."""
+        """
+        (F,) fundamental frequency in Hz by CREPE, NaN where unvoiced or silent; frames are not centred, as in the
+        paper.
+        """
         torchcrepe = package("torchcrepe")
         if len(self.at_16k) < PITCH_SIZE:
             raise CannotScoreError(f"shorter than one pitch frame of {PITCH_SIZE / LOW_RATE * 1000:.0f} ms")
@@ -178,7 +182,9 @@ def stft_distance(reference: Clip, estimate: Clip) -> float:
 
 
 def mcd(reference: Clip, estimate: Clip) -> float:
-    """Mel-cepstral distortion in dB (Kubichek 1993): of 13 cepstra without the level, frame by frame, without warping."""
+    """
+    Mel-cepstral distortion in dB (Kubichek 1993): of 13 cepstra without the level, frame by frame, without warping.
+    """
     scipy_fft = package("scipy.fft")
     cepstra = [scipy_fft.dct(_log_mel(clip.audio).numpy(), axis=1) / 100 for clip in (reference, estimate)]
     difference = (cepstra[0] - cepstra[1])[:, 1 : 1 + NUM_CEPSTRA]
@@ -276,24 +282,30 @@ METRICS = {
     "estoi": Metric(estoi, "ESTOI", "", True, ("pystoi",), "given 24 kHz, extended"),
     "si_sdr": Metric(si_sdr, "SI-SDR", "dB", True, ("auraloss",), "24 kHz, means removed"),
     "mel_distance": Metric(
-        mel_distance, "mel distance", "", False, (), "24 kHz, 100 HTK bands, FFT 1024, step 256, L1 of ln(clip(mel, 1e-7))"
+        mel_distance, "mel distance", "", False, (), "24 kHz, 100 HTK bands, FFT 1024, step 256, L1 of ln(clip(mel, "
+        "1e-7))"
     ),
     "stft_distance": Metric(
-        stft_distance, "STFT distance", "", False, ("auraloss",), "24 kHz, FFT 1024, 2048, 512; step 120, 240, 50; Hann 600, 1200, 240"
+        stft_distance, "STFT distance", "", False, ("auraloss",), "24 kHz, FFT 1024, 2048, 512; step 120, 240, 50; "
+        "Hann 600, 1200, 240"
     ),
-    "mcd": Metric(mcd, "MCD", "dB", False, ("scipy",), f"cepstra 1 to {NUM_CEPSTRA} of the mel distance's bands, no warping"),
+    "mcd": Metric(mcd, "MCD", "dB", False, ("scipy",), f"cepstra 1 to {NUM_CEPSTRA} of the mel distance's bands, no "
+    "warping"),
     "visqol": Metric(visqol, "ViSQOL", "", True, ("visqol",), "speech mode, 16 kHz"),
     "f0_error": Metric(
         f0_error, "F0 RMSE", "cents", False, ("torchcrepe",),
         "CREPE at 16 kHz, 50-550 Hz, frame 1024, step 160, Viterbi, periodicity 0.21; frames voiced in both",
     ),
     "voicing_f1": Metric(voicing_f1, "V/UV F1", "", True, ("torchcrepe",), "frames of the F0 RMSE"),
-    "dnsmos": Metric(dnsmos, "DNSMOS", "", True, ("speechmos", "onnxruntime", "librosa"), "P.835 overall, 16 kHz; reconstruction alone"),
+    "dnsmos": Metric(dnsmos, "DNSMOS", "", True, ("speechmos", "onnxruntime", "librosa"), "P.835 overall, 16 kHz; "
+    "reconstruction alone"),
     "speaker_similarity": Metric(
-        speaker_similarity, "speaker similarity", "", True, ("resemblyzer", "librosa"), "Resemblyzer's GE2E encoder, 16 kHz, no VAD"
+        speaker_similarity, "speaker similarity", "", True, ("resemblyzer", "librosa"), "Resemblyzer's GE2E encoder, "
+        "16 kHz, no VAD"
     ),
     "word_error_rate": Metric(
-        word_error_rate, "WER", "%", False, ("jiwer", "pocketsphinx"), "against the transcript of the original; English, or --asr"
+        word_error_rate, "WER", "%", False, ("jiwer", "pocketsphinx"), "against the transcript of the original; "
+        "English, or --asr"
     ),
     "utmos": Metric(utmos, "UTMOS", "", True, (), "16 kHz, TorchScript given by the user; reconstruction alone"),
 }  # fmt: skip
@@ -408,8 +420,8 @@ def _speaker_weights() -> Path:
 def _speaker_encoder() -> Callable[[np.ndarray], np.ndarray]:
     """Resemblyzer's encoder (GE2E): audio (N,) at 16 kHz -> embedding (256,).
 
-    Its own code needs webrtcvad, which needs a module that setuptools dropped in version 82. So the network is built here, and the
-    voice detector that would shorten pauses is left out.
+    Its own code needs webrtcvad, which needs a module that setuptools dropped in version 82. So the network is built
+    here, and the voice detector that would shorten pauses is left out.
     """
     librosa = package("librosa")
     weights = torch.load(_speaker_weights(), map_location="cpu", weights_only=True)["model_state"]
@@ -445,7 +457,8 @@ def _pocketsphinx() -> Callable[[np.ndarray], str]:
     decoder = pocketsphinx.Decoder(samprate=LOW_RATE, loglevel="FATAL")
 
     def recognize(audio: np.ndarray) -> str:
-        decoder.reinit()  # the recognizer adapts to earlier clips; reset it, so that results do not depend on their order
+        # the recognizer adapts to earlier clips; reset it, so that results do not depend on their order
+        decoder.reinit()
         decoder.start_utt()
         decoder.process_raw((np.clip(audio, -1, 1) * 32767).astype(np.int16).tobytes(), full_utt=True)
         decoder.end_utt()
@@ -471,7 +484,9 @@ def package(name: str) -> Any:
 
 @contextmanager
 def _without_torchaudio() -> Iterator[None]:
-    """Lets torchcrepe import where torchaudio does not, as beside many builds of torch: only its file reader needs it."""
+    """
+    Lets torchcrepe import where torchaudio does not, as beside many builds of torch: only its file reader needs it.
+    """
     try:
         importlib.import_module("torchaudio")
         missing = False

@@ -1,6 +1,7 @@
 """Results of an evaluation: per file, means and differences, as a table, JSON, CSV and pictures.
 
-A value that could not be computed is None (null, an empty cell). Such values are counted, and their reasons are listed.
+A value that could not be computed is None (null, an empty cell). Such values are counted, and their reasons are
+listed.
 """
 
 import csv
@@ -72,7 +73,9 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> "Summary":
-        """Return the mean and the 95 % interval by Student's t, without None. Fewer than two values have no interval."""
+        """
+        Return the mean and the 95 % interval by Student's t, without None. Fewer than two values have no interval.
+        """
         from scipy.stats import t
 
         numbers = np.array([value for value in values if value is not None], dtype=np.float64)
@@ -171,7 +174,9 @@ class Report:
 
     @property
     def failures(self) -> list[dict]:
-        """Files without a value: file, system, metrics and reason. Metrics that could not run at all are not repeated."""
+        """
+        Files without a value: file, system, metrics and reason. Metrics that could not run at all are not repeated.
+        """
         return [
             {"file": file.file, "system": system.name, "metrics": names, "reason": reason}
             for system in self.systems
@@ -253,7 +258,8 @@ class Report:
         return "\n".join(lines)
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
-        """Write report.json, files.csv, metrics.png, worst.md with its audio files, and codebook.png if a model was measured.
+        """Write report.json, files.csv, metrics.png, worst.md with its audio files, and codebook.png if a model was
+        measured.
 
         Returns:
             Paths of the files, without the audio in worst/.

@@ -58,8 +58,8 @@ class Model:
     Args:
         name: Name in the report.
         model: `WavTokenizerModel` at 24 kHz, on any device.
-        peak_level: Level in dBFS that clips are scaled to before they are encoded, as its feature extractor says. Decoded audio
-            is scaled back. Defaults to no scaling.
+        peak_level: Level in dBFS that clips are scaled to before they are encoded, as its feature extractor says.
+            Decoded audio is scaled back. Defaults to no scaling.
     """
 
     gives_codes = True
@@ -153,29 +153,30 @@ def evaluate(
     Measure one or more systems on the same audio files.
 
     Args:
-        references: For each file its path, and its place: a relative path that names it in the report and finds its partner in a
-            `DecodedFolder`.
-        systems: `Model`, `DecodedFolder`, or anything with their interface; at least one. The others are compared with the
-            first, file by file.
-        metrics: Names from `METRICS`, each of which must be able to run here. Defaults to those of the preset; one that cannot
-            run is then reported as not run.
-        utmos_weights: TorchScript file of UTMOS, which takes float32 (1, N) at 16 kHz, nominally in [-1, 1], and returns one
-            number. It adds UTMOS to the metrics. Nothing is downloaded.
-        num_workers: Number of processes for the metrics; 0: this process. Workers are spawned, so a script with some needs
-            `if __name__ == "__main__":`.
+        references: For each file its path, and its place: a relative path that names it in the report and finds its
+            partner in a `DecodedFolder`.
+        systems: `Model`, `DecodedFolder`, or anything with their interface; at least one. The others are compared with
+            the first, file by file.
+        metrics: Names from `METRICS`, each of which must be able to run here. Defaults to those of the preset; one
+            that cannot run is then reported as not run.
+        utmos_weights: TorchScript file of UTMOS, which takes float32 (1, N) at 16 kHz, nominally in [-1, 1], and
+            returns one number. It adds UTMOS to the metrics. Nothing is downloaded.
+        num_workers: Number of processes for the metrics; 0: this process. Workers are spawned, so a script with some
+            needs `if __name__ == "__main__":`.
         progress: Show progress on standard error.
         channel: Channel of references that have several: `"mean"`, `"left"`, `"right"` or a number from 0.
         crepe: Size of the pitch tracker CREPE: `"full"`, as in the paper, or `"tiny"`, about fifty times as fast.
-        asr: Speech recognizer for the word error rate: name or folder for the pipeline of transformers. Defaults to pocketsphinx,
-            for English.
+        asr: Speech recognizer for the word error rate: name or folder for the pipeline of transformers. Defaults to
+            pocketsphinx, for English.
         preset: Key of `PRESETS`, which names the metrics if `metrics` is None.
 
     Returns:
-        `Report` on all files. Files that cannot be read or have no partner, and metrics without a number, are in it with the reason.
+        `Report` on all files. Files that cannot be read or have no partner, and metrics without a number, are in it
+        with the reason.
 
     Raises:
-        ValueError: Nothing to measure, an unknown preset or size of CREPE, a metric that is unknown or was asked for and cannot
-            run, two files of one place, or a system without a single reconstruction.
+        ValueError: Nothing to measure, an unknown preset or size of CREPE, a metric that is unknown or was asked for
+            and cannot run, two files of one place, or a system without a single reconstruction.
         ImportError: scipy, soundfile or soxr is missing, which every evaluation needs.
         ChildProcessError: A worker process was killed.
     """
@@ -395,7 +396,8 @@ def _file_result(
 def _check(references: References, systems: Sequence[System], metrics: list[str]) -> None:
     if not references or not systems or not metrics:
         raise ValueError(
-            f"Got {len(references)} files, {len(systems)} systems and {len(metrics)} metrics, expected at least one each."
+            f"Got {len(references)} files, {len(systems)} systems and {len(metrics)} metrics, expected at least one "
+            "each."
         )
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:

@@ -1,4 +1,6 @@
-"""Ways out of this package: models as ONNX files, and token folders as the files that language models are trained from."""
+"""
+Ways out of this package: models as ONNX files, and token folders as the files that language models are trained from.
+"""
 
 from typing import TYPE_CHECKING, Any
 

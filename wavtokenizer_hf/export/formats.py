@@ -51,7 +51,10 @@ class Format:
     def write_chunk(
         self, folder: TokenFolder, rows: list[dict], output: Path, parts: str, number: int, bad: list[BadRow]
     ) -> dict[str, int]:
-        """Writes a chunk, appends to `bad`, and returns `num_sequences`, `num_ids`, and `num_bytes` if the files are final."""
+        """
+        Writes a chunk, appends to `bad`, and returns `num_sequences`, `num_ids`, and `num_bytes` if the files are
+        final.
+        """
         raise NotImplementedError
 
     def finish(self, folder: TokenFolder, output: Path, parts: str, num_chunks: int) -> int:
@@ -94,8 +97,8 @@ class MegatronFormat(Format):
             raise ValueError(f"Got ids of type {self.ids_type!r}, expected uint16 or int32.")
         if size - 1 > np.iinfo(self.ids_type).max:
             raise ValueError(
-                f"Got ids of type {self.ids_type}, which end at {np.iinfo(self.ids_type).max}, and the vocabulary needs "
-                f"{size - 1}. Take int32."
+                f"Got ids of type {self.ids_type}, which end at {np.iinfo(self.ids_type).max}, and the vocabulary "
+                f"needs {size - 1}. Take int32."
             )
 
     @property
@@ -106,13 +109,13 @@ class MegatronFormat(Format):
         vocabulary = self.sequences.vocabulary
         if missing := sorted(set(self.sequences.columns) - set(folder.column_names)):
             raise ValueError(
-                f"{folder.folder} has no column {missing[0]!r}, but {', '.join(folder.column_names)}. Choose other sequences, "
-                "or name the column of text."
+                f"{folder.folder} has no column {missing[0]!r}, but {', '.join(folder.column_names)}. Choose other "
+                "sequences, or name the column of text."
             )
         if vocabulary.codebook_size != folder.settings["codebook_size"]:
             raise ValueError(
-                f"The vocabulary is for {vocabulary.codebook_size} codes, and {folder.folder} has codes of a codebook of "
-                f"{folder.settings['codebook_size']}."
+                f"The vocabulary is for {vocabulary.codebook_size} codes, and {folder.folder} has codes of a "
+                f"codebook of {folder.settings['codebook_size']}."
             )
         vocabulary.check_codebook_fingerprint(folder.codebook_fingerprint)
 
@@ -185,7 +188,10 @@ class MegatronFormat(Format):
 
 
 def _write_index(file: Any, lengths: np.ndarray, kind: str) -> None:
-    """Header, sequence lengths (int32), their offsets in bytes (int64), and first sequence of each document and the end (int64)."""
+    """
+    Header, sequence lengths (int32), their offsets in bytes (int64), and first sequence of each document and the end
+    (int64).
+    """
     file.write(_MAGIC + struct.pack("<QB", _VERSION, _TYPE_CODES[kind]))
     file.write(struct.pack("<QQ", len(lengths), len(lengths) + 1))
     file.write(lengths.astype("<i4").tobytes())
@@ -250,7 +256,10 @@ def _beside(row: dict, folder: TokenFolder) -> dict:
 
 @dataclass
 class WebDatasetFormat(ShardedFormat):
-    """`tokens-000000.tar` and so on: `codes.npy` (uint16) and `json` for each clip, under a running number; `id` is in the JSON."""
+    """
+    `tokens-000000.tar` and so on: `codes.npy` (uint16) and `json` for each clip, under a running number; `id` is in
+    the JSON.
+    """
 
     name = "webdataset"
     bytes_per_row, bytes_per_code = 512 * 3 + 400.0, 2.0

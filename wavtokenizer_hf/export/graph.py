@@ -1,8 +1,8 @@
 """ONNX graphs of the encoder and the decoder, written operator by operator from the weights and the configuration.
 
-Nothing is traced, so the graphs depend on no exporter, and every length is computed in the graph. Only operators of opset 17
-that onnxruntime, its web build, OpenVINO and TensorRT share are used: the DFT operator, for one, gives wrong audio in OpenVINO
-2026.4. Shape letters are those of modeling_wavtokenizer.py.
+Nothing is traced, so the graphs depend on no exporter, and every length is computed in the graph. Only operators of
+opset 17 that onnxruntime, its web build, OpenVINO and TensorRT share are used: the DFT operator, for one, gives wrong
+audio in OpenVINO 2026.4. Shape letters are those of modeling_wavtokenizer.py.
 """
 
 from collections import Counter
@@ -45,7 +45,10 @@ class Graph:
         return name
 
     def model(self, inputs: dict, outputs: dict, metadata: dict[str, str], version: str):
-        """The finished `onnx.ModelProto`. `inputs` and `outputs` are name -> (element type, shape); dimensions may be names."""
+        """
+        The finished `onnx.ModelProto`. `inputs` and `outputs` are name -> (element type, shape); dimensions may be
+        names.
+        """
         onnx = require("onnx", "onnx")
         make_value = onnx.helper.make_tensor_value_info
         graph = onnx.helper.make_graph(
@@ -112,7 +115,10 @@ class Graph:
 
 @torch.no_grad()
 def encoder_graph(model: WavTokenizerModel, metadata: dict[str, str], version: str):
-    """The encoder and the quantizer: `input_values` (B, 1, T) float32 -> `audio_codes` (B, 1, L) int64, any B and T from 1."""
+    """
+    The encoder and the quantizer: `input_values` (B, 1, T) float32 -> `audio_codes` (B, 1, L) int64, any B and T from
+    1.
+    """
     graph = Graph()
     encoder, config = model.encoder_model.encoder, model.config
     hidden_states = _convolutions(graph, encoder, "input_values")
@@ -131,10 +137,11 @@ def encoder_graph(model: WavTokenizerModel, metadata: dict[str, str], version: s
 def encoder_stream_graph(model: WavTokenizerModel, metadata: dict[str, str], version: str):
     """One step of a stream; `EncodeStream` of wavtokenizer_onnx.py drives it.
 
-    Inputs: `input_values` (B, 1, N), the new samples and those around them; `bounds` (4,): which frames of them are new
-    (start, end), and which codes are complete (start, end, counted in `frames_out`); `hidden` and `cell` (layers, B, C), the
-    LSTM's state; `frames` (B, C, M), what the last convolution still needs of the frames before. Outputs: `audio_codes`
-    (B, 1, n), and the state after the step: `hidden_out`, `cell_out`, `frames_out` (B, C, M + new frames).
+    Inputs: `input_values` (B, 1, N), the new samples and those around them; `bounds` (4,): which frames of them are
+    new (start, end), and which codes are complete (start, end, counted in `frames_out`); `hidden` and `cell` (layers,
+    B, C), the LSTM's state; `frames` (B, C, M), what the last convolution still needs of the frames before. Outputs:
+    `audio_codes` (B, 1, n), and the state after the step: `hidden_out`, `cell_out`, `frames_out` (B, C, M + new
+    frames).
     """
     graph = Graph()
     encoder, config = model.encoder_model.encoder, model.config
@@ -173,8 +180,8 @@ def encoder_stream_graph(model: WavTokenizerModel, metadata: dict[str, str], ver
 
 
 def encoder_reach(encoder: nn.Module) -> dict[str, int]:
-    """How many frames the layers before the LSTM reach back and ahead of a frame, audio mirrored at an end included, and how
-    far the last convolution reaches to either side."""
+    """How many frames the layers before the LSTM reach back and ahead of a frame, audio mirrored at an end included,
+    and how far the last convolution reaches to either side."""
     back = ahead = 0
     samples_per_step = 1
     for layer in encoder.layers[:-3]:
@@ -226,9 +233,9 @@ def _reflecting_convolution(graph: Graph, layer: nn.Module, value: str, name: st
 def _reflect(graph: Graph, value: str, left: int, right: int, stride: int) -> str:
     """Continues (B, C, N) by reflection at both ends, and on the right so far that the last window is full.
 
-    A signal too short for that is first lengthened by zeros. `stride - 1` more steps than needed may be added on the right,
-    which fill no window. What is added is gathered, since Pad cannot do the short case. No operand of a division or a
-    modulo is negative, since ONNX truncates where Python floors.
+    A signal too short for that is first lengthened by zeros. `stride - 1` more steps than needed may be added on the
+    right, which fill no window. What is added is gathered, since Pad cannot do the short case. No operand of a
+    division or a modulo is negative, since ONNX truncates where Python floors.
     """
     length = graph.size(value, 2)
     one = graph.weight([1])
@@ -301,7 +308,9 @@ def _codes(graph: Graph, model: WavTokenizerModel, latents: str) -> str:
 
 @torch.no_grad()
 def decoder_graph(model: WavTokenizerModel, metadata: dict[str, str], version: str):
-    """The decoder with `bandwidth_id` 0: `codes` (B, L) int64 -> `waveform` (B, L * hop) float32, any B and L from 1."""
+    """
+    The decoder with `bandwidth_id` 0: `codes` (B, L) int64 -> `waveform` (B, L * hop) float32, any B and L from 1.
+    """
     graph = Graph()
     config, backbone = model.config, model.backbone
     entries = graph.weight(model.encoder_model.quantizer.codebook.embed.float(), "codebook")
@@ -365,7 +374,8 @@ def _attention(graph: Graph, block: nn.Module, value: str, name: str) -> str:
     joined = graph.linear(value, weight, bias, f"{name}.qkv")
     query, key, value = graph("Split", joined, graph.weight([channels] * 3), outputs=3, axis=2)
     weights = graph("Softmax", graph("MatMul", query, graph("Transpose", key, perm=[0, 2, 1])), axis=-1)
-    # as a product of transposes: with weights x value, OpenVINO 2026.4 gives wrong audio in each call after one of a single code
+    # as a product of transposes: with weights x value, OpenVINO 2026.4 gives wrong audio in each call after one of a
+    # single code
     by_channel = graph(
         "MatMul", graph("Transpose", value, perm=[0, 2, 1]), graph("Transpose", weights, perm=[0, 2, 1])
     )
@@ -412,7 +422,8 @@ def _inverse_stft(graph: Graph, head: nn.Module, hidden_states: str) -> str:
 def _inverse_dft(graph: Graph, n_fft: int, window: np.ndarray) -> str:
     """(n_fft + 2, n_fft): real and imaginary parts of half a spectrum -> windowed samples.
 
-    Computed from one period of cosine and sine, which runtimes do once, at load: the matrix would be 7 to 23 MB of the file.
+    Computed from one period of cosine and sine, which runtimes do once, at load: the matrix would be 7 to 23 MB of the
+    file.
     """
     period = 2 * np.pi * np.arange(n_fft) / n_fft
     bins = np.arange(n_fft // 2 + 1)

@@ -35,7 +35,8 @@ class OnnxReport:
 
     Args:
         num_codes: codes that were compared.
-        num_near_ties: codes that differ, all of them where two entries are equally near within the rounding of float32.
+        num_near_ties: codes that differ, all of them where two entries are equally near within the rounding of
+            float32.
         max_audio_difference: largest difference of a sample.
         snr: ratio of the model's audio to the difference, in dB, over all audio together.
         sizes: bytes of each file.
@@ -65,15 +66,19 @@ def export_onnx(
         model: model in float32, on any device.
         output: Folder to make; it must not exist, or be empty.
         source: Name of the model, for the files' metadata.
-        dtype: type in which the decoder's weights are stored, `"float32"`, `"float16"` or `"int8"`; it computes in float32.
-        quantize: `"int8"` computes the decoder's matrix products in 8-bit integers, but for the last layer and the inverse DFT.
-        on_progress: Called with the number of steps that are done and of all: three files and the signals of the comparison.
+        dtype: type in which the decoder's weights are stored, `"float32"`, `"float16"` or `"int8"`; it computes in
+            float32.
+        quantize: `"int8"` computes the decoder's matrix products in 8-bit integers, but for the last layer and the
+            inverse DFT.
+        on_progress: Called with the number of steps that are done and of all: three files and the signals of the
+            comparison.
 
     Returns:
         `OnnxReport`: the comparison with the model.
 
     Raises:
-        ValueError: bad arguments, the output exists, or the files give something else than the model; then nothing is left.
+        ValueError: bad arguments, the output exists, or the files give something else than the model; then nothing is
+            left.
         ImportError: a package of the extra `onnx` is missing.
     """
     if dtype not in DTYPES:
@@ -136,7 +141,8 @@ def _quantize(decoder: Any, folder: Path) -> Any:
     """The decoder with its products in int8, as onnxruntime's dynamic quantization makes it."""
     onnx, quantization = require("onnx", "onnx"), require("onnxruntime.quantization", "onnx")
     constants = {weight.name for weight in decoder.graph.initializer}
-    # the last layer gives log magnitudes and phases, and what comes after it the waveform: 27 dB with them, 53 dB without
+    # the last layer gives log magnitudes and phases, and what comes after it the waveform: 27 dB with them, 53 dB
+    # without
     excluded = [
         node.name
         for node in decoder.graph.node
@@ -161,7 +167,9 @@ def _quantize(decoder: Any, folder: Path) -> Any:
 
 
 def _store_weights(decoder: Any, dtype: str) -> None:
-    """Stores large float32 weights as float16 or int8, and computes float32 of them, which runtimes do once, at load."""
+    """
+    Stores large float32 weights as float16 or int8, and computes float32 of them, which runtimes do once, at load.
+    """
     onnx = require("onnx", "onnx")
     float32, from_array, make_node = onnx.TensorProto.FLOAT, onnx.numpy_helper.from_array, onnx.helper.make_node
     nodes, scales = [], []
@@ -205,8 +213,8 @@ def compare(
     Run the files and the model on the same audio and codes.
 
     Raises:
-        ValueError: codes differ where no tie explains it, or audio differs by more than `MAX_AUDIO_DIFFERENCE` if `exact`,
-            else by so much that its SNR is below `MIN_SNR`.
+        ValueError: codes differ where no tie explains it, or audio differs by more than `MAX_AUDIO_DIFFERENCE` if
+            `exact`, else by so much that its SNR is below `MIN_SNR`.
     """
     entries = model.encoder_model.quantizer.codebook.embed.double().cpu().numpy()
     num_codes = num_near_ties = 0
@@ -233,13 +241,13 @@ def compare(
     snr = float(10 * np.log10(signal / noise)) if noise > 0 else float("inf")
     if exact and not largest <= MAX_AUDIO_DIFFERENCE:
         raise ValueError(
-            f"decoder.onnx differs from the model by {largest:.1e}, expected at most {MAX_AUDIO_DIFFERENCE:.0e}. Nothing was "
-            "written. Please report this."
+            f"decoder.onnx differs from the model by {largest:.1e}, expected at most {MAX_AUDIO_DIFFERENCE:.0e}. "
+            "Nothing was written. Please report this."
         )
     if not exact and not snr >= MIN_SNR:
         raise ValueError(
-            f"The decoder's audio has an SNR of {snr:.1f} dB, expected at least {MIN_SNR:.0f}: this model does not bear it. "
-            "Nothing was written. Export it in float32."
+            f"The decoder's audio has an SNR of {snr:.1f} dB, expected at least {MIN_SNR:.0f}: this model does not "
+            "bear it. Nothing was written. Export it in float32."
         )
     return OnnxReport(num_codes, num_near_ties, largest, snr, sizes)
 
@@ -269,8 +277,8 @@ def _count_near_ties(
         farther = (np.square(latent - other).sum() - np.square(latent - nearest).sum()) / 2
         if farther > NEAR_TIE * np.linalg.norm(latent) * np.linalg.norm(nearest - other):
             raise ValueError(
-                f"{where} gives the code {found[frame]} in frame {frame}, the model {expected[frame]}, and they are no near "
-                "tie. Nothing was written. Please report this."
+                f"{where} gives the code {found[frame]} in frame {frame}, the model {expected[frame]}, and they are "
+                "no near tie. Nothing was written. Please report this."
             )
     return len(frames)
 

@@ -1,4 +1,5 @@
-"""Token folder -> training files, in chunks: by several processes, resumable, with the same bytes however often it was interrupted.
+"""Token folder -> training files, in chunks: by several processes, resumable, with the same bytes however often it was
+interrupted.
 
 OUTPUT/
   the files of the format
@@ -98,8 +99,8 @@ def export_tokens(
         `ExportResult`: totals of the whole export.
 
     Raises:
-        ValueError: no token folder; a row without codes, of another codebook, or longer than a sequence; an output that
-            holds something else.
+        ValueError: no token folder; a row without codes, of another codebook, or longer than a sequence; an output
+            that holds something else.
         OSError: another run works on the output, or a file cannot be written.
         ImportError: a package of an extra is missing.
     """
@@ -184,8 +185,8 @@ def _complete(output: Path, settings: dict) -> ExportResult | None:
                 if before_settings.get(group, {}).get(name) != plain[group][name]
             ] or ["on_error"]
             raise ValueError(
-                f"The folder {output} holds an export with other settings ({', '.join(names)}). Run it as before, or name "
-                "another folder."
+                f"The folder {output} holds an export with other settings ({', '.join(names)}). Run it as before, or "
+                "name another folder."
             )
         if result is not None:
             return result
@@ -258,7 +259,8 @@ def _make_chunk(job: Job, index: Index, numbers: np.ndarray, number: int) -> int
         for path in job.format.chunk_files(job.output, PARTS, number):
             path.unlink(missing_ok=True)
         raise ValueError(
-            f"The row {bad[0].id!r} cannot be exported: {bad[0].reason}. Mend or remove it, or skip such rows (--on-error skip)."
+            f"The row {bad[0].id!r} cannot be exported: {bad[0].reason}. Mend or remove it, or skip such rows "
+            "(--on-error skip)."
         )
     skipped = {row.id for row in bad}
     there = [row for row in rows if row["id"] not in skipped]
@@ -298,7 +300,10 @@ def _finish(job: Job, settings: dict, num_chunks: int) -> ExportResult:
 
 
 def estimate(tokens: str | os.PathLike, format: Format) -> tuple[ExportResult, float]:
-    """What an export would hold, and about how many seconds one process would take: its first chunk is made and thrown away."""
+    """
+    What an export would hold, and about how many seconds one process would take: its first chunk is made and thrown
+    away.
+    """
     import tempfile
 
     folder = TokenFolder(tokens)

@@ -31,9 +31,10 @@ class Sequences:
     How rows become sequences.
 
     Args:
-        kind: `audio`: the codes of each clip. `text-to-audio`, `audio-to-text`: with the text before or after. `both`: one
-            sequence of each of these. `interleaved`: all clips of a `source_id` in the order of `clip_num`, each with its
-            text before it if there is a column of text. Text begins and ends with the tokenizer's BOS and EOS, where it has them.
+        kind: `audio`: the codes of each clip. `text-to-audio`, `audio-to-text`: with the text before or after. `both`:
+            one sequence of each of these. `interleaved`: all clips of a `source_id` in the order of `clip_num`, each
+            with its text before it if there is a column of text. Text begins and ends with the tokenizer's BOS and
+            EOS, where it has them.
         vocabulary: where the codes lie among the token ids.
         tokenizer: of the language model; None for `audio` without BOS and EOS.
         text_column: name of the column of text.
@@ -76,7 +77,9 @@ class Sequences:
         self._around = self._ids_around_codes() if self.kind == "audio" and self.template is None else None
 
     def _ids_around_codes(self) -> tuple[list[int], list[int]]:
-        """What stands before and after the codes of every clip where there is no text: ten times as fast as row by row."""
+        """
+        What stands before and after the codes of every clip where there is no text: ten times as fast as row by row.
+        """
         (ids,) = self.training_rows({"audio_codes": [[0]]})["input_ids"]
         place = ids.index(self.vocabulary.first_token_id)
         return ids[:place], ids[place + 1 :]
@@ -125,7 +128,8 @@ class Sequences:
         }
 
     def make(self, rows: list[dict]) -> tuple[list[np.ndarray], list[np.ndarray], list[BadRow]]:
-        """Rows, of whole sources if interleaved -> ids and loss masks (bool) of the sequences, and the rows that became none.
+        """Rows, of whole sources if interleaved -> ids and loss masks (bool) of the sequences, and the rows that
+        became none.
 
         Raises ValueError for codes of another codebook.
         """
@@ -171,7 +175,9 @@ class Sequences:
         return made
 
     def _join_sources(self, rows: list[dict], ids: list, labels: list) -> tuple[list, list]:
-        """Clips of one source, one after another, between BOS and EOS; cut between clips where `max_length` is reached."""
+        """
+        Clips of one source, one after another, between BOS and EOS; cut between clips where `max_length` is reached.
+        """
         begin = [id for id in (getattr(self.tokenizer, "bos_token_id", None),) if id is not None]
         end = [id for id in (getattr(self.tokenizer, "eos_token_id", None),) if id is not None]
         limit = self.pack or self.max_length
@@ -195,7 +201,10 @@ def _field_names(template: Template) -> set[str]:
 
 
 def load_vocabulary(path: str | os.PathLike) -> AudioVocabulary:
-    """An `AudioVocabulary` from the vocabulary.json beside an export, or a JSON file of its fields alone. Raises ValueError."""
+    """
+    An `AudioVocabulary` from the vocabulary.json beside an export, or a JSON file of its fields alone. Raises
+    ValueError.
+    """
     try:
         fields = read_json_object(path)
         return AudioVocabulary(**fields.get("vocabulary", fields))

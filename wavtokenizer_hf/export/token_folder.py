@@ -26,7 +26,9 @@ def is_token_folder(path: str | os.PathLike) -> bool:
 
 @dataclass
 class Index:
-    """Where the rows of a token folder lie, in the order of its files: `files` and `rows` (N,), and columns by name (N,)."""
+    """
+    Where the rows of a token folder lie, in the order of its files: `files` and `rows` (N,), and columns by name (N,).
+    """
 
     files: np.ndarray
     rows: np.ndarray
@@ -44,8 +46,8 @@ class TokenFolder:
         folder: what `tokenize` wrote, complete or not.
 
     Attributes:
-        settings: what the rows were made with, as in manifest.json: `codebook_fingerprint`, `codebook_size`, `hop_length`,
-            `sampling_rate`, `model` and more.
+        settings: what the rows were made with, as in manifest.json: `codebook_fingerprint`, `codebook_size`,
+            `hop_length`, `sampling_rate`, `model` and more.
         complete: whether every clip of the source has a row or failed.
         column_names: names of the columns.
 
@@ -92,7 +94,9 @@ class TokenFolder:
 
     @contextmanager
     def _open(self, path: Path) -> Iterator:
-        """A Parquet file, whose page checksums are compared. Raises ValueError if it is damaged, here or in the block."""
+        """
+        A Parquet file, whose page checksums are compared. Raises ValueError if it is damaged, here or in the block.
+        """
         parquet, pyarrow = require("pyarrow.parquet", "bulk"), require("pyarrow", "bulk")
         try:
             with parquet.ParquetFile(path, page_checksum_verification=True) as file:
@@ -134,7 +138,9 @@ class TokenFolder:
         return index
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """Samples and codes of every row, each (N,) int64. Raises ValueError for a row whose lengths do not fit together."""
+        """
+        Samples and codes of every row, each (N,) int64. Raises ValueError for a row whose lengths do not fit together.
+        """
         compute = require("pyarrow.compute", "bulk")
         samples, codes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for path in self.files:
@@ -150,8 +156,8 @@ class TokenFolder:
                     if not fits.all():
                         row = int(np.argmin(fits))
                         raise ValueError(
-                            f"the row {table['id'][row].as_py()!r} has {codes[-1][row]} codes of {self.hop_length} samples each "
-                            f"for num_samples={table['num_samples'][row].as_py()}"
+                            f"the row {table['id'][row].as_py()!r} has {codes[-1][row]} codes of {self.hop_length} "
+                            f"samples each for num_samples={table['num_samples'][row].as_py()}"
                         )
         if sum(map(len, samples)) == 0:
             raise ValueError(f"{self.folder} holds no rows. Look at its failures.jsonl.")
@@ -205,7 +211,9 @@ class TokenFolder:
         return None
 
     def check_model(self, model: Any) -> None:
-        """Raise ValueError unless a model has the codebook, the sampling rate and the samples per code of these rows."""
+        """
+        Raise ValueError unless a model has the codebook, the sampling rate and the samples per code of these rows.
+        """
         model.check_codebook_fingerprint(self.codebook_fingerprint)
         for name in ("sampling_rate", "hop_length"):
             if getattr(self, name) != getattr(model.config, name):
@@ -247,7 +255,9 @@ def _wrong_columns(schema: Any) -> str | None:
 
 
 def _to_rows(table: Any) -> list[dict]:
-    """A table as dictionaries. Codes stay arrays: as lists of Python's numbers they are slow, and 20 times as large."""
+    """
+    A table as dictionaries. Codes stay arrays: as lists of Python's numbers they are slow, and 20 times as large.
+    """
     columns = {name: table[name].to_pylist() for name in table.column_names if name != "audio_codes"}
     if "audio_codes" in table.column_names:
         codes = table["audio_codes"].combine_chunks()

@@ -1,7 +1,7 @@
 """Run an exported WavTokenizer with onnxruntime: audio to codes and back, numpy in and out.
 
-`wavtokenizer export-model` copies this file into every folder that it writes. It imports numpy and onnxruntime only, so the
-folder runs where neither torch nor transformers is installed:
+`wavtokenizer export-model` copies this file into every folder that it writes. It imports numpy and onnxruntime only,
+so the folder runs where neither torch nor transformers is installed:
 
     from wavtokenizer_onnx import WavTokenizerOnnx  # with the folder on sys.path
 
@@ -60,7 +60,8 @@ class WavTokenizerOnnx:
         num_threads: threads of each session. Defaults to onnxruntime's choice.
 
     Attributes:
-        config: `sampling_rate` (Hz), `hop_length` (samples per code), `frame_rate` (codes per second), `codebook_size`.
+        config: `sampling_rate` (Hz), `hop_length` (samples per code), `frame_rate` (codes per second),
+            `codebook_size`.
         codebook_fingerprint: short hash of the codebook, as `WavTokenizerModel.codebook_fingerprint`.
 
     Raises:
@@ -101,7 +102,9 @@ class WavTokenizerOnnx:
         self._sessions: dict[str, Any] = {}
 
     def session(self, name: str) -> Any:
-        """The `onnxruntime.InferenceSession` of a file, `encoder`, `encoder_stream` or `decoder`; loaded on first use."""
+        """
+        The `onnxruntime.InferenceSession` of a file, `encoder`, `encoder_stream` or `decoder`; loaded on first use.
+        """
         if name not in self._sessions:
             self._sessions[name] = self._load(f"{name}.onnx")
         return self._sessions[name]
@@ -133,8 +136,8 @@ class WavTokenizerOnnx:
         ):
             if found.get(field) != str(expected):
                 raise ValueError(
-                    f"{self.folder / name} has {field} {found.get(field)}, and {CONFIG_NAME} has {expected}: they are of "
-                    "different models. Export the model again."
+                    f"{self.folder / name} has {field} {found.get(field)}, and {CONFIG_NAME} has {expected}: they "
+                    "are of different models. Export the model again."
                 )
         return session
 
@@ -189,8 +192,8 @@ class WavTokenizerOnnx:
             audio = input_values[row : row + 1, :, start:stop].astype(np.float32)
             if not _is_audio(audio):
                 raise ValueError(
-                    f"Row {row} of input_values holds NaN or infinite samples, or some beyond ±{NO_SAMPLE:g}. Repair or drop "
-                    "the clip."
+                    f"Row {row} of input_values holds NaN or infinite samples, or some beyond ±{NO_SAMPLE:g}. Repair "
+                    "or drop the clip."
                 )
             codes = self._encode_row(audio, chunk_seconds)
             end = num_codes if start > 0 else -(-stop // hop)
@@ -220,8 +223,9 @@ class WavTokenizerOnnx:
         Args:
             audio_codes: integers (B, 1, L) in [0, codebook_size).
             audio_codes_mask: (B, 1, L), 1 for real codes and 0 for padding, which may stand on either side.
-            window_seconds, overlap_seconds: Decode in windows of this length that share the second length, in memory that
-                does not grow with L. Approximate: the decoder looks at all codes of a window. Default: no windows.
+            window_seconds, overlap_seconds: Decode in windows of this length that share the second length, in memory
+                that does not grow with L. Approximate: the decoder looks at all codes of a window. Default: no
+                windows.
 
         Returns:
             `DecoderOutput`, zero where the mask is zero.
@@ -232,7 +236,8 @@ class WavTokenizerOnnx:
         audio_codes = np.asarray(audio_codes)
         if audio_codes.ndim != 3 or audio_codes.shape[1] != 1 or audio_codes.size == 0:
             raise ValueError(
-                f"Got audio_codes of shape {audio_codes.shape}, expected (batch size, 1, codes) with at least one code."
+                f"Got audio_codes of shape {audio_codes.shape}, expected (batch size, 1, codes) with at least one "
+                "code."
             )
         hop = self.config.hop_length
         audio_values = np.zeros((len(audio_codes), 1, audio_codes.shape[-1] * hop), np.float32)
@@ -252,7 +257,9 @@ class WavTokenizerOnnx:
         return self.session("decoder").run(["waveform"], {"codes": codes[None]})[0][0]
 
     def _check_codes(self, codes: np.ndarray) -> np.ndarray:
-        """Codes as int64. Raises ValueError for others; onnxruntime would take a negative one from the codebook's end."""
+        """
+        Codes as int64. Raises ValueError for others; onnxruntime would take a negative one from the codebook's end.
+        """
         if not np.issubdtype(codes.dtype, np.integer):
             raise ValueError(f"Got audio_codes of type {codes.dtype}, expected integers.")
         if codes.size and not (codes.min() >= 0 and codes.max() < self.config.codebook_size):
@@ -299,7 +306,9 @@ def _is_audio(audio: np.ndarray) -> bool:
 
 
 def _read_config(path: Path) -> tuple[list[str], dict]:
-    """Names of the files, and the model's fields, whose numbers are checked. Raises ValueError and the like for others."""
+    """
+    Names of the files, and the model's fields, whose numbers are checked. Raises ValueError and the like for others.
+    """
     with path.open("rb") as file:
         content = file.read(MAX_CONFIG_BYTES + 1)
     if len(content) > MAX_CONFIG_BYTES:
@@ -320,8 +329,9 @@ class EncodeStream:
     """
     Encode audio as it comes. The codes are those of the whole audio, however it is cut.
 
-    All but the LSTM reaches a fixed distance, and the LSTM runs forward. So each step encodes the new frames with as many
-    samples around them as they reach to; what is mirrored at the ends of a step shows only where the audio itself ends.
+    All but the LSTM reaches a fixed distance, and the LSTM runs forward. So each step encodes the new frames with as
+    many samples around them as they reach to; what is mirrored at the ends of a step shows only where the audio itself
+    ends.
     """
 
     def __init__(self, model: WavTokenizerOnnx):
@@ -392,15 +402,16 @@ class DecodeStream:
 
     Args:
         model: an exported WavTokenizer.
-        window_seconds, overlap_seconds: length of a window, and of what it shares with the next; at most half a window.
+        window_seconds, overlap_seconds: length of a window, and of what it shares with the next; at most half a
+            window.
     """
 
     def __init__(self, model: WavTokenizerOnnx, window_seconds: float = 3.0, overlap_seconds: float = 0.25):
         rate = model.config.frame_rate
         if not (0 <= 2 * overlap_seconds <= window_seconds < math.inf and round(window_seconds * rate) > 0):
             raise ValueError(
-                f"Got window_seconds={window_seconds} and overlap_seconds={overlap_seconds}, expected a window of at least "
-                f"one frame ({1 / rate:.4f} s) and twice the overlap."
+                f"Got window_seconds={window_seconds} and overlap_seconds={overlap_seconds}, expected a window of at "
+                f"least one frame ({1 / rate:.4f} s) and twice the overlap."
             )
         self._model = model
         self._size = round(window_seconds * rate)

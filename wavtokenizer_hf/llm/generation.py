@@ -88,9 +88,10 @@ def span_arguments(
     spans, malformed = vocabulary.find_spans(output[0])
     ```
 
-    Pad a batch of prompts on the left, as for any generation: `tokenizer.padding_side = "left"`. Pass an `attention_mask`, as
-    `inputs` has it here. Without one, `generate` takes every padding token of the prompt for padding. If that is the end of
-    text, as with a tokenizer without pad_token, it does not read the ends of the turns of a chat.
+    Pad a batch of prompts on the left, as for any generation: `tokenizer.padding_side = "left"`. Pass an
+    `attention_mask`, as `inputs` has it here. Without one, `generate` takes every padding token of the prompt for
+    padding. If that is the end of text, as with a tokenizer without pad_token, it does not read the ends of the turns
+    of a chat.
 
     Args:
         vocabulary: `AudioVocabulary` with boundary tokens.
@@ -150,11 +151,12 @@ def decode_spans(
 
 class AudioStreamer(BaseStreamer):
     """
-    Iterator over audio while `generate(streamer=...)` runs in another thread. `stream_audio` starts that thread for you.
+    Iterator over audio while `generate(streamer=...)` runs in another thread. `stream_audio` starts that thread for
+    you.
 
-    Iterating gives (m,) float32 audio on the CPU, m > 0, as soon as a window is complete. For each span this is the audio of
-    `codec.decode(..., window_seconds=..., overlap_seconds=...)`. Whoever iterates decodes, so `generate` does not wait. Audio in
-    the prompt is not decoded, except for a span that the prompt begins and the model continues.
+    Iterating gives (m,) float32 audio on the CPU, m > 0, as soon as a window is complete. For each span this is the
+    audio of `codec.decode(..., window_seconds=..., overlap_seconds=...)`. Whoever iterates decodes, so `generate` does
+    not wait. Audio in the prompt is not decoded, except for a span that the prompt begins and the model continues.
 
     Args:
         codec: The WavTokenizer of the codes.
@@ -164,8 +166,8 @@ class AudioStreamer(BaseStreamer):
         timeout: Seconds to wait for the next token, since `generate` may have failed. None: no limit.
 
     Raises:
-        ValueError: Codes of another codebook, a vocabulary without boundary tokens, or bad windows. While iterating: tokens that
-            are no span; `AudioSpanProcessor` prevents them.
+        ValueError: Codes of another codebook, a vocabulary without boundary tokens, or bad windows. While iterating:
+            tokens that are no span; `AudioSpanProcessor` prevents them.
         TimeoutError: While iterating, no token came in time.
     """
 
@@ -257,8 +259,8 @@ class AudioStreamer(BaseStreamer):
             return stream.flush(), None
         where = "outside" if stream is None else "inside"
         raise ValueError(
-            f"The model wrote the token id {token_id} at place {place}, {where} a span of audio, where it cannot stand. "
-            "Generate with AudioSpanProcessor."
+            f"The model wrote the token id {token_id} at place {place}, {where} a span of audio, where it cannot "
+            "stand. Generate with AudioSpanProcessor."
         )
 
 
@@ -279,8 +281,8 @@ def stream_audio(
         play(audio)
     ```
 
-    Generation stops when this generator is closed or garbage-collected. If you leave the loop early, call its `close()`. An
-    error of `generate` is raised here.
+    Generation stops when this generator is closed or garbage-collected. If you leave the loop early, call its
+    `close()`. An error of `generate` is raised here.
 
     Args:
         model: The language model.
@@ -288,14 +290,15 @@ def stream_audio(
         vocabulary: An `AudioVocabulary` with boundary tokens.
         window_seconds: Length of a window, in seconds. The first audio needs one window of codes.
         overlap_seconds: Overlap of two windows, in seconds; at most half a window.
-        arguments: Arguments of `generate`, for one row. All of its `input_ids` are read, unless there is an `attention_mask`.
+        arguments: Arguments of `generate`, for one row. All of its `input_ids` are read, unless there is an
+            `attention_mask`.
 
     Yields:
         (m,) float32 audio at the codec's sampling rate, m > 0, on the CPU.
 
     Raises:
-        ValueError: Codes of another codebook, a vocabulary without boundary tokens, bad windows, a model with too few rows, or
-            tokens that make no span.
+        ValueError: Codes of another codebook, a vocabulary without boundary tokens, bad windows, a model with too few
+            rows, or tokens that make no span.
     """
     vocabulary.check_model(model)
     streamer = AudioStreamer(codec, vocabulary, window_seconds, overlap_seconds)
@@ -332,6 +335,6 @@ class _NobodyListens(StoppingCriteria):
 def _check_marks(vocabulary: AudioVocabulary) -> None:
     if not vocabulary.has_boundary_tokens:
         raise ValueError(
-            "The audio vocabulary has no begin_token_id and end_token_id, so it cannot be told where a span ends. Give them, "
-            "or push codes into a long_audio.DecodeStream yourself."
+            "The audio vocabulary has no begin_token_id and end_token_id, so it cannot be told where a span ends. "
+            "Give them, or push codes into a long_audio.DecodeStream yourself."
         )

@@ -1,4 +1,6 @@
-"""Codes <-> token ids <-> text, and spans of codes among other ids. Needs numpy alone, so that exports start at once."""
+"""
+Codes <-> token ids <-> text, and spans of codes among other ids. Needs numpy alone, so that exports start at once.
+"""
 
 import re
 import sys
@@ -53,8 +55,8 @@ class CodeMapping:
     def __post_init__(self) -> None:
         if self.first_token_id < 0 or self.codebook_size < 1:
             raise ValueError(
-                f"Got first_token_id={self.first_token_id} and codebook_size={self.codebook_size}, expected at least 0 "
-                "and 1."
+                f"Got first_token_id={self.first_token_id} and codebook_size={self.codebook_size}, expected at least "
+                "0 and 1."
             )
         boundaries = [id for id in (self.begin_token_id, self.end_token_id) if id is not None]
         if len(boundaries) == 1 or len(set(boundaries)) < len(boundaries):
@@ -64,8 +66,8 @@ class CodeMapping:
             )
         if any(id < 0 or self.first_token_id <= id <= self.last_token_id for id in boundaries):
             raise ValueError(
-                f"Got begin_token_id={self.begin_token_id} and end_token_id={self.end_token_id}, expected ids outside the "
-                f"codes, which are {self.first_token_id} to {self.last_token_id}."
+                f"Got begin_token_id={self.begin_token_id} and end_token_id={self.end_token_id}, expected ids "
+                f"outside the codes, which are {self.first_token_id} to {self.last_token_id}."
             )
         if self.token_format.count("{}") != 1:
             raise ValueError(f"Got token_format={self.token_format!r}, expected one {{}} in it, as '<|audio_{{}}|>'.")
@@ -128,7 +130,8 @@ class CodeMapping:
             token_ids: Ids that are all codes, of any integer type and shape: numpy array, torch tensor or list.
 
         Returns:
-            int64 codes in [0, K) of the same shape; a torch tensor on the same device for a tensor, else a numpy array.
+            int64 codes in [0, K) of the same shape; a torch tensor on the same device for a tensor, else a numpy
+            array.
 
         Raises:
             ValueError: No integers, or an id that is no code.
@@ -145,7 +148,8 @@ class CodeMapping:
 
     def text_to_codes(self, text: str) -> np.ndarray:
         """
-        Return the codes of a text, the inverse of `codes_to_text`: int64 (L,). Blanks between the codes, as some tokenizers write them, are skipped.
+        Return the codes of a text, the inverse of `codes_to_text`: int64 (L,). Blanks between the codes, as some
+        tokenizers write them, are skipped.
 
         Raises:
             ValueError: there is something else in the text, or a code outside [0, K).
@@ -170,7 +174,10 @@ class CodeMapping:
     # -----------------------------------------------------------------------------------------------------------------
 
     def span(self, audio_codes: "torch.Tensor | np.ndarray | Sequence[int]") -> list[int]:
-        """Return the token ids of codes (L,), with the boundary tokens around them. Raises ValueError for a code outside [0, K)."""
+        """
+        Return the token ids of codes (L,), with the boundary tokens around them. Raises ValueError for a code outside
+        [0, K).
+        """
         token_ids = self.codes_to_ids(_one_row(audio_codes, "audio_codes")).tolist()
         if self.begin_token_id is None or self.end_token_id is None:
             return token_ids
@@ -182,8 +189,8 @@ class CodeMapping:
         """
         Find the spans of audio in the output of a language model, prompt and padding included.
 
-        Malformed are: a span without an end, an end without a begin, codes outside a span, other tokens inside a span, and a span
-        without codes. Without boundary tokens a span is a run of codes, and nothing is malformed.
+        Malformed are: a span without an end, an end without a begin, codes outside a span, other tokens inside a span,
+        and a span without codes. Without boundary tokens a span is a run of codes, and nothing is malformed.
 
         Args:
             token_ids: ids of one row, (L,).
@@ -243,16 +250,16 @@ class CodeMapping:
         if self.codebook_fingerprint is not None and fingerprint != self.codebook_fingerprint:
             raise ValueError(
                 f"Got codes of the codebook {fingerprint}, and this vocabulary is for those of "
-                f"{self.codebook_fingerprint}: to each other they are noise. Take the WavTokenizer that made the codes which the "
-                "language model learned."
+                f"{self.codebook_fingerprint}: to each other they are noise. Take the WavTokenizer that made the "
+                "codes which the language model learned."
             )
 
     def check_codec(self, codec: "WavTokenizerModel") -> None:
         """Raise ValueError if this vocabulary is for the codes of another WavTokenizer than `codec`."""
         if codec.config.codebook_size != self.codebook_size:
             raise ValueError(
-                f"Got a WavTokenizer of {codec.config.codebook_size} codes, expected {self.codebook_size}. Take the one "
-                "that made the codes which the language model learned."
+                f"Got a WavTokenizer of {codec.config.codebook_size} codes, expected {self.codebook_size}. Take the "
+                "one that made the codes which the language model learned."
             )
         self.check_codebook_fingerprint(codec.codebook_fingerprint)
 

@@ -29,10 +29,11 @@ def check_embeddings(model: PreTrainedModel, needed: int) -> None:
 @torch.no_grad()
 def add_embeddings(model: PreTrainedModel, first_new: int, needed: int, pad_to_multiple_of: int | None) -> None:
     """
-    Add rows to the embeddings and the output layer for `needed` tokens. Rows from `first_new` on are the mean of those before.
+    Add rows to the embeddings and the output layer for `needed` tokens. Rows from `first_new` on are the mean of those
+    before.
 
-    transformers' own mean_resizing takes the rows for new that lie beyond the old matrix, and all others into the mean. A
-    matrix may be larger than its tokenizer, and then has rows in it that nobody ever trained.
+    transformers' own mean_resizing takes the rows for new that lie beyond the old matrix, and all others into the
+    mean. A matrix may be larger than its tokenizer, and then has rows in it that nobody ever trained.
     """
     old = [num_tokens(module) for module in _modules(model)]
     model.resize_token_embeddings(max(old[0], needed), pad_to_multiple_of, mean_resizing=False)

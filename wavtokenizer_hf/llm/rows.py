@@ -25,7 +25,8 @@ AUDIO = "audio"
 @dataclass(frozen=True)
 class Template:
     """
-    Text of one training example. `{audio}` stands for the codes of a row with their boundary tokens, `{name}` for a column.
+    Text of one training example. `{audio}` stands for the codes of a row with their boundary tokens, `{name}` for a
+    column.
 
     ```python
     speak = Template(prompt="{text}", response="{audio}" + tokenizer.eos_token)
@@ -61,8 +62,8 @@ class Template:
         """
         Make a template from the tokenizer's chat template. The last message, of the assistant, becomes the response.
 
-        The chat template is rendered once, with the fields in it. So its changes to contents, such as stripped blanks, do not
-        apply to the rows.
+        The chat template is rendered once, with the fields in it. So its changes to contents, such as stripped blanks,
+        do not apply to the rows.
 
         Args:
             tokenizer: Tokenizer with a chat template.
@@ -72,8 +73,8 @@ class Template:
             options: Further arguments of `apply_chat_template`.
 
         Raises:
-            ValueError: The last message is not the assistant's, or the rendered chat does not begin with the rendered prompt, for
-                example because the chat template puts a thought before the answer.
+            ValueError: The last message is not the assistant's, or the rendered chat does not begin with the rendered
+                prompt, for example because the chat template puts a thought before the answer.
         """
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError("Expected the last message to be the assistant's: it is what the model shall write.")
@@ -82,8 +83,8 @@ class Template:
         prompt = render(messages[:-1], tokenize=False, add_generation_prompt=True, **options)
         if not whole.startswith(prompt):
             raise ValueError(
-                f"The chat template writes the prompt {prompt[-60:]!r} (its end), and the whole {whole[-60:]!r} does not "
-                "begin with it, so it cannot be told what carries loss. Give prompt and response as plain strings."
+                f"The chat template writes the prompt {prompt[-60:]!r} (its end), and the whole {whole[-60:]!r} does "
+                "not begin with it, so it cannot be told what carries loss. Give prompt and response as plain strings."
             )
         return cls(prompt, whole[len(prompt) :], loss_on_prompt)
 
@@ -103,17 +104,19 @@ class TrainingRows:
     dataset = dataset.map(rows, batched=True, remove_columns=dataset.column_names)
     ```
 
-    With several templates, each row gives one example of each. Labels are the ids where there is loss and -100 elsewhere. Models
-    of transformers shift them themselves. Prompt and response are tokenized apart, so a prompt has the same ids in training and
-    in generation.
+    With several templates, each row gives one example of each. Labels are the ids where there is loss and -100
+    elsewhere. Models of transformers shift them themselves. Prompt and response are tokenized apart, so a prompt has
+    the same ids in training and in generation.
 
-    For rows of different lengths use `DataCollatorForSeq2Seq(tokenizer)` of transformers, which pads labels too, or `PackedRows`.
+    For rows of different lengths use `DataCollatorForSeq2Seq(tokenizer)` of transformers, which pads labels too, or
+    `PackedRows`.
 
     Args:
         tokenizer: Tokenizer of the language model.
         vocabulary: `AudioVocabulary` of the tokenizer.
         templates: One or several `Template`.
-        audio_column: Column of the codes, integers (L,) each. A column `codebook_fingerprint`, as in token folders, is checked.
+        audio_column: Column of the codes, integers (L,) each. A column `codebook_fingerprint`, as in token folders, is
+            checked.
     """
 
     def __init__(
@@ -131,14 +134,15 @@ class TrainingRows:
     def __call__(self, batch: dict[str, Sequence]) -> dict[str, list[list[int]]]:
         """
         Args:
-            batch: Columns of a batch of rows, as `map(..., batched=True)` passes them: text, and codes (L,) for each row.
+            batch: Columns of a batch of rows, as `map(..., batched=True)` passes them: text, and codes (L,) for each
+                row.
 
         Returns:
             `input_ids` and `labels`, a list of ids for each example. Labels are -100 where there is no loss.
 
         Raises:
-            ValueError: a column that a template names is missing, or holds something else than text or codes; a row without
-                codes; codes of another codebook; a text in which the tokenizer finds audio tokens.
+            ValueError: a column that a template names is missing, or holds something else than text or codes; a row
+                without codes; codes of another codebook; a text in which the tokenizer finds audio tokens.
         """
         names = {name for template in self.templates for name, is_field in _fields(template) if is_field}
         columns = {self.audio_column if name == AUDIO else name for name in names}
@@ -164,8 +168,8 @@ class TrainingRows:
         """
         Return the ids to generate from: the prompt and, if the response begins with audio, the begin of a span.
 
-        Text of the response before the audio is part of these ids. Text before a text field is left to the model, since in training
-        one token may cover both.
+        Text of the response before the audio is part of these ids. Text before a text field is left to the model,
+        since in training one token may cover both.
 
         Args:
             row: Columns that the fields of the prompt need.
@@ -208,7 +212,8 @@ class TrainingRows:
         boundaries = (vocabulary.begin_token_id, vocabulary.end_token_id) if vocabulary.has_boundary_tokens else ()
         if vocabulary.is_audio(token_ids).any() or any(id in token_ids for id in boundaries):
             raise ValueError(
-                f"The tokenizer finds audio tokens in the text {text[:80]!r}. Take them out: audio has a field of its own."
+                f"The tokenizer finds audio tokens in the text {text[:80]!r}. Take them out: audio has a field of "
+                "its own."
             )
         return token_ids
 
@@ -229,16 +234,17 @@ def _fields(template: Template) -> list[tuple[str, bool]]:
 
 class PackedRows:
     """
-    Function for `datasets.Dataset.map` that packs examples into rows of one length: `input_ids`, `labels`, `position_ids`.
+    Function for `datasets.Dataset.map` that packs examples into rows of one length: `input_ids`, `labels`,
+    `position_ids`.
 
     ```python
     packed = dataset.map(PackedRows(2048, tokenizer.pad_token_id), batched=True, remove_columns=dataset.column_names)
     ```
 
-    Examples stay whole and do not see each other. Positions restart with each, and the first label of each is -100. Models of
-    transformers make an attention mask from such positions, if they get no `attention_mask` and no cache. So rows have no mask;
-    use `default_data_collator`. Trainer switches the cache off; in your own loop call `model(..., use_cache=False)`. Padding at the
-    end is an example of its own without loss.
+    Examples stay whole and do not see each other. Positions restart with each, and the first label of each is -100.
+    Models of transformers make an attention mask from such positions, if they get no `attention_mask` and no cache. So
+    rows have no mask; use `default_data_collator`. Trainer switches the cache off; in your own loop call `model(...,
+    use_cache=False)`. Padding at the end is an example of its own without loss.
 
     Under FlashAttention, transformers does this only for a batch of one row. Use one row per device, or
     `attn_implementation="sdpa"` or `"eager"`.
@@ -270,8 +276,8 @@ class PackedRows:
                     num_dropped += 1
                     continue
                 raise ValueError(
-                    f"Got an example of {len(token_ids)} tokens, expected at most {self.size}. Raise the size, shorten the "
-                    "audio, or choose too_long='drop'."
+                    f"Got an example of {len(token_ids)} tokens, expected at most {self.size}. Raise the size, "
+                    "shorten the audio, or choose too_long='drop'."
                 )
             fitting = [row for row, places in enumerate(free) if places >= len(token_ids)]
             row = min(fitting, key=free.__getitem__, default=len(rows))

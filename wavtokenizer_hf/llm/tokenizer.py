@@ -14,10 +14,11 @@ KEY = "audio_vocabulary"  # in tokenizer_config.json
 
 class AudioVocabulary(CodeMapping):
     """
-    Range of a language model's vocabulary that holds the codes of one codebook: code c is token id `first_token_id` + c.
+    Range of a language model's vocabulary that holds the codes of one codebook: code c is token id `first_token_id` +
+    c.
 
-    Tokens that are added to the tokenizer later are no audio. `add_to` makes a vocabulary by adding tokens to a tokenizer;
-    `from_tokenizer` reads the one that a tokenizer was saved with.
+    Tokens that are added to the tokenizer later are no audio. `add_to` makes a vocabulary by adding tokens to a
+    tokenizer; `from_tokenizer` reads the one that a tokenizer was saved with.
 
     Args:
         first_token_id: Token id of code 0.
@@ -28,8 +29,8 @@ class AudioVocabulary(CodeMapping):
         begin_token, end_token: Text of the boundary tokens.
 
     Raises:
-        ValueError: A range that starts below 0 or is empty; one boundary token alone, the same twice, or one inside the range; a
-            `token_format` without `{}`.
+        ValueError: A range that starts below 0 or is empty; one boundary token alone, the same twice, or one inside
+            the range; a `token_format` without `{}`.
     """
 
     @classmethod
@@ -47,11 +48,12 @@ class AudioVocabulary(CodeMapping):
         """
         Add the codes and two boundary tokens to a tokenizer, and rows for them to a model. Both are changed in place.
 
-        The tokens are never split. They are no special tokens, which `decode(..., skip_special_tokens=True)` would drop.
+        The tokens are never split. They are no special tokens, which `decode(..., skip_special_tokens=True)` would
+        drop.
 
-        New rows of the embeddings and of the output layer are the mean of the old rows, so the model's earlier output stays about
-        as likely. Old rows do not change. Rows beyond the tokenizer's ids are used first, and a matrix never shrinks. With
-        DeepSpeed ZeRO-3, call this before the model is partitioned.
+        New rows of the embeddings and of the output layer are the mean of the old rows, so the model's earlier output
+        stays about as likely. Old rows do not change. Rows beyond the tokenizer's ids are used first, and a matrix
+        never shrinks. With DeepSpeed ZeRO-3, call this before the model is partitioned.
 
         Args:
             tokenizer: Tokenizer of transformers. Save it afterwards: it stores the vocabulary.
@@ -81,9 +83,9 @@ class AudioVocabulary(CodeMapping):
         known = [token for token in (*tokens, begin_token, end_token) if token in vocabulary]
         if known:
             raise ValueError(
-                f"The tokenizer has the token {known[0]!r} (id {vocabulary[known[0]]}) already. If these are the codes, describe "
-                "them: AudioVocabulary(first_token_id=..., codebook_size=...).attach(tokenizer). If not, choose another "
-                "token_format, begin_token or end_token."
+                f"The tokenizer has the token {known[0]!r} (id {vocabulary[known[0]]}) already. If these are the "
+                "codes, describe them: AudioVocabulary(first_token_id=..., codebook_size=...).attach(tokenizer). If "
+                "not, choose another token_format, begin_token or end_token."
             )
         num_old = max(vocabulary.values(), default=-1) + 1
         if model is not None:
@@ -96,8 +98,9 @@ class AudioVocabulary(CodeMapping):
         first, *_, begin, end = ids
         if ids != list(range(num_old, num_old + len(every))):
             raise ValueError(
-                f"The tokenizer gave the new tokens ids from {min(ids)} to {max(ids)}, expected {len(every)} consecutive ids "
-                f"from {num_old}. Load it anew, for it is changed now, and describe a range that is free."
+                f"The tokenizer gave the new tokens ids from {min(ids)} to {max(ids)}, expected {len(every)} "
+                f"consecutive ids from {num_old}. Load it anew, for it is changed now, and describe a range that is "
+                "free."
             )
         new = cls(
             first, codebook_size, begin, end, codebook_fingerprint, token_format, begin_token, end_token
@@ -124,8 +127,9 @@ class AudioVocabulary(CodeMapping):
         for token_id, token, name in zip(self.token_ids, got, expected, strict=True):
             if token != name:
                 raise ValueError(
-                    f"The tokenizer has the token {token!r} at id {token_id}, expected {name!r}. Correct first_token_id, "
-                    "token_format, or the boundary tokens and their ids, or take the tokenizer of that model."
+                    f"The tokenizer has the token {token!r} at id {token_id}, expected {name!r}. Correct "
+                    "first_token_id, token_format, or the boundary tokens and their ids, or take the tokenizer of "
+                    "that model."
                 )
         ends = [0, self.codebook_size - 1]
         if (
@@ -140,12 +144,15 @@ class AudioVocabulary(CodeMapping):
 
     @classmethod
     def from_tokenizer(cls, tokenizer: "PreTrainedTokenizerBase") -> "AudioVocabulary":
-        """Return the vocabulary that a tokenizer stores. Raises ValueError if it stores none, or one that is damaged."""
+        """
+        Return the vocabulary that a tokenizer stores. Raises ValueError if it stores none, or one that is damaged.
+        """
         content: Any = tokenizer.init_kwargs.get(KEY)
         if content is None:
             raise ValueError(
                 f"The tokenizer {tokenizer.name_or_path!r} remembers no audio vocabulary. Make one with "
-                "AudioVocabulary.add_to, or describe what it has: AudioVocabulary(first_token_id=..., codebook_size=...)."
+                "AudioVocabulary.add_to, or describe what it has: AudioVocabulary(first_token_id=..., "
+                "codebook_size=...)."
             )
         unknown = set(content) - {field.name for field in fields(cls)}
         if unknown:
@@ -155,14 +162,15 @@ class AudioVocabulary(CodeMapping):
         missing = {field.name for field in fields(cls) if field.default is MISSING} - set(content)
         if missing:
             raise ValueError(
-                f"The tokenizer's audio vocabulary has no field {min(missing)!r}. Load the tokenizer anew from where it was "
-                "saved, or make its tokenizer_config.json whole again."
+                f"The tokenizer's audio vocabulary has no field {min(missing)!r}. Load the tokenizer anew from where "
+                "it was saved, or make its tokenizer_config.json whole again."
             )
         return cls(**content)
 
     def check_model(self, model: "PreTrainedModel", writes: bool = True) -> None:
         """
-        Raise ValueError if the language model has too few embeddings for the audio or, if it `writes` audio, too few outputs.
+        Raise ValueError if the language model has too few embeddings for the audio or, if it `writes` audio, too few
+        outputs.
 
         A model may read more tokens than it writes: Apertus 1.5 has outputs for text only.
         """
@@ -175,8 +183,8 @@ class AudioVocabulary(CodeMapping):
         for name, module in parts:
             if module is not None and num_tokens(module) <= largest:
                 raise ValueError(
-                    f"The model has {name} for {num_tokens(module)} tokens, and the audio vocabulary needs {largest + 1}. "
-                    f"model.resize_token_embeddings({largest + 1}) makes them, to be trained."
+                    f"The model has {name} for {num_tokens(module)} tokens, and the audio vocabulary needs "
+                    f"{largest + 1}. model.resize_token_embeddings({largest + 1}) makes them, to be trained."
                 )
 
 

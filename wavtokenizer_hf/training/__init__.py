@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 if not TYPE_CHECKING:  # to a type checker every name would exist, and be Any
 
     def __getattr__(name: str) -> Any:
-        # torch is imported with these, and the settings are arguments of the command line, whose help must not wait for it
+        # torch is imported with these, and the settings are arguments of the command line, whose help must not wait
+        # for it
         modules = {"State": "state", "train": "loop"}
         if name not in modules:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

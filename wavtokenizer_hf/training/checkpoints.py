@@ -1,4 +1,5 @@
-"""Folders of a run that are whole or absent: what from_pretrained loads, the discriminators, and the state to go on from.
+"""Folders of a run that are whole or absent: what from_pretrained loads, the discriminators, and the state to go on
+from.
 
 best/, last/    config.json, model.safetensors, preprocessor_config.json, the code, discriminators.safetensors
 last/training_state/    state.json, optimizers.pt

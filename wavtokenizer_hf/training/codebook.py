@@ -1,10 +1,11 @@
 """How the codebook learns: a k-means start, moving averages, and new places for entries that nobody uses.
 
-It acts on the buffers of `model.quantizer.codebook`; the model itself never changes them. Every decision is made on the joint
-batch of all workers, through sums over `torch.distributed`, so all workers hold the same codebook, and the one that a
-single process would have made of the whole batch.
+It acts on the buffers of `model.quantizer.codebook`; the model itself never changes them. Every decision is made on
+the joint batch of all workers, through sums over `torch.distributed`, so all workers hold the same codebook, and the
+one that a single process would have made of the whole batch.
 
-Shape letters: N latents of the joint batch, n of one worker's part, W workers, K codebook entries, D numbers in an entry.
+Shape letters: N latents of the joint batch, n of one worker's part, W workers, K codebook entries, D numbers in an
+entry.
 """
 
 import torch
@@ -66,8 +67,8 @@ class CodebookLearner:
         self._forget()
 
     def _restart(self, step: int) -> None:
-        # After the moving averages, which must not overwrite what is put in place here; and the averages begin anew with
-        # the entry. The original does neither, so its dead entries come back in the same step.
+        # After the moving averages, which must not overwrite what is put in place here; and the averages begin anew
+        # with the entry. The original does neither, so its dead entries come back in the same step.
         codebook = self.codebook
         limit = self.restart_below * codebook.cluster_size.mean()
         dead = (codebook.cluster_size < limit).nonzero()[:, 0]
@@ -128,8 +129,8 @@ class CodebookLearner:
 
 
 def usage_figures(counts: torch.Tensor) -> dict[str, float]:
-    """Choices per entry (K,) -> `utilization`, the share of entries chosen at all, and `perplexity`, the number of entries
-    that would give the same entropy if all were chosen equally often (1 to K)."""
+    """Choices per entry (K,) -> `utilization`, the share of entries chosen at all, and `perplexity`, the number of
+    entries that would give the same entropy if all were chosen equally often (1 to K)."""
     shares = counts.double() / counts.sum().clamp(min=1)
     entropy = -(shares * shares.clamp(min=1e-12).log()).sum()
     return {"utilization": (counts > 0).double().mean().item(), "perplexity": entropy.exp().item()}

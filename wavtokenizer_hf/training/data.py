@@ -1,7 +1,8 @@
-"""Segments of sound to train on. What a run sees is a function of (seed, epoch, clip): not of workers, processes or resumption.
+"""Segments of sound to train on. What a run sees is a function of (seed, epoch, clip): not of workers, processes or
+resumption.
 
-Clips come from a list file, a folder, or a dataset of the datasets library; clips that cannot be read are skipped, counted
-and named.
+Clips come from a list file, a folder, or a dataset of the datasets library; clips that cannot be read are skipped,
+counted and named.
 """
 
 import logging
@@ -55,11 +56,12 @@ def open_clips(source: Clips) -> Sequence[Any]:
 
     Args:
         source: a folder, which is searched for sound files; a text file with one path a line, relative to that file; a
-            folder saved by `datasets.Dataset.save_to_disk`; or a dataset itself, of the datasets library or any sequence
-            of paths or of rows; the column of the sound is `audio`.
+            folder saved by `datasets.Dataset.save_to_disk`; or a dataset itself, of the datasets library or any
+            sequence of paths or of rows; the column of the sound is `audio`.
 
     Raises:
-        ValueError: there is no such source, or no clip in it; a dataset of several splits, without a length or that column.
+        ValueError: there is no such source, or no clip in it; a dataset of several splits, without a length or that
+            column.
     """
     if not isinstance(source, (str, os.PathLike)):
         clips = _undecoded(source)
@@ -113,7 +115,8 @@ def cut_segment(waveform: np.ndarray, length: int, random: np.random.Generator |
     Clips shorter than the segment are repeated to its length; silence stays silence.
 
     Args:
-        random: draws the peak from -6 to -1 dBFS, and the place of the piece; None for validation: -3 dBFS, the beginning.
+        random: draws the peak from -6 to -1 dBFS, and the place of the piece; None for validation: -3 dBFS, the
+            beginning.
     """
     peak = VALIDATION_PEAK if random is None else random.uniform(*TRAINING_PEAKS)
     highest = np.abs(waveform).max()
@@ -199,7 +202,10 @@ def training_batches(
 
 
 def validation_clips(source: Clips, length: int, sampling_rate: int, most: int, channel: str | int = "mean") -> Batch:
-    """Return the starts of at most `most` clips at -3 dBFS. The clips are evenly spread over the source, and always the same."""
+    """
+    Return the starts of at most `most` clips at -3 dBFS. The clips are evenly spread over the source, and always the
+    same.
+    """
     clips = open_clips(source)
     segments, skipped, num_repeated = [], {}, 0
     for index in np.linspace(0, len(clips) - 1, min(most, len(clips))).round().astype(int).tolist():
@@ -238,8 +244,8 @@ def _undecoded(dataset: Any) -> Sequence:
         raise ValueError(f"Got a dataset of the splits {', '.join(dataset)}. Give one of them.")
     if not hasattr(dataset, "__len__"):
         raise ValueError(
-            f"Got {type(dataset).__name__}, which has no length, expected a dataset whose clips can be taken in any order. "
-            "Load it without streaming."
+            f"Got {type(dataset).__name__}, which has no length, expected a dataset whose clips can be taken in any "
+            "order. Load it without streaming."
         )
     if not hasattr(dataset, "cast_column"):
         return dataset

@@ -1,4 +1,5 @@
-"""The three discriminators: multi-period, multi-resolution and DAC-style. Tensor names are those of the reference implementation.
+"""The three discriminators: multi-period, multi-resolution and DAC-style. Tensor names are those of the reference
+implementation.
 
 Shape letters: B rows of a batch, T samples, N time steps, p a period, F frequency bins, C channels.
 

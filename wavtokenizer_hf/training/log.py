@@ -55,7 +55,10 @@ class Log:
         self._try(lambda: [self.writer.add_scalar(name, value, step) for name, value in figures.items()])
 
     def clip(self, name: str, audio: torch.Tensor, mel_loss: MelLoss, step: int) -> None:
-        """Log audio (T,) from any device, and write it to samples/NAME.wav. The file of the previous validation is replaced."""
+        """
+        Log audio (T,) from any device, and write it to samples/NAME.wav. The file of the previous validation is
+        replaced.
+        """
         audio = audio.float().cpu().clamp(-1, 1)
         log_mel = mel_loss.log_mel(audio[None].to(mel_loss.log_mel.window.device))[0].cpu()
         picture = draw_mel(log_mel, len(audio) / self.sampling_rate)

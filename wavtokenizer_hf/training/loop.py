@@ -1,8 +1,9 @@
-"""Training as one page. `train` runs it; `train_step` is what happens to a batch; `State` is all that a run consists of.
+"""Training as one page. `train` runs it; `train_step` is what happens to a batch; `State` is all that a run consists
+of.
 
-Two optimizers take turns: first the discriminators learn to tell the codec's audio from real audio, then the codec learns to
-be closer to real audio, also in their eyes; then the codebook moves. A step is a function of the state and of the
-settings' seed alone, so a resumed run goes the way of one that was never stopped.
+Two optimizers take turns: first the discriminators learn to tell the codec's audio from real audio, then the codec
+learns to be closer to real audio, also in their eyes; then the codebook moves. A step is a function of the state and
+of the settings' seed alone, so a resumed run goes the way of one that was never stopped.
 """
 
 import functools
@@ -50,9 +51,9 @@ def train(settings: Settings, train_data: Clips | None = None, validation_data: 
         What the run ended with. `settings.output` holds best/ and last/, which from_pretrained loads, and log/.
 
     Raises:
-        ValueError: There is no data; training and validation data are the same; the steps need more memory than there is;
-            settings contradict each other, the model, or the run that is to be resumed; a loss is not finite (the message
-            names the step, and the last checkpoint stays).
+        ValueError: There is no data; training and validation data are the same; the steps need more memory than there
+            is; settings contradict each other, the model, or the run that is to be resumed; a loss is not finite (the
+            message names the step, and the last checkpoint stays).
         OSError: a checkpoint cannot be written (the last one stays).
         ImportError: a package of the extra `training` is missing.
     """
@@ -68,8 +69,8 @@ def train(settings: Settings, train_data: Clips | None = None, validation_data: 
         length = round(settings.segment_seconds * config.sampling_rate)
         if length <= LONGEST_WINDOW // 2:
             raise ValueError(
-                f"Got segment_seconds={settings.segment_seconds}, {length} samples at {config.sampling_rate} Hz. The losses' "
-                f"spectrograms need more than {LONGEST_WINDOW // 2} samples."
+                f"Got segment_seconds={settings.segment_seconds}, {length} samples at {config.sampling_rate} Hz. The "
+                f"losses' spectrograms need more than {LONGEST_WINDOW // 2} samples."
             )
         state.num_clips = len(clips)
         validation = validation_clips(
@@ -126,8 +127,8 @@ def _run(
             if log:
                 entries = state.model.config.codebook_size
                 write(
-                    f"Step {state.step}: choosing {entries} codebook entries by k-means from {settings.kmeans_latents} "
-                    "latents. This takes a while.",
+                    f"Step {state.step}: choosing {entries} codebook entries by k-means from "
+                    f"{settings.kmeans_latents} latents. This takes a while.",
                     file=sys.stderr,
                 )
             start_codebook(state, batches(state.step * settings.gradient_accumulation))
@@ -208,7 +209,10 @@ def _train_step(state: State, batches: list[torch.Tensor], rehearsal: bool) -> d
 def _train_critics(
     state: State, batches: list[torch.Tensor], bandwidth_id: int, figures: dict[str, float], rehearsal: bool
 ) -> tuple:
-    """The discriminators' half of a step; gives the codec's output for the last batch, with its graph if it is the only one."""
+    """
+    The discriminators' half of a step; gives the codec's output for the last batch, with its graph if it is the only
+    one.
+    """
     discriminators, optimizer, schedule = state.prepared_critics, state.critics_optimizer, state.critics_schedule
     assert discriminators is not None and optimizer is not None and schedule is not None
     for index, audio in enumerate(batches):
@@ -241,8 +245,8 @@ def check_apart(train_data: Clips, validation_data: Clips) -> None:
     if train_path == validation_path or (train_path.is_dir() and train_path in validation_path.parents
                                          and validation_path.is_dir()):  # fmt: skip
         raise ValueError(
-            f"Got train_data={str(train_data)!r} and validation_data={str(validation_data)!r}: training would hear what it is "
-            "judged by. Keep the clips to validate on in a folder or list of their own."
+            f"Got train_data={str(train_data)!r} and validation_data={str(validation_data)!r}: training would hear "
+            "what it is judged by. Keep the clips to validate on in a folder or list of their own."
         )
 
 
@@ -280,8 +284,8 @@ def check_memory(state: State, length: int) -> Estimate | None:
         found = estimate(measure, 2 * sum(numbers), 1)
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"A step on two segments of {settings.segment_seconds:g} s does not fit into the memory of {device}. Use a smaller "
-            "--segment-seconds, or a GPU with more memory."
+            f"A step on two segments of {settings.segment_seconds:g} s does not fit into the memory of {device}. Use "
+            "a smaller --segment-seconds, or a GPU with more memory."
         ) from error
     available = available_memory(device, settings, state.accelerator.num_processes)
     if found is not None and available is not None and (reason := refusal(found, available, settings)):
@@ -295,8 +299,9 @@ def validate(state: State, clips: Batch, log: Log | None) -> dict[str, float]:
     """
     Encodes and decodes the validation clips as a user would; nothing of the model changes.
 
-    The score by which checkpoints are picked is mel + 1000 * commitment: that of the original without UTMOS and PESQ, which
-    need packages and weights of their own. The 1000 is the run's own weight of the commitment loss, which sets its scale.
+    The score by which checkpoints are picked is mel + 1000 * commitment: that of the original without UTMOS and PESQ,
+    which need packages and weights of their own. The 1000 is the run's own weight of the commitment loss, which sets
+    its scale.
     """
     accelerator, model = state.accelerator, state.model.eval()
     sums = torch.zeros(3, device=accelerator.device)  # mel, commitment, clips
@@ -325,9 +330,11 @@ def validate(state: State, clips: Batch, log: Log | None) -> dict[str, float]:
 
 
 def normalize_encoder(state: State, stream: Iterator[Batch]) -> None:
-    """Sets the gains and biases of a new encoder so that each layer gives mean 0 and deviation 1 over the first joint batch.
+    """Sets the gains and biases of a new encoder so that each layer gives mean 0 and deviation 1 over the first joint
+    batch.
 
-    Salimans and Kingma (2016) begin weight-normed networks so. PyTorch's own initialization shrinks the signal at every layer.
+    Salimans and Kingma (2016) begin weight-normed networks so. PyTorch's own initialization shrinks the signal at
+    every layer.
     """
 
     @torch.no_grad()
@@ -409,7 +416,8 @@ def _step(
 ) -> None:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    # the norm is the same on all processes, as their gradients are; a loss may be one's own, and its launcher stops the others
+    # the norm is the same on all processes, as their gradients are; a loss may be one's own, and its launcher stops
+    # the others
     if not norm.isfinite() or not math.isfinite(figures[f"{losses}/total"]):
         optimizer.zero_grad()
         values = ", ".join(f"{key} {value:.3g}" for key, value in figures.items() if key.startswith(f"{losses}/"))

@@ -18,7 +18,10 @@ MEL_SCALES = (256, 512, 2048)
 
 
 class MelLoss(nn.Module):
-    """L1 distance of log-mel spectrograms, the part of the objective that needs no discriminator. Arguments as of `LogMel`."""
+    """
+    L1 distance of log-mel spectrograms, the part of the objective that needs no discriminator. Arguments as of
+    `LogMel`.
+    """
 
     def __init__(self, sampling_rate: int = 24000, n_fft: int = 1024, hop_length: int = 256, num_mels: int = 100):
         super().__init__()
@@ -32,9 +35,11 @@ class MelLoss(nn.Module):
 
 
 class MelScalesLoss(nn.Module):
-    """Mean of mel losses at other window sizes than the published one, each with a quarter as hop and mels in proportion.
+    """Mean of mel losses at other window sizes than the published one, each with a quarter as hop and mels in
+    proportion.
 
-    No part of the published objective. Without discriminators nothing else asks for what happens within a window of 43 ms.
+    No part of the published objective. Without discriminators nothing else asks for what happens within a window of 43
+    ms.
     """
 
     def __init__(self, sampling_rate: int = 24000):
@@ -52,9 +57,9 @@ class MelScalesLoss(nn.Module):
 class InstantaneousFrequencyLoss(nn.Module):
     """Distance of how far the phase of each spectral bin moves from one frame to the next, below 2.4 kHz.
 
-    Not in the published objective. The product of a frame and the conjugate of the frame before says at which frequency a bin
-    swings, much finer than bins are wide, and nothing of absolute phase, which the codes need not carry. Mel losses leave the
-    pitch to chance within a bin.
+    Not in the published objective. The product of a frame and the conjugate of the frame before says at which
+    frequency a bin swings, much finer than bins are wide, and nothing of absolute phase, which the codes need not
+    carry. Mel losses leave the pitch to chance within a bin.
     """
 
     def __init__(self, sampling_rate: int = 24000, highest: float = 2400.0):
@@ -88,7 +93,9 @@ class InstantaneousFrequencyLoss(nn.Module):
 def discriminator_losses(
     real: dict[str, list[Judgement]], made: dict[str, list[Judgement]]
 ) -> dict[str, torch.Tensor]:
-    """Losses of the discriminators, by name: hinge losses, averaged over sub-discriminators, and least squares for dac."""
+    """
+    Losses of the discriminators, by name: hinge losses, averaged over sub-discriminators, and least squares for dac.
+    """
     losses = {}
     for name in real:
         pairs = [(r.scores.float(), m.scores.float()) for r, m in zip(real[name], made[name], strict=True)]

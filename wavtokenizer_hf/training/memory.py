@@ -1,4 +1,6 @@
-"""Whether a run fits: the memory of its steps, estimated from steps on one and on two segments before the first real one."""
+"""
+Whether a run fits: the memory of its steps, estimated from steps on one and on two segments before the first real one.
+"""
 
 import logging
 import math
@@ -47,8 +49,8 @@ def estimate(measure: Callable[[int], int | None], optimizer_bytes: int, segment
     The memory of steps, from two small ones.
 
     Args:
-        measure: (segments) -> peak in bytes of a step on so many segments that changes nothing; None where the system does
-            not tell.
+        measure: (segments) -> peak in bytes of a step on so many segments that changes nothing; None where the system
+            does not tell.
         optimizer_bytes: what the optimizers will add at their first step.
         segments: size of the smaller step; the larger has twice as many.
     """
@@ -82,8 +84,8 @@ def refusal(found: Estimate, available: float, settings: Settings) -> str | None
     if seconds >= 0.25:
         return text + f"Use --batch-size 1 --segment-seconds {math.floor(seconds * 10) / 10:g}."
     return text + (
-        "No batch fits. Leave discriminators out (--loss-weights multi_period=0 multi_period_features=0 ...), or use a "
-        "machine with more memory."
+        "No batch fits. Leave discriminators out (--loss-weights multi_period=0 multi_period_features=0 ...), or use "
+        "a machine with more memory."
     )
 
 
@@ -111,7 +113,9 @@ def available_memory(device: torch.device, settings: Settings, num_processes: in
 
 
 class PeakMemory:
-    """The highest memory of this process, or of a GPU, while a block runs: `bytes`, None where the system does not tell."""
+    """
+    The highest memory of this process, or of a GPU, while a block runs: `bytes`, None where the system does not tell.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device

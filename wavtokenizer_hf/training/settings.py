@@ -22,7 +22,8 @@ WEIGHTS = {
     "mel_scales": 0.0,  # not in the published objective, see losses.MelScalesLoss
     "instantaneous_frequency": 0.0,  # nor in it, see losses.InstantaneousFrequencyLoss
     "commitment": 1000.0,
-    "reencoding": 0.0,  # nor is this: how far decoded audio, encoded again, lands from the entries that it was decoded from
+    # nor is this: how far decoded audio, encoded again, lands from the entries that it was decoded from
+    "reencoding": 0.0,
     "multi_period": 1.0,
     "multi_period_features": 1.0,
     "multi_resolution": 1.0,
@@ -36,7 +37,10 @@ WEIGHTS = {
 def _field(
     help: str, default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, free: bool = False
 ) -> Any:
-    """A field with its documentation. `free`: a resumed run may have another value, since the result does not depend on it."""
+    """
+    A field with its documentation. `free`: a resumed run may have another value, since the result does not depend on
+    it.
+    """
     return field(default=default, default_factory=factory, metadata={"help": help, "free": free})
 
 
@@ -46,32 +50,32 @@ class Settings:
 
     output: str = _field("folder of the run, which gets best/, last/, previous/ and log/", "", free=True)
     train_data: str = _field(
-        "audio to train on: a folder to search, a text file with one path per line (relative to the file), or a folder "
-        "saved by save_to_disk of datasets",
+        "audio to train on: a folder to search, a text file with one path per line (relative to the file), or a "
+        "folder saved by save_to_disk of datasets",
         "",
     )
     validation_data: str = _field("audio to validate on, given likewise; never trained on", "")
     model: str | None = _field(
-        "model to start from: a folder, a published checkpoint or a name on the Hub; its discriminators.safetensors is used too "
-        "(default: random weights)",
+        "model to start from: a folder, a published checkpoint or a name on the Hub; its discriminators.safetensors "
+        "is used too (default: random weights)",
         None,
     )
     config: dict[str, Any] = _field(
-        "fields of a new model's config, such as 'upsampling_ratios=[8, 5, 4, 2]' for 75 tokens/s; a model that is given must "
-        "have these values",
+        "fields of a new model's config, such as 'upsampling_ratios=[8, 5, 4, 2]' for 75 tokens/s; a model that is "
+        "given must have these values",
         factory=dict,
     )
 
     steps: int = _field("number of steps in all; may grow when the run is resumed", 1_000_000, free=True)
     mel_only_steps: int = _field("number of first steps without discriminators, on mel and commitment losses alone", 0)
     freeze: str | None = _field(
-        "part of the model that is not trained: encoder (with the codebook, so that codes keep their meaning); none overrides a "
-        "recipe",
+        "part of the model that is not trained: encoder (with the codebook, so that codes keep their meaning); none "
+        "overrides a recipe",
         None,
     )
     continuous_steps: int = _field(
-        "number of first steps in which the decoder gets the encoder's output without the codebook; then k-means chooses the "
-        "entries. For short runs, whose encoder has to learn something first",
+        "number of first steps in which the decoder gets the encoder's output without the codebook; then k-means "
+        "chooses the entries. For short runs, whose encoder has to learn something first",
         0,
     )
     batch_size: int = _field("segments per batch and process", 40)
@@ -96,7 +100,8 @@ class Settings:
         "float32",
     )
     compile: bool = _field(
-        "compile the decoder and the discriminators with torch.compile: faster on a GPU after a wait at the first step",
+        "compile the decoder and the discriminators with torch.compile: faster on a GPU after a wait at the first "
+        "step",
         False,
         free=True,
     )
@@ -123,20 +128,21 @@ class Settings:
 
     log_every: int = _field("steps between entries in the log", 100, free=True)
     validate_every: int = _field(
-        "steps between validations. Each saves last/, and best/ if the score fell (mel loss + weighted commitment loss)",
+        "steps between validations. Each saves last/, and best/ if the score fell (mel loss + weighted commitment "
+        "loss)",
         5000,
     )
     num_validation_clips: int = _field("largest number of validation clips; of each the first segment_seconds", 200)
     num_logged_clips: int = _field("number of validation clips in the log, to hear and see", 4, free=True)
     resume: bool = _field(
-        "resume from last/ in the output folder, or from previous/ if last/ is damaged. The settings must be the same, but steps "
-        "may be larger",
+        "resume from last/ in the output folder, or from previous/ if last/ is damaged. The settings must be the "
+        "same, but steps may be larger",
         False,
         free=True,
     )
     memory_gb: float | None = _field(
-        "memory that the run may take, in GB (default: what the GPU, or the machine and its control group, has free). The run "
-        "stops after the first step if the next ones need more",
+        "memory that the run may take, in GB (default: what the GPU, or the machine and its control group, has "
+        "free). The run stops after the first step if the next ones need more",
         None,
         free=True,
     )
@@ -156,16 +162,16 @@ class Settings:
             if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
                 raise ValueError(f"Got loss_weights {name}={weight!r}, expected a number of at least 0.")
         at_least = {
-            "steps": 1, "mel_only_steps": 0, "continuous_steps": 0, "batch_size": 1, "gradient_accumulation": 1, "num_workers": 0,
-            "warmup_steps": 0, "kmeans_iterations": 1, "kmeans_latents": 1, "log_every": 1, "validate_every": 1,
-            "num_validation_clips": 1, "num_logged_clips": 0, "dropout": 0, "restart_below": 0, "codebook_decay": 0,
+            "steps": 1, "mel_only_steps": 0, "continuous_steps": 0, "batch_size": 1, "gradient_accumulation": 1,
+            "num_workers": 0, "warmup_steps": 0, "kmeans_iterations": 1, "kmeans_latents": 1, "log_every": 1,
+            "validate_every": 1, "num_validation_clips": 1, "num_logged_clips": 0, "dropout": 0, "restart_below": 0, "codebook_decay": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"Got {name}={getattr(self, name)}, expected at least {least}.")
         for name in (
-            "segment_seconds", "learning_rate", "discriminator_learning_rate", "discriminator_scale", "max_gradient_norm",
-            "memory_gb",
+            "segment_seconds", "learning_rate", "discriminator_learning_rate", "discriminator_scale",
+            "max_gradient_norm", "memory_gb",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -175,15 +181,16 @@ class Settings:
                 raise ValueError(f"Got {name}={getattr(self, name)}, expected less than 1.")
         if self.continuous_steps >= self.steps:
             raise ValueError(
-                f"Got continuous_steps={self.continuous_steps} of steps={self.steps}: the codebook would never be chosen."
+                f"Got continuous_steps={self.continuous_steps} of steps={self.steps}: the codebook would never be "
+                "chosen."
             )
         check_channel(self.channel)
         if self.freeze not in (None, "encoder"):
             raise ValueError(f"Got freeze={self.freeze!r}, expected 'encoder': no other part can be frozen alone.")
         if self.freeze and self.continuous_steps:
             raise ValueError(
-                f"Got freeze='encoder' and continuous_steps={self.continuous_steps}. A frozen codebook is used from the first "
-                "step on: set continuous_steps to 0."
+                f"Got freeze='encoder' and continuous_steps={self.continuous_steps}. A frozen codebook is used from "
+                "the first step on: set continuous_steps to 0."
             )
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"Got precision={self.precision!r}, expected 'float32' or 'bfloat16'.")
@@ -294,7 +301,9 @@ def _number(value: Any) -> Any:
 
 
 def _typed(name: str, value: Any, type_: Any) -> Any:
-    """The value in the field's type; text, as the command line gives it, and 2e-4, which YAML takes for text, are read."""
+    """
+    The value in the field's type; text, as the command line gives it, and 2e-4, which YAML takes for text, are read.
+    """
     choices = typing.get_args(type_) if isinstance(type_, types.UnionType) else (type_,)
     if value is None or value == "none":
         if types.NoneType in choices:

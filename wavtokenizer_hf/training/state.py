@@ -44,10 +44,11 @@ class Codec(nn.Module):
     def forward(
         self, audio: torch.Tensor, bandwidth_id: int, quantize: bool = True
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-        """audio (B, 1, T) -> made (B, 1, T), the codebook's losses by name, latents (B, D, L) and their codes (B, 1, L).
+        """audio (B, 1, T) -> made (B, 1, T), the codebook's losses by name, latents (B, D, L) and their codes (B, 1,
+        L).
 
-        Without `quantize` the decoder gets the latents themselves, there are no losses, and the codes are the nearest all the same.
-        With a frozen encoder there is no commitment loss, which nothing could lower.
+        Without `quantize` the decoder gets the latents themselves, there are no losses, and the codes are the nearest
+        all the same. With a frozen encoder there is no commitment loss, which nothing could lower.
         """
         model = self.model
         # codes are always decided in float32
@@ -74,7 +75,10 @@ class Codec(nn.Module):
 
 @dataclass
 class State:
-    """All that a run consists of. Prepared modules are wrapped for several GPUs; `model` and `critics` are what is inside."""
+    """
+    All that a run consists of. Prepared modules are wrapped for several GPUs; `model` and `critics` are what is
+    inside.
+    """
 
     settings: Settings
     accelerator: Any
@@ -118,8 +122,8 @@ def build(settings: Settings) -> State:
     accelerate = require("accelerate", "training")
     # the codebook, the only buffer, agrees over workers by its own sums; nothing has to be broadcast at every pass
     handlers = [accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)]
-    # unless it is told that there is nothing but CPUs, accelerate takes each process that torchrun started for the only one
-    # the settings say what is computed in bfloat16, and not what accelerate was once configured to
+    # unless it is told that there is nothing but CPUs, accelerate takes each process that torchrun started for the
+    # only one the settings say what is computed in bfloat16, and not what accelerate was once configured to
     accelerator = accelerate.Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=handlers
     )
@@ -145,11 +149,12 @@ def build(settings: Settings) -> State:
     codec = Codec(
         model, settings.precision, reencode=bool(settings.loss_weights["reencoding"]), frozen=bool(settings.freeze)
     )
+    weights, sampling_rate, device = settings.loss_weights, model.config.sampling_rate, accelerator.device
     state = State(
         settings, accelerator, model, accelerator.prepare(codec),
-        MelLoss(model.config.sampling_rate).to(accelerator.device),
-        MelScalesLoss(model.config.sampling_rate).to(accelerator.device) if settings.loss_weights["mel_scales"] else None,
-        InstantaneousFrequencyLoss(model.config.sampling_rate).to(accelerator.device) if settings.loss_weights["instantaneous_frequency"] else None,
+        MelLoss(sampling_rate).to(device),
+        MelScalesLoss(sampling_rate).to(device) if weights["mel_scales"] else None,
+        InstantaneousFrequencyLoss(sampling_rate).to(device) if weights["instantaneous_frequency"] else None,
         CodebookLearner(model.quantizer, settings.codebook_decay, settings.restart_below, settings.seed),
         optimizer, get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps),
     )  # fmt: skip
@@ -250,8 +255,8 @@ def _restore_from(state: State, folder: Path) -> None:
         differences.append(f"clips were {num_clips} and are now {state.num_clips}")
     if differences:
         raise ValueError(
-            f"The run in {folder.parent} had other settings: {'; '.join(differences)}. Resume it with its own, or start "
-            f"another from it with model={folder}."
+            f"The run in {folder.parent} had other settings: {'; '.join(differences)}. Resume it with its own, or "
+            f"start another from it with model={folder}."
         )
     try:
         state.model.load_state_dict(_load_model(str(folder)).state_dict())
@@ -322,7 +327,9 @@ def _steered(state: State) -> dict[str, Any]:
 
 
 def _follow_new_length(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
-    """Sets the learning rate to that of the schedule's own function, where the state came from one of another length."""
+    """
+    Sets the learning rate to that of the schedule's own function, where the state came from one of another length.
+    """
     rates = [
         base * function(schedule.last_epoch)
         for base, function in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
@@ -337,7 +344,8 @@ def _freeze_encoder(settings: Settings, model: WavTokenizerModel) -> None:
         raise ValueError("Got freeze='encoder' without a model: random weights would be frozen. Give --model.")
     if not model.quantizer.codebook.inited.item():
         raise ValueError(
-            f"Got freeze='encoder', but the model {settings.model!r} has no codebook yet. Train it without freeze first."
+            f"Got freeze='encoder', but the model {settings.model!r} has no codebook yet. Train it without freeze "
+            "first."
         )
     model.encoder_model.requires_grad_(False)
 

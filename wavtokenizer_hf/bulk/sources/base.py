@@ -26,7 +26,8 @@ class Source:
     Args:
         schema: Schema (pyarrow) of the extra columns, which the output gets too.
         items: All clips, in a fixed order.
-        selection: What was taken of a source that has more: its column, config, split and revision, as far as it has them.
+        selection: What was taken of a source that has more: its column, config, split and revision, as far as it has
+            them.
         passed_over: Files and members of shards that are no clips and belong to none.
     """
 
@@ -36,7 +37,9 @@ class Source:
     passed_over: Sequence[str] = ()
 
     def read(self, locator: Any) -> Any:
-        """Return the audio of a clip, as `audio.load_clip` takes it. Raises ValueError or OSError if it cannot be read."""
+        """
+        Return the audio of a clip, as `audio.load_clip` takes it. Raises ValueError or OSError if it cannot be read.
+        """
         raise NotImplementedError
 
     def extra_columns(self, locator: Any) -> dict[str, Any]:
@@ -44,7 +47,10 @@ class Source:
         raise NotImplementedError
 
     def file(self, locator: Any) -> str | None:
-        """Return the path of the file that holds a clip: its own, or the shard or table that it is in. None for a dataset."""
+        """
+        Return the path of the file that holds a clip: its own, or the shard or table that it is in. None for a
+        dataset.
+        """
         return locator[0] if isinstance(locator, tuple) else None
 
     def stamp(self, locator: Any) -> Stamp:

@@ -36,8 +36,8 @@ def open_list(path: Path, column: str | None) -> Source:
     """
     Open a list of paths (.txt, .csv or .jsonl), or of segments.
 
-    Not by the readers of pyarrow: they guess types (`007` becomes 7, text becomes timestamps), refuse names of files that are
-    not UTF-8, and number no rows in errors.
+    Not by the readers of pyarrow: they guess types (`007` becomes 7, text becomes timestamps), refuse names of files
+    that are not UTF-8, and number no rows in errors.
 
     Raises:
         ValueError: The list cannot be parsed, a row lacks a path, or a column has values of several types.
@@ -62,8 +62,8 @@ def open_list(path: Path, column: str | None) -> Source:
         raise ValueError(f"Row {number} of {path} has more fields than the {len(names) - 1} of its header.")
     if rows and column not in names:
         raise ValueError(
-            f"The list {path} has the columns {names}, expected one of paths: {', '.join(PATH_COLUMNS)}, or another that you "
-            "name as the column."
+            f"The list {path} has the columns {names}, expected one of paths: {', '.join(PATH_COLUMNS)}, or another "
+            "that you name as the column."
         )
     column = column or PATH_COLUMNS[0]  # of an empty list
     has_segments = {"start", "duration"} <= set(names)

@@ -13,8 +13,8 @@ class HFDatasetSource(Source):
     def __init__(self, dataset: Any, column: str, **selection: str | None):
         if not isinstance(dataset, require("datasets", "bulk").Dataset):
             raise ValueError(
-                f"Got a {type(dataset).__name__} as the source, expected a path or a datasets.Dataset. Of a dictionary take a "
-                "split; a stream is for tokenize_dataset."
+                f"Got a {type(dataset).__name__} as the source, expected a path or a datasets.Dataset. Of a "
+                "dictionary take a split; a stream is for tokenize_dataset."
             )
         check_column(dataset.column_names, column, "the dataset")
         ids = [row_id(id, "the dataset") for id in dataset["id"]] if "id" in dataset.column_names else None

@@ -30,8 +30,8 @@ class LhotseSource(Source):
     """
     Cuts of a Lhotse Shar folder, with `recording` as audio. A locator is the numbers of shard and cut.
 
-    Text and speaker of the first supervision are carried along. A shard is read whole, as Shar is meant to be. Two shards
-    are held in memory, and those that readers are at.
+    Text and speaker of the first supervision are carried along. A shard is read whole, as Shar is meant to be. Two
+    shards are held in memory, and those that readers are at.
     """
 
     def __init__(self, folder: Path):

@@ -29,22 +29,24 @@ def open_source(
     Open a source of clips, and list its clips.
 
     Args:
-        source: Folder of audio files, tar shards or Parquet; glob of such files; list of paths (.txt with one path per line;
-            .csv or .jsonl with a column of paths and further columns; paths are relative to the list); list of segments;
-            folder of Lhotse Shar or of `Dataset.save_to_disk`; name of a dataset on the Hub; or a `datasets.Dataset`.
-        column: Column of the audio, or of the paths in a list. Defaults to `audio`, and in lists also `path` or `file_name`.
+        source: Folder of audio files, tar shards or Parquet; glob of such files; list of paths (.txt with one path per
+            line; .csv or .jsonl with a column of paths and further columns; paths are relative to the list); list of
+            segments; folder of Lhotse Shar or of `Dataset.save_to_disk`; name of a dataset on the Hub; or a
+            `datasets.Dataset`.
+        column: Column of the audio, or of the paths in a list. Defaults to `audio`, and in lists also `path` or
+            `file_name`.
         config: Configuration of a dataset on the Hub.
         split: Split of a dataset on the Hub, or of several on disk. Defaults to `train`.
         revision: Branch, tag or commit of a dataset on the Hub.
-        tar_names: Where names in tar shards are split. `"ending"`: before the known ending of an audio file; files with the same
-            name and a further dot belong to it. `"webdataset"`: at the first dot, as WebDataset does.
+        tar_names: Where names in tar shards are split. `"ending"`: before the known ending of an audio file; files
+            with the same name and a further dot belong to it. `"webdataset"`: at the first dot, as WebDataset does.
 
     Returns:
         `Source`: the clips with their ids and extra columns.
 
     Raises:
-        ValueError: There is no such source, no clip in it, no such column; a column, config, split or revision of a source
-            that has none; columns with names of the output's own; or an id twice.
+        ValueError: There is no such source, no clip in it, no such column; a column, config, split or revision of a
+            source that has none; columns with names of the output's own; or an id twice.
         OSError: A folder or file cannot be read.
     """
     opened: Source
@@ -64,7 +66,8 @@ def open_source(
     for name, value in {"column": column, "config": config, "split": split, "revision": revision}.items():
         if value is not None and name not in opened.selection:
             raise ValueError(
-                f"Got the {name} {value!r} for {source}, of which there is only one. Leave it out; files are chosen by a glob."
+                f"Got the {name} {value!r} for {source}, of which there is only one. Leave it out; files are chosen "
+                "by a glob."
             )
     taken = sorted(set(opened.schema.names) & set(OWN_COLUMNS))
     if taken:
@@ -136,7 +139,9 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def _check_folders(base: Path, parts: Sequence[str]) -> None:
-    """Raises OSError if a folder that the glob of these parts looks into cannot be read: glob passes over it silently."""
+    """
+    Raises OSError if a folder that the glob of these parts looks into cannot be read: glob passes over it silently.
+    """
     for parent, folders, _ in os.walk(base, onerror=_refuse, followlinks=True):
         depth = len(Path(parent).relative_to(base).parts)
         pattern = "*" if "**" in parts[: depth + 1] else parts[depth] if depth < len(parts) - 1 else ""

@@ -15,9 +15,11 @@ START, DURATION = "start", "duration"
 
 class SegmentSource(Source):
     """
-    Rows of a manifest that name a recording, and where in it a clip lies; a locator is path, start, duration and carried columns.
+    Rows of a manifest that name a recording, and where in it a clip lies; a locator is path, start, duration and
+    carried columns.
 
-    Rows of one recording follow each other, so that it is read once for all of them. Two recordings are held in memory, and those that readers are at.
+    Rows of one recording follow each other, so that it is read once for all of them. Two recordings are held in
+    memory, and those that readers are at.
 
     Args:
         rows: as in the manifest.

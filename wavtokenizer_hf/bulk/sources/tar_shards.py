@@ -18,8 +18,8 @@ TEXTS = ("cls", "csv", "json", "lab", "srt", "text", "tsv", "txt", "vtt")
 class TarSource(Source):
     """Tar files of sounds and what lies beside them, which is carried along as text or bytes.
 
-    A locator is the shard, the sound's (offset, size) and those of the other members of its name, by their ending. Members are
-    found by reading the headers once; nothing is unpacked.
+    A locator is the shard, the sound's (offset, size) and those of the other members of its name, by their ending.
+    Members are found by reading the headers once; nothing is unpacked.
     """
 
     def __init__(self, shards: list[str], base: Path, tar_names: str = "ending"):
@@ -48,7 +48,8 @@ class TarSource(Source):
                 for member in file:
                     if member.issym() or member.islnk():
                         raise ValueError(
-                            f"{shard} holds {member.name!r} as a link. Expected files (tar --dereference --hard-dereference)."
+                            f"{shard} holds {member.name!r} as a link. Expected files (tar --dereference "
+                            "--hard-dereference)."
                         )
                     if member.isfile():
                         if member.name in members:
@@ -60,8 +61,8 @@ class TarSource(Source):
                 while block := file.read(2**20):
                     if block.count(0) < len(block):  # tarfile would be content with what comes before
                         raise ValueError(
-                            f"{shard} goes on after the end of the archive, at byte {end}. It is damaged, or several in one "
-                            "file: write each to a file of its own."
+                            f"{shard} goes on after the end of the archive, at byte {end}. It is damaged, or several "
+                            "in one file: write each to a file of its own."
                         )
         except tarfile.TarError as error:
             raise ValueError(
@@ -94,7 +95,10 @@ _Samples = dict[str, tuple[_Member, dict[str, _Member]]]  # key -> its sound, an
 
 
 def _by_ending(shard: str, members: dict[str, _Member]) -> tuple[_Samples, list[str]]:
-    """Sounds are known by their ending, the rest of the name may hold dots. Gives the samples, and members without a sound."""
+    """
+    Sounds are known by their ending, the rest of the name may hold dots. Gives the samples, and members without a
+    sound.
+    """
     samples: _Samples = {}
     for name, member in members.items():
         key, ending = os.path.splitext(name)
