@@ -138,6 +138,19 @@ def test_the_files_that_are_damaged_are_valid(name):
     assert len(audio.decode(VALID[name]).audio) > 0
 
 
+@pytest.mark.parametrize("size", [2**48, 2**62, 2**64 - 1])
+@pytest.mark.parametrize("name", ["w64", "caf"])
+def test_a_chunk_that_ends_beyond_what_a_file_can_hold_is_cut(name, size, tmp_path):
+    """The position after it cannot be sought. Found by the slow test above."""
+    if name == "w64":
+        start = VALID[name].index(b"data\xf3") + 16
+        content = VALID[name][:start] + struct.pack("<Q", size) + VALID[name][start + 8 :]
+    else:
+        start = VALID[name].index(b"data") + 4
+        content = VALID[name][:start] + struct.pack(">Q", size) + VALID[name][start + 8 :]
+    read_in_every_way(content, tmp_path / "file")
+
+
 def test_a_header_that_claims_hours_takes_no_memory():
     import resource
 

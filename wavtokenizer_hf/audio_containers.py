@@ -3,6 +3,8 @@
 Nothing is decoded here, and no length of a header is trusted: all reads are small.
 """
 
+import errno
+import errno
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,7 +66,15 @@ def inspect(file: BinaryIO) -> Container:
 
 
 def _read(file: BinaryIO, position: int, size: int) -> bytes:
-    file.seek(position)
+    """Read bytes at a position that a header gives. There are none beyond the end, nor beyond what a file can hold."""
+    try:
+        file.seek(position)
+    except OverflowError:
+        return b""
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return b""
     return file.read(size)
 
 
