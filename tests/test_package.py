@@ -209,7 +209,7 @@ for function, extra in ((lambda: tokenize("x", "m", "o"), "bulk"), (lambda: requ
 def test_the_model_is_read_in_two_files_without_cpu_machinery():
     names = ("modeling_wavtokenizer.py", "modeling_wavtokenizer_encoder.py")
     texts = [(PACKAGE / name).read_text() for name in names]
-    assert sum(text.count("\n") for text in texts) <= 1070
+    assert sum(text.count("\n") for text in texts) <= 1050
     assert not re.search(r"onednn|mkldnn|packed|packing|near.tie", "".join(texts), flags=re.IGNORECASE)
 
 

@@ -4,7 +4,6 @@ Nothing is decoded here, and no length of a header is trusted: all reads are sma
 """
 
 import errno
-import errno
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -3,15 +3,13 @@
 In the order of the data:
 
     input_values (B, 1, T) -> encoder -> latents (B, D, L) -> quantizer -> audio_codes (B, 1, L)
-    audio_codes (B, 1, L) -> quantizer -> quantized (B, D, L) -> backbone -> (B, L, H)
-        -> head -> audio_values (B, 1, L * hop)
+    audio_codes (B, 1, L) -> quantizer -> (B, D, L) -> backbone -> (B, L, H) -> head -> audio_values (B, 1, L * hop)
 
 Shape letters: B rows of a batch, T samples, L = ceil(T / hop) frames, hop = hop_length samples per code,
 D = hidden_size (512), K = codebook_size (4096), H = decoder_hidden_size (768), C channels, N time steps of any kind.
 
-Each row of a padded batch gets what it would get alone: `PaddedBatch` says where the valid part of a row lies, and
-every layer that looks beyond one time step respects it. modeling_wavtokenizer_batching.py decides which rows are
-computed together.
+Each row of a padded batch gets what it gets alone: `PaddedBatch` says where its valid part is, and layers that look
+beyond one time step respect it. modeling_wavtokenizer_batching.py decides which rows are computed together.
 
 On a CPU, functions named `fast_...` run the expensive layers (see modeling_wavtokenizer_cpu.py). They return None
 where they do not apply, and then the plain layers run.
@@ -84,8 +82,7 @@ class WavTokenizerOutput(ModelOutput):
     Args:
         audio_values (`torch.FloatTensor` of shape `(B, 1, T)`): the reconstruction, as long as the input.
         audio_codes (`torch.LongTensor` of shape `(B, 1, L)`): codes in [0, K); 0 where the mask is 0.
-        audio_codes_mask (`torch.Tensor` of shape `(B, 1, L)`, *optional*): 1 for the codes of real audio, 0 for
-            padding.
+        audio_codes_mask (`torch.Tensor` of shape `(B, 1, L)`, *optional*): 1 for codes of audio, 0 for padding.
         latents (`torch.FloatTensor` of shape `(B, D, L)`, *optional*): the encoder's output before it is quantized.
     """
 
@@ -539,12 +536,10 @@ class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):  # t
             input_values (`torch.FloatTensor` of shape `(B, 1, T)`):
                 Audio at `config.sampling_rate`, nominally in [-1, 1], of any float dtype. It is computed in float32.
             padding_mask (`torch.Tensor` of shape `(B, T)` or `(B, 1, T)`, *optional*):
-                1 for valid samples and 0 for padding, on the left or on the right of a row. Padding may hold any
-                values.
+                1 for valid samples and 0 for padding, on the left or right of a row. Padding may hold any values.
             output_latents (`bool`, defaults to `False`): Whether to return the encoder's output before quantization.
             chunk_seconds (`float`, *optional*):
-                Maximum length of the chunks in which the audio is encoded, at least 4 frames. Memory does not grow
-                with T. Defaults to 60.
+                Maximum length of the chunks, at least 4 frames. Memory does not grow with T. Defaults to 60.
 
         Returns:
             [`WavTokenizerEncoderOutput`]: `audio_codes` (B, 1, L), int64 in [0, K), L = ceil(T / hop). With a padding
@@ -571,10 +566,7 @@ class WavTokenizerEncoderModel(Float32Module, WavTokenizerPreTrainedModel):  # t
     forward.__doc__ = encode.__doc__
 
     def decode(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError(
-            "WavTokenizerEncoderModel has no decoder. Load the same files with WavTokenizerModel to decode codes to "
-            "audio."
-        )
+        raise ValueError("WavTokenizerEncoderModel has no decoder. Load the same files with WavTokenizerModel.")
 
     def _encode(
         self,
@@ -688,9 +680,8 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
             audio_codes_mask (`torch.Tensor` of shape `(B, 1, L)`, *optional*):
                 1 for valid codes and 0 for padding, on the left or on the right of a row. Padding may hold any values.
             window_seconds (`float`, *optional*):
-                Length of the windows in which the codes are decoded, in constant memory. The result differs from full
-                decoding, since the decoder looks at all frames at once; benchmarks/README.md says by how much. By
-                default all codes are decoded at once.
+                Length of the windows in which the codes are decoded, in constant memory. The result is approximate
+                (benchmarks/README.md says how close), since the decoder looks at all frames. Default: no windows.
             overlap_seconds (`float`, defaults to 0.25):
                 Overlap of two windows, over which the first fades into the second. At most half a window.
 
@@ -699,10 +690,9 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
             is padded on the left has its audio at the right end.
 
         Raises:
-            ValueError: Codes of another shape or dtype, or outside [0, K). A mask of another shape or on another
-                device, or one that is not a single run of ones at the start or end of each row. A `bandwidth_id`
-                outside its range. A window shorter than a frame or than twice the overlap. A compiled graph checks
-                shapes and dtypes only.
+            ValueError: Codes of another shape or dtype, or outside [0, K). A mask of another shape or device, or one
+                that is not a single run of ones at one end of each row. A `bandwidth_id` outside its range. A window
+                shorter than a frame or than twice the overlap. A compiled graph checks shapes and dtypes only.
         """
         codes, batch = self._read_codes(audio_codes, audio_codes_mask)
         self._check_bandwidth_id(bandwidth_id)
@@ -728,12 +718,10 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
 
         Args:
             input_values (`torch.FloatTensor` of shape `(B, 1, T)`):
-                Audio at `config.sampling_rate`, nominally in [-1, 1], of any float dtype. The encoder computes in
-                float32.
+                Audio at `config.sampling_rate`, nominally in [-1, 1], of any float dtype. It is encoded in float32.
             padding_mask (`torch.Tensor` of shape `(B, T)` or `(B, 1, T)`, *optional*):
                 1 for valid samples and 0 for padding, on the left or on the right of a row.
-            bandwidth_id (`int`, defaults to 0): Row of the adaptive norms' tables. The reference implementation uses
-                0.
+            bandwidth_id (`int`, defaults to 0): Row of the adaptive norms' tables, 0 in the reference implementation.
             output_latents (`bool`, defaults to `False`): Whether to return the encoder's output before quantization.
 
         Returns:
@@ -742,9 +730,8 @@ class WavTokenizerModel(WavTokenizerPreTrainedModel):
             `output_latents` `latents`.
 
         Raises:
-            ValueError: Audio of another shape or dtype, without samples, or not finite. A mask of another shape or
-                device, or one that is not a single run of ones at one end of each row. A `bandwidth_id` outside its
-                range.
+            ValueError: Audio of another shape or dtype, empty or not finite. A mask of another shape or device, or one
+                that is not a single run of ones at one end of each row. A `bandwidth_id` outside its range.
         """
         audio, batch = self.encoder_model._read_audio(input_values, padding_mask)
         self._check_bandwidth_id(bandwidth_id)

@@ -1,5 +1,4 @@
-"""The encoder of WavTokenizer: input_values (B, 1, T) -> latents (B, D, L). See modeling_wavtokenizer.py, which
-imports it.
+"""The encoder of WavTokenizer: input_values (B, 1, T) -> latents (B, D, L). modeling_wavtokenizer.py imports it.
 
 Shape letters: B rows of a batch, T samples, L = ceil(T / hop) frames, D = hidden_size (512), C channels, N time steps.
 
@@ -49,9 +48,7 @@ class WavTokenizerResidualBlock(GradientCheckpointingLayer):
 
 
 def _run_layers(layers: nn.ModuleList, hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """
-    Run ELUs, convolutions and residual blocks. `lengths` (B,) are the valid steps of each row, None if all are valid.
-    """
+    """Run ELUs, convolutions and residual blocks. `lengths` (B,) are the valid steps of each row, None if all are."""
     for layer in layers:
         if isinstance(layer, nn.ELU):
             hidden_states = layer(hidden_states)
@@ -249,10 +246,7 @@ class WavTokenizerEncoder(nn.Module):
 
 
 def chunk_ranges(num_frames: int, size: int) -> list[tuple[int, int]]:
-    """
-    Split frames into ranges of `size`. The last two are equally long: libraries order the sums of short ones
-    differently.
-    """
+    """Split frames into ranges of `size`, the last two equally long: libraries sum short ones in another order."""
     cuts = list(range(0, num_frames, size))
     if len(cuts) > 1:
         cuts[-1] = (cuts[-2] + num_frames) // 2
