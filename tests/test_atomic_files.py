@@ -153,6 +153,20 @@ def test_an_error_leaves_the_target_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["out"] and (tmp_path / "out").read_bytes() == b"before"
 
 
+def test_a_signal_at_the_moment_of_creation_leaves_no_file(tmp_path, monkeypatch):
+    """The handler of SIGTERM raises SystemExit as soon as the call that creates the file returns."""
+
+    def interrupted(*arguments, **options):
+        os_open(*arguments, **options)
+        raise SystemExit(143)
+
+    os_open = os.open
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(SystemExit), atomic_files.atomic_write(tmp_path / "x.wav"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
 def test_sigterm_removes_the_temporary_file(model_folder, tmp_path):
     reader, writer = os.pipe()  # stays open, so that the command waits for more tokens
 

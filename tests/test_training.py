@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FIXTURES
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import TINY, tiny_settings, train_by_plain_descent, write_clips
@@ -283,7 +284,7 @@ def two_processes(code: str, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    paths = [str(FIXTURES.parent), str(FIXTURES), str(FIXTURES.parent.parent)]
     common = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),

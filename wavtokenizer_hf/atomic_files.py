@@ -67,9 +67,8 @@ def atomic_write(path: str | os.PathLike, prefix: str = ".") -> Iterator[Path]:
     if target.exists() and not os.access(target, os.W_OK):
         raise PermissionError(f"Cannot write {path}: it is read-only. Change its permissions, or name another file.")
     partial = target.with_name(_temporary_name(prefix))
-    descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    try:
-        os.close(descriptor)
+    try:  # SIGTERM may raise as soon as the file is there
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield partial
         fsync(partial)  # a full disk or quota may be reported only here
         if target.exists():
