@@ -48,9 +48,9 @@ class TheirStep:
         unused = DACDiscriminator()  # the original's optimizer holds this one, its loss the other
         self.disc_loss, self.gen_loss, self.features_loss = DiscriminatorLoss(), GeneratorLoss(), FeatureMatchingLoss()
         self.mel_loss = MelLoss()
-        self.critics = [*self.mp.parameters(), *self.mrd.parameters(), *unused.parameters()]
+        self.discriminators = [*self.mp.parameters(), *self.mrd.parameters(), *unused.parameters()]
         self.codec = list(self.model.parameters())
-        self.critics_optimizer = torch.optim.AdamW(self.critics, lr=2e-4)
+        self.discriminator_optimizer = torch.optim.AdamW(self.discriminators, lr=2e-4)
         self.codec_optimizer = torch.optim.AdamW(self.codec, lr=2e-4)
 
     def run(self, audio: torch.Tensor, bandwidth_id: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,26 +60,26 @@ class TheirStep:
     def __call__(self, audio: torch.Tensor) -> None:
         bandwidth_id = torch.randint(4, (1,))
         if self.gan:
-            self._toggle(self.critics, self.codec)
-            self.critics_optimizer.zero_grad()
+            self._toggle(self.discriminators, self.codec)
+            self.discriminator_optimizer.zero_grad()
             with torch.no_grad():
                 made, _ = self.run(audio, bandwidth_id)
             loss = self.dac_loss.discriminator_loss(made.unsqueeze(1), audio.unsqueeze(1))
-            for critic in (self.mp, self.mrd):
-                real_scores, made_scores, _, _ = critic(y=audio, y_hat=made, bandwidth_id=bandwidth_id)
+            for discriminator in (self.mp, self.mrd):
+                real_scores, made_scores, _, _ = discriminator(y=audio, y_hat=made, bandwidth_id=bandwidth_id)
                 part, real_parts, _ = self.disc_loss(real_scores, made_scores)
                 loss = loss + part / len(real_parts)
             loss.backward()
             self._gradient_norm()
-            self.critics_optimizer.step()
-            self._toggle(self.codec, self.critics)
+            self.discriminator_optimizer.step()
+            self._toggle(self.codec, self.discriminators)
         self.codec_optimizer.zero_grad()
         made, commitment = self.run(audio, bandwidth_id)
         loss = 45 * self.mel_loss(made, audio) + 1000 * commitment
         if self.gan:
             loss = loss + sum(self.dac_loss.generator_loss(made.unsqueeze(1), audio.unsqueeze(1)))
-            for critic in (self.mp, self.mrd):
-                _, scores, real_features, made_features = critic(y=audio, y_hat=made, bandwidth_id=bandwidth_id)
+            for discriminator in (self.mp, self.mrd):
+                _, scores, real_features, made_features = discriminator(y=audio, y_hat=made, bandwidth_id=bandwidth_id)
                 part, parts = self.gen_loss(scores)
                 loss = loss + part / len(parts) + self.features_loss(real_features, made_features) / len(real_features)
         loss.backward()
@@ -88,7 +88,7 @@ class TheirStep:
 
     def _gradient_norm(self) -> None:
         """What the callback in the original's YAML logs after each backward pass, in its way."""
-        gradients = [p.grad for p in (*self.codec, *self.critics) if p.grad is not None]
+        gradients = [p.grad for p in (*self.codec, *self.discriminators) if p.grad is not None]
         torch.norm(torch.stack([torch.norm(gradient.detach(), 2.0) for gradient in gradients]), 2.0).item()
 
     @staticmethod

@@ -85,7 +85,7 @@ def test_discriminators_are_kept_where_training_finds_them(
     from wavtokenizer_hf.training import Settings
     from wavtokenizer_hf.training.state import build
 
-    # as in real files, where the critic that the codec was trained against lies in the loss, and "dac." was never used
+    # as in real files, where the discriminator that the codec was trained against lies in the loss, and "dac." was never used
     used = {name.replace("dac.", "dacdiscriminator.discriminator."): tensor for name, tensor in discriminators.items()}
     unused = {
         name: torch.zeros(()).expand(tensor.shape) for name, tensor in discriminators.items() if name[:3] == "dac"
@@ -95,13 +95,13 @@ def test_discriminators_are_kept_where_training_finds_them(
     folder = convert(checkpoint, tmp_path / "converted", with_discriminators=True)
     assert f"kept in discriminators.safetensors: {len(discriminators)} tensors" in capsys.readouterr().out
     assert (folder / "model.safetensors").read_bytes() == (small_folder / "model.safetensors").read_bytes()
-    critics = build(Settings(model=str(folder))).critics.state_dict()
-    assert len(critics) == len(discriminators)
+    loaded = build(Settings(model=str(folder))).discriminators.state_dict()
+    assert len(loaded) == len(discriminators)
     for name, tensor in discriminators.items():
         weight = ".parametrizations.weight.original"
         name = name.replace(".weight_g", f"{weight}0").replace(".weight_v", f"{weight}1")
-        assert critics[name].shape == tensor.shape
-        assert (critics[name].flatten()[[0, -1]] == tensor.flatten()[0]).all()
+        assert loaded[name].shape == tensor.shape
+        assert (loaded[name].flatten()[[0, -1]] == tensor.flatten()[0]).all()
 
 
 def test_discriminators_that_are_asked_for_must_be_there_and_whole(tensors, discriminators, save, tmp_path):

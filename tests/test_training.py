@@ -139,9 +139,9 @@ def test_fine_tuning_starts_from_the_models_weights_and_discriminators(finished,
     state = build(tiny_settings(tmp_path, model=str(folder / "run" / "best"), config={}))
     weights = load_file(folder / "run" / "best" / "model.safetensors")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in state.model.state_dict().items())
-    critics = load_file(folder / "run" / "best" / "discriminators.safetensors")
-    assert all(torch.equal(tensor, critics[name]) for name, tensor in state.critics.state_dict().items())
-    assert len(critics) > 400
+    discriminators = load_file(folder / "run" / "best" / "discriminators.safetensors")
+    assert all(torch.equal(tensor, discriminators[name]) for name, tensor in state.discriminators.state_dict().items())
+    assert len(discriminators) > 400
 
 
 def test_a_recipe_for_new_models_serves_a_model_of_its_shape_and_no_other(finished, tmp_path):

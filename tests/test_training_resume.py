@@ -95,7 +95,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_pat
         assert all(torch.equal(expected[name], got[name]) for name in expected)
     (facts, tensors), (other_facts, other_tensors) = read_state(whole), read_state(again)
     assert facts["best_score"] == other_facts["best_score"]
-    for optimizer in ("optimizer", "critics_optimizer"):
+    for optimizer in ("optimizer", "discriminator_optimizer"):
         assert tensors[optimizer]["state"]
         for index, values in tensors[optimizer]["state"].items():
             assert all(

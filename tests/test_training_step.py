@@ -36,11 +36,11 @@ def test_gradients_reach_every_trained_tensor_of_all_discriminators_too(tmp_path
     state = started(tiny_settings(tmp_path, mel_only_steps=0))
     before = {
         f"{kind}.{name}": tensor.clone()
-        for kind, module in (("model", state.model), ("critics", state.critics))
+        for kind, module in (("model", state.model), ("discriminators", state.discriminators))
         for name, tensor in module.named_parameters()
     }
     reached = set()
-    for kind, module in (("model", state.model), ("critics", state.critics)):
+    for kind, module in (("model", state.model), ("discriminators", state.discriminators)):
         for name, parameter in module.named_parameters():
 
             def note(gradient, name=f"{kind}.{name}"):
@@ -51,13 +51,13 @@ def test_gradients_reach_every_trained_tensor_of_all_discriminators_too(tmp_path
     for _ in range(2):
         train_step(state, [sound])
     assert set(before) - reached == set()
-    assert sum(name.startswith("critics.dac.") for name in reached) > 100
+    assert sum(name.startswith("discriminators.dac.") for name in reached) > 100
     unmoved = [
         name
         for name, tensor in before.items()
         if torch.equal(
             tensor,
-            dict((state.model if name.startswith("model.") else state.critics).named_parameters())[
+            dict((state.model if name.startswith("model.") else state.discriminators).named_parameters())[
                 name.split(".", 1)[1]
             ],
         )
@@ -68,11 +68,11 @@ def test_gradients_reach_every_trained_tensor_of_all_discriminators_too(tmp_path
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler:UserWarning")
 def test_the_codecs_step_leaves_the_discriminators_alone(tmp_path, sound):
     state = started(tiny_settings(tmp_path, mel_only_steps=0))
-    state.critics_optimizer.step = lambda: None
-    before = {name: tensor.clone() for name, tensor in state.critics.state_dict().items()}
+    state.discriminator_optimizer.step = lambda: None
+    before = {name: tensor.clone() for name, tensor in state.discriminators.state_dict().items()}
     train_step(state, [sound])
-    assert all(torch.equal(before[name], tensor) for name, tensor in state.critics.state_dict().items())
-    assert all(parameter.grad is None for parameter in state.critics.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.discriminators.state_dict().items())
+    assert all(parameter.grad is None for parameter in state.discriminators.parameters())
 
 
 def test_mel_only_steps_run_without_discriminators(tmp_path, sound):
@@ -175,9 +175,9 @@ def test_accumulated_batches_give_the_gradients_and_codebook_of_one(tmp_path):
     for parts in ([audio], list(audio.split(2))):
         state = started(tiny_settings(tmp_path, mel_only_steps=0, dropout=0.0))
         state.optimizer = torch.optim.SGD(state.model.parameters(), 1e-3)
-        state.critics_optimizer = torch.optim.SGD(state.critics.parameters(), 1e-3)
+        state.discriminator_optimizer = torch.optim.SGD(state.discriminators.parameters(), 1e-3)
         train_step(state, parts)
-        results.append({**state.model.state_dict(), **state.critics.state_dict()})
+        results.append({**state.model.state_dict(), **state.discriminators.state_dict()})
     for name, tensor in results[0].items():
         torch.testing.assert_close(tensor, results[1][name], rtol=1e-4, atol=1e-5)  # sums in another order
 

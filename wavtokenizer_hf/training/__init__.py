@@ -5,7 +5,7 @@ state.py             what a run consists of; making it, saving it, going on from
 settings.py          one dataclass; YAML recipes and command-line arguments follow from it
 data.py              segments of sound from lists, folders and datasets
 losses.py            all losses by name
-discriminators.py    the three critics
+discriminators.py    the three discriminators
 codebook.py          k-means, moving averages, replacement of unused entries
 checkpoints.py       folders that are whole or absent
 log.py               TensorBoard, samples to hear, a picture of the curves

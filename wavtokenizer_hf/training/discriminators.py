@@ -25,7 +25,7 @@ BAND_CHANNELS = 32
 BANDS = ((0.0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))  # shares of the frequency bins
 
 NAMES = {"multi_period": "multiperioddisc", "multi_resolution": "multiresddisc", "dac": "dac"}
-"""The critics' names here -> the original's, under which their tensors stand in files."""
+"""The discriminators' names here -> the original's, under which their tensors stand in files."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Discriminators(nn.Module):
             setattr(self, NAMES[name], makers[name]())
 
     def forward(self, audio: torch.Tensor, bandwidth_id: int) -> dict[str, list[Judgement]]:
-        """audio (B, T), float -> by name of the critic, the judgement of each of its sub-discriminators."""
+        """audio (B, T), float -> by name of the discriminator, the judgement of each of its sub-discriminators."""
         return {name: getattr(self, NAMES[name])(audio, bandwidth_id) for name in self.names}
 
 
@@ -143,7 +143,7 @@ class ResolutionDiscriminator(nn.Module):
 
 
 class DACDiscriminator(nn.Module):
-    """Multi-period and multi-band critics of the Descript Audio Codec, on audio freed of DC and of its level."""
+    """Multi-period and multi-band discriminators of the Descript Audio Codec, on audio freed of DC and of its level."""
 
     def __init__(self, scale: float = 1.0):
         super().__init__()

@@ -174,10 +174,10 @@ def _train_step(state: State, batches: list[torch.Tensor], rehearsal: bool) -> d
     num_embeddings = state.model.config.adanorm_num_embeddings
     bandwidth_id = derived_seed(settings.seed, "bandwidth_id", state.step) % num_embeddings
     state.model.train()
-    critics_train, made = state.critics is not None if rehearsal else state.critics_train, None
+    trains_discriminators, made = state.discriminators is not None if rehearsal else state.trains_discriminators, None
     learns_codebook = state.quantizes and not settings.freeze and not rehearsal
-    if critics_train:
-        made = _train_critics(state, batches, bandwidth_id, figures, rehearsal)
+    if trains_discriminators:
+        made = _train_discriminators(state, batches, bandwidth_id, figures, rehearsal)
     for index, audio in enumerate(batches):
         with _synchronized(state, state.codec, last=index == len(batches) - 1):
             # of several batches no graph was kept, since they would fill the memory
@@ -188,7 +188,7 @@ def _train_step(state: State, batches: list[torch.Tensor], rehearsal: bool) -> d
                 losses["mel_scales"] = state.mel_scales_loss(made_audio[:, 0], audio[:, 0])
             if state.frequency_loss is not None:
                 losses["instantaneous_frequency"] = state.frequency_loss(made_audio[:, 0], audio[:, 0])
-            if critics_train:
+            if trains_discriminators:
                 losses |= _judge(state, audio, made_audio, bandwidth_id)
             loss = total(losses, settings.loss_weights)
             _note(figures, "loss", losses | {"total": loss}, len(batches))
@@ -206,14 +206,18 @@ def _train_step(state: State, batches: list[torch.Tensor], rehearsal: bool) -> d
     return figures
 
 
-def _train_critics(
+def _train_discriminators(
     state: State, batches: list[torch.Tensor], bandwidth_id: int, figures: dict[str, float], rehearsal: bool
 ) -> tuple:
     """
     The discriminators' half of a step; gives the codec's output for the last batch, with its graph if it is the only
     one.
     """
-    discriminators, optimizer, schedule = state.prepared_critics, state.critics_optimizer, state.critics_schedule
+    discriminators, optimizer, schedule = (
+        state.prepared_discriminators,
+        state.discriminator_optimizer,
+        state.discriminator_schedule,
+    )
     assert discriminators is not None and optimizer is not None and schedule is not None
     for index, audio in enumerate(batches):
         with torch.set_grad_enabled(len(batches) == 1):
@@ -275,7 +279,7 @@ def check_memory(state: State, length: int) -> Estimate | None:
 
     optimizers: list[tuple[torch.optim.Optimizer | None, nn.Module | None]] = [
         (state.optimizer, state.model),
-        (state.critics_optimizer, state.critics),
+        (state.discriminator_optimizer, state.discriminators),
     ]
     # AdamW keeps two numbers for each that it trains; a resumed run holds them already
     missing = [module for optimizer, module in optimizers if optimizer is not None and not optimizer.state]
@@ -383,15 +387,15 @@ def _run_codec(state: State, audio: torch.Tensor, index: int, bandwidth_id: int)
 
 def _judge(state: State, audio: torch.Tensor, made: torch.Tensor, bandwidth_id: int) -> dict[str, torch.Tensor]:
     """The discriminators' losses for the codec. They learn nothing here, so nothing is computed for them."""
-    assert state.critics is not None
-    state.critics.requires_grad_(False)
+    assert state.discriminators is not None
+    state.discriminators.requires_grad_(False)
     try:
         with cached(), autocast(audio.device, state.settings.precision):
             with torch.no_grad():
-                real = state.critics(audio[:, 0], bandwidth_id)
-            return adversarial_losses(real, state.critics(made[:, 0], bandwidth_id))
+                real = state.discriminators(audio[:, 0], bandwidth_id)
+            return adversarial_losses(real, state.discriminators(made[:, 0], bandwidth_id))
     finally:
-        state.critics.requires_grad_(True)
+        state.discriminators.requires_grad_(True)
 
 
 def _halves(judgements: dict) -> tuple[dict, dict]:

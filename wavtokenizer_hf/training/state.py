@@ -76,7 +76,7 @@ class Codec(nn.Module):
 @dataclass
 class State:
     """
-    All that a run consists of. Prepared modules are wrapped for several GPUs; `model` and `critics` are what is
+    All that a run consists of. Prepared modules are wrapped for several GPUs; `model` and `discriminators` are what is
     inside.
     """
 
@@ -90,10 +90,10 @@ class State:
     learner: CodebookLearner
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
-    critics: Discriminators | None = None
-    prepared_critics: nn.Module | None = None
-    critics_optimizer: torch.optim.Optimizer | None = None
-    critics_schedule: torch.optim.lr_scheduler.LambdaLR | None = None
+    discriminators: Discriminators | None = None
+    prepared_discriminators: nn.Module | None = None
+    discriminator_optimizer: torch.optim.Optimizer | None = None
+    discriminator_schedule: torch.optim.lr_scheduler.LambdaLR | None = None
     frozen_digest: str | None = None  # of the encoder and codebook, if they are frozen
     step: int = 0  # steps done
     best_score: float = math.inf
@@ -109,8 +109,8 @@ class State:
         return self.step >= self.settings.continuous_steps
 
     @property
-    def critics_train(self) -> bool:
-        return self.critics is not None and self.step >= self.settings.mel_only_steps
+    def trains_discriminators(self) -> bool:
+        return self.discriminators is not None and self.step >= self.settings.mel_only_steps
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -160,21 +160,23 @@ def build(settings: Settings) -> State:
     )  # fmt: skip
     if settings.freeze:
         state.frozen_digest = _digest(model.encoder_model)
-    names, critics_steps = used_discriminators(settings.loss_weights), settings.steps - settings.mel_only_steps
-    if names and critics_steps > 0:
+    names, discriminator_steps = used_discriminators(settings.loss_weights), settings.steps - settings.mel_only_steps
+    if names and discriminator_steps > 0:
         torch.manual_seed(derived_seed(settings.seed, "discriminators"))
-        state.critics = Discriminators(model.config.adanorm_num_embeddings, settings.discriminator_scale, names)
-        if settings.model and not load_discriminators(settings.model, state.critics):
+        state.discriminators = Discriminators(model.config.adanorm_num_embeddings, settings.discriminator_scale, names)
+        if settings.model and not load_discriminators(settings.model, state.discriminators):
             logger.warning(
                 "%s has no discriminators.safetensors: the discriminators begin with random weights.", settings.model
             )
-        state.critics.to(accelerator.device)
+        state.discriminators.to(accelerator.device)
         if settings.compile:
-            state.critics.compile()
-        state.prepared_critics = accelerator.prepare(state.critics)
-        state.critics_optimizer = _adamw(state.critics, settings.discriminator_learning_rate or settings.learning_rate)
-        state.critics_schedule = get_cosine_schedule_with_warmup(
-            state.critics_optimizer, settings.warmup_steps, critics_steps
+            state.discriminators.compile()
+        state.prepared_discriminators = accelerator.prepare(state.discriminators)
+        state.discriminator_optimizer = _adamw(
+            state.discriminators, settings.discriminator_learning_rate or settings.learning_rate
+        )
+        state.discriminator_schedule = get_cosine_schedule_with_warmup(
+            state.discriminator_optimizer, settings.warmup_steps, discriminator_steps
         )
     return state
 
@@ -185,7 +187,7 @@ def save(state: State, output: Path, improved: bool) -> None:
     if state.frozen_digest is not None and _digest(state.model.encoder_model) != state.frozen_digest:
         raise RuntimeError("The encoder or codebook has changed although it is frozen. No checkpoint was written.")
     if accelerator.is_main_process:
-        critics = state.critics if state.critics_train else None
+        discriminators = state.discriminators if state.trains_discriminators else None
         facts = {
             "step": state.step,
             "best_score": state.best_score if math.isfinite(state.best_score) else None,  # JSON has no infinity
@@ -195,9 +197,9 @@ def save(state: State, output: Path, improved: bool) -> None:
             "num_restarts": state.learner.num_restarts,
         }
         tensors = {"usage": state.learner.usage, **{name: part.state_dict() for name, part in _steered(state).items()}}
-        save_checkpoint(output / LAST, state.model, critics, facts, tensors)
+        save_checkpoint(output / LAST, state.model, discriminators, facts, tensors)
         if improved:
-            save_checkpoint(output / "best", state.model, critics)
+            save_checkpoint(output / "best", state.model, discriminators)
     accelerator.wait_for_everyone()
 
 
@@ -261,12 +263,12 @@ def _restore_from(state: State, folder: Path) -> None:
     try:
         state.model.load_state_dict(_load_model(str(folder)).state_dict())
         needed = step >= state.settings.mel_only_steps
-        if state.critics is not None and needed and not load_discriminators(str(folder), state.critics):
+        if state.discriminators is not None and needed and not load_discriminators(str(folder), state.discriminators):
             raise ValueError("it lacks its discriminators")
         for name, part in _steered(state).items():
             _load_part(name, part, tensors[name])
         if state.settings.steps != steps_before:
-            for schedule in filter(None, (state.schedule, state.critics_schedule)):
+            for schedule in filter(None, (state.schedule, state.discriminator_schedule)):
                 _follow_new_length(schedule)
         state.learner.usage.copy_(tensors["usage"])
     except (torch.OutOfMemoryError, MemoryError):
@@ -321,8 +323,11 @@ def _hub() -> "HfApi":
 def _steered(state: State) -> dict[str, Any]:
     """The parts with a state of their own beside the weights."""
     parts: dict[str, Any] = {"optimizer": state.optimizer, "schedule": state.schedule}
-    if state.critics is not None:
-        parts |= {"critics_optimizer": state.critics_optimizer, "critics_schedule": state.critics_schedule}
+    if state.discriminators is not None:
+        parts |= {
+            "discriminator_optimizer": state.discriminator_optimizer,
+            "discriminator_schedule": state.discriminator_schedule,
+        }
     return parts
 
 
