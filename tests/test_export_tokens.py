@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import ROOT, load_script
 from language_models import byte_level, tiny_llama
+from processes import used_by
 from pyarrow import parquet
 from token_folders import FINGERPRINT, write_token_folder
 from transformers import AutoTokenizer
@@ -342,28 +343,6 @@ def test_an_export_that_was_interrupted_at_every_write_has_the_same_bytes(
     before = (tmp_path / "out" / "export.json").stat().st_mtime_ns
     export_tokens(folder, tmp_path / "out", format)  # again: nothing to do
     assert (tmp_path / "out" / "export.json").stat().st_mtime_ns == before
-
-
-def used_by(process: subprocess.Popen) -> tuple[float, float]:
-    """
-    Processor seconds, and the largest memory at a moment in MB, of a process and those that it started, until it ends.
-    """
-    seconds, memory = {}, 0.0
-    while process.poll() is None:
-        now, waiting = 0.0, [process.pid]
-        while waiting:
-            folder = Path("/proc", str(waiting.pop()))
-            try:
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-                resident = re.search(r"Pss:\s+(\d+)", (folder / "smaps_rollup").read_text())
-                waiting += [pid for task in folder.glob("task/*/children") for pid in task.read_text().split()]
-            except OSError:
-                continue  # it has just ended
-            seconds[folder.name] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-            now += int(resident[1]) / 1000 if resident else 0
-        memory = max(memory, now)
-        time.sleep(0.1)
-    return sum(seconds.values()), memory
 
 
 @pytest.fixture(scope="module")

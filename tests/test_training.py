@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES
+from processes import used_by
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import TINY, tiny_settings, train_by_plain_descent, write_clips
@@ -81,6 +83,26 @@ def test_the_estimate_of_memory_is_near_what_a_step_takes(tmp_path):
     with PeakMemory(torch.device("cpu")) as peak:
         train_step(state, [0.1 * torch.randn(24, 1, 24000)])
     assert found.of(24) == pytest.approx(peak.bytes, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads memory as Linux gives it")
+@pytest.mark.parametrize("recipe", ["fine_tune_decoder"])
+def test_the_documented_fine_tuning_of_a_published_model_fits_16_gb(recipe, folders, tmp_path):
+    """The command of docs/training.md with a model of the published size, for one step."""
+    page = (FIXTURES.parent.parent / "docs" / "training.md").read_text()
+    [command] = re.findall(rf"^wavtokenizer (train {recipe} --model .*)$", page, re.MULTILINE)
+    (tmp_path / "wavtokenizer-small-75").symlink_to(folders(75))
+    for name in ("clips", "other_clips"):
+        write_clips(tmp_path / name, count=8, seconds=3.2)
+    shorter = ["--memory-gb=16", "--steps=1", "--num-validation-clips=1", "--num-logged-clips=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wavtokenizer_hf", *command.split(), *shorter], cwd=tmp_path, stderr=subprocess.PIPE
+    )
+    _, memory = used_by(process)
+    assert process.returncode == 0, process.stderr.read()[-2000:]
+    print(f"{recipe}: {memory:.0f} MB")
+    assert memory < 16_000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
