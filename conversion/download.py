@@ -6,17 +6,13 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
+from ..hub_errors import HTTP_ERROR
 from .published import PublishedCheckpoint
-
-
-# of httpx, or of httpx2 from huggingface_hub 2.4 on: what breaks a connection, too
-HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 def download(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 
-from .download import HTTP_ERROR
+from ..hub_errors import HTTP_ERROR
 
 
 OPTIONAL = ("discriminators.safetensors",)  # what some conversions write and others do not

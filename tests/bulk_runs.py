@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,17 +25,22 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a tiny model, another of the same shape, and a corpus."""
-    place = tmp_path_factory.mktemp("bulk")
+def save_two_models(folder: Path) -> None:
+    """Two models of one shape, `model` and `other`, whose codes are diverse."""
     for seed, name in ((0, "model"), (1, "other")):
         torch.manual_seed(seed)
         model = WavTokenizerModel(tiny_config()).eval()
         with torch.no_grad():
             latents = model.encode(torch.randn(1, 1, 64 * 16), output_latents=True).latents[0].T
             model.quantizer.codebook.embed.copy_(latents)
-        save_model(model, place / name)
+        save_model(model, folder / name)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model, another of the same shape, and a corpus."""
+    place = tmp_path_factory.mktemp("bulk")
+    save_two_models(place)
     write_corpus(place / "corpus", NUM_CLIPS, (0.01, 0.8))
     return place
 

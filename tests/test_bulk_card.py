@@ -89,6 +89,16 @@ def test_a_card_whose_metadata_was_damaged_by_hand_stays(tmp_path):
     assert path.read_text() == damaged
 
 
+def test_a_card_of_the_users_own_stays_in_whatever_encoding(tmp_path):
+    write_clips(tmp_path / "clips", count=1, seconds=0.3)
+    own = "Codes of my corpus, für mich.\n".encode("latin-1")
+    line = ["tokenize", str(tmp_path / "clips"), "-m", "bundled", "-o", str(tmp_path / "tokens")]
+    assert main(line) == 0
+    (tmp_path / "tokens" / "README.md").write_bytes(own)
+    assert main(line) == 0
+    assert (tmp_path / "tokens" / "README.md").read_bytes() == own
+
+
 def test_a_source_without_a_card_gives_nothing(tmp_path):
     """A dataset on the Hub that cannot be reached, a glob, a dataset in memory."""
     assert cards.source_metadata("someone/dataset", None) == {}

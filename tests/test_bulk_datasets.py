@@ -15,8 +15,9 @@ import pyarrow
 import pytest
 import soundfile
 import torch
-from bulk_corpus import save_model, train_encoder
-from conftest import ROOT, tiny_config
+from bulk_corpus import train_encoder
+from bulk_runs import one_thread, save_two_models  # noqa: F401
+from conftest import ROOT
 from datasets.fingerprint import Hasher
 
 from wavtokenizer_hf import WavTokenizerEncoderModel, WavTokenizerFeatureExtractor, WavTokenizerModel, audio
@@ -29,25 +30,10 @@ from wavtokenizer_hf.bulk import (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny layers gain nothing from threads, and processes that are forked here must not wait for any."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    for seed, name in ((0, "model"), (1, "other")):
-        torch.manual_seed(seed)
-        model = WavTokenizerModel(tiny_config()).eval()
-        with torch.no_grad():
-            latents = model.encode(torch.randn(1, 1, 64 * 16), output_latents=True).latents[0].T
-            model.quantizer.codebook.embed.copy_(latents)
-        save_model(model, folder / name)
+    save_two_models(folder)
     return folder
 
 

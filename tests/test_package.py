@@ -81,6 +81,8 @@ SHARED = {
     "atomic_files",
     "audio_errors",
     "extras",
+    "hub_errors",
+    "lazy_names",
     "find_files",
     "limited_files",
     "model_names",
@@ -204,6 +206,12 @@ for function, extra in ((lambda: tokenize("x", "m", "o"), "bulk"), (lambda: requ
         raise AssertionError("no error")
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_contributing_lists_the_core_files():
+    text = (PACKAGE.parent / ".github" / "CONTRIBUTING.md").read_text()
+    [listed] = re.findall(r"modeling_wavtokenizer_\{(.*?)\}\.py", text)
+    assert listed.split(", ") == sorted(path.stem[22:] for path in PACKAGE.glob("modeling_wavtokenizer_*.py"))
 
 
 def test_the_model_is_read_in_two_files_without_cpu_machinery():

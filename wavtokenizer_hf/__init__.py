@@ -4,11 +4,11 @@ The import is light: torch and transformers are imported when something of them 
 transformers give the classes of this package as soon as both packages are imported, in whatever order.
 """
 
-import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .import_hook import after_import
+from .lazy_names import lazy_names
 
 
 if TYPE_CHECKING:
@@ -44,17 +44,7 @@ _MODULES = {  # where each name of the interface is defined
 
 
 if not TYPE_CHECKING:  # to a type checker every name would exist, and be Any
-
-    def __getattr__(name: str) -> Any:
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-        globals()[name] = value  # the next time it is found without this function
-        return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    __getattr__, __dir__ = lazy_names(__name__, _MODULES)
 
 
 def bundled_model() -> Path:

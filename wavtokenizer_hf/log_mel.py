@@ -31,7 +31,6 @@ class LogMel(nn.Module):
         with torch.autocast(audio.device.type, enabled=False):
             spectrum = torch.stft(audio.float(), self.n_fft, self.hop_length, window=self.window, return_complex=True)
             magnitudes = spectrum.abs()
-            # the order of a product decides its last bits in clips of under 12 frames; metrics of one clip have this
-            # one
+            # the order of a product decides its last bits in clips of under 12 frames; metrics keep theirs
             mel = (magnitudes.T @ self.filters.T.contiguous()).T if audio.ndim == 1 else self.filters @ magnitudes
             return mel.clamp(min=1e-7).log()

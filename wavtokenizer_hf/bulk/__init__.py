@@ -5,8 +5,9 @@ Codes of whole corpora. Needs the extra `bulk`.
 for those who have a dataset of the datasets library.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy_names import lazy_names
 
 
 if TYPE_CHECKING:
@@ -42,14 +43,4 @@ __all__ = [
 
 
 if not TYPE_CHECKING:  # to a type checker every name would exist, and be Any
-
-    def __getattr__(name: str) -> Any:
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-        globals()[name] = value  # the next time it is found without this function
-        return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCardData
 
+from ..hub_errors import HTTP_ERROR
 from ..limited_files import parse_yaml, read_file
 from .records import Settings, Summary
 
@@ -169,14 +170,11 @@ def source_metadata(source: Any, revision: str | None) -> dict[str, Any]:
 
 def _card_on_hub(name: str, revision: str | None) -> Path | None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
-    http_error: type[Exception] = HfHubHTTPError.__bases__[
-        0
-    ]  # HTTPError of httpx, or of httpx2 from huggingface_hub 2.4 on
     try:
         return Path(hf_hub_download(name, "README.md", repo_type="dataset", revision=revision))
-    except (OSError, HFValidationError, http_error):  # no card, no network, or a glob of files
+    except (OSError, HFValidationError, HTTP_ERROR):  # no card, no network, or a glob of files
         return None
 
 

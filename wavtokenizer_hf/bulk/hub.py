@@ -4,13 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..hub_errors import HTTP_ERROR
 from .card import add_configs
 
 
 def prepare(name: str) -> None:
     """
-    Makes the dataset repository if there is none. Done before the work, so that a name or token that is refused is met
-    early.
+    Make the dataset repository if there is none. It is done before the work, so that a name or token that is refused
+    is met early.
     """
     from huggingface_hub import HfApi
 
@@ -21,7 +22,7 @@ def push(folder: Path, name: str) -> None:
     """Upload what is finished. Files that are there already are not sent again. The card gets its `configs`."""
     from huggingface_hub import HfApi
 
-    text = add_configs((folder / "README.md").read_text(encoding="utf-8"))
+    text = add_configs((folder / "README.md").read_text(encoding="utf-8", errors="surrogateescape"))
     _say_what(
         name,
         lambda: HfApi().upload_folder(
@@ -37,7 +38,7 @@ def push(folder: Path, name: str) -> None:
         lambda: HfApi().upload_file(
             repo_id=name,
             repo_type="dataset",
-            path_or_fileobj=text.encode(),
+            path_or_fileobj=text.encode(errors="surrogateescape"),
             path_in_repo="README.md",
             commit_message="Card by wavtokenizer_hf",
         ),
@@ -45,12 +46,7 @@ def push(folder: Path, name: str) -> None:
 
 
 def _say_what(name: str, call: Callable[[], Any]) -> None:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    http_error: type[Exception] = HfHubHTTPError.__bases__[
-        0
-    ]  # HTTPError of httpx, or of httpx2 from huggingface_hub 2.4 on
     try:
         call()
-    except (OSError, ValueError, http_error) as error:
+    except (OSError, ValueError, HTTP_ERROR) as error:
         raise OSError(f"Cannot upload to the dataset {name!r} on the Hub: {error}") from error

@@ -209,8 +209,8 @@ class AudioTokenizer(_Mapped):
 
 
 def _features() -> dict[str, Any]:
-    """Columns that AudioTokenizer gives, with the types of the datasets library."""
-    datasets = require("datasets", "bulk")
+    """Return the columns that AudioTokenizer gives, with the types of the datasets library."""
+    datasets, pyarrow = require("datasets", "bulk"), require("pyarrow", "bulk")
     types = {
         "num_samples": "int64",
         "duration": "float64",
@@ -220,17 +220,13 @@ def _features() -> dict[str, Any]:
         "failure": "string",
         "failure_kind": "string",
     }
-    codes = datasets.Features.from_arrow_schema(
-        require("pyarrow", "bulk").schema(
-            [("audio_codes", require("pyarrow", "bulk").list_(require("pyarrow", "bulk").uint16()))]
-        )
-    )
-    warnings = datasets.Features.from_arrow_schema(
-        require("pyarrow", "bulk").schema(
-            [("warnings", require("pyarrow", "bulk").list_(require("pyarrow", "bulk").string()))]
-        )
-    )
-    return {**codes, **{name: datasets.Value(dtype) for name, dtype in types.items()}, **warnings}
+    codes = pyarrow.schema([("audio_codes", pyarrow.list_(pyarrow.uint16()))])
+    warnings = pyarrow.schema([("warnings", pyarrow.list_(pyarrow.string()))])
+    return {
+        **datasets.Features.from_arrow_schema(codes),
+        **{name: datasets.Value(dtype) for name, dtype in types.items()},
+        **datasets.Features.from_arrow_schema(warnings),
+    }
 
 
 def tokenize_dataset(

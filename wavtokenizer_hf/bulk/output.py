@@ -338,7 +338,7 @@ class Output:
             lines = [json.dumps({"id": id, **asdict(failure)}, ensure_ascii=False) for id, failure in failures.items()]
             self._write_text("failures.jsonl", "".join(line + "\n" for line in lines))
             readme = self.folder / "README.md"
-            if not readme.exists() or GENERATED_MARKER in readme.read_text(encoding="utf-8"):
+            if not readme.exists() or GENERATED_MARKER.encode() in readme.read_bytes():
                 self._write_card(readme, total, complete)
             self._write_manifest(total, complete)
         return total, failures

@@ -210,6 +210,5 @@ def _try_to_summarize(folder: Output) -> None:
 def _default_processes(device: str | None) -> int:
     if device is None and torch.cuda.is_available():
         return torch.cuda.device_count()
-    # two threads in one process are as fast as two processes (benchmarks/README.md), and one model is less memory than
-    # two
+    # two threads in one process are as fast as two processes (benchmarks/README.md), with one model in memory
     return max(1, num_cores() // 2) if device in (None, "cpu") else 1

@@ -2,8 +2,9 @@
 Ways out of this package: models as ONNX files, and token folders as the files that language models are trained from.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..lazy_names import lazy_names
 from .wavtokenizer_onnx import WavTokenizerOnnx
 
 
@@ -13,12 +14,6 @@ if TYPE_CHECKING:
 __all__ = ["OnnxReport", "WavTokenizerOnnx", "export_onnx"]
 
 
+# these need torch, `WavTokenizerOnnx` does not
 if not TYPE_CHECKING:  # to a type checker every name would exist, and be Any
-
-    def __getattr__(name: str) -> Any:
-        """`export_onnx` and its report, on first use: they need torch, `WavTokenizerOnnx` does not."""
-        if name in ("OnnxReport", "export_onnx"):
-            from . import onnx_export
-
-            return getattr(onnx_export, name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    __getattr__, __dir__ = lazy_names(__name__, {"OnnxReport": "onnx_export", "export_onnx": "onnx_export"})

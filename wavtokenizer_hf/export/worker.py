@@ -8,11 +8,8 @@ from . import run
 
 
 with suppress(ImportError):  # `export_tokens` says so before it starts a worker
-    for name in (
-        "pyarrow.parquet",
-        "pyarrow.compute",
-        "pandas",
-    ):  # the latter two are imported by the first use of a table
+    # the first use of a table imports the latter two
+    for name in ("pyarrow.parquet", "pyarrow.compute", "pandas"):
         require(name, "bulk")
 gc.freeze()  # the garbage collector of a worker would write to all objects, and so copy the memory that it shares
 

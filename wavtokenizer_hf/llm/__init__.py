@@ -9,9 +9,9 @@ generation.py    generate() that keeps to audio inside a span, and sound while i
 Needs nothing beyond the core; chat templates need jinja2, as in transformers.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..lazy_names import lazy_names
 from .mapping import AudioSpan, MalformedSpan
 from .rows import PackedRows, Template, TrainingRows
 from .tokenizer import APERTUS_1_5, AudioVocabulary
@@ -38,10 +38,6 @@ __all__ = [
 ]
 
 
+# what generates needs torch, and exports of training files do not
 if not TYPE_CHECKING:  # to a type checker every name would exist, and be Any
-
-    def __getattr__(name: str) -> Any:
-        """What generates, on first use: it needs torch, and exports of training files do not."""
-        if name in _GENERATION:
-            return getattr(importlib.import_module(".generation", __name__), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    __getattr__, __dir__ = lazy_names(__name__, dict.fromkeys(_GENERATION, "generation"))

@@ -16,9 +16,9 @@ from wavtokenizer_hf.training import Settings, train
 train(Settings.load("small_cpu", {"train_data": "clips", "validation_data": "other_clips", "output": "run"}))
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..lazy_names import lazy_names
 from .settings import Settings
 
 
@@ -27,15 +27,9 @@ if TYPE_CHECKING:
     from .state import State
 
 
+# these import torch, and the settings are arguments of the command line, whose help must not wait for it
 if not TYPE_CHECKING:  # to a type checker every name would exist, and be Any
-
-    def __getattr__(name: str) -> Any:
-        # torch is imported with these, and the settings are arguments of the command line, whose help must not wait
-        # for it
-        modules = {"State": "state", "train": "loop"}
-        if name not in modules:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f".{modules[name]}", __name__), name)
+    __getattr__, __dir__ = lazy_names(__name__, {"State": "state", "train": "loop"})
 
 
 __all__ = ["Settings", "State", "train"]

@@ -6,7 +6,6 @@ learns to be closer to real audio, also in their eyes; then the codebook moves. 
 of the settings' seed alone, so a resumed run goes the way of one that was never stopped.
 """
 
-import functools
 import logging
 import math
 import os
@@ -25,7 +24,7 @@ from ..progress import Progress, write
 from .codebook import all_reduce_sum, usage_figures, world_size
 from .data import Batch, Clips, one_warning_of_a_kind, open_clips, training_batches, validation_clips
 from .log import Log, write_curves
-from .losses import adversarial_losses, discriminator_losses, total
+from .losses import adversarial_losses, discriminator_losses, sum_losses, total
 from .memory import GB, Estimate, PeakMemory, available_memory, estimate, refusal
 from .settings import Settings, derived_seed
 from .state import State, autocast, build, check_output, prepare_hub, restore, save, upload
@@ -227,7 +226,7 @@ def _train_discriminators(
                 both = torch.cat([audio[:, 0], output[0][:, 0].detach()])
                 real, made = _halves(discriminators(both, bandwidth_id))
             losses = discriminator_losses(real, made)
-            loss = functools.reduce(torch.add, losses.values())
+            loss = sum_losses(losses.values())
             _note(figures, "discriminator", losses | {"total": loss}, len(batches))
             (loss / len(batches)).backward()
     if rehearsal:

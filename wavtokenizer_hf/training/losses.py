@@ -51,7 +51,7 @@ class MelScalesLoss(nn.Module):
 
     def forward(self, made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Distance of two batches of audio (B, T)."""
-        return _sum(scale(made, real) for scale in self.scales) / len(self.scales)
+        return sum_losses(scale(made, real) for scale in self.scales) / len(self.scales)
 
 
 class InstantaneousFrequencyLoss(nn.Module):
@@ -87,7 +87,7 @@ class InstantaneousFrequencyLoss(nn.Module):
                     scale = target.square().sum(dim=-1).sqrt().mean().clamp(min=1e-3)
                 difference = self._advances(made, n_fft, bins) - target
                 distances.append((difference.square().sum(dim=-1) + 1e-8).sqrt().mean() / scale)
-        return _sum(distances) / len(distances)
+        return sum_losses(distances) / len(distances)
 
 
 def discriminator_losses(
@@ -100,9 +100,9 @@ def discriminator_losses(
     for name in real:
         pairs = [(r.scores.float(), m.scores.float()) for r, m in zip(real[name], made[name], strict=True)]
         if name == "dac":
-            losses[name] = _sum((1 - r).square().mean() + m.square().mean() for r, m in pairs)
+            losses[name] = sum_losses((1 - r).square().mean() + m.square().mean() for r, m in pairs)
         else:
-            losses[name] = _sum(F.relu(1 - r).mean() + F.relu(1 + m).mean() for r, m in pairs) / len(pairs)
+            losses[name] = sum_losses(F.relu(1 - r).mean() + F.relu(1 + m).mean() for r, m in pairs) / len(pairs)
     return losses
 
 
@@ -117,20 +117,20 @@ def adversarial_losses(real: dict[str, list[Judgement]], made: dict[str, list[Ju
             for r, m in zip(real_judgement.features, made_judgement.features, strict=True)
         ]
         if name == "dac":  # summed, not averaged
-            losses[name] = _sum((1 - score).square().mean() for score in scores)
-            losses[f"{name}_features"] = _sum(distances)
+            losses[name] = sum_losses((1 - score).square().mean() for score in scores)
+            losses[f"{name}_features"] = sum_losses(distances)
         else:
-            losses[name] = _sum(F.relu(1 - score).mean() for score in scores) / len(scores)
-            losses[f"{name}_features"] = _sum(distances) / len(scores)
+            losses[name] = sum_losses(F.relu(1 - score).mean() for score in scores) / len(scores)
+            losses[f"{name}_features"] = sum_losses(distances) / len(scores)
     return losses
 
 
 def total(losses: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
     """The weighted sum of all losses by name; a KeyError for one that no weight was given for."""
-    return _sum(weights[name] * loss for name, loss in losses.items())
+    return sum_losses(weights[name] * loss for name, loss in losses.items())
 
 
-def _sum(values: Iterable[torch.Tensor]) -> torch.Tensor:
+def sum_losses(values: Iterable[torch.Tensor]) -> torch.Tensor:
     return functools.reduce(torch.add, values)
 
 
