@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from wavtokenizer_hf import WavTokenizerFeatureExtractor, WavTokenizerModel, audio, bundled_model
-from wavtokenizer_hf.evaluation.metrics import METRICS, Clip, score, why_not
+from wavtokenizer_hf.evaluation.metrics import METRICS, Clip, score, unavailable_reason
 from wavtokenizer_hf.plots import plot_reconstruction
 from wavtokenizer_hf.token_file import TokenFile
 
@@ -64,7 +64,11 @@ def main() -> None:
     )
 
     # of the extra `evaluation`: what is not installed is left out
-    names = [name for name in ("stoi", "pesq_wb") if model.config.sampling_rate == 24000 and why_not(name) is None]
+    names = [
+        name
+        for name in ("stoi", "pesq_wb")
+        if model.config.sampling_rate == 24000 and unavailable_reason(name) is None
+    ]
     values, _ = score(Clip(waveform), Clip(reconstruction), names)
 
     seconds = len(waveform) / model.config.sampling_rate

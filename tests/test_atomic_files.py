@@ -348,7 +348,7 @@ def test_no_output_in_a_folder_overwrites_another_input(model_folder, sound, tmp
     files = [str(folder / "a.flac"), str(folder / "a.wav")]
     assert main(["reconstruct", files[0], "-m", model_folder, "-o", files[1]]) == 0  # not an input here
     (folder / "a.wav").write_bytes(before)
-    assert main(["reconstruct", str(folder), "-m", model_folder, "-o", str(folder), "--sound-format", "flac"]) == 2
+    assert main(["reconstruct", str(folder), "-m", model_folder, "-o", str(folder), "--audio-format", "flac"]) == 2
     (folder / "b.png").write_bytes(before)  # a sound by its content
     assert main(["reconstruct", f"{folder}/b.png", "-m", model_folder, "-o", f"{folder}/b.wav", "--plot"]) == 2
     assert "would overwrite the input" in capsys.readouterr().err

@@ -225,7 +225,7 @@ def test_a_flac_file_that_is_cut_off_fails_where_it_ends(tmp_path):
     (tmp_path / "a.flac").write_bytes(whole[: len(whole) // 2])
     blocks = audio.read_blocks(tmp_path / "a.flac", block_seconds=0.5)
     assert len(next(blocks)) == 12000
-    with pytest.raises(audio.CutOffError, match="its header promises 96000"):
+    with pytest.raises(audio.TruncatedAudioError, match="its header promises 96000"):
         list(blocks)
 
 

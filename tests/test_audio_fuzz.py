@@ -103,7 +103,7 @@ def read_in_every_way(content: bytes, path: Path) -> None:
     check_answer(lambda: audio.decode(content, max_seconds=3600).audio, "content")
     check_answer(lambda: np.concatenate(list(audio.read_blocks(path, block_seconds=0.05))), "blocks")
     stream = io.BufferedReader(io.BytesIO(content))
-    check_answer(lambda: np.concatenate(list(pipes.read_sound(stream))), "pipe")
+    check_answer(lambda: np.concatenate(list(pipes.read_audio(stream))), "pipe")
 
 
 def fuzz(name: str, path: Path, num_examples: int) -> None:

@@ -93,7 +93,7 @@ def by_content(folder, model):
 def by_pipe(folder, model):
     def read(name):
         stream = io.BufferedReader(io.BytesIO(CASES[name].content))
-        return np.concatenate(list(pipes.read_sound(stream)))
+        return np.concatenate(list(pipes.read_audio(stream)))
 
     return {name: outcome(lambda name=name: read(name)) for name in CASES}
 

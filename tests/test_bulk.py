@@ -180,7 +180,7 @@ def test_a_batch_too_large_for_the_device_is_halved_and_a_clip_too_large_fails(m
 
 def test_reading_ahead_stops_at_the_limit(place):
     read = []
-    sound = audio.Sound(np.zeros(100, np.float32), 24000, 1)
+    sound = audio.AudioClip(np.zeros(100, np.float32), 24000, 1)
 
     def work(job):
         read.append(job)

@@ -469,7 +469,7 @@ def test_codes_do_not_depend_on_whether_a_file_is_read_whole_or_in_blocks(
 def test_a_wav_stream_is_read_as_the_file_is(sizes, subtype, tmp_path):
     (tmp_path / "a.wav").write_bytes(wav(NOISE, subtype, format="WAVEX"))
     stream = io.BufferedReader(io.BytesIO(wav(NOISE, subtype, sizes, format="WAV" if sizes else "WAVEX")))
-    np.testing.assert_array_equal(np.concatenate(list(pipes.read_sound(stream))), audio.load(tmp_path / "a.wav"))
+    np.testing.assert_array_equal(np.concatenate(list(pipes.read_audio(stream))), audio.load(tmp_path / "a.wav"))
 
 
 @pytest.mark.parametrize(
@@ -482,8 +482,8 @@ def test_a_wav_stream_is_read_as_the_file_is(sizes, subtype, tmp_path):
 )
 def test_a_stream_that_is_cut_off_gives_what_came_and_then_an_error(content, raw, num_samples, message):
     blocks, stream = [], io.BufferedReader(io.BytesIO(content))
-    with pytest.raises(audio.CutOffError, match=message):
-        blocks.extend(pipes.read_sound(stream, 24000, raw))
+    with pytest.raises(audio.TruncatedAudioError, match=message):
+        blocks.extend(pipes.read_audio(stream, 24000, raw))
     assert sum(map(len, blocks)) == num_samples
 
 
@@ -501,7 +501,7 @@ def test_a_stream_that_is_cut_off_gives_what_came_and_then_an_error(content, raw
 )
 def test_a_stream_that_is_no_sound_is_refused(content, message):
     with pytest.raises(ValueError, match=message):
-        list(pipes.read_sound(io.BufferedReader(io.BytesIO(content))))
+        list(pipes.read_audio(io.BufferedReader(io.BytesIO(content))))
 
 
 def test_a_pipe_from_sound_to_tokens_to_sound_gives_what_the_files_give(run, model_folder, tiny_model, tmp_path):

@@ -18,7 +18,7 @@ from wavtokenizer_hf import WavTokenizerModel, audio
 from wavtokenizer_hf.cli import main
 from wavtokenizer_hf.evaluation import DecodedFolder, Model, evaluate
 from wavtokenizer_hf.evaluation.codebook import CodebookUsage
-from wavtokenizer_hf.evaluation.metrics import METRICS, PRESETS, Clip, Options, score, why_not
+from wavtokenizer_hf.evaluation.metrics import METRICS, PRESETS, Clip, Options, score, unavailable_reason
 from wavtokenizer_hf.evaluation.report import FileResult, Report, Summary, SystemResult
 
 
@@ -28,13 +28,13 @@ SPEECH = Path(__file__).parent.parent / "examples" / "speech.flac"
 QUICK = ["stoi", "si_sdr", "mel_distance"]
 OPTIONS = Options(crepe="tiny")  # the full network takes half a minute for a second of sound
 # packages that may be absent where these tests run: pesq needs a C compiler, the others carry weights
-ABSENT = {name for name in METRICS if name != "utmos" and why_not(name) is not None}
+ABSENT = {name for name in METRICS if name != "utmos" and unavailable_reason(name) is not None}
 needs_pesq = pytest.mark.skipif(find_spec("pesq") is None, reason="pesq is not installed")
 
 
 def needs(name: str):
     """A metric as a parameter whose tests are skipped where its package is absent."""
-    return pytest.param(name, marks=pytest.mark.skipif(name in ABSENT, reason=f"{name}: {why_not(name)}"))
+    return pytest.param(name, marks=pytest.mark.skipif(name in ABSENT, reason=f"{name}: {unavailable_reason(name)}"))
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_identity_gets_the_best_score_and_noise_lowers_it(name, best, speech):
 )  # fmt: skip
 def test_packages_with_weights_give_the_best_score_to_identity_and_less_for_more_noise(name, best, speech):
     if name in ABSENT:
-        pytest.skip(why_not(name))
+        pytest.skip(unavailable_reason(name))
     clip = speech[: 2 * 24000]
     scores = [value_of(name, clip, noisy(clip, level)) for level in (0.0, 0.005, 0.02, 0.1)]
     assert best is None or scores[0] == pytest.approx(best, abs=0.05)
@@ -309,13 +309,13 @@ def test_giving_weights_asks_for_utmos(utmos_file, corpus, decoded, capsys):
 
 
 def test_what_cannot_run_says_why(monkeypatch, tmp_path):
-    assert "--utmos" in why_not("utmos")
-    assert "There is no file" in why_not("utmos", Options(utmos=str(tmp_path / "absent.ts")))
+    assert "--utmos" in unavailable_reason("utmos")
+    assert "There is no file" in unavailable_reason("utmos", Options(utmos=str(tmp_path / "absent.ts")))
     (tmp_path / "bad.ts").write_bytes(b"not TorchScript")
-    assert why_not("utmos", Options(utmos=str(tmp_path / "bad.ts")))
+    assert unavailable_reason("utmos", Options(utmos=str(tmp_path / "bad.ts")))
     monkeypatch.setitem(sys.modules, "pesq", None)
-    assert why_not("pesq_wb") == "This needs pesq: pip install 'wavtokenizer_hf[evaluation]'"
-    assert why_not("stoi") is None
+    assert unavailable_reason("pesq_wb") == "This needs pesq: pip install 'wavtokenizer_hf[evaluation]'"
+    assert unavailable_reason("stoi") is None
 
 
 def test_a_package_that_fails_to_import_is_named_and_the_rest_goes_on(monkeypatch, tmp_path, corpus, decoded, capsys):
@@ -324,7 +324,7 @@ def test_a_package_that_fails_to_import_is_named_and_the_rest_goes_on(monkeypatc
     (broken / "visqol" / "__init__.py").write_text("raise RuntimeError('built for another numpy')")
     monkeypatch.syspath_prepend(str(broken))
     monkeypatch.delitem(sys.modules, "visqol", raising=False)
-    assert "built for another numpy" in why_not("visqol")
+    assert "built for another numpy" in unavailable_reason("visqol")
     references = [(corpus / "a.wav", Path("a.wav"))]
     monkeypatch.setitem(PRESETS, "quick", ("visqol", "mel_distance"))
     result = evaluate(references, [DecodedFolder(decoded)]).to_dict()["systems"][0]["metrics"]
@@ -337,7 +337,7 @@ def test_torchcrepe_imports_without_torchaudio(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] in ("torchcrepe", "torchaudio")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchaudio", None)  # its import fails
-    assert why_not("f0_error") is None
+    assert unavailable_reason("f0_error") is None
     assert sys.modules.get("torchaudio") is None
 
 

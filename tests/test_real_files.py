@@ -486,7 +486,7 @@ def test_a_chunk_of_four_gigabytes_in_a_pipe_takes_no_memory():
     whole = wav(SOUND)
     start = whole[:36] + b"LIST" + (2**32 - 16).to_bytes(4, "little")
     tracemalloc.start()
-    samples = np.concatenate(list(pipes.read_sound(LongChunk(start, 2**32 - 16, whole[36:]))))
+    samples = np.concatenate(list(pipes.read_audio(LongChunk(start, 2**32 - 16, whole[36:]))))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     np.testing.assert_array_equal(samples, quantized(SOUND)[:, 0])
@@ -496,7 +496,7 @@ def test_a_chunk_of_four_gigabytes_in_a_pipe_takes_no_memory():
 @pytest.mark.parametrize("rate", [0, 1, 999, 768001, 10**30, -24000])
 def test_raw_samples_of_no_real_rate_are_refused(rate):
     with pytest.raises(AudioError, match="expected a whole number from 1,000 to 768,000 Hz"):
-        next(pipes.read_sound(io.BytesIO(bytes(1000)), raw_rate=rate))
+        next(pipes.read_audio(io.BytesIO(bytes(1000)), raw_rate=rate))
 
 
 @pytest.mark.parametrize("format", ["FLAC", "OGG", "MP3", "GSM"])
@@ -505,12 +505,12 @@ def test_other_formats_come_through_a_pipe_too(format, tmp_path):
     content = encoded(SOUND, **options)
     (tmp_path / "a").write_bytes(content)
     stream = io.BufferedReader(io.BytesIO(content))
-    np.testing.assert_array_equal(np.concatenate(list(pipes.read_sound(stream))), audio.load(tmp_path / "a"))
+    np.testing.assert_array_equal(np.concatenate(list(pipes.read_audio(stream))), audio.load(tmp_path / "a"))
 
 
 def test_a_pipe_of_nothing_but_zeros_is_refused_at_once():
     with pytest.raises(AudioError, match="expected a WAV file"), open("/dev/zero", "rb") as zeros:
-        next(pipes.read_sound(zeros))
+        next(pipes.read_audio(zeros))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -112,7 +112,13 @@ def test_the_documented_fine_tuning_of_a_published_decoder_fits_16_gb(folders, t
 def test_a_frozen_encoder_and_codebook_stay_bit_for_bit_while_the_decoder_learns(finished, tmp_path):
     _, folder = finished
     source = folder / "run" / "last"
-    settings = {"model": str(source), "config": {}, "freeze": "encoder", "mel_only_steps": 1, "restart_below": 0.5}
+    settings = {
+        "model": str(source),
+        "config": {},
+        "freeze": "encoder",
+        "mel_only_steps": 1,
+        "dead_code_threshold": 0.5,
+    }
     train(tiny_settings(tmp_path, **settings, loss_weights={"reencoding": 1.0}))
     before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "run" / "last"))
     assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("encoder_model."))
@@ -215,7 +221,7 @@ def test_published_recipes_are_the_published_training(name, frames):
     assert len(weights) == 6 and set(weights.values()) == {1}
     # on 8 GPUs: k-means on the first batch; entries below a count of 2 are replaced, as a share of an even count
     assert settings.kmeans_latents == 8 * 40 * frames
-    assert settings.restart_below * 8 * 40 * frames / 4096 == pytest.approx(2, rel=5e-3)  # three digits
+    assert settings.dead_code_threshold * 8 * 40 * frames / 4096 == pytest.approx(2, rel=5e-3)  # three digits
 
 
 def test_the_small_models_file_stays_within_12_megabytes():
@@ -240,7 +246,7 @@ def test_the_command_line_goes_before_the_recipe(tmp_path, capsys):
     assert settings.config == {"num_filters": 16, "hidden_size": 64, "codebook_size": 32}
     with pytest.raises(SystemExit):
         parser.parse_args(["train", "--help"])
-    assert "--restart-below" in capsys.readouterr().out
+    assert "--dead-code-threshold" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_moving_averages_equal_the_originals():
 def test_a_replaced_entry_is_a_latent_and_stays_replaced():
     # the original overwrites it by the moving average in the same step
     trained = quantizer(torch.tensor([[0.0, 0.0], [100.0, 100.0]]), torch.tensor([10.0, 0.1]))
-    learner = CodebookLearner(trained, restart_below=0.1)
+    learner = CodebookLearner(trained, dead_code_threshold=0.1)
     torch.manual_seed(0)
     latents = torch.randn(1, 2, 20)
     for step in range(3):
@@ -69,7 +69,7 @@ def test_a_replaced_entry_is_a_latent_and_stays_replaced():
 def test_entries_in_use_are_not_replaced():
     torch.manual_seed(0)
     trained = quantizer(torch.randn(4, 3))
-    learner = CodebookLearner(trained, restart_below=0.1)
+    learner = CodebookLearner(trained, dead_code_threshold=0.1)
     latents = trained.codebook.embed.T[None].repeat(1, 1, 5)
     before = trained.codebook.embed.clone()
     learner.observe(latents, trained.encode(latents))
@@ -81,7 +81,7 @@ def test_entries_in_use_are_not_replaced():
 def test_restarts_lift_utilization():
     torch.manual_seed(0)
     trained = quantizer(torch.cat([torch.zeros(1, 4), 50 + torch.randn(15, 4)]))  # one entry near the latents
-    learner = CodebookLearner(trained, decay=0.9, restart_below=0.1)
+    learner = CodebookLearner(trained, decay=0.9, dead_code_threshold=0.1)
     shares = []
     for step in range(80):
         latents = torch.randn(1, 4, 200)

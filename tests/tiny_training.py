@@ -66,6 +66,6 @@ def train_by_plain_descent(folder: Path, output: Path, **changes) -> None:
         lambda module, learning_rate: torch.optim.SGD(module.parameters(), 1e-3),
     )
     # no dropout, since its masks differ; diverse latents, so that rounding changes no code; some entries are replaced
-    steady = {"dropout": 0.0, "normalize_encoder": True, "restart_below": 0.5, "max_gradient_norm": 1.0}
+    steady = {"dropout": 0.0, "normalize_encoder": True, "dead_code_threshold": 0.5, "max_gradient_norm": 1.0}
     with descent:
         train(tiny_settings(folder, output=str(output), **{**steady, **changes}))

@@ -23,7 +23,7 @@ from .atomic_files import atomic_write, cannot_write
 from .audio_decoders import LARGEST_WHOLE, open_decoder, torchcodec_decoder
 from .audio_decoders import reason as _reason
 from .audio_decoders import soundfile_module as soundfile_module
-from .audio_errors import MAX_CLIP_SECONDS, AudioError, CutOffError, check_channel
+from .audio_errors import MAX_CLIP_SECONDS, AudioError, TruncatedAudioError, check_channel
 from .find_files import SUFFIXES as SUFFIXES
 
 
@@ -109,7 +109,7 @@ def read_blocks(
         FileNotFoundError: There is no such file. All errors are raised when the blocks are read.
         AudioError: The file is not audio, is damaged, holds no samples or some that are not finite, or lacks the
             channel. A file that is damaged later on fails there. A truncated file gives all that is left, and then
-            CutOffError.
+            TruncatedAudioError.
     """
     with AudioReader(Path(path), sampling_rate, channel) as reader:
         try:
@@ -134,7 +134,7 @@ def seconds(path: str | os.PathLike) -> float:
 
 
 @dataclass
-class Sound:
+class AudioClip:
     """Mono audio (T,), float32, and what it was made of: the rate in Hz and the number of channels of its source.
 
     `warnings` maps kinds (`audio_errors.WARNING_KINDS`) to a text each.
@@ -176,7 +176,7 @@ def decode(
     sampling_rate: int = 24000,
     channel: str | int = "mean",
     max_seconds: float | None = None,
-) -> Sound:
+) -> AudioClip:
     """Reads sound as `load` does with soundfile, to the same samples, and says in the result what `load` says in the
     log.
 
@@ -188,7 +188,7 @@ def decode(
             length.
 
     Returns:
-        `Sound`: float32 audio (T,), nominally in [-1, 1], with rate and channels of its source, and warnings.
+        `AudioClip`: float32 audio (T,), nominally in [-1, 1], with rate and channels of its source, and warnings.
 
     Raises:
         AudioError: The audio is damaged, truncated, empty, not finite or too long, or lacks the channel; see `kind`.
@@ -197,12 +197,12 @@ def decode(
     """
     with AudioReader(source, sampling_rate, channel, max_seconds, quiet=True) as reader:
         audio = reader.read()
-        return Sound(audio, reader.source_sampling_rate, reader.source_channels, reader.warnings)
+        return AudioClip(audio, reader.source_sampling_rate, reader.source_channels, reader.warnings)
 
 
 def load_clip(
     value: Any, sampling_rate: int, channel: str | int = "mean", max_seconds: float | None = MAX_CLIP_SECONDS
-) -> Sound:
+) -> AudioClip:
     """
     Reads a clip as a dataset or another source gives it, to the samples of `load`; arrays are resampled likewise.
 
@@ -214,7 +214,7 @@ def load_clip(
         max_seconds: Longest audio that is read; longer audio is refused. None: no limit.
 
     Returns:
-        `Sound`: float32 audio (T,), nominally in [-1, 1], with rate and channels of its source, and warnings.
+        `AudioClip`: float32 audio (T,), nominally in [-1, 1], with rate and channels of its source, and warnings.
 
     Raises:
         AudioError: it is not sound, or is refused for another reason of `audio_errors.FAILURE_KINDS`.
@@ -239,7 +239,7 @@ def load_clip(
     return decode(value, sampling_rate, channel, max_seconds)
 
 
-def _read_array(array: Any, rate: Any, sampling_rate: int, channel: str | int, max_seconds: float | None) -> Sound:
+def _read_array(array: Any, rate: Any, sampling_rate: int, channel: str | int, max_seconds: float | None) -> AudioClip:
     try:
         samples = np.asarray(array, dtype=np.float32)
     except (TypeError, ValueError) as error:
@@ -313,7 +313,7 @@ class AudioReader:
             say_what_changes(self.name, self.source_channels, self.source_sampling_rate, sampling_rate, channel)
 
     def blocks(self, block_seconds: float = 5.0) -> Iterator[np.ndarray]:
-        """Gives the audio, float32 arrays (n,), n > 0. Raises AudioError; CutOffError after all that came."""
+        """Gives the audio, float32 arrays (n,), n > 0. Raises AudioError; TruncatedAudioError after all that came."""
         size, count = max(1, round(block_seconds * self.source_sampling_rate)), 0
         for block in mono_blocks(self._joined(size), self.source_sampling_rate, self.sampling_rate):
             count += len(block)
@@ -355,7 +355,7 @@ class AudioReader:
                     joined = np.concatenate(pending)
                     yield joined[:size]
                     pending, length = [joined[size:]], length - size
-        except CutOffError as error:
+        except TruncatedAudioError as error:
             late = error
         if length > 0:
             yield np.concatenate(pending)
@@ -482,7 +482,7 @@ def check_sampling_rate(rate: Any, name: str) -> int:
 
 def mono(
     channels: np.ndarray, rate: int, sampling_rate: int, channel: str | int = "mean", name: str = "the clip"
-) -> Sound:
+) -> AudioClip:
     """
     Channels (T', C), float32, at `rate` Hz -> one of them or their mean at `sampling_rate` Hz. Raises AudioError.
     """
@@ -491,7 +491,7 @@ def mono(
     blocks = list(mono_blocks(iter([mixer(channels)] if len(channels) else []), rate, sampling_rate))
     if not blocks:
         raise AudioError(f"Got no samples in {name}, expected at least one.", "empty")
-    return Sound(np.concatenate(blocks), rate, channels.shape[1], mixer.warnings)
+    return AudioClip(np.concatenate(blocks), rate, channels.shape[1], mixer.warnings)
 
 
 def save(
@@ -720,7 +720,7 @@ def mono_blocks(blocks: Iterator[np.ndarray], rate: int, sampling_rate: int) -> 
             num_given += len(block)
             if len(block) > 0:
                 yield block
-    except CutOffError as error:
+    except TruncatedAudioError as error:
         cut_off = error
     if resampler is not None and num_read > 0:
         rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)

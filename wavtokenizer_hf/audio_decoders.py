@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .audio_containers import Container, holds_another_flac, inspect
-from .audio_errors import AudioError, CutOffError
+from .audio_errors import AudioError, TruncatedAudioError
 from .extras import require
 
 
@@ -72,7 +72,7 @@ class SoundfileDecoder:
             self.num_frames = None
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Gives all samples, (n, C) float32, n > 0. Raises AudioError, or CutOffError where they end too early."""
+        """Gives all samples, (n, C) float32, n > 0. Raises AudioError, or TruncatedAudioError where they end too early."""
         unit, num_read = max(1, min(UNIT, 2**22 // self.num_channels)), 0
         try:
             # not beyond the end, where libFLAC would take a tag for a frame
@@ -90,7 +90,7 @@ class SoundfileDecoder:
         if self._view is not None and self._view.error is not None:
             raise self._view.error
         if self._is_cut(num_read):
-            raise CutOffError(self._how_cut(num_read))
+            raise TruncatedAudioError(self._how_cut(num_read))
         if self._container.format == "flac" and holds_another_flac(self._content, self._container.start):
             raise AudioError(f"Cannot read {self._name} as sound: {_SEVERAL}. Split it.")
         counted = self._container.num_frames
@@ -154,7 +154,7 @@ class TorchcodecDecoder:
         for start in range(0, len(samples), UNIT):
             yield np.ascontiguousarray(samples[start : start + UNIT])
         if self._container.num_missing > 0:
-            raise CutOffError(
+            raise TruncatedAudioError(
                 f"{self._name} ends early: its header promises at least {self._container.num_missing} bytes more."
             )
 

@@ -43,7 +43,7 @@ class AudioError(ValueError):
         return type(self), (str(self), self.kind)
 
 
-class CutOffError(AudioError):
+class TruncatedAudioError(AudioError):
     """Audio that ends before its time. Readers that give blocks give everything that came in whole samples first."""
 
     def __init__(self, message: str, kind: str = "truncated"):

@@ -14,7 +14,7 @@ import numpy as np
 
 from . import audio
 from .audio_containers import UNKNOWN_SIZE
-from .audio_errors import AudioError, CutOffError
+from .audio_errors import AudioError, TruncatedAudioError
 
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ RAW = "16-bit little-endian integers, mono"
 """Raw samples in pipes, in both directions: what `arecord -f S16_LE`, `ffmpeg -f s16le` and `sox -t s16` mean."""
 
 
-def read_sound(
+def read_audio(
     stream: BinaryIO,
     sampling_rate: int = 24000,
     raw_rate: int | None = None,
@@ -47,7 +47,7 @@ def read_sound(
     Raises:
         AudioError: the stream is not sound, of a sample format that is not known, holds no samples or some that are
             not finite, or has a rate outside of 1 kHz to 768 kHz.
-        CutOffError: the stream ended within a sample, or before its header says; after all that came was given.
+        TruncatedAudioError: the stream ended within a sample, or before its header says; after all that came was given.
     """
     if raw_rate is not None:
         rate = audio.check_sampling_rate(raw_rate, "The raw stream (--raw)")
@@ -117,7 +117,7 @@ def _read_from_file(
 
 
 @contextmanager
-def writing_sound(
+def audio_writer(
     stream: BinaryIO, sampling_rate: int = 24000, num_samples: int | None = None, raw: bool = False
 ) -> Iterator[Callable]:
     """`audio.writing` to a stream, as `sys.stdout.buffer`: a 16-bit WAV file, or `RAW` samples without a header.
@@ -260,9 +260,11 @@ def _sample_blocks(stream: Any, form: _WavFormat) -> Iterator[np.ndarray]:
             )[0]  # fmt: skip
     is_padding = size is None and rest == b"\0" and num_bytes % 2 == 0  # WAV chunks of odd length end in a zero
     if rest and not is_padding:
-        raise CutOffError(f"The stream ends within a sample: {len(rest)} of its {frame_size} bytes came.")
+        raise TruncatedAudioError(f"The stream ends within a sample: {len(rest)} of its {frame_size} bytes came.")
     if left and size is not None:
-        raise CutOffError(f"The stream ends early: {size - left} of the {size} bytes of samples in its header came.")
+        raise TruncatedAudioError(
+            f"The stream ends early: {size - left} of the {size} bytes of samples in its header came."
+        )
 
 
 def _wav_header(sampling_rate: int, num_samples: int | None) -> bytes:

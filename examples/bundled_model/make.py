@@ -38,7 +38,7 @@ import torch
 from wavtokenizer_hf import WavTokenizerModel, __version__, audio
 from wavtokenizer_hf.evaluation import METRICS as ALL_METRICS
 from wavtokenizer_hf.evaluation import Model, Report, evaluate
-from wavtokenizer_hf.evaluation.metrics import why_not
+from wavtokenizer_hf.evaluation.metrics import unavailable_reason
 from wavtokenizer_hf.training import Settings
 from wavtokenizer_hf.training.losses import used_discriminators
 
@@ -174,7 +174,7 @@ def measure(held_out: Path, output: Path, model: WavTokenizerModel, name: str = 
     report = evaluate(
         [(file, Path(file.name)) for file in files],
         [Model(name, model)],
-        metrics=[each for each in METRICS + PITCH_METRICS if why_not(each) is None],
+        metrics=[each for each in METRICS + PITCH_METRICS if unavailable_reason(each) is None],
         num_workers=os.cpu_count() or 1,
         crepe=CREPE,
     )

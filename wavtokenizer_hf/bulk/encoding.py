@@ -169,7 +169,7 @@ def tokenize_clips(
     sampling_rate = encoder.config.sampling_rate
     limit = WINDOW * batch_seconds * sampling_rate
 
-    def read_one(get: Callable[[], Any]) -> audio.Sound | Failure:
+    def read_one(get: Callable[[], Any]) -> audio.AudioClip | Failure:
         try:
             return audio.load_clip(get(), sampling_rate, channel, max_clip_seconds)
         except ImportError:
@@ -194,11 +194,11 @@ def tokenize_clips(
 
 
 def _encode_window(encoder: Any, feature_extractor: Any, window: Any, batch_seconds: float) -> list[Tokens | Failure]:
-    good = [sound for sound in window if isinstance(sound, audio.Sound)]
+    good = [sound for sound in window if isinstance(sound, audio.AudioClip)]
     codes = iter(encode(encoder, feature_extractor, [sound.audio for sound in good], batch_seconds))
     results = []
     for sound in window:
-        result = next(codes) if isinstance(sound, audio.Sound) else sound
+        result = next(codes) if isinstance(sound, audio.AudioClip) else sound
         if not isinstance(result, Failure):
             result = Tokens(
                 result, len(sound.audio), sound.source_sampling_rate, sound.source_channels, tuple(sound.warnings)
@@ -207,7 +207,7 @@ def _encode_window(encoder: Any, feature_extractor: Any, window: Any, batch_seco
     return results
 
 
-def _size(sound: audio.Sound | Failure) -> int:
+def _size(sound: audio.AudioClip | Failure) -> int:
     return 0 if isinstance(sound, Failure) else len(sound.audio)
 
 

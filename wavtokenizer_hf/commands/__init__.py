@@ -5,9 +5,9 @@ and the errors of wrong arguments need none of them.
 """
 
 COMMANDS = {
-    "encode": ("sound", "audio files to token files"),
-    "decode": ("sound", "token files to audio files"),
-    "reconstruct": ("sound", "audio files to tokens and back, to hear what is lost"),
+    "encode": ("codec", "audio files to token files"),
+    "decode": ("codec", "token files to audio files"),
+    "reconstruct": ("codec", "audio files to tokens and back, to hear what is lost"),
     "tokenize": ("tokenize", "a corpus to a folder of Parquet files, resumable"),
     "export": ("export", "a token folder to the files that language models are trained from"),
     "evaluate": ("evaluate", "quality metrics of a model, or of the output of any other codec"),

@@ -49,7 +49,7 @@ class TokenClips:
             place = PurePosixPath(id)
             if place.is_absolute() or ".." in place.parts:
                 raise ValueError(f"The id {id!r} leads out of the output folder. Decode it alone: --id {id!r}.")
-            target = output / place.with_suffix(f".{arguments.sound_format}")
+            target = output / place.with_suffix(f".{arguments.audio_format}")
             if target in targets:
                 raise ValueError(
                     f"{targets[target]!r} and {id!r} would both become {target}. Decode them apart, with --id."

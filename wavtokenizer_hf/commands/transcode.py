@@ -12,7 +12,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from ..audio_errors import CutOffError
+from ..audio_errors import TruncatedAudioError
 from ..long_audio import DecodeStream, EncodeStream
 
 
@@ -37,7 +37,7 @@ class Counts:
     num_tokens: int = 0
     window_seconds: float | None = None
     overlap_seconds: float | None = None
-    cut_off: CutOffError | None = None
+    cut_off: TruncatedAudioError | None = None
     warnings: list[str] = field(default_factory=list)
 
     def count_audio(self, blocks: Iterable[np.ndarray], report: Callable[[int], None]) -> Iterator[np.ndarray]:
@@ -50,7 +50,7 @@ class Counts:
                 self.num_samples += len(block)
                 yield block
                 report(len(block))
-        except CutOffError as error:
+        except TruncatedAudioError as error:
             if self.num_samples == 0:
                 raise
             self.cut_off = error

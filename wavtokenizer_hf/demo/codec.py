@@ -14,7 +14,7 @@ import torch
 
 from .. import audio
 from ..audio_errors import AudioError
-from ..evaluation.metrics import SAMPLING_RATE, Clip, score, why_not
+from ..evaluation.metrics import SAMPLING_RATE, Clip, score, unavailable_reason
 from ..feature_extraction_wavtokenizer import WavTokenizerFeatureExtractor
 from ..limited_files import parse_json
 from ..loading import load_feature_extractor, load_model
@@ -135,7 +135,7 @@ class Codec:
                 self._loaded = name, model, load_feature_extractor(name, None, model.config)
             return self._loaded[1:]
 
-    def _read(self, path: str, model: WavTokenizerModel) -> audio.Sound:
+    def _read(self, path: str, model: WavTokenizerModel) -> audio.AudioClip:
         try:
             return audio.load_clip(path, model.config.sampling_rate, max_seconds=self.max_seconds)
         except AudioError as error:
@@ -232,7 +232,7 @@ def _read_numbers(text: str, expected: str) -> list[int]:
 
 def _metrics(original: np.ndarray, reconstruction: np.ndarray, sampling_rate: int) -> dict[str, str]:
     """STOI and PESQ, where their packages are installed and the clip allows them."""
-    names = [name for name in METRICS if why_not(name) is None]
+    names = [name for name in METRICS if unavailable_reason(name) is None]
     if sampling_rate != SAMPLING_RATE or not names:
         return {}
     values, _ = score(Clip(original), Clip(reconstruction), names)

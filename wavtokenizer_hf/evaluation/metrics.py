@@ -324,7 +324,7 @@ DISTRIBUTIONS = {"visqol": "visqol-python"}
 """Modules whose package has another name for pip."""
 
 
-def why_not(name: str, options: Options | None = None) -> str | None:
+def unavailable_reason(name: str, options: Options | None = None) -> str | None:
     """Return the reason why this metric cannot run here, or None."""
     options = options or Options()
     try:

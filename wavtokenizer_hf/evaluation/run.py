@@ -28,7 +28,7 @@ from ..modeling_wavtokenizer import WavTokenizerModel
 from ..progress import Progress
 from ..worker_processes import end_with_parent
 from .codebook import CodebookUsage
-from .metrics import DISTRIBUTIONS, METRICS, PRESETS, SAMPLING_RATE, Clip, Options, package, score, why_not
+from .metrics import DISTRIBUTIONS, METRICS, PRESETS, SAMPLING_RATE, Clip, Options, package, score, unavailable_reason
 from .report import CODEBOOK_FIGURES, FileResult, Report, SystemResult, WorstClip
 
 
@@ -188,7 +188,7 @@ def evaluate(
     metrics = list(dict.fromkeys([*PRESETS[preset], *asked])) if metrics is None else asked
     _check(references, systems, metrics)
     options = Options(None if utmos_weights is None else str(utmos_weights), crepe, asr)
-    unavailable = {name: reason for name in metrics if (reason := why_not(name, options)) is not None}
+    unavailable = {name: reason for name in metrics if (reason := unavailable_reason(name, options)) is not None}
     for name in asked:
         if name in unavailable:
             raise ValueError(f"{name} cannot run: {unavailable[name]}")

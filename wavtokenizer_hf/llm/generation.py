@@ -39,7 +39,7 @@ class AudioSpanProcessor(LogitsProcessor):
     """
 
     def __init__(self, vocabulary: AudioVocabulary, min_codes: int = 1, max_codes: int | None = None):
-        _check_marks(vocabulary)
+        _check_boundary_tokens(vocabulary)
         if min_codes < 1 or (max_codes is not None and max_codes < min_codes):
             raise ValueError(
                 f"Got min_codes={min_codes} and max_codes={max_codes}, expected 1 <= min_codes <= max_codes."
@@ -179,7 +179,7 @@ class AudioStreamer(BaseStreamer):
         overlap_seconds: float = 0.25,
         timeout: float | None = None,
     ):
-        _check_marks(vocabulary)
+        _check_boundary_tokens(vocabulary)
         vocabulary.check_codec(codec)
         self.codec, self.vocabulary, self.timeout = codec, vocabulary, timeout
         self._window: dict[str, Any] = {"window_seconds": window_seconds, "overlap_seconds": overlap_seconds}
@@ -332,7 +332,7 @@ class _NobodyListens(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
-def _check_marks(vocabulary: AudioVocabulary) -> None:
+def _check_boundary_tokens(vocabulary: AudioVocabulary) -> None:
     if not vocabulary.has_boundary_tokens:
         raise ValueError(
             "The audio vocabulary has no begin_token_id and end_token_id, so it cannot be told where a span ends. "

@@ -23,18 +23,18 @@ class CodebookLearner:
     """Moves the entries of a codebook towards the latents that choose them."""
 
     def __init__(
-        self, quantizer: WavTokenizerQuantizer, decay: float = 0.99, restart_below: float = 0.1, seed: int = 0
+        self, quantizer: WavTokenizerQuantizer, decay: float = 0.99, dead_code_threshold: float = 0.1, seed: int = 0
     ):
         """
         Args:
             quantizer: the model's; its codebook's buffers are changed in place.
             decay: of the moving averages of counts and sums, per step.
-            restart_below: an entry is replaced by a random latent when its moving-average count falls below this share
+            dead_code_threshold: an entry is replaced by a random latent when its moving-average count falls below this share
                 of an even count (all counts / K). A share, since what a count means depends on the batch.
             seed: of the latents that are drawn.
         """
         self.quantizer, self.codebook = quantizer, quantizer.codebook
-        self.decay, self.restart_below, self.seed = decay, restart_below, seed
+        self.decay, self.dead_code_threshold, self.seed = decay, dead_code_threshold, seed
         self.usage = torch.zeros_like(self.codebook.cluster_size)  # (K,): choices since the last report
         self.num_restarts = 0  # since the last report
         self._forget()
@@ -70,7 +70,7 @@ class CodebookLearner:
         # After the moving averages, which must not overwrite what is put in place here; and the averages begin anew
         # with the entry. The original does neither, so its dead entries come back in the same step.
         codebook = self.codebook
-        limit = self.restart_below * codebook.cluster_size.mean()
+        limit = self.dead_code_threshold * codebook.cluster_size.mean()
         dead = (codebook.cluster_size < limit).nonzero()[:, 0]
         if len(dead) == 0:
             return

@@ -115,7 +115,9 @@ class Settings:
     discriminator_scale: float = _field("channels of the discriminators, as a factor of the published ones", 1.0)
 
     codebook_decay: float = _field("decay of the codebook's moving averages", 0.99)
-    restart_below: float = _field("replace codebook entries that are used less than this share of an even count", 0.1)
+    dead_code_threshold: float = _field(
+        "replace codebook entries that are used less than this share of an even count", 0.1
+    )
     normalize_encoder: bool = _field(
         "initialize a new encoder so that each layer has mean 0 and deviation 1 on the first batch (data-dependent "
         "initialization of weight norm). PyTorch's default gives latents that hardly vary, and a slow start",
@@ -164,7 +166,7 @@ class Settings:
         at_least = {
             "steps": 1, "mel_only_steps": 0, "continuous_steps": 0, "batch_size": 1, "gradient_accumulation": 1,
             "num_workers": 0, "warmup_steps": 0, "kmeans_iterations": 1, "kmeans_latents": 1, "log_every": 1,
-            "validate_every": 1, "num_validation_clips": 1, "num_logged_clips": 0, "dropout": 0, "restart_below": 0, "codebook_decay": 0,
+            "validate_every": 1, "num_validation_clips": 1, "num_logged_clips": 0, "dropout": 0, "dead_code_threshold": 0, "codebook_decay": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
@@ -176,7 +178,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"Got {name}={value}, expected more than 0.")
-        for name in ("dropout", "restart_below", "codebook_decay"):
+        for name in ("dropout", "dead_code_threshold", "codebook_decay"):
             if not getattr(self, name) < 1:
                 raise ValueError(f"Got {name}={getattr(self, name)}, expected less than 1.")
         if self.continuous_steps >= self.steps:

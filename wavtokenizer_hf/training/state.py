@@ -155,7 +155,7 @@ def build(settings: Settings) -> State:
         MelLoss(sampling_rate).to(device),
         MelScalesLoss(sampling_rate).to(device) if weights["mel_scales"] else None,
         InstantaneousFrequencyLoss(sampling_rate).to(device) if weights["instantaneous_frequency"] else None,
-        CodebookLearner(model.quantizer, settings.codebook_decay, settings.restart_below, settings.seed),
+        CodebookLearner(model.quantizer, settings.codebook_decay, settings.dead_code_threshold, settings.seed),
         optimizer, get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps),
     )  # fmt: skip
     if settings.freeze:

@@ -75,7 +75,7 @@ def _add_raw_input(parser: argparse.ArgumentParser) -> None:
 
 def _add_sound(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--sound-format",
+        "--audio-format",
         choices=("wav", "flac", "ogg", "mp3"),
         default="wav",
         help="format of audio files in an output folder (default: wav)",
@@ -248,7 +248,7 @@ def _picture_file(path: Path | None):
 
 
 def _sound_jobs(arguments, suffixes: tuple[str, ...]) -> list[tuple[Path | None, Path | None]]:
-    return find_jobs(arguments, suffixes, f".{arguments.sound_format}", WRITABLE_FORMATS)
+    return find_jobs(arguments, suffixes, f".{arguments.audio_format}", WRITABLE_FORMATS)
 
 
 def _whole_seconds(source: Path | None) -> float:
@@ -303,7 +303,7 @@ def _sound_blocks(source: Path | None, arguments, model, counts, peak_level: flo
     rate = model.config.sampling_rate
     options = {"channel": arguments.channel, "on_warnings": counts.warnings.extend}
     if source is None:
-        blocks, seconds = pipes.read_sound(sys.stdin.buffer, rate, arguments.raw, **options), 0
+        blocks, seconds = pipes.read_audio(sys.stdin.buffer, rate, arguments.raw, **options), 0
     else:
         on_cpu = not hasattr(model, "device") or model.device.type == "cpu"  # an exported model has none
         # as long as the chunks that the model itself encodes best in
@@ -322,9 +322,9 @@ def _writing_sound(target: Path | None, arguments, model, num_samples: int | Non
     rate = model.config.sampling_rate
     if target is not None:
         # a device or pipe has no ending that could name the format
-        format = arguments.sound_format.upper() if is_stream(target) and not target.suffix else None
+        format = arguments.audio_format.upper() if is_stream(target) and not target.suffix else None
         return audio.writing(target, rate, format=format)
-    return pipes.writing_sound(sys.stdout.buffer, rate, num_samples, bool(arguments.raw_output))
+    return pipes.audio_writer(sys.stdout.buffer, rate, num_samples, bool(arguments.raw_output))
 
 
 def _read_tokens(source: Path | None, format: str | None, model) -> tuple:
