@@ -1,13 +1,13 @@
-"""Speed of encode and decode beside the original's, in one process and interleaved.
+"""Compare the speed of encode and decode with the reference implementation, interleaved in one process.
 
     git clone https://github.com/jishengpeng/WavTokenizer ../WavTokenizer
     pip install einops scipy
     python benchmarks/compare_with_original.py ../WavTokenizer
 
-Prints seconds of audio per second for both and the ratio of ours to theirs (over 1: ours is faster), the median of
-several rounds, and how far the results are apart: how many codes differ, and how many of them are more than a tie, in
-that the two nearest entries differ by at least 1e-6 of their distance. Nothing is downloaded: weights are random, as
-training starts from them, or the reference formula's.
+Prints seconds of audio per second for both, and the ratio of ours to the reference (over 1: ours is faster), as
+medians of several rounds. Also prints the differences: the codes that differ, and how many of these are no ties, where
+the two nearest entries differ by at least 1e-6 of their distance. Nothing is downloaded: weights are random, as at the
+start of training, or from the formula of the test fixtures.
 """
 
 import argparse
@@ -29,57 +29,59 @@ ROOT = Path(__file__).parent.parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkout", help="a checkout of jishengpeng/WavTokenizer")
+    parser.add_argument("checkout", help="checkout of jishengpeng/WavTokenizer")
     parser.add_argument("--rate", type=int, choices=(40, 75), default=75, help="tokens per second (default 75)")
-    parser.add_argument("--weights", choices=("random", "formula"), default="random", help="(default random)")
-    parser.add_argument("--seconds", type=float, nargs="+", default=[1, 3, 10, 30, 60], help="lengths of clips")
-    parser.add_argument("--batch-size", type=int, default=1, help="clips at once, of equal length (default 1)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default 5)")
-    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
+    parser.add_argument("--weights", choices=("random", "formula"), default="random", help="default: random")
+    parser.add_argument(
+        "--seconds", type=float, nargs="+", default=[1, 3, 10, 30, 60], help="lengths of clips in seconds"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="clips per batch, of equal length (default 1)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each variant (default 5)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "benchmarks", help="folder for the checkpoint")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    theirs, ours = load_models(arguments.checkout, arguments.rate, arguments.weights, arguments.work)
+    reference, ours = load_models(arguments.checkout, arguments.rate, arguments.weights, arguments.work)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rate} tokens/s, float32")
     print(
-        "| clip | encode: theirs | ours | ratio | decode: theirs | ours | ratio | codes that differ | no ties "
+        "| clip | encode: reference | ours | ratio | decode: reference | ours | ratio | codes that differ | no ties "
         "| audio differs by |"
     )
     print("|---" * 10 + "|")
     for seconds in arguments.seconds:
         audio = _clips(arguments.batch_size, seconds)
         with torch.inference_mode():
-            codes = original.encode(theirs, audio)
-            encode = _times(
+            codes = original.encode(reference, audio)
+            encode = _median_times(
                 arguments.rounds,
-                partial(original.encode, theirs, audio),
+                partial(original.encode, reference, audio),
                 partial(ours.encode, audio[:, None]),
             )
-            decode = _times(
+            decode = _median_times(
                 arguments.rounds,
-                partial(original.decode, theirs, codes),
+                partial(original.decode, reference, codes),
                 partial(ours.decode, codes[:, None]),
             )
             encoded = ours.encode(audio[:, None], output_latents=True)
-            differ = encoded.audio_codes[:, 0] != codes
+            differs = encoded.audio_codes[:, 0] != codes
             entries = ours.quantizer.codebook.embed.double()
-            distances = torch.cdist(encoded.latents.transpose(1, 2)[differ].double(), entries)
+            distances = torch.cdist(encoded.latents.transpose(1, 2)[differs].double(), entries)
             nearest = distances.topk(2, largest=False).values
             no_ties = int((nearest[:, 1] - nearest[:, 0] >= 1e-6 * nearest[:, 1]).sum())
             decoded = ours.decode(codes[:, None]).audio_values[:, 0]
-            apart = (decoded - original.decode(theirs, codes)).abs().max().item()
+            audio_difference = (decoded - original.decode(reference, codes)).abs().max().item()
         total = seconds * arguments.batch_size
         cells = [f"{seconds:g} s" if arguments.batch_size == 1 else f"{arguments.batch_size} of {seconds:g} s"]
-        for their_time, our_time, ratio in (encode, decode):
-            cells += [f"{total / their_time:.1f} x", f"{total / our_time:.1f} x", f"**{ratio:.2f}**"]
-        cells += [f"{int(differ.sum())} of {codes.numel()}", str(no_ties), f"{apart:.1e}"]
+        for reference_time, our_time, ratio in (encode, decode):
+            cells += [f"{total / reference_time:.1f} x", f"{total / our_time:.1f} x", f"**{ratio:.2f}**"]
+        cells += [f"{int(differs.sum())} of {codes.numel()}", str(no_ties), f"{audio_difference:.1e}"]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def load_models(checkout: str, rate: int, weights: str, work: Path) -> tuple[torch.nn.Module, WavTokenizerModel]:
-    """The original's model and ours with the same weights, "random" or those of the "formula"."""
+    """Return the reference model and ours with the same weights: "random", or those of the "formula"."""
     ours = WavTokenizerModel.from_pretrained(reference_folder(work, rate)).eval()
     state = build_checkpoint.state_dict(rate)
     if weights == "random":
@@ -91,13 +93,13 @@ def load_models(checkout: str, rate: int, weights: str, work: Path) -> tuple[tor
 
 
 def _clips(count: int, seconds: float) -> torch.Tensor:
-    """(count, T): the formula's speech-like signal, from another place on in each row."""
+    """Return (count, T): the formula's speech-like signal, with another start in each row."""
     audio = torch.from_numpy(formula.waveform("speechlike", seconds))
     return torch.stack([audio.roll(7919 * row) for row in range(count)])
 
 
 def reference_folder(work: Path, rate: int) -> Path:
-    """The reference checkpoint for `rate` tokens/s, rebuilt and converted on first use."""
+    """Return the converted reference checkpoint for `rate` tokens/s, built on first use."""
     folder = work / f"wavtokenizer-{rate}"
     if not folder.exists():
         work.mkdir(parents=True, exist_ok=True)
@@ -107,20 +109,20 @@ def reference_folder(work: Path, rate: int) -> Path:
     return folder
 
 
-def _times(rounds: int, theirs, ours) -> tuple[float, float, float]:
-    """Medians of both times in seconds, and of the ratio within each round, which the machine's mood leaves alone."""
-    theirs(), ours()
+def _median_times(rounds: int, reference, ours) -> tuple[float, float, float]:
+    """Return the medians of both times in seconds, and of the ratios within each round, which are more stable."""
+    reference(), ours()
     pairs = []
     for _ in range(rounds):
         pair = []
-        for function in (theirs, ours):
+        for function in (reference, ours):
             started = time.perf_counter()
             function()
             pair.append(time.perf_counter() - started)
         pairs.append(pair)
-    their_times, our_times = zip(*pairs, strict=True)
-    ratios = [their_time / our_time for their_time, our_time in pairs]
-    return statistics.median(their_times), statistics.median(our_times), statistics.median(ratios)
+    reference_times, our_times = zip(*pairs, strict=True)
+    ratios = [reference_time / our_time for reference_time, our_time in pairs]
+    return statistics.median(reference_times), statistics.median(our_times), statistics.median(ratios)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Speed and exactness beside the WavTokenizer of transformers (5.24 or later): ours over native, interleaved.
+"""Compare speed and exactness with the native WavTokenizer of transformers (5.24 or later), interleaved.
 
     python benchmarks/compare_with_transformers.py [--rate 75] [--seconds 1 3 10 30 60]
 
-Both models have the same weights: random ones, or those of a folder. Prints one table of single clips, one row for a
-batch of equal clips, and the wrong codes of padded batches: codes that differ from those of the clip alone. A ratio
-above 1 means that ours is faster. Times are medians over interleaved rounds; a ratio is the median of the ratios
-within the rounds.
+Both models have the same weights: random ones, or those of a folder. Prints a table of single clips, with a last row
+for a batch of equal clips. A second table counts the wrong codes of padded batches: codes that differ from those of
+the clip alone. A ratio above 1 means that ours is faster. Times are medians over interleaved rounds. A ratio is the
+median of the ratios within the rounds.
 """
 
 import argparse
@@ -30,10 +30,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of weights (default: random weights)")
     parser.add_argument("--rate", type=int, choices=(40, 75), default=75, help="tokens per second (default: 75)")
-    parser.add_argument("--seconds", type=float, nargs="+", default=[1, 3, 10, 30, 60], help="lengths of clips")
-    parser.add_argument("--batch-size", type=int, default=8, help="clips of a batch (default: 8)")
-    parser.add_argument("--batch-seconds", type=float, default=10, help="length of its clips (default: 10)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default: 5)")
+    parser.add_argument(
+        "--seconds", type=float, nargs="+", default=[1, 3, 10, 30, 60], help="lengths of clips in seconds"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="clips per batch (default: 8)")
+    parser.add_argument(
+        "--batch-seconds", type=float, default=10, help="length of clips in a batch, in seconds (default: 10)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each variant (default: 5)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -83,13 +87,13 @@ def load_models(folder: str | None, rate: int) -> tuple[torch.nn.Module, WavToke
 
 
 def clips(count: int, seconds: float) -> torch.Tensor:
-    """Return (count, 1, T): the formula's speech-like signal, from another start in each row."""
+    """Return (count, 1, T): the formula's speech-like signal, with another start in each row."""
     audio = torch.from_numpy(formula.waveform("speechlike", seconds))
     return torch.stack([audio.roll(7919 * row) for row in range(count)])[:, None]
 
 
 def times(rounds: int, native, ours) -> tuple[float, float, float]:
-    """Return the medians of both times in seconds, and of the ratio within a round."""
+    """Return the medians of both times in seconds, and of the ratios within each round."""
     native(), ours()
     pairs = []
     for _ in range(rounds):
@@ -106,7 +110,7 @@ def times(rounds: int, native, ours) -> tuple[float, float, float]:
 
 @torch.inference_mode()
 def wrong_codes(model, alone, count: int, seconds: float, device: str = "cpu") -> tuple[int, int, int]:
-    """Count the codes of a padded batch that differ from those of each clip alone: codes, rows, all codes."""
+    """Count codes of a padded batch that differ from those of the clip alone: (wrong codes, wrong rows, all codes)."""
     audio, size = clips(count, seconds).to(device), round(seconds * 24000)
     lengths = [size // 2 + (size - size // 2) * row // (count - 1) for row in range(count)]
     mask = torch.arange(size, device=device) < torch.tensor(lengths, device=device)[:, None]
@@ -120,7 +124,7 @@ def wrong_codes(model, alone, count: int, seconds: float, device: str = "cpu") -
 
 
 def processor() -> str:
-    """Return the processor's name, and its widest vector instructions, where Linux tells them."""
+    """Return the processor's name, and on Linux also its vector instructions."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

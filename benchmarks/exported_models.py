@@ -1,10 +1,11 @@
-"""Ours, onnxruntime and OpenVINO on a CPU: times of the encoder and the decoder, interleaved in one run, as ratios.
+"""Compare our model with its exports in onnxruntime and OpenVINO on a CPU, interleaved in one run.
 
     pip install '.[onnx]' openvino
     python benchmarks/exported_models.py MODEL [--threads 2] [--seconds 1 10 30] [--runs 5]
-    python benchmarks/exported_models.py bundled --quick    # a few seconds, to see that it works
+    python benchmarks/exported_models.py bundled --quick    # a few seconds, to check that it works
 
-Also prints how many codes differ from ours, and the largest difference of the audio.
+Prints times of encoder and decoder, ratios to ours, the number of codes that differ, and the largest difference of the
+audio.
 """
 
 import argparse
@@ -27,11 +28,11 @@ from wavtokenizer_hf.loading import load_model
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder, name on the Hub, or bundled")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each of the three")
-    parser.add_argument("--seconds", type=float, nargs="+", default=[1, 10, 30])
-    parser.add_argument("--runs", type=int, default=5, help="of each; the median counts")
-    parser.add_argument("--quick", action="store_true", help="one run of 1 s")
+    parser.add_argument("model", help="model folder, name on the Hub, or bundled")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of each runtime")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[1, 10, 30], help="lengths of clips in seconds")
+    parser.add_argument("--runs", type=int, default=5, help="measurements of each runtime, for the median")
+    parser.add_argument("--quick", action="store_true", help="one run with a clip of 1 s")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.seconds, arguments.runs = [1], 1
@@ -63,7 +64,7 @@ def main() -> None:
 def _measure(runtimes: dict, samples: np.ndarray, seconds: float, runs: int) -> None:
     codes = runtimes["ours"][0](samples)
     for part, inputs in ((0, samples), (1, codes)):
-        results = {name: runtime[part](inputs) for name, runtime in runtimes.items()}  # and warms up
+        results = {name: runtime[part](inputs) for name, runtime in runtimes.items()}  # also the warm-up
         times = {name: [] for name in runtimes}
         for _ in range(runs):
             for name, runtime in runtimes.items():
@@ -80,7 +81,7 @@ def _measure(runtimes: dict, samples: np.ndarray, seconds: float, runs: int) -> 
             + " | ".join(f"{1000 * median:.1f}" for median in medians.values())
             + " | "
             + ", ".join(f"{name} {median / medians['ours']:.2f}" for name, median in medians.items() if name != "ours")
-            + f" | {json.dumps({name: each for name, each in differences.items() if name != 'ours'})}",
+            + f" | {json.dumps({name: text for name, text in differences.items() if name != 'ours'})}",
             flush=True,
         )
 
@@ -113,7 +114,7 @@ def _onnxruntime(folder: Path, threads: int) -> tuple:
 def _openvino(folder: Path, threads: int) -> tuple:
     import openvino
 
-    # on processors with bfloat16 OpenVINO would take it, and change most codes
+    # on processors with bfloat16, OpenVINO would use it, and that changes most codes
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     core = openvino.Core()
     encoder, decoder = (

@@ -1,10 +1,10 @@
-"""Modules of tests/fixtures that benchmarks use: signals and weights by formula, and the reference implementation."""
+"""Import modules of tests/fixtures: signals and weights by formula, and the loader of the reference implementation."""
 
 import sys
 from pathlib import Path
 
 
-# a folder of scripts, which is not installed
+# tests/fixtures is not a package
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "fixtures"))
 
 import build_checkpoint

@@ -1,14 +1,13 @@
-"""Throughput on one GPU, beside the WavTokenizer of transformers: hours of audio per hour, by batch size. Under 10
-minutes.
+"""Compare throughput on one GPU with the WavTokenizer of transformers: hours of audio per hour, by batch size.
 
     python benchmarks/gpu.py [--seconds 10] [--batch-sizes 1 8 32 64]
     python benchmarks/gpu.py --device cpu --quick      # checks that the script runs
 
-Rows of the table:
-    encode, decode          ours, whole batches; decode in float32 and in bfloat16; compiled by torch.compile and not
-    native, one by one      the native model in a loop over the clips, which is the exact way to use it
-    native, padded batch    the native model on the batch, whose shorter rows get wrong codes
-Weights are random. Peak memory includes the weights. Wrong codes are those that differ from the clip alone.
+It takes less than 10 minutes. Rows of the table:
+    encode, decode          ours, whole batches; decode in float32 and bfloat16; with and without torch.compile
+    native, one by one      the native model in a loop over the clips, which gives exact codes
+    native, padded batch    the native model on the batch, where shorter rows get wrong codes
+Weights are random. Peak memory includes the weights. Wrong codes are codes that differ from those of the clip alone.
 """
 
 import argparse
@@ -25,18 +24,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="torch device (default: cuda)")
     parser.add_argument("--rate", type=int, choices=(40, 75), default=75, help="tokens per second (default: 75)")
-    parser.add_argument("--seconds", type=float, default=10, help="length of the clips (default: 10)")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32, 64], help="(default: 1 8 32 64)")
-    parser.add_argument("--budget", type=float, default=4, help="seconds per measurement (default: 4)")
+    parser.add_argument("--seconds", type=float, default=10, help="length of the clips in seconds (default: 10)")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32, 64], help="default: 1 8 32 64")
+    parser.add_argument("--budget", type=float, default=4, help="time per measurement in seconds (default: 4)")
     parser.add_argument("--quick", action="store_true", help="one clip of 1 s and one batch of 2, measured once")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.seconds, arguments.batch_sizes, arguments.budget = 1, [1, 2], 0
     device = torch.device(arguments.device)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     print(
-        f"{where}, torch {torch.__version__}, transformers {transformers.__version__}, {arguments.rate} tokens/s, "
-        f"clips of {arguments.seconds:g} s"
+        f"{device_name}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{arguments.rate} tokens/s, clips of {arguments.seconds:g} s"
     )
 
     native, ours = load_models(None, arguments.rate)
@@ -57,8 +56,8 @@ def main() -> None:
     if not arguments.quick:
         jobs["encode, compiled"] = lambda audio, codes: partial(compiled_encode, audio)
         jobs["decode, compiled"] = lambda audio, codes: partial(compiled_decode, codes)
-    for job, make in jobs.items():
-        cells = [measure(make, size, arguments, device) for size in arguments.batch_sizes]
+    for job, build in jobs.items():
+        cells = [measure(build, size, arguments, device) for size in arguments.batch_sizes]
         print(f"| {job} | " + " | ".join(cells) + " |", flush=True)
 
     print("\n| padded batch | native: wrong codes | in rows | ours: wrong codes | in rows |\n|---|---|---|---|---|")
@@ -71,12 +70,12 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def measure(make, size: int, arguments: argparse.Namespace, device: torch.device) -> str:
-    """Return hours of audio per hour and peak memory of one job, or why it could not run."""
+def measure(build, size: int, arguments: argparse.Namespace, device: torch.device) -> str:
+    """Return hours of audio per hour and peak memory of the job that `build` returns, or "out of memory"."""
     audio = clips(size, arguments.seconds).to(device)
     hop = 320 if arguments.rate == 75 else 600
     codes = torch.randint(4096, (size, 1, -(-audio.shape[-1] // hop)), device=device)
-    function = make(audio, codes)
+    function = build(audio, codes)
     try:
         synchronize(device)
         if device.type == "cuda":

@@ -1,8 +1,8 @@
-"""Start-up time of the command line: help, version and wrong arguments, beside `python -c pass`.
+"""Measure the start-up time of the command line: help, version and wrong arguments, compared with `python -c pass`.
 
-python benchmarks/start_up.py [--repeats 5]
+    python benchmarks/start_up.py [--repeats 5]
 
-Prints the shortest wall time of each command in seconds. None of them needs torch, whose import takes seconds.
+Prints the shortest wall time of each command in seconds. No command here needs torch, which takes seconds to import.
 """
 
 import argparse
@@ -22,8 +22,8 @@ COMMANDS = (
 )  # fmt: skip
 
 
-def seconds(arguments: list[str], repeats: int) -> float:
-    """The shortest wall time of `python ARGUMENTS`, in seconds."""
+def shortest_time(arguments: list[str], repeats: int) -> float:
+    """Return the shortest wall time of `python ARGUMENTS`, in seconds."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -34,11 +34,11 @@ def seconds(arguments: list[str], repeats: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each command, of which the shortest counts")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each command; the shortest counts (default 5)")
     repeats = parser.parse_args().repeats
-    print(f"{seconds(['-c', 'pass'], repeats):6.3f} s  python -c pass")
+    print(f"{shortest_time(['-c', 'pass'], repeats):6.3f} s  python -c pass")
     for command in COMMANDS:
-        print(f"{seconds(['-m', 'wavtokenizer_hf', *command.split()], repeats):6.3f} s  wavtokenizer {command}")
+        print(f"{shortest_time(['-m', 'wavtokenizer_hf', *command.split()], repeats):6.3f} s  wavtokenizer {command}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""How soon sound comes out of a language model, and whether it keeps up with itself.
+"""Measure the latency and the real-time factor of audio that a language model generates.
 
     python benchmarks/streaming.py [--rate 75] [--seconds 10] [--model FOLDER] [--language-model FOLDER]
 
-First sound: from the call to the first piece. Real-time factor: the whole time over the length of the sound; under 1
-it can be played while it comes. Medians of interleaved rounds. Without folders, a WavTokenizer of the published shape
-and a Llama as that of examples/audio_lm, both with random weights, which change no time.
+First audio: time from the call to the first block. Real-time factor: total time divided by the length of the audio;
+below 1, audio can be played while it is generated. Values are medians of interleaved rounds. Without folders, the
+models have random weights, which does not change the time: a WavTokenizer of the published shape, and a Llama like
+that of examples/audio_lm.
 """
 
 import argparse
@@ -21,11 +22,18 @@ from wavtokenizer_hf.llm import AudioSpanProcessor, AudioVocabulary, decode_span
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=int, choices=(40, 75), default=75, help="tokens per second (default 75)")
-    parser.add_argument("--model", help="a WavTokenizer, instead of random weights")
-    parser.add_argument("--language-model", help="one with audio in its tokenizer, instead of random weights")
-    parser.add_argument("--seconds", type=float, default=10, help="of sound that are generated (default 10)")
-    parser.add_argument("--windows", type=float, nargs="+", default=[0.5, 1, 3], help="seconds (default 0.5 1 3)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default 3)")
+    parser.add_argument("--model", help="WavTokenizer to use instead of random weights")
+    parser.add_argument(
+        "--language-model",
+        help="language model with an audio vocabulary in its tokenizer, to use instead of random weights",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=10, help="length of the generated audio in seconds (default 10)"
+    )
+    parser.add_argument(
+        "--windows", type=float, nargs="+", default=[0.5, 1, 3], help="window lengths in seconds (default 0.5 1 3)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant (default 3)")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     codec = load_codec(arguments)
@@ -45,39 +53,39 @@ def main() -> None:
         "do_sample": True,
     }
 
-    def tokens_alone():
+    def codes_only():
         model.generate(**generate)
         yield
 
-    def whole():
+    def decode_afterwards():
         spans, _ = vocabulary.find_spans(model.generate(**generate)[0])
         yield decode_spans(codec, vocabulary, spans)[0]
 
-    ways = {"no sound, codes only": tokens_alone, "decoded afterwards": whole}
+    variants = {"codes only": codes_only, "decoded afterwards": decode_afterwards}
     for window in arguments.windows:
-        ways[f"streamed, windows of {window:g} s"] = lambda window=window: stream_audio(
+        variants[f"streamed, windows of {window:g} s"] = lambda window=window: stream_audio(
             model, codec, vocabulary, window_seconds=window, overlap_seconds=min(0.25, window / 4), **generate
         )
-    times = {name: [] for name in ways}
-    for turn in range(arguments.rounds + 1):  # the first sets things up and is not counted
-        for name, way in ways.items():
+    times = {name: [] for name in variants}
+    for turn in range(arguments.rounds + 1):  # the first round is a warm-up
+        for name, variant in variants.items():
             started, first = time.perf_counter(), None
-            for _ in way():
+            for _ in variant():
                 first = first or time.perf_counter() - started
             if turn > 0:
                 times[name].append((first, time.perf_counter() - started))
 
-    sizes = [sum(parameter.numel() for parameter in each.parameters()) / 1e6 for each in (model, codec)]
+    sizes = [sum(parameter.numel() for parameter in module.parameters()) / 1e6 for module in (model, codec)]
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; a language model of {sizes[0]:.1f} "
         f"M weights, a WavTokenizer of {sizes[1]:.1f} M at {codec.config.frame_rate:g} tokens/s; "
-        f"{arguments.seconds:g} s of sound"
+        f"{arguments.seconds:g} s of audio"
     )
-    print("| | first sound | real-time factor |\n|---|---|---|")
+    print("| | first audio | real-time factor |\n|---|---|---|")
     for name, measured in times.items():
         first, total = (statistics.median(values) for values in zip(*measured, strict=True))
-        sound = "" if name.startswith("no sound") else f"{first:.2f} s"
-        print(f"| {name} | {sound} | {total / arguments.seconds:.2f} |")
+        latency = "" if name == "codes only" else f"{first:.2f} s"
+        print(f"| {name} | {latency} | {total / arguments.seconds:.2f} |")
 
 
 def load_codec(arguments) -> WavTokenizerModel:

@@ -1,13 +1,13 @@
-"""Time per training step beside the original's, full-size model and discriminators, in one process and interleaved.
+"""Compare the time of a training step with the reference implementation, at full size, interleaved in one process.
 
     git clone https://github.com/jishengpeng/WavTokenizer ../WavTokenizer
     pip install einops scipy
     python benchmarks/training.py ../WavTokenizer
 
-Prints the median time of a step of both, and the median of the ratios within each round (under 1: ours is faster). The
-original's step is put together from its own modules in the order of its `training_step`, with what Lightning does
-around it, since Lightning 1.8 does not run beside a torch of today. Its mel-only step is taken without the two terms
-that make it crash, and both use one and the same mel loss, since torchaudio may be absent.
+Prints the median step times, and the median of the ratios within each round (under 1: ours is faster). The reference
+step is rebuilt from the modules of the reference implementation, in the order of its `training_step` and with
+Lightning's work around it, since Lightning 1.8 does not run with a current torch. Its mel-only step leaves out the two
+terms that make it crash. Both steps use the same mel loss, since torchaudio may be missing.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from wavtokenizer_hf.training.state import build
 ROOT = Path(__file__).parent.parent
 
 
-class TheirStep:
-    """A step of the original: discriminators first, codec second, each with its own pass through the codec."""
+class ReferenceStep:
+    """Training step of the reference implementation: discriminators, then codec, each with its own forward pass."""
 
     def __init__(self, checkout: str, rate: int, gan: bool):
         self.model = original.load_original(checkout, rate, build_checkpoint.state_dict(rate)).train()
-        # imported by the original's losses, and used by its mel loss alone
+        # the reference losses import it, and only the mel loss uses it
         sys.modules["torchaudio"].transforms = types.ModuleType("torchaudio.transforms")
         from decoder.discriminator_dac import DACDiscriminator
         from decoder.discriminators import MultiPeriodDiscriminator, MultiResolutionDiscriminator
@@ -45,10 +45,10 @@ class TheirStep:
         self.gan = gan
         self.mp, self.mrd = MultiPeriodDiscriminator(num_embeddings=4), MultiResolutionDiscriminator(num_embeddings=4)
         self.dac_loss = DACGANLoss(DACDiscriminator())
-        unused = DACDiscriminator()  # the original's optimizer holds this one, its loss the other
+        optimizer_dac = DACDiscriminator()  # the reference optimizer has another instance than the loss
         self.disc_loss, self.gen_loss, self.features_loss = DiscriminatorLoss(), GeneratorLoss(), FeatureMatchingLoss()
         self.mel_loss = MelLoss()
-        self.discriminators = [*self.mp.parameters(), *self.mrd.parameters(), *unused.parameters()]
+        self.discriminators = [*self.mp.parameters(), *self.mrd.parameters(), *optimizer_dac.parameters()]
         self.codec = list(self.model.parameters())
         self.discriminator_optimizer = torch.optim.AdamW(self.discriminators, lr=2e-4)
         self.codec_optimizer = torch.optim.AdamW(self.codec, lr=2e-4)
@@ -63,59 +63,63 @@ class TheirStep:
             self._toggle(self.discriminators, self.codec)
             self.discriminator_optimizer.zero_grad()
             with torch.no_grad():
-                made, _ = self.run(audio, bandwidth_id)
-            loss = self.dac_loss.discriminator_loss(made.unsqueeze(1), audio.unsqueeze(1))
+                fake, _ = self.run(audio, bandwidth_id)
+            loss = self.dac_loss.discriminator_loss(fake.unsqueeze(1), audio.unsqueeze(1))
             for discriminator in (self.mp, self.mrd):
-                real_scores, made_scores, _, _ = discriminator(y=audio, y_hat=made, bandwidth_id=bandwidth_id)
-                part, real_parts, _ = self.disc_loss(real_scores, made_scores)
-                loss = loss + part / len(real_parts)
+                real_scores, fake_scores, _, _ = discriminator(y=audio, y_hat=fake, bandwidth_id=bandwidth_id)
+                total, real_losses, _ = self.disc_loss(real_scores, fake_scores)
+                loss = loss + total / len(real_losses)
             loss.backward()
             self._gradient_norm()
             self.discriminator_optimizer.step()
             self._toggle(self.codec, self.discriminators)
         self.codec_optimizer.zero_grad()
-        made, commitment = self.run(audio, bandwidth_id)
-        loss = 45 * self.mel_loss(made, audio) + 1000 * commitment
+        fake, commitment = self.run(audio, bandwidth_id)
+        loss = 45 * self.mel_loss(fake, audio) + 1000 * commitment
         if self.gan:
-            loss = loss + sum(self.dac_loss.generator_loss(made.unsqueeze(1), audio.unsqueeze(1)))
+            loss = loss + sum(self.dac_loss.generator_loss(fake.unsqueeze(1), audio.unsqueeze(1)))
             for discriminator in (self.mp, self.mrd):
-                _, scores, real_features, made_features = discriminator(y=audio, y_hat=made, bandwidth_id=bandwidth_id)
-                part, parts = self.gen_loss(scores)
-                loss = loss + part / len(parts) + self.features_loss(real_features, made_features) / len(real_features)
+                _, scores, real_features, fake_features = discriminator(y=audio, y_hat=fake, bandwidth_id=bandwidth_id)
+                total, losses = self.gen_loss(scores)
+                loss = loss + total / len(losses)
+                loss = loss + self.features_loss(real_features, fake_features) / len(real_features)
         loss.backward()
         self._gradient_norm()
         self.codec_optimizer.step()
 
     def _gradient_norm(self) -> None:
-        """What the callback in the original's YAML logs after each backward pass, in its way."""
+        """Compute the gradient norm as the callback in the reference YAML does after each backward pass."""
         gradients = [p.grad for p in (*self.codec, *self.discriminators) if p.grad is not None]
         torch.norm(torch.stack([torch.norm(gradient.detach(), 2.0) for gradient in gradients]), 2.0).item()
 
     @staticmethod
     def _toggle(on: list[torch.nn.Parameter], off: list[torch.nn.Parameter]) -> None:
-        """What Lightning does before each optimizer's turn."""
+        """Enable gradients of one set of parameters only, as Lightning does for each optimizer."""
         for parameters, value in ((off, False), (on, True)):
             for parameter in parameters:
                 parameter.requires_grad_(value)
 
 
 def keep_memory() -> None:
-    """Tells glibc to keep what it has once got. Else it gives memory back and gets it again, one page fault for every
-    4 kB, and which of the two steps has to pay for that changes from run to run."""
+    """Make glibc keep freed memory.
+
+    Otherwise it returns memory to the kernel and requests it again, with a page fault per 4 kB. Which of the two steps
+    pays for that changes from run to run.
+    """
     if sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+        mallopt(-4, 0)  # M_MMAP_MAX: allocate no block with mmap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return nothing to the kernel
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkout", help="a checkout of jishengpeng/WavTokenizer")
+    parser.add_argument("checkout", help="checkout of jishengpeng/WavTokenizer")
     parser.add_argument("--rate", type=int, choices=(40, 75), default=75, help="tokens per second (default 75)")
-    parser.add_argument("--batch-size", type=int, default=2, help="segments (default 2)")
-    parser.add_argument("--seconds", type=float, default=1, help="of a segment (default 1)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default 5)")
-    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
+    parser.add_argument("--batch-size", type=int, default=2, help="segments per batch (default 2)")
+    parser.add_argument("--seconds", type=float, default=1, help="length of a segment in seconds (default 1)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each variant (default 5)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "benchmarks", help="folder for the checkpoint")
     arguments = parser.parse_args()
     keep_memory()
@@ -123,36 +127,36 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rate} tokens/s, float32")
-    print(f"| {arguments.batch_size} segments of {arguments.seconds:g} s | a step: theirs | ours | ratio |")
+    print(f"| {arguments.batch_size} segments of {arguments.seconds:g} s | step: reference | ours | ratio |")
     print("|---|---|---|---|")
     torch.manual_seed(0)
     audio = 0.1 * torch.randn(arguments.batch_size, 1, round(arguments.seconds * 24000))
     folder = str(reference_folder(arguments.work, arguments.rate))
     for name, gan in (("mel-only", False), ("with all discriminators", True)):
-        theirs = TheirStep(arguments.checkout, arguments.rate, gan)
+        reference = ReferenceStep(arguments.checkout, arguments.rate, gan)
         state = build(Settings(model=folder, mel_only_steps=0 if gan else 1_000_000))
-        their_time, our_time, ratio = _times(
-            arguments.rounds, lambda theirs=theirs: theirs(audio[:, 0]), lambda state=state: train_step(state, [audio])
+        reference_time, our_time, ratio = _median_times(
+            arguments.rounds,
+            lambda reference=reference: reference(audio[:, 0]),
+            lambda state=state: train_step(state, [audio]),
         )
-        print(f"| {name} | {their_time:.2f} s | {our_time:.2f} s | **{ratio:.2f}** |", flush=True)
+        print(f"| {name} | {reference_time:.2f} s | {our_time:.2f} s | **{ratio:.2f}** |", flush=True)
 
 
-def _times(rounds: int, theirs, ours) -> tuple[float, float, float]:
-    """
-    Medians of both times in seconds, and of ours / theirs within each round, which the machine's mood leaves alone.
-    """
-    theirs(), ours()
+def _median_times(rounds: int, reference, ours) -> tuple[float, float, float]:
+    """Return the medians of both times in seconds, and of the ratios within each round, which are more stable."""
+    reference(), ours()
     pairs = []
     for index in range(rounds):
         pair = {}
-        for function in (theirs, ours) if index % 2 == 0 else (ours, theirs):
+        for function in (reference, ours) if index % 2 == 0 else (ours, reference):
             started = time.perf_counter()
             function()
             pair[function] = time.perf_counter() - started
-        pairs.append((pair[theirs], pair[ours]))
-    their_times, our_times = zip(*pairs, strict=True)
-    ratios = [our_time / their_time for their_time, our_time in pairs]
-    return statistics.median(their_times), statistics.median(our_times), statistics.median(ratios)
+        pairs.append((pair[reference], pair[ours]))
+    reference_times, our_times = zip(*pairs, strict=True)
+    ratios = [our_time / reference_time for reference_time, our_time in pairs]
+    return statistics.median(reference_times), statistics.median(our_times), statistics.median(ratios)
 
 
 if __name__ == "__main__":

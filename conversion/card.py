@@ -1,7 +1,8 @@
-"""Write model cards: for a converted folder, and for every published checkpoint.
+"""Write model cards for converted folders and published checkpoints.
 
-python -m wavtokenizer_hf.conversion.card    # in a checkout: writes model_cards/NAME.md for every entry of
-checkpoints.yaml
+    python -m wavtokenizer_hf.conversion.card
+
+In a checkout, this writes model_cards/NAME.md for every entry of checkpoints.yaml.
 """
 
 import string
@@ -25,36 +26,34 @@ Source: [Apertus 1.5 in transformers](https://github.com/huggingface/transformer
 
 
 def converted_card(source: Source, name: str, published: PublishedCheckpoint | None) -> str:
-    """
-    Return the card of a converted folder. It combines what its files say and what is known of the published
-    checkpoint.
-    """
+    """Return the card of a converted folder, from its files and the facts of the published checkpoint."""
     files = [f"`{path.name}` (sha256 `{digest}`)" for path, digest in source.files.items()]
     rows = {
         "weights": "the mean of the checkpoints named below"
         if source.averaged
-        else "equal to the original's bit for bit",
+        else "bit-identical to those of the checkpoint",
         "codebook fingerprint": f"`{source.config.codebook_fingerprint}`",
         "converted from": ", ".join(files),
         "converted by": f"wavtokenizer_hf {__version__}",
     }
     if source.cast:
-        rows["weights"] += f", but for {cast_text(source)}"
+        rows["weights"] += f", except {cast_text(source)}"
     unverified = None if published is None else published.unverified_reason(list(source.files))
-    return _card(source.config, name, rows, "the tensors of that file, read by the converter", published, unverified)
+    facts_source = "the tensors of that file, read by the converter"
+    return _card(source.config, name, rows, facts_source, published, unverified)
 
 
 def published_card(published: PublishedCheckpoint) -> str:
-    """Return the card of a published checkpoint, without what only its file tells."""
-    fingerprint = "in config.json, once converted" if published.fingerprint is None else f"`{published.fingerprint}`"
+    """Return the card of a published checkpoint, without the facts that only its file shows."""
+    fingerprint = "in config.json, after conversion" if published.fingerprint is None else f"`{published.fingerprint}`"
     file = "FILE " if published.repository is None else ""
     rows = {
         "codebook fingerprint": fingerprint,
         "convert": f"`wavtokenizer convert {file}--checkpoint {published.name} --output DIR`",
     }
-    configs = f"[the original]({REPOSITORY_URL}/tree/main/configs)"
-    source = f"the shape that all published files share, in the settings of {configs}"
-    return _card(published.config, f"wavtokenizer-{published.name}", rows, source, published)
+    configs = f"[the reference implementation]({REPOSITORY_URL}/tree/main/configs)"
+    facts_source = f"the shape that all published files share, in the settings of {configs}"
+    return _card(published.config, f"wavtokenizer-{published.name}", rows, facts_source, published)
 
 
 def cast_text(source: Source) -> str:
@@ -101,26 +100,25 @@ def _metadata(published: PublishedCheckpoint | None) -> ModelCardData:
         language="en" if published is not None and published.corpus == "LibriTTS" else None,
         license="mit",
         library_name="transformers",
-        pipeline_tag="audio-to-audio",  # for feature-extraction the Hub shows pipeline() code, which takes text
+        pipeline_tag="audio-to-audio",  # for feature-extraction, the Hub would show pipeline() code for text
         tags=["wavtokenizer", "audio-codec", "audio-tokenizer", "audio"],
     )
 
 
 def _description(published: PublishedCheckpoint | None, unverified: str | None) -> str:
     if published is None:
-        return "Converted from a checkpoint of the original training code."
+        return "Converted from a checkpoint of the reference implementation."
     where = "no longer on the Hub"
     if published.repository is not None:
         where = f"in [{published.repository}](https://huggingface.co/{published.repository})"
     origin = "The weights are those"
     if unverified is not None:
         origin = (
-            f"{unverified[0].upper()}{unverified[1:].replace(published.name, f'`{published.name}`', 1)}. What this "
-            "card says of its origin, training and limits holds only if it is that checkpoint.\n\nThen the weights "
-            "are those"
+            f"{unverified[0].upper()}{unverified[1:].replace(published.name, f'`{published.name}`', 1)}. The origin, "
+            "training data and limits in this card hold only if it is that checkpoint.\n\nThen the weights are those"
         )
     return (
-        f"{origin} of `{published.file}`, {where}; the settings that go with it are `{published.yaml}`.\n\n"
+        f"{origin} of `{published.file}`, {where}. Its settings are in `{published.yaml}`.\n\n"
         f"**Trained on** {published.domain}. Corpus: {published.corpus}. {published.remarks}\n\n"
         f"Source: {', '.join(published.sources)}."
     )
@@ -130,21 +128,21 @@ def _mirror(published: PublishedCheckpoint | None) -> str:
     if published is None or published.mirror is None:
         return ""
     url = f"https://huggingface.co/{published.mirror}"
-    return f". That project's own conversion is [{published.mirror}]({url}), which the package loads too"
+    return f". The conversion for transformers is [{published.mirror}]({url}), which wavtokenizer_hf also loads"
 
 
 def _limits(published: PublishedCheckpoint | None) -> str:
-    unknown = "- Languages: those of the corpus, which its authors do not list. Try yours before you build on it."
+    languages = "- Languages: those of the corpus, which its authors do not list. Test yours before you use the model."
     if published is None:
-        return "- What it was trained on is not known here: try it on sound of your kind before you build on it."
+        return "- Its training data is not known here. Test it on your kind of audio before you use it."
     if published.corpus == "LibriTTS":
         paper = "[its paper](https://arxiv.org/abs/1904.02882)"
-        unknown = f"- Languages: LibriTTS is read English ({paper}); others were not in training."
+        languages = f"- Languages: LibriTTS is read English ({paper}). Other languages were not in training."
     if published.domain == "speech":
-        return f"{unknown}\n- Music and other sounds were not in training."
+        return f"{languages}\n- Music and other sounds were not in training."
     if "no speech" in published.domain:
-        return "- Speech was not in training; take another checkpoint for it."
-    return unknown
+        return "- Speech was not in training. Use another checkpoint for it."
+    return languages
 
 
 def _measured(published: PublishedCheckpoint | None) -> str:
@@ -153,12 +151,12 @@ def _measured(published: PublishedCheckpoint | None) -> str:
         codes = ", ".join(map(str, answer.first_codes))
         lines.append(
             f"A sine of {answer.hertz:g} Hz, amplitude {answer.amplitude:g}, {answer.seconds:g} s, gives "
-            f"{answer.num_codes} codes, which begin {codes}. Conversion by name checks that.\n\nSource: "
+            f"{answer.num_codes} codes. The first are {codes}. Conversion by name checks this.\n\nSource: "
             f"{answer.source}."
         )
     lines.append(
-        "No quality figure of these weights was measured for this card. `wavtokenizer evaluate --model PATH --audio "
-        "CLIPS` measures them on your sound; the figures of WavTokenizer's authors are in "
+        "The quality of these weights was not measured for this card. `wavtokenizer evaluate --model PATH --audio "
+        "CLIPS` measures it on your audio. The authors' results are in "
         "[their paper](https://arxiv.org/abs/2408.16532)."
     )
     return "\n\n".join(lines)

@@ -1,4 +1,4 @@
-"""Open files of the reference implementation: checkpoints without running code in them, and YAML as plain data."""
+"""Read files of the reference implementation: checkpoints, without running code in them, and YAML as plain data."""
 
 import contextlib
 import pickletools
@@ -16,15 +16,14 @@ from ..limited_files import BoundedReader, check_archive, one_line, read_safeten
 
 
 STATE_DICTS = ("state_dict", "model_state_dict", "module", "model", "ema_state_dict", "ema", "model_ema")
-"""Where a file keeps its tensors, if it holds more than them, the best first: Lightning's, the decoders that OuteTTS
-splits off, DeepSpeed's, plain training loops', and averages (EMA), which are taken only where there is nothing
-else."""
+"""Keys of a state dict inside a file, best first: Lightning, the separate decoders of OuteTTS, DeepSpeed, plain
+training loops, and averages (EMA). Averages are used only if there is nothing else."""
 
 WRAPPERS = ("module", "_orig_mod", "_forward_module")
-"""Parts of names that DistributedDataParallel, torch.compile and Fabric insert around a module."""
+"""Parts of names that DistributedDataParallel, torch.compile and Fabric insert."""
 
 EMA_PREFIXES = ("ema.", "model_ema.", "ema_model.")
-"""Beginnings of names of a second, averaged copy of the weights in the same state dict."""
+"""Name prefixes of an averaged copy of the weights in the same state dict."""
 
 
 @dataclass
@@ -33,8 +32,8 @@ class Checkpoint:
 
     Args:
         tensors: Tensors by their original names, without wrappers.
-        others: What else the file holds beside the state dict, such as "optimizer_states".
-        notes: What was done to get the names, for the report, one sentence each.
+        others: Keys of other entries in the file, such as "optimizer_states".
+        notes: How names were changed, for the report, one sentence each.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -44,27 +43,27 @@ class Checkpoint:
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """
-    Open a Lightning checkpoint or a bare state dict. Tensors stay in the file until they are used, if it allows that.
+    Read a Lightning checkpoint or a bare state dict. Tensors are memory-mapped where the file allows it.
 
-    Names lose the parts that wrappers of modules insert (`WRAPPERS`), and an averaged copy beside the weights is left
-    out. Plain values of numpy, paths, sets and namespaces in the file are passed over; nothing of them is built.
+    Names lose the parts that module wrappers insert (`WRAPPERS`). An averaged copy beside the weights is left out.
+    Plain values of numpy, paths, sets and namespaces in the file are ignored, and never built.
 
     Args:
-        path: A file of `torch.save`, or a `.safetensors` file.
+        path: File of `torch.save`, or a `.safetensors` file.
 
     Raises:
-        ValueError: Not a file, not a checkpoint, damaged, compressed, without tensors, or a pickle that would run
-            code.
+        ValueError: The path is not a file or not a checkpoint, the file is damaged, compressed or has no tensors, or
+            it is a pickle that would run code.
     """
     _check_is_file(path, "checkpoint")
     with path.open("rb") as file:
         start = file.read(1024)
-    _check_is_no_other_file(path, start)
+    _check_file_kind(path, start)
     content = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path, start)
     if not isinstance(content, dict):
         raise ValueError(_no_tensors(path, f"holds one {type(content).__name__}"))
     others, notes = [], []
-    for _ in range(3):  # a trainer's file around DeepSpeed's, for example
+    for _ in range(3):  # state dicts may be nested, for example DeepSpeed's in a trainer's file
         key = next((key for key in STATE_DICTS if key in content and not isinstance(content[key], torch.Tensor)), None)
         if key is None:
             break
@@ -84,17 +83,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     """
-    Read a YAML file of the reference implementation (a Lightning CLI file) as data. The classes that it names are
-    never imported.
+    Read a YAML file of the reference implementation (a Lightning CLI file) as data. Its classes are never imported.
 
     Args:
-        path: The YAML file.
+        path: Path of the YAML file.
 
     Returns:
         Values of the model and its three parts: {"model": …, "feature_extractor": …, "backbone": …, "head": …}.
 
     Raises:
-        ValueError: Not a file, not YAML, larger than a settings file can be, or not one of the reference
+        ValueError: The path is not a file, the file is not YAML or too large, or it is not a file of the reference
             implementation.
     """
     _check_is_file(path, "YAML file")
@@ -105,33 +103,35 @@ def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     parts: dict[str, Any] = {"model": _init_args(content, "model")}
     for part in ("feature_extractor", "backbone", "head"):
         parts[part] = _init_args(parts["model"], part)
-    wrong = [part for part, values in parts.items() if values is None]
-    if wrong:
-        what = "no mapping" if not isinstance(content, dict) else f"no {wrong[0]} with init_args"
+    missing = [part for part, values in parts.items() if values is None]
+    if missing:
+        problem = "no mapping" if not isinstance(content, dict) else f"no {missing[0]} with init_args"
         raise ValueError(
-            f"{path} holds {what}, expected a WavTokenizer training file with model.init_args and, below it, "
+            f"{path} holds {problem}, expected a WavTokenizer training file with model.init_args and, below it, "
             "feature_extractor, backbone and head with init_args. Give the checkpoint's own YAML file, or none."
         )
     return parts
 
 
 def _plain_names(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Return the tensors by names without wrappers and without a leading `model.`, and what was done, in words."""
+    """Return tensors by names without wrappers and without a leading `model.`, and notes on the changes."""
     plain: dict[str, torch.Tensor] = {}
     averaged: dict[str, torch.Tensor] = {}
     removed: Counter[str] = Counter()
     for name, tensor in tensors.items():
         parts = name.split(".")
-        kept = [part for part in parts[:-1] if part not in WRAPPERS] + parts[-1:]
+        plain_parts = [part for part in parts[:-1] if part not in WRAPPERS] + parts[-1:]
         wrappers = [part for part in parts[:-1] if part in WRAPPERS]
-        if kept[0] == "model" and len(kept) > 1:
-            kept, wrappers = kept[1:], [*wrappers, "model"]
-        new_name, found = ".".join(kept), plain
-        if prefix := next((prefix for prefix in EMA_PREFIXES if new_name.startswith(prefix)), None):
-            new_name, found = new_name.removeprefix(prefix), averaged
-        if new_name in found and not _same(found[new_name], tensor):
-            raise ValueError(f"{path} holds two different tensors for {short_repr(new_name)}. Save the weights once.")
-        found[new_name] = tensor
+        if plain_parts[0] == "model" and len(plain_parts) > 1:
+            plain_parts, wrappers = plain_parts[1:], [*wrappers, "model"]
+        plain_name, target = ".".join(plain_parts), plain
+        if prefix := next((prefix for prefix in EMA_PREFIXES if plain_name.startswith(prefix)), None):
+            plain_name, target = plain_name.removeprefix(prefix), averaged
+        if plain_name in target and not _same_tensor(target[plain_name], tensor):
+            raise ValueError(
+                f"{path} holds two different tensors for {short_repr(plain_name)}. Save the weights once."
+            )
+        target[plain_name] = tensor
         removed.update(wrappers)
     notes = [f"removed from {count} names: {part}." for part, count in sorted(removed.items())]
     if averaged and plain:
@@ -141,23 +141,23 @@ def _plain_names(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[dict[str
     return plain or averaged, notes
 
 
-def _same(left: Any, right: Any) -> bool:
+def _same_tensor(left: Any, right: Any) -> bool:
     tensors = isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor)
     return tensors and left.dtype == right.dtype and torch.equal(left, right)
 
 
 MAX_EXPANDED_BYTES = 2**31
-"""What tensors may need beyond what the file stores for them: a tensor of stride 0 repeats a few stored numbers."""
+"""Largest memory beyond what the file stores. A tensor of stride 0 repeats a few stored values, so it expands."""
 
 
 def _check_sizes(path: Path, tensors: dict[Any, Any]) -> None:
-    """Raise ValueError if tensors would need far more memory than their file holds, before anything copies one."""
+    """Raise ValueError if tensors need far more memory than the file stores. Call it before anything copies one."""
     expanded = 0
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             continue
         if tensor.device.type != "cpu":
-            raise ValueError(f"{path} holds {short_repr(name)} without its numbers ({tensor.device}). Save it again.")
+            raise ValueError(f"{path} holds {short_repr(name)} without its values ({tensor.device}). Save it again.")
         size = tensor.numel() * tensor.element_size()
         expanded += max(0, size - tensor.untyped_storage().nbytes())
         if expanded > MAX_EXPANDED_BYTES:
@@ -173,27 +173,27 @@ def _init_args(content: Any, part: str) -> dict | None:
     return values if isinstance(values, dict) else None
 
 
-def _check_is_file(path: Path, what: str) -> None:
+def _check_is_file(path: Path, expected: str) -> None:
     if path.is_dir():
-        raise ValueError(f"{path} is a folder, expected a {what}. Give the path of the file in it.")
+        raise ValueError(f"{path} is a folder, expected a {expected}. Give the path of the file in it.")
     if not path.is_file():
-        raise ValueError(f"There is no file {path}, expected a {what}. Check the path.")
+        raise ValueError(f"There is no file {path}, expected a {expected}. Check the path.")
 
 
-def _check_is_no_other_file(path: Path, start: bytes) -> None:
+def _check_file_kind(path: Path, start: bytes) -> None:
     if not start:
-        what = "is empty"
+        problem = "is empty"
     elif start.startswith(b"version https://git-lfs"):
-        what = "is a git LFS pointer, the note that stands for a large file in a clone (git lfs pull fetches the file)"
+        problem = "is a git LFS pointer, a placeholder for a large file in a clone (git lfs pull fetches the file)"
     elif start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        what = "is a web page, perhaps a login or error page saved under this name"
+        problem = "is a web page, perhaps a login or error page saved under this name"
     else:
         return
-    raise ValueError(f"{path} {what}, expected a checkpoint. Download the checkpoint itself.")
+    raise ValueError(f"{path} {problem}, expected a checkpoint. Download the checkpoint itself.")
 
 
-def _no_tensors(path: Path, what: str) -> str:
-    return f"{path} {what}, expected a Lightning checkpoint or a state dict with the weights of a WavTokenizer."
+def _no_tensors(path: Path, problem: str) -> str:
+    return f"{path} {problem}, expected a Lightning checkpoint or a state dict with the weights of a WavTokenizer."
 
 
 def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -205,7 +205,7 @@ def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _open_pickle(path: Path, start: bytes) -> Any:
-    is_zip = start.startswith(b"PK\x03\x04")  # files older than torch 1.6 are not, and cannot be mapped into memory
+    is_zip = start.startswith(b"PK\x03\x04")  # files older than torch 1.6 are not, and cannot be memory-mapped
     try:
         with torch.serialization.safe_globals(HARMLESS):
             if is_zip:
@@ -213,20 +213,20 @@ def _open_pickle(path: Path, start: bytes) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             with BoundedReader(path) as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # there is no end to the ways in which a damaged file makes torch.load fail
-        foreign = _foreign_imports(path, is_zip)
-        if not foreign:
+    except Exception as error:  # torch.load fails on damaged files with all kinds of exceptions
+        imported_names = _foreign_imports(path, is_zip)
+        if not imported_names:
             raise ValueError(_damaged(path, error)) from error
         raise ValueError(
-            f"{path} holds more than tensors and plain values: opening it in full would run code, namely "
-            f"{', '.join(short_repr(name)[1:-1] for name in foreign[:10])}. Nothing was executed. Expected a "
-            "checkpoint of the original training code; get it from its publisher, and do not open this file by other "
+            f"{path} holds more than tensors and plain values: loading all of it would run code, namely "
+            f"{', '.join(short_repr(name)[1:-1] for name in imported_names[:10])}. Nothing was executed. Expected a "
+            "checkpoint of the original training code. Get it from its publisher, and do not open this file by other "
             "means."
         ) from error
 
 
-class Ignored:
-    """Stand-in for a harmless value beside the weights. Nothing of the value's own type is imported or built."""
+class IgnoredValue:
+    """Stand-in for a harmless value beside the weights. The value's own type is neither imported nor built."""
 
     def __init__(self, *arguments: object, **options: object) -> None:
         pass
@@ -258,32 +258,33 @@ _HARMLESS_NAMES = (
 )  # fmt: skip
 
 
-def _dictionary(*arguments: object) -> dict:
+def _empty_dict(*arguments: object) -> dict:
     return {}
 
 
-def _list(*arguments: object) -> list:
+def _empty_list(*arguments: object) -> list:
     return []
 
 
-_BY_HAND = {"collections.defaultdict": _dictionary, "collections.deque": _list}  # torch fills only plain ones
+# torch fills only plain dictionaries and lists
+_CONTAINERS = {"collections.defaultdict": _empty_dict, "collections.deque": _empty_list}
 
 HARMLESS: list[Any] = [
-    (_BY_HAND.get(name) or type(name.rpartition(".")[2], (Ignored,), {}), name) for name in _HARMLESS_NAMES
+    (_CONTAINERS.get(name) or type(name.rpartition(".")[2], (IgnoredValue,), {}), name) for name in _HARMLESS_NAMES
 ]
-"""The closed list of what may lie beside tensors in a pickle, each with the stand-in that is built in its place.
-Everything else that torch does not allow itself is refused."""
+"""Types that a pickle may hold beside tensors: (stand-in that is built instead, name). Every other type is refused,
+except those that torch allows itself."""
 
 
 def _damaged(path: Path, error: Exception) -> str:
     return (
         f"{path} cannot be read ({_reason(error)}); nothing in it was executed. Expected a file of torch.save or of "
-        "safetensors. It is damaged, cut short or of another kind: download it again and compare its size and sha256."
+        "safetensors. It is damaged, cut short or not a checkpoint: download it again, and compare size and sha256."
     )
 
 
 def _reason(error: Exception) -> str:
-    # torch wraps the reason, a line of its own, in advice to load with less care
+    # torch puts the reason on its own line, inside advice to load the file unsafely
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return one_line(
         lines[-2] if lines[0].startswith("Weights only load failed") and len(lines) > 2 else " ".join(lines)
@@ -291,7 +292,7 @@ def _reason(error: Exception) -> str:
 
 
 def _foreign_imports(path: Path, is_zip: bool) -> list[str]:
-    """Return what a pickle would import besides torch's own classes. Its instructions are listed, not executed."""
+    """Return the names that a pickle would import beside torch's classes. Its instructions are read, not executed."""
     try:
         if not is_zip:
             with BoundedReader(path) as file:
@@ -306,14 +307,14 @@ def _foreign_imports(path: Path, is_zip: bool) -> list[str]:
 
 
 def _imports(file: IO[bytes]) -> list[str]:
-    found: dict[str, None] = {}  # in their order
+    found: dict[str, None] = {}  # ordered
     strings: list[str] = []
-    with contextlib.suppress(Exception):  # at the end of what can be read as a pickle; what came before it counts
-        for _ in range(4):  # a file older than torch 1.6 is four pickles in a row, the tensors in the last
+    with contextlib.suppress(Exception):  # a damaged pickle ends the search; names found before it count
+        for _ in range(4):  # a file older than torch 1.6 is four pickles in a row, with the tensors in the last
             for operation, argument, _ in pickletools.genops(file):
                 if operation.name in ("GLOBAL", "INST") and isinstance(argument, str):
                     found[argument.replace(" ", ".")] = None
-                elif operation.name == "STACK_GLOBAL":  # takes module and name from the two strings before it
+                elif operation.name == "STACK_GLOBAL":  # module and name are the last two strings
                     found[".".join(strings[-2:])] = None
                 elif isinstance(argument, str):
                     strings.append(argument)

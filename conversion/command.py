@@ -1,6 +1,4 @@
-"""
-Command line of conversion: `wavtokenizer convert`, `wavtokenizer checkpoints` and `python -m conversion.convert`.
-"""
+"""Command line of `wavtokenizer convert`, `wavtokenizer checkpoints` and `python -m conversion.convert`."""
 
 import argparse
 import contextlib
@@ -17,57 +15,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `convert`."""
     add = parser.add_argument
     parser.epilog = (
-        "Nothing in a checkpoint is executed. A folder appears only when it is complete and was compared with the "
-        "checkpoint bit for bit. Exit codes: 0 all went well, 1 some of the checkpoints of --all failed, 2 cannot be "
-        "done as given."
+        "No code in a checkpoint is executed. A folder appears only after it was compared with the checkpoint bit for "
+        "bit. Exit codes: 0 success, 1 some checkpoints of --all failed, 2 the arguments or the checkpoint cannot be "
+        "used."
     )
     add(
         "files",
         nargs="*",
         metavar="FILE",
-        help="Lightning .ckpt of the original code, or a state dict (.ckpt, .pt, .bin, .safetensors); several files: "
-        "parts of one checkpoint",
+        help="Lightning .ckpt of the reference implementation, or a state dict (.ckpt, .pt, .bin, .safetensors). "
+        "Several files: parts of one checkpoint",
     )
     add(
         "--checkpoint",
         metavar="NAME",
-        help="name of a published checkpoint (see `wavtokenizer checkpoints`) to download, or that FILE is. It is "
-        "verified by what is known of that checkpoint; where that is the rate alone, report and card say so",
+        help="published checkpoint to download, or the one that FILE contains (see `wavtokenizer checkpoints`). It is "
+        "verified against the known facts of that checkpoint. If only its rate is known, report and card say so",
     )
     add(
         "--all",
         action="store_true",
-        help="convert every published checkpoint that is still on the Hub, each to a folder of its name in DIR",
+        help="convert every published checkpoint that is still on the Hub, each to its own folder in DIR",
     )
     add(
         "-o",
         "--output",
         metavar="DIR",
         required=True,
-        help="folder for the converted model; must not exist, or be empty",
+        help="folder for the converted model; it must not exist, or it must be empty",
     )
     add("--revision", help="branch, tag or commit of the checkpoint's repository on the Hub")
     add(
         "--config",
         metavar="YAML",
-        help="YAML file that FILE was trained with. The shape is read from the tensors and compared with it; its "
-        "sampling rate replaces 24000 Hz",
+        help="YAML file that FILE was trained with. The shape is inferred from the tensors and compared with it. "
+        "Its sampling rate replaces 24000 Hz",
     )
-    add("--average", action="store_true", help="average the FILEs, which are checkpoints of one training run")
+    add("--average", action="store_true", help="average the FILEs; they must be checkpoints of one training run")
     add(
         "--with-discriminators",
         action="store_true",
-        help="keep the discriminators in a second file, for fine-tuning",
+        help="write the discriminators to a second file, for fine-tuning",
     )
     add(
         "--push-to-hub",
         metavar="NAME",
-        help="upload the folder to this repository; with --all, NAME is the user or organization",
+        help="upload the folder to this Hub repository; with --all, NAME is the user or organization",
     )
     add(
         "--private",
         action="store_true",
-        help="create the repository as private; a public one that exists is refused",
+        help="create the repository as private; an existing public repository is refused",
     )
     add("--create-pr", action="store_true", help="upload the files as a pull request")
 
@@ -77,9 +75,9 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict], int]:
     Run `convert` with the arguments of `add_arguments`.
 
     Returns:
-        One dictionary per checkpoint, and the exit code: 0, or 1 if some of several failed. A dictionary has the name,
-        if there is one, and either `output` and `codebook_fingerprint`, with `url` after an upload, or `error`, or the
-        reason in `skipped`.
+        One dictionary per checkpoint, and the exit code: 0, or 1 if some checkpoints of `--all` failed. A dictionary
+        has `checkpoint` if the name is known. It also has `output` and `codebook_fingerprint`, and `url` after an
+        upload; or it has `error`; or it has the reason in `skipped`.
 
     Raises:
         ValueError: The arguments contradict each other, or the checkpoint cannot be converted.
@@ -87,7 +85,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict], int]:
     """
     from .push import check_logged_in
 
-    _check(arguments)
+    _check_arguments(arguments)
     if arguments.push_to_hub is not None:
         check_logged_in()
     if not arguments.all:
@@ -99,7 +97,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict], int]:
             results.append({"checkpoint": name, "skipped": "no longer on the Hub"})
             print(
                 f"{name}: skipped: no longer on the Hub. `wavtokenizer convert FILE --checkpoint {name}` converts a "
-                "copy.",
+                "copy that you have.",
                 file=sys.stderr,
             )
             continue
@@ -112,15 +110,14 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict], int]:
     return results, int(any("error" in result for result in results))
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    ways = [bool(arguments.files or arguments.checkpoint), arguments.all]
-    if sum(ways) != 1:
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    if bool(arguments.files or arguments.checkpoint) == arguments.all:
         raise ValueError(
             "Got no checkpoint, or --all beside one. Give FILE, --checkpoint NAME or both, or --all alone."
         )
     if arguments.average and (len(arguments.files) < 2 or arguments.checkpoint):
         raise ValueError(
-            "Got --average, expected several FILEs and no --checkpoint: the mean of several is none of them."
+            "Got --average, expected several FILEs and no --checkpoint: the mean of checkpoints is none of them."
         )
     if arguments.files and arguments.revision is not None:
         raise ValueError("Got --revision for a file on this machine. Leave it out.")
@@ -139,7 +136,7 @@ def _convert(
     from .push import push
 
     files = arguments.files if published is None else arguments.files or download(published, arguments.revision)
-    with shown_progress("steps") as show:
+    with shown_progress("steps") as on_progress:
         folder = convert(
             files,
             output,
@@ -147,9 +144,9 @@ def _convert(
             arguments.with_discriminators,
             arguments.average,
             published,
-            # so that the same command again finishes the rest
+            # so that running the same command again finishes the rest
             keep_existing=published is not None or hub_name is not None,
-            on_progress=show,
+            on_progress=on_progress,
         )
     result: dict[str, str | None] = {} if published is None else {"checkpoint": published.name}
     result["output"] = str(folder)
@@ -161,7 +158,7 @@ def _convert(
 
 
 def checkpoints_table(as_json: bool = False) -> str:
-    """Return the published checkpoints as a table, or as JSON, one object per line."""
+    """Return the published checkpoints as a table, or as JSON with one object per line."""
     if as_json:
         return "\n".join(json.dumps(asdict(published)) for published in table().values())
     rows = [("name", "codes/s", "trained on", "corpus", "repository", "file")]
@@ -177,10 +174,10 @@ def checkpoints_table(as_json: bool = False) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `python -m conversion.convert`. Returns the exit code."""
+    """Run `python -m conversion.convert`. Return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m conversion.convert",
-        description="Turn an original WavTokenizer checkpoint into a folder that Hugging Face loads.",
+        description="Convert a checkpoint of the reference implementation to a folder that transformers loads.",
     )
     add_arguments(parser)
     try:

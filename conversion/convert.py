@@ -1,7 +1,4 @@
-"""
-Run the converter from the root of the repository: `python -m conversion.convert` does what `wavtokenizer convert`
-does.
-"""
+"""Run `wavtokenizer convert` from the root of the repository: `python -m conversion.convert`."""
 
 if __name__ == "__main__":
     import sys

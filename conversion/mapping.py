@@ -1,14 +1,11 @@
-"""
-Tables of tensor names: which tensors of an original checkpoint are kept under a new name, and which are dropped and
-why.
-"""
+"""Map tensor names of the reference implementation to those of this package, and list the tensors that are dropped."""
 
 import re
 from collections.abc import Iterable
 
 
-# The original's name -> the name here, which is also the one of transformers' port. {} stands for anything.
-KEPT = {
+# Original name -> name in this package, which is also the name in transformers. {} matches any text.
+KEPT_NAMES = {
     "feature_extractor.encodec.encoder.model.{}.conv.conv.weight_g": (
         "encoder_model.encoder.layers.{}.conv.parametrizations.weight.original0"
     ),
@@ -22,21 +19,21 @@ KEPT = {
     "head.out.{}": "head.linear.{}",
 }
 
-# Names that begin so are not needed, and why.
-DROPPED = {
+# Prefix of names that are not needed -> reason.
+DROPPED_PREFIXES = {
     "feature_extractor.encodec.decoder.": "EnCodec's own decoder, which WavTokenizer never uses",
-    "head.istft.window": "a Hann window, computed when it is needed",
+    "head.istft.window": "a Hann window, computed when needed",
     "multiperioddisc.": "training only: multi-period discriminator",
     "multiresddisc.": "training only: multi-resolution discriminator",
     "dac.": "training only: DAC-style discriminator",
-    "dacdiscriminator.": "training only: DAC-style discriminator, as its loss held it",
+    "dacdiscriminator.": "training only: DAC-style discriminator, as stored by its loss",
     "melspec_loss.": "training only: mel filters and window of the reconstruction loss",
-    "n_averaged": "training only: of how many steps torch's AveragedModel is the mean",
+    "n_averaged": "training only: number of steps in the mean of torch's AveragedModel",
 }
 
-# Where the discriminators lie, for those who want to train on. The original's loss holds one DAC-style discriminator
-# and its optimizer another; the codec was trained against the former, so where a file has both, the later line here
-# wins.
+# Original prefix of the discriminators -> prefix in training/, to continue training. In the reference implementation,
+# the loss holds one DAC-style discriminator and the optimizer another. The codec was trained against the one of the
+# loss. So its line comes last: in a file with both, the later line wins.
 DISCRIMINATORS = {
     "multiperioddisc.": "multiperioddisc.",
     "multiresddisc.": "multiresddisc.",
@@ -44,33 +41,34 @@ DISCRIMINATORS = {
     "dacdiscriminator.discriminator.": "dac.",
 }
 
-DISCRIMINATOR_PREFIXES = ("multiperioddisc.", "multiresddisc.", "dac.", "dacdiscriminator.")  # of those in DROPPED
+# the discriminators among DROPPED_PREFIXES
+DISCRIMINATOR_PREFIXES = ("multiperioddisc.", "multiresddisc.", "dac.", "dacdiscriminator.")
 
 _LATER_QUANTIZER = re.compile(r"feature_extractor\.encodec\.quantizer\.vq\.layers\.([1-9]\d*)\.")
 
 
 def sort_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
     """
-    Sort the original tensor names by the tables above.
+    Sort original tensor names into kept and dropped names, by the tables above.
 
     Args:
         names: Every name in the checkpoint.
 
     Returns:
-        What is kept (new name -> original name), and what is dropped (prefix of the name -> original names).
+        Kept names (name in this package -> original name), and dropped names (prefix -> original names).
 
     Raises:
-        ValueError: A second quantizer, or a name that is in no table.
+        ValueError: There is a second quantizer, or a name is in no table.
     """
-    kept, unknown = {}, []
+    original_names, unknown = {}, []
     dropped: dict[str, list[str]] = {}
     quantizers = {0}
     for name in names:
-        prefix = next((prefix for prefix in DROPPED if name.startswith(prefix)), None)
+        prefix = next((prefix for prefix in DROPPED_PREFIXES if name.startswith(prefix)), None)
         if prefix is not None:
             dropped.setdefault(prefix, []).append(name)
-        elif (new_name := _translate(name, KEPT)) is not None:
-            kept[new_name] = name
+        elif (new_name := _translate(name, KEPT_NAMES)) is not None:
+            original_names[new_name] = name
         elif later := _LATER_QUANTIZER.match(name):
             quantizers.add(int(later[1]))
         else:
@@ -79,32 +77,32 @@ def sort_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str
         raise ValueError(several_quantizers(len(quantizers)))
     if unknown:
         raise unknown_names(unknown)
-    return kept, dropped
+    return original_names, dropped
 
 
 def original_name(name: str) -> str:
     """Return the original name of a tensor of the model."""
-    original = _translate(name, {new: old for old, new in KEPT.items()})
-    assert original is not None, f"KEPT lacks {name}"
+    original = _translate(name, {translation: template for template, translation in KEPT_NAMES.items()})
+    assert original is not None, f"KEPT_NAMES lacks {name}"
     return original
 
 
-def check_names(kept: dict[str, str], expected: Iterable[str]) -> None:
-    """Raise ValueError unless `kept` (new name -> original name) holds exactly the `expected` names of the model."""
+def check_names(original_names: dict[str, str], expected: Iterable[str]) -> None:
+    """Raise ValueError unless the keys of `original_names` are exactly the `expected` names of the model."""
     expected = set(expected)
-    missing = sorted(original_name(name) for name in expected - set(kept))
+    missing = sorted(original_name(name) for name in expected - set(original_names))
     if missing:
         raise ValueError(
             f"{len(missing)} of the {len(expected)} tensors that a WavTokenizer of this shape needs are missing: "
-            f"{_some(missing)}. Expected a whole checkpoint; download or save it again."
+            f"{_shorten(missing)}. Expected a whole checkpoint; download or save it again."
         )
-    unknown = sorted(original for name, original in kept.items() if name not in expected)
+    unknown = sorted(original for name, original in original_names.items() if name not in expected)
     if unknown:
         raise unknown_names(unknown)
 
 
 def discriminator_names(names: Iterable[str]) -> dict[str, str]:
-    """Return the discriminators among the original tensors: name in `training/` -> original name."""
+    """Return the discriminator tensors among original names: name in `training/` -> original name."""
     found = {}
     for prefix, new_prefix in DISCRIMINATORS.items():
         for name in names:
@@ -119,23 +117,30 @@ def original_discriminator_names(name: str) -> list[str]:
     """Return the original names of a discriminator tensor. The DAC-style discriminator is stored twice."""
     name = name.replace(".parametrizations.weight.original0", ".weight_g")
     name = name.replace(".parametrizations.weight.original1", ".weight_v")
-    return [old + name.removeprefix(new) for old, new in DISCRIMINATORS.items() if name.startswith(new)]
+    return [
+        original_prefix + name.removeprefix(prefix)
+        for original_prefix, prefix in DISCRIMINATORS.items()
+        if name.startswith(prefix)
+    ]
 
 
 def unknown_names(names: list[str]) -> ValueError:
+    """Return the error for tensors that are in no table."""
     hint = ""
     if any(name.startswith("encoder_model.") for name in names):
-        hint = " Names that begin with encoder_model. are of a converted file: load its folder with from_pretrained."
+        hint = " Names with encoder_model. are from a converted file: load its folder with from_pretrained."
     return ValueError(
-        f"Got tensors that are not of a WavTokenizer, {len(names)} in all: {_some(names)}. Expected a checkpoint of "
-        f"the original training code; nothing is left out without a known reason (see conversion/mapping.py).{hint}"
+        f"Got tensors that are not of a WavTokenizer, {len(names)} in all: {_shorten(names)}. Expected a checkpoint "
+        "of the original training code; conversion drops only tensors that it knows (see conversion/mapping.py)."
+        f"{hint}"
     )
 
 
 def several_quantizers(count: int) -> str:
+    """Return the error message for a model with several residual quantizers."""
     return (
-        f"Got num_quantizers={count}, expected 1: a model with several residual quantizers gives several codes per "
-        "frame, and neither this package nor any published WavTokenizer has more than one. Use another checkpoint."
+        f"Got num_quantizers={count}, expected 1: several residual quantizers give several codes per frame. Neither "
+        "this package nor any published WavTokenizer has more than one. Use another checkpoint."
     )
 
 
@@ -146,6 +151,6 @@ def _translate(name: str, table: dict[str, str]) -> str | None:
     return None
 
 
-def _some(names: list[str], most: int = 20) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+def _shorten(names: list[str], max_names: int = 20) -> str:
+    rest = f" and {len(names) - max_names} more" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + rest

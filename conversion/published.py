@@ -1,4 +1,4 @@
-"""The published checkpoints: the table checkpoints.yaml, and what is checked by it."""
+"""Published checkpoints: read their table, checkpoints.yaml, and check files and models against it."""
 
 import difflib
 import re
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 
-if TYPE_CHECKING:  # torch takes seconds, and the table alone does not need it
+if TYPE_CHECKING:  # importing torch takes seconds, and the table does not need it
     import torch
 
     from .. import WavTokenizerConfig, WavTokenizerModel
@@ -19,12 +19,12 @@ if TYPE_CHECKING:  # torch takes seconds, and the table alone does not need it
 
 TABLE = Path(__file__).parent / "checkpoints.yaml"
 SAMPLING_RATE = 24000  # Hz, of every published checkpoint
-RATIOS = {40: [6, 5, 5, 4], 75: [8, 5, 4, 2]}  # codes per second -> what the encoder downsamples by
+RATIOS = {40: [6, 5, 5, 4], 75: [8, 5, 4, 2]}  # codes per second -> upsampling_ratios
 
 
 @dataclass(frozen=True)
 class KnownAnswer:
-    """Codes that others got for a sine."""
+    """Codes that another implementation computed for a sine."""
 
     hertz: float
     amplitude: float
@@ -34,7 +34,7 @@ class KnownAnswer:
     source: str
 
     def audio(self) -> "torch.Tensor":
-        """Return the sine, float32 (1, 1, samples)."""
+        """Return the sine: float32, (1, 1, samples)."""
         import torch
 
         time = torch.arange(int(self.seconds * SAMPLING_RATE)) / SAMPLING_RATE
@@ -43,7 +43,7 @@ class KnownAnswer:
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
-    """One entry of the table. checkpoints.yaml explains the fields."""
+    """Entry of the table. checkpoints.yaml explains the fields."""
 
     name: str
     repository: str | None
@@ -62,7 +62,7 @@ class PublishedCheckpoint:
 
     @property
     def config(self) -> "WavTokenizerConfig":
-        """Configuration that all published checkpoints of this rate share."""
+        """Return the configuration that all published checkpoints of this rate share."""
         from .. import WavTokenizerConfig
 
         return WavTokenizerConfig(
@@ -73,39 +73,37 @@ class PublishedCheckpoint:
 
     def check_file(self, path: Path, sha256: str) -> None:
         """
-        Compare a file with the table, and with the hash under which the Hub's cache stores it.
+        Compare a file with the table, and with the hash that the Hub's cache stores it under.
 
         Raises:
-            ValueError: Another size or hash.
+            ValueError: The file has another size or hash.
         """
-        what_to_do = "It is damaged or another file: delete it and download it again."
+        advice = "It is damaged or another file: delete it and download it again."
         if self.size is not None and path.stat().st_size != self.size:
-            raise ValueError(
-                f"{path} has {path.stat().st_size} bytes, expected {self.size} for {self.name}. {what_to_do}"
-            )
-        # huggingface_hub keeps a large file under its sha256 and lets a link with the file's name point there
-        kept_as = path.resolve().name
-        expected = self.sha256 or (kept_as if re.fullmatch("[0-9a-f]{64}", kept_as) else None)
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, expected {self.size} for {self.name}. {advice}")
+        # huggingface_hub stores a large file under its sha256, and links the file's name to it
+        stored_name = path.resolve().name
+        expected = self.sha256 or (stored_name if re.fullmatch("[0-9a-f]{64}", stored_name) else None)
         if expected is not None and sha256 != expected:
-            raise ValueError(f"{path} has the sha256 {sha256}, expected {expected} for {self.name}. {what_to_do}")
+            raise ValueError(f"{path} has the sha256 {sha256}, expected {expected} for {self.name}. {advice}")
 
     def unverified_reason(self, files: Sequence[Path]) -> str | None:
         """
-        Return a sentence if nothing known of this checkpoint tells it from others of its rate, or None.
+        Return a sentence if no known fact identifies this checkpoint among those of its rate, else None.
 
         Args:
-            files: Files that were given as this checkpoint.
+            files: Files that the user gave as this checkpoint.
         """
         known: list[Any] = [self.fingerprint, *self.known_answers]
         if len(files) == 1:
-            known += [self.size, self.sha256, self._is_in_the_hubs_cache(files[0]) or None]
+            known += [self.size, self.sha256, self._is_in_hub_cache(files[0]) or None]
         if any(fact is not None for fact in known):
             return None
         return (
-            f"given as {self.name}, and not verified beyond its rate: nothing is known here that tells it from others"
+            f"given as {self.name}, and not verified beyond its rate: no fact is known that identifies this checkpoint"
         )
 
-    def _is_in_the_hubs_cache(self, path: Path) -> bool:
+    def _is_in_hub_cache(self, path: Path) -> bool:
         if self.repository is None or path.name != self.file:
             return False
         from huggingface_hub.file_download import repo_folder_name
@@ -115,10 +113,10 @@ class PublishedCheckpoint:
 
     def check_model(self, model: "WavTokenizerModel") -> None:
         """
-        Compare a model with the table: rate, codebook, and the codes that others got for a sine.
+        Compare a model with the table: rate, codebook, and known codes of a sine.
 
         Raises:
-            ValueError: It is another checkpoint, or this machine computes other codes.
+            ValueError: The model is another checkpoint, or this machine computes other codes.
         """
         import torch
 
@@ -126,7 +124,7 @@ class PublishedCheckpoint:
         if config.frame_rate != self.frame_rate:
             raise ValueError(
                 f"Got a checkpoint of {config.frame_rate:g} codes/s, expected {self.frame_rate} for {self.name}. "
-                "It is another one: give its own name, or none."
+                "It is another checkpoint: give its own name, or none."
             )
         if self.fingerprint not in (None, model.codebook_fingerprint):
             raise ValueError(
@@ -147,8 +145,8 @@ class PublishedCheckpoint:
 
 @cache
 def table() -> dict[str, PublishedCheckpoint]:
-    """Return all published checkpoints by their names."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
+    """Return all published checkpoints by name."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast; only in some builds of PyYAML
     content = yaml.load(TABLE.read_text(encoding="utf-8"), loader)
     return {name: _published(name, **fields) for name, fields in content.items()}
 
@@ -158,12 +156,12 @@ def _published(name: str, known_answers: list[dict], **fields: Any) -> Published
 
 
 def find(name: str) -> PublishedCheckpoint:
-    """Return the checkpoint of that name. Raises ValueError that lists the nearest names."""
+    """Return the checkpoint of that name. Raise ValueError with the nearest names if there is none."""
     found = table().get(name)
     if found is None:
         nearest = difflib.get_close_matches(name, table(), n=3, cutoff=0.4) or list(table())
         raise ValueError(
-            f"Got {name!r}, which is no published checkpoint. Nearest: {', '.join(nearest)}. `wavtokenizer "
-            "checkpoints` lists all; a file on this machine is given by its path."
+            f"Got {name!r}, which is not a published checkpoint. Nearest: {', '.join(nearest)}. `wavtokenizer "
+            "checkpoints` lists all. For a file on this machine, give its path."
         )
     return found

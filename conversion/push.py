@@ -1,4 +1,4 @@
-"""The way of a converted folder to the Hub."""
+"""Upload a converted folder to the Hub."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ from huggingface_hub import HfApi, get_token
 from ..hub_errors import HTTP_ERROR
 
 
-OPTIONAL = ("discriminators.safetensors",)  # what some conversions write and others do not
+OPTIONAL_FILES = ("discriminators.safetensors",)  # written by some conversions only
 
 
 def check_logged_in() -> None:
-    """Raise OSError if there is no token to upload with. It is called before the work starts."""
+    """Raise OSError if there is no access token. Call it before the conversion starts."""
     if get_token() is None:
         raise OSError(
-            "Got a name on the Hub and no token to upload with. Log in with `hf auth login`, or set HF_TOKEN."
+            "Got a name on the Hub, but no token for the upload. Log in with `hf auth login`, or set HF_TOKEN."
         )
 
 
@@ -22,21 +22,21 @@ def push(folder: Path, name: str, private: bool = False, create_pr: bool = False
     """
     Upload all files of a folder in one commit, and check that the Hub has them.
 
-    The same commit deletes files of an earlier conversion that this one lacks. All other files stay. The repository is
-    created here, after the folder is complete, so a failed conversion leaves no empty repository.
+    The same commit deletes the optional files of an earlier conversion that this folder lacks. All other files stay.
+    The repository is created here, so a failed conversion leaves no empty repository.
 
     Args:
-        folder: Folder that `convert` made. It is not changed.
-        name: Name of the repository, which is created if it does not exist.
-        private: Create it as private. A public repository that exists is refused.
+        folder: Folder that `convert` wrote. It is not changed.
+        name: Name of the repository. It is created if it does not exist.
+        private: Create the repository as private. A public repository that exists is refused.
         create_pr: Upload the files as a pull request instead of to the main branch.
 
     Returns:
-        Address of the commit or pull request.
+        URL of the commit or pull request.
 
     Raises:
-        OSError: The Hub refuses the name or the files, the repository is public and should not be, or the connection
-            broke. The same call again finishes the upload.
+        OSError: The Hub refuses the name or the files, the repository is public although `private` was asked for, or
+            the connection broke. The same call again finishes the upload.
     """
     api = HfApi()
     try:
@@ -51,17 +51,17 @@ def push(folder: Path, name: str, private: bool = False, create_pr: bool = False
             folder_path=folder,
             create_pr=create_pr,
             commit_message="WavTokenizer, by wavtokenizer_hf",
-            delete_patterns=[file for file in OPTIONAL if not (folder / file).is_file()],
+            delete_patterns=[file for file in OPTIONAL_FILES if not (folder / file).is_file()],
         )
-        revision = commit.pr_revision or commit.oid  # no pull request is made where nothing would change
-        there = set(api.list_repo_files(name, revision=revision))
-    except (OSError, ValueError, RuntimeError, HTTP_ERROR) as error:  # the third: hf_xet, which moves large files
+        revision = commit.pr_revision or commit.oid  # the Hub opens no pull request without changes
+        uploaded = set(api.list_repo_files(name, revision=revision))
+    except (OSError, ValueError, RuntimeError, HTTP_ERROR) as error:  # hf_xet raises RuntimeError
         reason = " ".join(str(error).split())
         raise OSError(
             f"Cannot upload to {name!r} on the Hub: {reason}.{_advice(error)} {folder} is complete: run this again "
-            "to go on."
+            "to continue."
         ) from error
-    missing = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} - there
+    missing = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} - uploaded
     if missing:
         raise OSError(f"{name} lacks {', '.join(sorted(missing))} after the upload. Run this again.")
     return commit.pr_url or commit.commit_url
@@ -73,7 +73,7 @@ def _advice(error: Exception) -> str:
         return " Log in with `hf auth login`, or set HF_TOKEN."
     if status == 403:
         return (
-            " Use a token that may write there, choose another name, or propose the files with --create-pr where the "
+            " Use a token with write access, choose another name, or propose the files with --create-pr if the "
             "repository exists."
         )
     return ""

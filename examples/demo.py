@@ -1,8 +1,7 @@
-"""The main job, end to end: speech -> token file -> speech, with a picture and a table. `make demo` runs this.
+"""Encode speech to a token file and decode it again, with a picture and a table. `make demo` runs this.
 
-The speech is a recorded voice that the model has never heard (speech.LICENSE.txt). The model is the small one that
-comes with the package (wavtokenizer_hf/bundled/README.md says how far it goes). Published checkpoints are far better:
-`--model FOLDER`.
+The default speech is a voice that was not in training (speech.LICENSE.txt). The default model is the small bundled one
+(wavtokenizer_hf/bundled/README.md shows its quality). Published checkpoints are far better: `--model FOLDER`.
 """
 
 import argparse
@@ -19,15 +18,15 @@ from wavtokenizer_hf.token_file import TokenFile
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for what is made")
-    parser.add_argument("--model", default=bundled_model(), help="a converted checkpoint, or a name on the Hub")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="output folder")
     parser.add_argument(
-        "--audio", type=Path, default=Path(__file__).parent / "speech.flac", help="a sound file of yours"
+        "--model", default=bundled_model(), help="folder of a converted checkpoint, or name on the Hub"
     )
+    parser.add_argument("--audio", type=Path, default=Path(__file__).parent / "speech.flac", help="audio file")
     arguments = parser.parse_args()
     output = arguments.output
     if arguments.audio.parent.resolve() == output.resolve():
-        parser.error(f"{arguments.audio} lies in the folder for what is made. Name another --output.")
+        parser.error(f"{arguments.audio} is in the output folder. Name another --output.")
     output.mkdir(parents=True, exist_ok=True)
 
     model = WavTokenizerModel.from_pretrained(arguments.model).eval()
@@ -36,12 +35,12 @@ def main() -> None:
     waveform = audio.load(arguments.audio, sampling_rate=feature_extractor.sampling_rate)
     inputs = feature_extractor(waveform, sampling_rate=feature_extractor.sampling_rate, return_tensors="pt")
     with torch.inference_mode():
-        model.decode(model.encode(**inputs).audio_codes)  # once unmeasured: the first call sets things up
-        started = time.perf_counter()
+        model.decode(model.encode(**inputs).audio_codes)  # warm-up
+        start = time.perf_counter()
         audio_codes = model.encode(**inputs).audio_codes
-        encoded = time.perf_counter()
+        encode_end = time.perf_counter()
         audio_values = model.decode(audio_codes).audio_values
-        decoded = time.perf_counter()
+        decode_end = time.perf_counter()
 
     tokens = TokenFile(
         audio_codes=audio_codes[0, 0].numpy(),
@@ -53,7 +52,7 @@ def main() -> None:
     )
     token_file = tokens.save(output / f"{arguments.audio.stem}.safetensors")
     reconstruction = audio_values[0, 0, : tokens.num_samples].numpy()
-    sound_file = audio.save(output / f"{arguments.audio.stem}.wav", reconstruction, model.config.sampling_rate)
+    audio_file = audio.save(output / f"{arguments.audio.stem}.wav", reconstruction, model.config.sampling_rate)
     picture = plot_reconstruction(
         output / f"{arguments.audio.stem}.png",
         waveform,
@@ -63,7 +62,7 @@ def main() -> None:
         arguments.audio.name,
     )
 
-    # of the extra `evaluation`: what is not installed is left out
+    # leave out metrics whose packages (of the extra `evaluation`) are not installed
     names = [
         name
         for name in ("stoi", "pesq_wb")
@@ -72,23 +71,18 @@ def main() -> None:
     values, _ = score(Clip(waveform), Clip(reconstruction), names)
 
     seconds = len(waveform) / model.config.sampling_rate
+    encode_time, decode_time = encode_end - start, decode_end - encode_end
     rows = [
         ("duration", f"{seconds:.2f} s"),
         ("tokens", f"{len(tokens.audio_codes)}"),
         ("tokens per second", f"{model.config.frame_rate:g}"),
         ("bit rate", f"{model.config.bit_rate:g} bit/s"),
-        (
-            "real-time factor, encode",
-            f"{(encoded - started) / seconds:.3f}  ({seconds / (encoded - started):.0f} x real time)",
-        ),
-        (
-            "real-time factor, decode",
-            f"{(decoded - encoded) / seconds:.3f}  ({seconds / (decoded - encoded):.0f} x real time)",
-        ),
+        ("real-time factor, encode", f"{encode_time / seconds:.3f}  ({seconds / encode_time:.0f} x real time)"),
+        ("real-time factor, decode", f"{decode_time / seconds:.3f}  ({seconds / decode_time:.0f} x real time)"),
         *((METRICS[name].title, f"{value:.2f}") for name, value in values.items() if value is not None),
         ("codebook fingerprint", model.codebook_fingerprint),
         ("token file", token_file),
-        ("sound", sound_file),
+        ("audio", audio_file),
         ("picture", picture),
     ]
     print()

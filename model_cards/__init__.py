@@ -1,4 +1,1 @@
-"""
-Model cards: template.md, which conversion fills in, one card for each published checkpoint, and check.py, which reads
-them.
-"""
+"""Model cards: template.md, which conversion fills in, a card per published checkpoint, and check.py to check them."""

@@ -1,9 +1,9 @@
-"""Refuses model cards that state a number without a source.
+"""Check that model cards state no number without a source.
 
     python -m model_cards.check [CARD.md …]    # default: every card in this folder
 
-A paragraph, an item of a list or a row of a table that states a number has to hold a link, or what comes after the
-empty line below it has to begin with "Source: ". Code, headings and the metadata state nothing.
+A paragraph, list item or table row with a number needs a link, or the next paragraph must begin with "Source: ". Code,
+headings and metadata are not checked.
 """
 
 import re
@@ -16,7 +16,7 @@ LINK = re.compile(r"\[[^\]]*\]\([^)]*\)")
 
 
 def unsourced(card: str) -> list[str]:
-    """The statements of a card that hold a number without a source, each as one line."""
+    """Return the statements of a card that have a number without a source, each as one line."""
     text = re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.DOTALL)
     text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     blocks = [block.strip() for block in re.split(r"\n\s*\n", text) if block.strip()]

@@ -1,4 +1,6 @@
-"""What the tests of bulk runs share: a corpus, a tiny model, the true codes, and a run over them."""
+"""
+Fixtures and helpers for tests of bulk runs: a corpus, a tiny model, the expected codes, and a run over the corpus.
+"""
 
 import multiprocessing
 import pickle
@@ -18,7 +20,9 @@ NUM_CLIPS = 26
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Tiny layers gain nothing from threads; and processes that are forked here must not wait for any."""
+    """
+    Use one thread: tiny layers gain nothing from more, and forked workers must not wait for threads of this process.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -26,7 +30,7 @@ def one_thread():
 
 
 def save_two_models(folder: Path) -> None:
-    """Two models of one shape, `model` and `other`, whose codes are diverse."""
+    """Save two models of the same shape with diverse codes as `model` and `other`."""
     for seed, name in ((0, "model"), (1, "other")):
         torch.manual_seed(seed)
         model = WavTokenizerModel(tiny_config()).eval()
@@ -37,25 +41,25 @@ def save_two_models(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a tiny model, another of the same shape, and a corpus."""
-    place = tmp_path_factory.mktemp("bulk")
-    save_two_models(place)
-    write_corpus(place / "corpus", NUM_CLIPS, (0.01, 0.8))
-    return place
+def workspace(tmp_path_factory):
+    """Return a folder with a tiny model, another model of the same shape, and a corpus."""
+    workspace = tmp_path_factory.mktemp("bulk")
+    save_two_models(workspace)
+    write_corpus(workspace / "corpus", NUM_CLIPS, (0.01, 0.8))
+    return workspace
 
 
 @pytest.fixture(scope="module")
-def model(place):
-    return WavTokenizerModel.from_pretrained(place / "model").eval()
+def model(workspace):
+    return WavTokenizerModel.from_pretrained(workspace / "model").eval()
 
 
 @pytest.fixture(scope="module")
-def alone(place, model):
-    """The truth: codes of each good clip, encoded alone."""
+def alone(workspace, model):
+    """Return the expected codes: those of each good clip, encoded alone."""
     files = {
-        path.relative_to(place / "corpus").as_posix(): path
-        for path in (place / "corpus").rglob("*.*")
+        path.relative_to(workspace / "corpus").as_posix(): path
+        for path in (workspace / "corpus").rglob("*.*")
         if path.name not in DAMAGED
     }
     codes = codes_alone(model, files)
@@ -64,37 +68,37 @@ def alone(place, model):
 
 
 @pytest.fixture
-def run(place, tmp_path):
-    """Tokenizes the corpus in this process into tmp_path/out, unless told otherwise."""
+def run(workspace, tmp_path):
+    """Return a function that tokenizes the corpus in this process, into tmp_path/out by default."""
 
-    def run(source=None, model=place / "model", output=tmp_path / "out", **options):
+    def run(source=None, model=workspace / "model", output=tmp_path / "out", **options):
         options = TokenizeOptions(**{"num_processes": 1, **options})
-        return tokenize(place / "corpus" if source is None else source, str(model), output, options)
+        return tokenize(workspace / "corpus" if source is None else source, str(model), output, options)
 
     return run
 
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Workers that need no imports, 4 s of a processor each, and know of patches. The slow tests have spawned ones."""
+    """Fork the workers: they skip 4 s of imports each and see monkeypatches. The slow tests spawn them."""
     serve, fork = worker_processes._serve, multiprocessing.get_context("fork")
 
     def serve_as_spawned(connection, start, rank):
-        serve(connection, pickle.loads(pickle.dumps(start)), rank)  # a fork alone would share it
+        serve(connection, pickle.loads(pickle.dumps(start)), rank)  # a plain fork would share the object
 
     monkeypatch.setattr(worker_processes.multiprocessing, "get_context", lambda kind: fork)
     monkeypatch.setattr(worker_processes, "_serve", serve_as_spawned)
 
 
 @pytest.fixture
-def clips(place, alone):
-    """Three good clips and a damaged one: name -> (path, text); and the codes of the good ones."""
+def clips(workspace, alone):
+    """Return three good clips and a damaged one: name -> (path, text)."""
     names = [*sorted(alone)[:3], "empty.wav"]
-    return {name: (place / "corpus" / name, f"text of {name}") for name in names}
+    return {name: (workspace / "corpus" / name, f"text of {name}") for name in names}
 
 
 def check_clips(result, output, clips, alone, ids=None, column="text"):
-    """The good clips have their own codes and texts, in whatever way they were read; the damaged one failed."""
+    """Check that each good clip has its own codes and text, and that the damaged one failed."""
     ids = ids or {name: name for name in clips}
     rows = rows_of(output)
     assert result.failures.keys() == {ids["empty.wav"]}

@@ -1,6 +1,6 @@
 """Check a wheel: its files, and that it works in an environment where nothing else of this repository is installed.
 
-python tests/check_wheel.py WHEEL                    # installs the dependencies too, which needs the network
+python tests/check_wheel.py WHEEL                    # also installs the dependencies, which needs the network
 python tests/check_wheel.py WHEEL --borrow FOLDER    # takes all other packages from a site-packages folder
 """
 
@@ -41,7 +41,7 @@ else:
 
 
 def expected_files() -> set[str]:
-    """Paths in the wheel, apart from dist-info: everything of the repository that belongs to the package."""
+    """Return the paths that belong in the wheel, without dist-info: all files of the package in this repository."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "wavtokenizer_hf", *PACKAGED]
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
     files = set()
@@ -67,7 +67,7 @@ def check_files(wheel: Path) -> None:
 
 
 def check_use(wheel: Path, folder: Path, borrowed: Path | None) -> None:
-    """Install the wheel into a new environment below `folder`, and use it there."""
+    """Install the wheel into a new environment below `folder`, and use it."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     binaries = folder / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
     python = binaries / "python"
@@ -87,7 +87,7 @@ def check_use(wheel: Path, folder: Path, borrowed: Path | None) -> None:
         install("--constraint", str(ROOT / "constraints.txt"), str(wheel))
     else:
         install("--no-deps", str(wheel))
-        # a line of a .pth file adds the folder only: an editable install in it stays out, unlike with site.addsitedir
+        # A line of a .pth file adds only the folder. site.addsitedir would also activate an editable install in it.
         code = "import site; print(site.getsitepackages()[0])"
         own = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
         Path(own, "borrowed.pth").write_text(f"{borrowed.resolve()}\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: checkpoints rebuilt by formula, converted folders, a tiny model."""
+"""Shared fixtures: checkpoints rebuilt by formula, converted folders, a tiny model."""
 
 import os
 
@@ -23,7 +23,7 @@ REFERENCE = FIXTURES / "reference"
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Use one thread: tiny layers do not gain from more, and are much slower with more on a busy machine."""
+    """Use one thread: tiny layers gain nothing from more, and are much slower with more on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,13 +32,13 @@ def one_thread():
 
 @pytest.fixture(scope="session", params=[75, 40], ids=["75_per_s", "40_per_s"])
 def rate(request) -> int:
-    """Tokens per second of a published shape."""
+    """Return the tokens per second of a published shape."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """rate -> path of the original's Lightning checkpoint that the golden data was made with; built on first use."""
+    """Return a function: rate -> path of the Lightning checkpoint behind the golden data. It is built on first use."""
     folder, built = tmp_path_factory.mktemp("checkpoints"), {}
 
     def checkpoint(rate: int) -> Path:
@@ -51,7 +51,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory, checkpoints):
-    """rate -> folder that conversion made of that checkpoint; converted on first use."""
+    """Return a function: rate -> converted folder of that checkpoint. It is converted on first use."""
     from wavtokenizer_hf.conversion.from_original import convert
 
     parent, converted = tmp_path_factory.mktemp("converted"), {}
@@ -66,7 +66,9 @@ def folders(tmp_path_factory, checkpoints):
 
 @pytest.fixture(scope="session")
 def models(folders):
-    """rate -> the converted model, in eval mode; shared, so tests must not change it."""
+    """
+    Return a function: rate -> converted model in eval mode. The models are shared, so tests must not change them.
+    """
     loaded = {}
 
     def model(rate: int) -> WavTokenizerModel:
@@ -78,7 +80,7 @@ def models(folders):
 
 
 def load_script(path: Path):
-    """Load a script of examples/ as a module, by its path, since two of them have the same name."""
+    """Load a script of examples/ as a module by its path. Two of the scripts have the same name."""
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -86,7 +88,7 @@ def load_script(path: Path):
 
 
 def tiny_config(**changes) -> WavTokenizerConfig:
-    """A WavTokenizer of a few thousand weights and 16 samples per code."""
+    """Return the config of a WavTokenizer with a few thousand weights and 16 samples per code."""
     fields = {
         "num_filters": 4,
         "upsampling_ratios": [4, 2, 2],
@@ -103,7 +105,7 @@ def tiny_config(**changes) -> WavTokenizerConfig:
 
 @pytest.fixture
 def tiny_model() -> WavTokenizerModel:
-    """A tiny model whose codes are diverse: random weights, and a codebook drawn from its own latents."""
+    """Return a tiny model with diverse codes: random weights, and a codebook drawn from its own latents."""
     torch.manual_seed(0)
     model = WavTokenizerModel(tiny_config()).eval()
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""A small Hub on 127.0.0.1: what huggingface_hub needs to make a repository, to upload to it, and to download from it.
+"""A small Hub on 127.0.0.1 on which huggingface_hub can create repositories, upload and download.
 
-huggingface_hub has no such test double. Files are kept in memory, large ones by git LFS's protocol, without Xet. And
-caches that are made by hand, for what works offline.
+huggingface_hub has no such test double. Files are kept in memory; large files use the Git LFS protocol, without Xet.
+This file also writes cache entries by hand, for tests of offline use.
 """
 
 import base64
@@ -36,7 +36,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The server's state; `with Hub() as hub` starts and stops it."""
+    """The server's state. `with Hub() as hub` starts and stops it."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     writers: dict[str, str] = field(
@@ -245,8 +245,8 @@ def _oid(content: bytes) -> str:
 
 def put_into_cache(cache: Path, repository: str, files: dict[str, Path]) -> Path:
     """
-    Make the cache entry that a download would make, as https://huggingface.co/docs/huggingface_hub/guides/manage-cache
-    says.
+    Write the cache entry that a download would write. See
+    https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
     """
     folder, commit = cache / f"models--{repository.replace('/', '--')}", "0123456789abcdef0123456789abcdef01234567"
     snapshot = folder / "snapshots" / commit

@@ -1,4 +1,6 @@
-"""Tests that test_fast_cpu.py runs in one process per instruction set. pytest does not collect this name by itself."""
+"""
+Tests that test_fast_cpu.py runs in one process per instruction set. pytest does not collect this file by its name.
+"""
 
 import os
 
@@ -11,7 +13,7 @@ from test_transformers_common import WavTokenizerEncoderModelTest, WavTokenizerM
 from wavtokenizer_hf import WavTokenizerModel
 
 
-__all__ = ["WavTokenizerEncoderModelTest", "WavTokenizerModelTest"]  # their fp16 and bf16 tests run here, too
+__all__ = ["WavTokenizerEncoderModelTest", "WavTokenizerModelTest"]  # their fp16 and bf16 tests run here too
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def metaspace() -> PreTrainedTokenizerFast:
 
 
 def word_level() -> PreTrainedTokenizerFast:
-    """Train a tokenizer of words, which are joined by spaces when decoded."""
+    """Train a tokenizer of whole words, which decoding joins with spaces."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.WordLevelTrainer(special_tokens=["<unk>", *SPECIAL.values()])

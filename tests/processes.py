@@ -1,4 +1,4 @@
-"""What a process and its children use, for slow tests. Linux only."""
+"""Processor time and memory of a process and its children, for slow tests. Linux only."""
 
 import os
 import re

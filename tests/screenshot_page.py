@@ -1,6 +1,6 @@
-"""Take the picture of the page in the documentation: python tests/screenshot_page.py [docs/images/page.png]
+"""Take the screenshot of the page in the documentation: python tests/screenshot_page.py [docs/images/page.png]
 
-Needs the extra `demo`, chromedriver and Chromium. The model is the bundled one, the clip is examples/speech.flac.
+This needs the extra `demo`, chromedriver and Chromium. It uses the bundled model and the clip examples/speech.flac.
 """
 
 import sys

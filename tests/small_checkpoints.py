@@ -1,4 +1,4 @@
-"""What the tests of conversion share: checkpoints with the names of a real one and few channels."""
+"""Shared fixtures for tests of conversion: checkpoints with the names of a real one and few channels."""
 
 import copy
 import json
@@ -32,8 +32,8 @@ CHANNELS = {16: 2, 32: 4, 64: 8, 128: 16, 256: 32, 512: 64, 2048: 256, 768: 32, 
 def small_tensors(rate: int = 75) -> dict[str, torch.Tensor]:
     manifest = json.loads((REFERENCE / f"manifest_{rate}.json").read_text())
     shapes = {
-        # kernel sizes, in third place, stay; so do the window and the head's rows, which CHANNELS does not list
-        name: tuple(CHANNELS.get(size, size) if place < 2 else size for place, size in enumerate(shape))
+        # Kernel sizes, on axis 2, stay. So do the window and the head's rows, which CHANNELS does not list.
+        name: tuple(CHANNELS.get(size, size) if axis < 2 else size for axis, size in enumerate(shape))
         for name, shape in manifest.items()
     }
     return {name: torch.from_numpy(formula.fill(name, shape)) for name, shape in shapes.items()}
@@ -46,13 +46,13 @@ def originals():
 
 @pytest.fixture
 def tensors(originals):
-    """A small checkpoint at 75 codes/s, by original names; the test's own to change."""
+    """Return a small checkpoint at 75 codes/s by reference names. Each test gets its own copy."""
     return copy.deepcopy(originals[75])
 
 
 @pytest.fixture
 def save(tmp_path):
-    """Writes what a Lightning checkpoint holds around the given tensors, and returns its path."""
+    """Return a function that writes the given tensors as a Lightning checkpoint and returns its path."""
 
     def save(tensors, name="model.ckpt", **others):
         torch.save({"epoch": 3, "state_dict": tensors, **others}, tmp_path / name)
@@ -62,7 +62,7 @@ def save(tmp_path):
 
 
 def small_yaml(rate: int = 75) -> dict:
-    """What the YAML file of such a checkpoint holds, as the published ones are built."""
+    """Return the content of the YAML file of such a checkpoint, structured like the published ones."""
     ratios = {75: [8, 5, 4, 2], 40: [6, 5, 5, 4]}[rate]
     feature_extractor = {
         "encodec_model": "encodec_24khz",
@@ -100,7 +100,7 @@ def save_yaml(tmp_path):
 
 
 def new_name(name: str) -> str:
-    """The name that architecture.md gives for an original one."""
+    """Return the name that architecture.md gives for a reference name."""
     name = name.replace("feature_extractor.encodec.encoder.model.", "encoder_model.encoder.layers.")
     name = name.replace(
         "feature_extractor.encodec.quantizer.vq.layers.0._codebook.", "encoder_model.quantizer.codebook."
@@ -131,7 +131,7 @@ def small_folder(originals, tmp_path_factory):
 
 @pytest.fixture
 def after_saving(monkeypatch):
-    """Calls a function of the test, with the folder, after the model has been written there."""
+    """Return a function that registers a callback. It is called with the folder once the model was written there."""
 
     def after_saving(function):
         save_pretrained = WavTokenizerModel.save_pretrained
@@ -158,9 +158,9 @@ def stop(error):
 
 
 class PeakMemory:
-    """Largest anonymous memory of another process, in bytes, sampled every few milliseconds.
+    """Largest anonymous memory of another process in bytes, sampled every few milliseconds.
 
-    ru_maxrss would count the pages of mapped files too, which the kernel takes back whenever it needs the room.
+    ru_maxrss would also count pages of mapped files, which the kernel can reclaim at any time.
     """
 
     def __init__(self, process: int):
@@ -187,7 +187,7 @@ class PeakMemory:
 
 
 def large_checkpoint(checkpoint: Path, path: Path) -> Path:
-    """The checkpoint with optimizer states beside it, as large as the published ones."""
+    """Return a checkpoint with optimizer states, as large as the published ones."""
     content = torch.load(checkpoint, mmap=True, weights_only=True)
     content["optimizer_states"] = [{"state": {i: {"exp_avg": torch.zeros(10**7)} for i in range(36)}}]
     torch.save(content, path)
@@ -196,9 +196,7 @@ def large_checkpoint(checkpoint: Path, path: Path) -> Path:
 
 
 def memory_and_seconds(arguments: list, **environment: str) -> tuple[int, float]:
-    """
-    What a conversion takes in a process of its own: peak memory above that of the imports, in bytes, and seconds.
-    """
+    """Convert in a separate process. Return its peak memory above that of the imports, in bytes, and its seconds."""
     program = """
 import sys, torch, transformers
 from wavtokenizer_hf.conversion.command import main
@@ -228,6 +226,6 @@ sys.exit(code)
         seconds = time.perf_counter() - start
         process.stdin.write("\n")
     assert process.returncode == 0
-    assert before > 50e6  # torch itself, or nothing was measured
+    assert before > 50e6  # the memory of torch itself; less would mean that nothing was measured
     print(f"peak {(memory.peak - before) / 1e6:.0f} MB above the imports, {seconds:.1f} s")
     return memory.peak - before, seconds

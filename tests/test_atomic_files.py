@@ -1,4 +1,4 @@
-"""Outputs are whole or absent, replace nothing that they should not, and leave nothing behind."""
+"""Output files are complete or absent, overwrite only what they should, and leave no temporary files."""
 
 import errno
 import multiprocessing
@@ -34,7 +34,7 @@ def model_folder(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture
-def sound(tmp_path):
+def audio_path(tmp_path):
     path = tmp_path / "sound.wav"
     soundfile.write(path, TONE[:1003], 24000, subtype="FLOAT")
     return path
@@ -42,7 +42,7 @@ def sound(tmp_path):
 
 @contextmanager
 def disk_with(num_bytes: int):
-    """No file can grow beyond that, as on a full disk."""
+    """Limit the size of files, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
     try:
@@ -52,11 +52,11 @@ def disk_with(num_bytes: int):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is written to
+# Targets
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_link_is_followed_and_stays_a_link(tmp_path):
+def test_a_symbolic_link_is_followed_and_stays_a_link(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "folder" / "target")
     for content in (b"new", b"again"):
@@ -64,7 +64,7 @@ def test_a_link_is_followed_and_stays_a_link(tmp_path):
         assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "target").read_bytes() == content
 
 
-def test_a_pipe_is_written_into(tmp_path):
+def test_a_named_pipe_is_written_to(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     got = []
     reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_bytes()))
@@ -75,21 +75,21 @@ def test_a_pipe_is_written_into(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["encode", "reconstruct"])
-def test_a_device_is_written_into_and_stays_a_device(command, model_folder, sound, tmp_path):
+def test_a_device_is_written_to_and_stays_a_device(command, model_folder, audio_path, tmp_path):
     (tmp_path / "null").symlink_to("/dev/null")
-    assert main([command, str(sound), "-m", model_folder, "-o", str(tmp_path / "null")]) == 0
+    assert main([command, str(audio_path), "-m", model_folder, "-o", str(tmp_path / "null")]) == 0
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode) and (tmp_path / "null").is_symlink()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is always full")
 @pytest.mark.parametrize("command", ["encode", "reconstruct"])
-def test_a_full_device_is_an_error(command, model_folder, sound, capsys):
-    assert main([command, str(sound), "-m", model_folder, "-o", "/dev/full"]) == 2
+def test_a_full_device_raises_an_error(command, model_folder, audio_path, capsys):
+    assert main([command, str(audio_path), "-m", model_folder, "-o", "/dev/full"]) == 2
     assert "Cannot write /dev/full: No space left on device" in capsys.readouterr().err
 
 
-def test_dev_stdout_takes_the_output_behind_what_is_there(tmp_path):
-    # by its path, since the package takes seconds to import
+def test_dev_stdout_appends_the_output_to_existing_content(tmp_path):
+    # run by path, since importing the package takes seconds
     script = f"import runpy; runpy.run_path({atomic_files.__file__!r})['write_bytes']('/dev/stdout', b'new')"
     (tmp_path / "file").write_bytes(b"before ")
     with (tmp_path / "file").open("ab") as file:
@@ -97,15 +97,15 @@ def test_dev_stdout_takes_the_output_behind_what_is_there(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"before new"
 
 
-def test_a_folder_is_refused(model_folder, sound, tmp_path, capsys):
+def test_a_folder_is_refused(model_folder, audio_path, tmp_path, capsys):
     (tmp_path / "out" / "sound.wav").mkdir(parents=True)
     with pytest.raises(IsADirectoryError, match="is a folder"):
         write_bytes(tmp_path / "out", b"")
-    assert main(["reconstruct", str(sound), "-m", model_folder, "-o", f"{tmp_path}/out/"]) == 2
+    assert main(["reconstruct", str(audio_path), "-m", model_folder, "-o", f"{tmp_path}/out/"]) == 2
     assert "is a folder, expected a file" in capsys.readouterr().err
 
 
-def test_permissions_are_those_of_the_file_that_is_replaced_or_of_the_umask(tmp_path):
+def test_permissions_come_from_the_replaced_file_or_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         write_bytes(tmp_path / "new", b"")
@@ -117,9 +117,9 @@ def test_permissions_are_those_of_the_file_that_is_replaced_or_of_the_umask(tmp_
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o604
 
 
-def test_the_longest_name_that_the_file_system_takes_can_be_written(model_folder, sound, tmp_path):
+def test_a_file_with_the_longest_allowed_name_can_be_written(model_folder, audio_path, tmp_path):
     name = "é" * 122 + ".flac"  # 249 bytes
-    assert main(["reconstruct", str(sound), "-m", model_folder, "-o", str(tmp_path / name)]) == 0
+    assert main(["reconstruct", str(audio_path), "-m", model_folder, "-o", str(tmp_path / name)]) == 0
     assert soundfile.info(tmp_path / name).frames == 1003
 
 
@@ -128,18 +128,18 @@ def test_the_longest_name_that_the_file_system_takes_can_be_written(model_folder
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_two_writers_of_one_file_do_not_mix_and_a_users_partial_file_stays(tmp_path):
+def test_two_writers_of_one_file_do_not_mix_and_keep_a_users_partial_file(tmp_path):
     (tmp_path / "out.partial").write_bytes(b"of the user")
     with atomic_write(tmp_path / "out") as first, atomic_write(tmp_path / "out") as second:
         assert first != second
         first.write_bytes(b"first")
         second.write_bytes(b"second")
-    assert (tmp_path / "out").read_bytes() == b"first"  # its block ended last
+    assert (tmp_path / "out").read_bytes() == b"first"  # its block ended last, so it wins
     assert sorted(os.listdir(tmp_path)) == ["out", "out.partial"]
     assert (tmp_path / "out.partial").read_bytes() == b"of the user"
 
 
-def test_an_error_leaves_the_target_and_nothing_else(tmp_path):
+def test_an_error_keeps_the_target_and_leaves_no_other_file(tmp_path):
     (tmp_path / "out").write_bytes(b"before")
 
     def interrupted(context):
@@ -153,8 +153,8 @@ def test_an_error_leaves_the_target_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["out"] and (tmp_path / "out").read_bytes() == b"before"
 
 
-def test_a_signal_at_the_moment_of_creation_leaves_no_file(tmp_path, monkeypatch):
-    """The handler of SIGTERM raises SystemExit as soon as the call that creates the file returns."""
+def test_a_signal_during_file_creation_leaves_no_file(tmp_path, monkeypatch):
+    """The SIGTERM handler raises SystemExit right after the call that creates the file."""
 
     def interrupted(*arguments, **options):
         os_open(*arguments, **options)
@@ -188,7 +188,7 @@ def test_sigterm_removes_the_temporary_file(model_folder, tmp_path):
     os.close(reader), os.close(writer)
 
 
-def test_leftovers_of_dead_processes_are_removed_and_no_others(tmp_path):
+def test_only_leftovers_of_dead_processes_are_removed(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     host = atomic_files._host()
@@ -225,7 +225,7 @@ def _fsync_that_answers(number: int, of_folders: bool):
 
 
 @pytest.mark.parametrize("of_folders", [True, False])
-def test_a_file_system_without_fsync_can_be_written(of_folders, tmp_path, monkeypatch):
+def test_files_can_be_written_without_fsync_support(of_folders, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", _fsync_that_answers(errno.EINVAL, of_folders))
     write_bytes(tmp_path / "out", b"content")
     with atomic_folder(tmp_path / "folder") as partial:
@@ -233,7 +233,7 @@ def test_a_file_system_without_fsync_can_be_written(of_folders, tmp_path, monkey
     assert sorted(os.listdir(tmp_path)) == ["folder", "out"]
 
 
-def test_data_that_the_disk_lost_is_an_error(tmp_path, monkeypatch):
+def test_data_lost_by_the_disk_raises_an_error(tmp_path, monkeypatch):
     (tmp_path / "out").write_bytes(b"before")
     monkeypatch.setattr(os, "fsync", _fsync_that_answers(errno.EIO, of_folders=False))
     with pytest.raises(OSError, match="Input/output error"):
@@ -248,7 +248,7 @@ def test_data_that_the_disk_lost_is_an_error(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("format", ["wav", "flac", "ogg", "mp3", "aiff", "w64", "caf", "au"])
-def test_a_sound_that_does_not_fit_leaves_no_file(format, share, tmp_path):
+def test_audio_that_does_not_fit_on_the_disk_leaves_no_file(format, share, tmp_path):
     path = audio.save(tmp_path / f"whole.{format}", TONE)
     assert soundfile.info(path).frames == len(TONE)
     with disk_with(int(share * (path.stat().st_size - 1))), pytest.raises(OSError, match=r"Cannot write \S*cut\."):
@@ -257,26 +257,28 @@ def test_a_sound_that_does_not_fit_leaves_no_file(format, share, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["flac", "ogg", "mp3"])
-def test_a_file_that_does_not_hold_every_sample_gets_no_name(format, tmp_path, monkeypatch):
-    monkeypatch.setattr(audio._CheckedOutput, "check", lambda self: None)  # as if libsndfile had noticed nothing
+def test_an_incomplete_audio_file_is_never_published(format, tmp_path, monkeypatch):
+    monkeypatch.setattr(audio._CheckedOutput, "check", lambda self: None)  # as if libsndfile had noticed no error
     with disk_with(10_000), pytest.raises(OSError, match=r"can(not)? be read back|not all samples"):
         audio.save(tmp_path / f"cut.{format}", TONE)
     assert os.listdir(tmp_path) == []
 
 
 def test_millions_of_samples_of_ogg_are_written_at_once(tmp_path):
-    # in one call of libsndfile 1.2.2 they overflow the stack
+    # in one call, they overflow the stack of libsndfile 1.2.2
     audio.save(tmp_path / "long.ogg", np.zeros(3_500_000, np.float32))
     assert soundfile.info(tmp_path / "long.ogg").frames == 3_500_000
 
 
 @pytest.mark.parametrize("format", ["wav", "flac", "ogg", "mp3"])
 @pytest.mark.parametrize("command", ["reconstruct", "decode"])
-def test_a_command_on_a_full_disk_fails_and_leaves_nothing(command, format, model_folder, sound, tmp_path, capsys):
-    source = sound
+def test_a_command_on_a_full_disk_fails_and_leaves_no_file(
+    command, format, model_folder, audio_path, tmp_path, capsys
+):
+    source = audio_path
     if command == "decode":
         source = tmp_path / "tokens.json"
-        assert main(["encode", str(sound), "-m", model_folder, "-o", str(source)]) == 0
+        assert main(["encode", str(audio_path), "-m", model_folder, "-o", str(source)]) == 0
     before = sorted(os.listdir(tmp_path))
     with disk_with(600):
         assert main([command, str(source), "-m", model_folder, "-o", str(tmp_path / f"x.{format}")]) == 2
@@ -284,19 +286,19 @@ def test_a_command_on_a_full_disk_fails_and_leaves_nothing(command, format, mode
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_a_picture_that_does_not_fit_takes_its_sound_with_it(model_folder, sound, tmp_path, capsys):
-    with disk_with(10_000):  # the sound has 2 kB
-        assert main(["reconstruct", str(sound), "-m", model_folder, "-o", str(tmp_path / "x.wav"), "--plot"]) == 2
+def test_a_plot_that_does_not_fit_removes_its_audio_file_too(model_folder, audio_path, tmp_path, capsys):
+    with disk_with(10_000):  # the audio file has 2 kB
+        assert main(["reconstruct", str(audio_path), "-m", model_folder, "-o", str(tmp_path / "x.wav"), "--plot"]) == 2
     assert f"Cannot write the picture {tmp_path / 'x.png'}" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["sound.wav"]
-    assert main(["reconstruct", str(sound), "-m", model_folder, "-o", str(tmp_path / "x.wav"), "--plot"]) == 0
+    assert main(["reconstruct", str(audio_path), "-m", model_folder, "-o", str(tmp_path / "x.wav"), "--plot"]) == 0
     assert sorted(os.listdir(tmp_path)) == ["sound.wav", "x.png", "x.wav"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
 @pytest.mark.parametrize("format", ["wav", "flac", "ogg", "mp3"])
-def test_a_file_system_of_16_kb_holds_no_half_a_sound(format, model_folder, tmp_path):
+def test_a_full_16_kb_file_system_holds_no_partial_audio(format, model_folder, tmp_path):
     soundfile.write(tmp_path / "long.wav", np.tile(TONE, 4), 24000)
     (tmp_path / "disk").mkdir()
     script = (
@@ -324,39 +326,39 @@ def _same(path, link, kind):
 
 @pytest.mark.parametrize("kind", ["itself", "link", "hard link"])
 @pytest.mark.parametrize("command", ["encode", "decode", "reconstruct"])
-def test_no_command_overwrites_its_input(command, kind, model_folder, sound, tmp_path, capsys):
-    source = sound
+def test_no_command_overwrites_its_input(command, kind, model_folder, audio_path, tmp_path, capsys):
+    source = audio_path
     if command == "decode":
         source = tmp_path / "tokens.safetensors"
-        assert main(["encode", str(sound), "-m", model_folder, "-o", str(source)]) == 0
+        assert main(["encode", str(audio_path), "-m", model_folder, "-o", str(source)]) == 0
     before = source.read_bytes()
     ending = ".safetensors" if command == "encode" else ".wav"
     target = source if kind == "itself" else _same(source, tmp_path / f"other{ending}", kind)
     assert main([command, str(source), "-m", model_folder, "-o", str(target)]) == 2
-    # an input's own ending is none of an output of encode and decode, which is said first
+    # encode and decode first refuse the input's extension as an output format
     expected = "would overwrite the input" if target.suffix == ending else "or a folder"
     assert expected in capsys.readouterr().err
     assert source.read_bytes() == before
 
 
-def test_no_output_in_a_folder_overwrites_another_input(model_folder, sound, tmp_path, capsys):
+def test_no_output_in_a_folder_overwrites_another_input(model_folder, audio_path, tmp_path, capsys):
     folder = tmp_path / "folder"
     folder.mkdir()
-    os.link(sound, folder / "a.flac")  # its output, a.wav, is the other input
+    os.link(audio_path, folder / "a.flac")  # its output, a.wav, is the other input
     audio.save(folder / "a.wav", TONE[:500])
     before = (folder / "a.wav").read_bytes()
     files = [str(folder / "a.flac"), str(folder / "a.wav")]
     assert main(["reconstruct", files[0], "-m", model_folder, "-o", files[1]]) == 0  # not an input here
     (folder / "a.wav").write_bytes(before)
     assert main(["reconstruct", str(folder), "-m", model_folder, "-o", str(folder), "--audio-format", "flac"]) == 2
-    (folder / "b.png").write_bytes(before)  # a sound by its content
+    (folder / "b.png").write_bytes(before)  # an audio file by its content
     assert main(["reconstruct", f"{folder}/b.png", "-m", model_folder, "-o", f"{folder}/b.wav", "--plot"]) == 2
     assert "would overwrite the input" in capsys.readouterr().err
     assert (folder / "a.wav").read_bytes() == (folder / "b.png").read_bytes() == before
 
 
-def test_files_without_a_number_are_told_apart_by_their_paths(tmp_path, monkeypatch):
-    # some network mounts answer with the file number 0 for every file
+def test_files_without_an_inode_number_are_compared_by_path(tmp_path, monkeypatch):
+    # some network mounts report inode number 0 for every file
     paths = [tmp_path / "a", tmp_path / "b"]
     for path in paths:
         path.touch()
@@ -370,7 +372,7 @@ def test_files_without_a_number_are_told_apart_by_their_paths(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("command", ["encode", "decode", "reconstruct"])
-def test_an_empty_output_is_refused_and_not_the_current_folder(command, model_folder, sound, tmp_path, monkeypatch):
+def test_an_empty_output_argument_is_refused(command, model_folder, audio_path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main([command, str(sound), "-m", model_folder, "-o", ""]) == 2
+    assert main([command, str(audio_path), "-m", model_folder, "-o", ""]) == 2
     assert os.listdir(tmp_path) == ["sound.wav"]

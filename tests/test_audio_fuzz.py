@@ -1,4 +1,6 @@
-"""Damaged audio files: samples or a ValueError within a second, and no memory beyond what the file honestly holds."""
+"""
+Damaged audio files give samples or a ValueError within a second, and use no more memory than their content needs.
+"""
 
 import io
 import os
@@ -23,41 +25,41 @@ def variable_mp3_without_header() -> bytes:
     return content[content.index(content[:2], 100) :]
 
 
-SOUND = voice(0.1, channels=2)
+VOICE = voice(0.1, channels=2)
 VALID = {
-    "wav": wav(SOUND),
-    "wav24": wav(SOUND, bits=24),
-    "wav_float": float_wav(SOUND),
-    "wav_rifx": rifx(SOUND[:, :1]),
-    "wav_rf64": rf64(SOUND[:, :1]),
-    "wav_adpcm": encoded(SOUND, "WAV", "MS_ADPCM"),
-    "wav_gsm": encoded(SOUND[:, :1], "WAV", "GSM610", 8000),
-    "aiff": aiff(SOUND),
-    "au": au(SOUND),
-    "caf": caf(SOUND),
-    "w64": encoded(SOUND, "W64", "PCM_16"),
-    "flac": encoded(SOUND, "FLAC"),
-    "ogg": encoded(SOUND, "OGG", "VORBIS"),
+    "wav": wav(VOICE),
+    "wav24": wav(VOICE, bits=24),
+    "wav_float": float_wav(VOICE),
+    "wav_rifx": rifx(VOICE[:, :1]),
+    "wav_rf64": rf64(VOICE[:, :1]),
+    "wav_adpcm": encoded(VOICE, "WAV", "MS_ADPCM"),
+    "wav_gsm": encoded(VOICE[:, :1], "WAV", "GSM610", 8000),
+    "aiff": aiff(VOICE),
+    "au": au(VOICE),
+    "caf": caf(VOICE),
+    "w64": encoded(VOICE, "W64", "PCM_16"),
+    "flac": encoded(VOICE, "FLAC"),
+    "ogg": encoded(VOICE, "OGG", "VORBIS"),
     "opus": encoded(voice(0.1, 48000), "OGG", "OPUS", 48000),
-    "mp3": encoded(SOUND, "MP3", rate=16000),
+    "mp3": encoded(VOICE, "MP3", rate=16000),
     "mp3_bare": variable_mp3_without_header(),
-    "mp3_tagged": id3v2(300) + encoded(SOUND, "MP3", rate=16000),
-    "nist": encoded(SOUND, "NIST", "PCM_16"),
-    "voc": encoded(SOUND[:, :1], "VOC", "PCM_16", 16000),
+    "mp3_tagged": id3v2(300) + encoded(VOICE, "MP3", rate=16000),
+    "nist": encoded(VOICE, "NIST", "PCM_16"),
+    "voc": encoded(VOICE[:, :1], "VOC", "PCM_16", 16000),
 }
 SECONDS, MEMORY = 1.0, 200 * 2**20
 
 
 @pytest.fixture(scope="module", autouse=True)
 def decoders_are_imported():
-    """What is imported when it is first needed would count as time of the first file."""
+    """Import the decoders first. Otherwise the first file would be charged for the import time."""
     with pytest.raises(AudioError):
         audio.decode(b"no audio")
 
 
 @st.composite
 def damaged(draw, content: bytes) -> bytes:
-    """Bytes flipped, overwritten, cut, doubled and inserted, most of them near the beginning, where headers are."""
+    """Return content with bytes flipped, overwritten, removed, duplicated and inserted, mostly in the headers."""
     content = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         near = draw(st.sampled_from([64, 256, len(content)]))
@@ -80,10 +82,10 @@ def damaged(draw, content: bytes) -> bytes:
 
 
 def check_answer(read, what: str) -> None:
-    """Samples or an AudioError of a documented kind, in time, and within memory."""
+    """Check for samples or an AudioError of a documented kind, within the time and memory limits."""
     error = None
     tracemalloc.start()
-    started = time.thread_time()  # not of the clock, which other processes slow down
+    started = time.thread_time()  # not wall time, which other processes affect
     try:
         samples = read()
         assert samples.dtype == np.float32 and samples.ndim == 1 and len(samples) > 0 and np.isfinite(samples).all()
@@ -95,7 +97,7 @@ def check_answer(read, what: str) -> None:
         tracemalloc.stop()
     assert error is None or (error.kind in FAILURE_KINDS and "\n" not in str(error)), what
     assert seconds < SECONDS, what
-    assert peak < MEMORY + 16 * size, what  # the samples, and their blocks before they are joined
+    assert peak < MEMORY + 16 * size, what  # the samples, and their blocks before concatenation
 
 
 def read_in_every_way(content: bytes, path: Path) -> None:
@@ -123,25 +125,25 @@ def fuzz(name: str, path: Path, num_examples: int) -> None:
 
 
 @pytest.mark.parametrize("name", VALID)
-def test_a_damaged_file_gives_samples_or_a_reason(name, tmp_path):
+def test_a_damaged_file_gives_samples_or_an_error_with_a_reason(name, tmp_path):
     fuzz(name, tmp_path / "file", int(os.environ.get("WAVTOKENIZER_FUZZ", "15")))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VALID)
-def test_many_damaged_files_give_samples_or_a_reason(name, tmp_path):
+def test_many_damaged_files_give_samples_or_an_error_with_a_reason(name, tmp_path):
     fuzz(name, tmp_path / "file", 3000)
 
 
 @pytest.mark.parametrize("name", VALID)
-def test_the_files_that_are_damaged_are_valid(name):
+def test_the_files_are_valid_before_they_are_damaged(name):
     assert len(audio.decode(VALID[name]).audio) > 0
 
 
 @pytest.mark.parametrize("size", [2**48, 2**62, 2**64 - 1])
 @pytest.mark.parametrize("name", ["w64", "caf"])
-def test_a_chunk_that_ends_beyond_what_a_file_can_hold_is_cut(name, size, tmp_path):
-    """The position after it cannot be sought. Found by the slow test above."""
+def test_a_chunk_beyond_the_largest_file_offset_gives_samples_or_an_error(name, size, tmp_path):
+    """A reader cannot seek to the position after it. The slow test above found this."""
     if name == "w64":
         start = VALID[name].index(b"data\xf3") + 16
         content = VALID[name][:start] + struct.pack("<Q", size) + VALID[name][start + 8 :]
@@ -156,16 +158,16 @@ def test_a_header_that_claims_hours_takes_no_memory():
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for content in (
-        wav(SOUND, data_size=2**31 - 2**20),
-        encoded(SOUND, "FLAC")[:18] + (24000 << 44 | 1 << 41 | 15 << 36 | 2**36 - 1).to_bytes(8, "big") + bytes(100),
-        wav(SOUND, header_rate=1),
+        wav(VOICE, data_size=2**31 - 2**20),
+        encoded(VOICE, "FLAC")[:18] + (24000 << 44 | 1 << 41 | 15 << 36 | 2**36 - 1).to_bytes(8, "big") + bytes(100),
+        wav(VOICE, header_rate=1),
     ):
         with pytest.raises(AudioError):
             audio.decode(content)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10
 
 
-def test_a_length_beyond_the_limit_is_refused_before_it_is_read(monkeypatch):
+def test_a_file_over_the_length_limit_is_refused_before_it_is_read(monkeypatch):
     monkeypatch.setattr(soundfile.SoundFile, "read", lambda *arguments, **options: pytest.fail("it was read"))
     with pytest.raises(AudioError, match=r"expected at most 0\.05 s") as caught:
         audio.decode(VALID["flac"], max_seconds=0.05)

@@ -1,5 +1,5 @@
 """
-The whole program of examples/audio_lm, small: from sentences to sound, and the fine-tuning of a model that there is.
+The programs of examples/audio_lm at small size: from sentences to audio, and fine-tuning an existing language model.
 """
 
 import json
@@ -35,7 +35,7 @@ def test_sentences_are_different_and_the_same_for_a_seed():
     assert all(re.fullmatch(r"[a-z]+( [a-z]+)+", one) for one in every)
 
 
-def test_there_are_enough_sentences_to_hold_some_out():
+def test_the_grammar_gives_enough_sentences_for_a_held_out_set():
     """By hand: 12 adjectives, 20 nouns, 10 verbs, 2 articles, 20 nouns, 8 openings or none, 6 endings or none."""
     assert 12 * 20 * 10 * 2 * 20 * 9 * 7 > 100 * 4220
     heard = " ".join(sentences.sentences(4000, 0)).split()
@@ -43,8 +43,8 @@ def test_there_are_enough_sentences_to_hold_some_out():
     assert set(one.split()) <= set(heard)
 
 
-def test_the_commands_of_the_page_are_understood(monkeypatch):
-    """They are not run: that takes GPUs and the Hub."""
+def test_the_commands_of_the_page_parse(monkeypatch):
+    """The commands are only parsed: running them takes GPUs and the Hub."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     import fine_tune
 
@@ -62,7 +62,7 @@ def test_the_commands_of_the_page_are_understood(monkeypatch):
 
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory) -> Path:
-    """A tiny WavTokenizer at 75 codes a second, whose codes are diverse."""
+    """Return a tiny WavTokenizer at 75 codes per second with diverse codes."""
     folder = tmp_path_factory.mktemp("codec")
     torch.manual_seed(0)
     model = WavTokenizerModel(tiny_config(upsampling_ratios=[8, 5, 4, 2])).eval()
@@ -79,7 +79,7 @@ def write_manifest(folder: Path, codebook_size: int = 4, codebook_fingerprint: s
     (folder / "manifest.json").write_text(json.dumps({"settings": settings}))
 
 
-def test_a_described_range_takes_the_codebook_of_the_tokens(tmp_path, monkeypatch):
+def test_a_declared_id_range_takes_the_codebook_of_the_tokens(tmp_path, monkeypatch):
     import fine_tune
 
     def tokenizer_with_codes():
@@ -99,7 +99,7 @@ def test_a_described_range_takes_the_codebook_of_the_tokens(tmp_path, monkeypatc
         fine_tune.add_audio(arguments, tokenizer_with_codes(), tiny_llama(len(tokenizer)))
 
 
-def test_flash_attention_is_refused_for_several_packed_rows(tmp_path):
+def test_flash_attention_is_refused_for_batches_of_packed_rows(tmp_path):
     import fine_tune
 
     def settings(rows, more=1):
@@ -125,7 +125,7 @@ def test_a_tokenizer_without_end_of_text_is_refused():
     tokenizer = byte_level()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no eos_token"):
-        fine_tune.template("speak", tokenizer, fine_tune.Arguments(language_model="llm", tokens="tokens"))
+        fine_tune.make_template("speak", tokenizer, fine_tune.Arguments(language_model="llm", tokens="tokens"))
 
 
 def test_a_token_folder_is_trained_on_as_a_stream(tmp_path, monkeypatch):
@@ -152,13 +152,13 @@ def test_a_token_folder_is_trained_on_as_a_stream(tmp_path, monkeypatch):
     )
 
 
-def test_sound_is_never_paired_with_texts_of_another_run(tmp_path, monkeypatch):
+def test_audio_is_never_paired_with_texts_of_another_run(tmp_path, monkeypatch):
     make = load_script(EXAMPLE / "make.py")
 
     monkeypatch.setattr(make.subprocess, "run", lambda command, check: Path(command[-2]).write_text(command[-1]))
     size = make.Size(sentences=3, validation=1, spoken=1)
     texts = make.make_speech(tmp_path / "speech", size, seed=0)
-    assert texts == make.make_speech(tmp_path / "speech", size, seed=0)  # and goes on where it was
+    assert texts == make.make_speech(tmp_path / "speech", size, seed=0)  # resumes
     for others in ((make.Size(sentences=4, validation=1, spoken=1), 0), (size, 1)):
         with pytest.raises(SystemExit, match=r"other sentences.*another --output"):
             make.make_speech(tmp_path / "speech", *others)
@@ -175,8 +175,8 @@ def run(*command) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(codec, tmp_path_factory) -> Path:
-    """What the program makes, small."""
+def output(codec, tmp_path_factory) -> Path:
+    """Return the output folder of one small run of the whole program."""
     folder = tmp_path_factory.mktemp("audio_lm") / "made"
     run(EXAMPLE / "make.py", "--output", folder, "--model", codec, "--quick")
     return folder
@@ -184,42 +184,42 @@ def made(codec, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @needs_espeak
-def test_one_command_leads_from_sentences_to_sound(made, codec):
-    result = json.loads((made / "result.json").read_text())
+def test_one_command_goes_from_sentences_to_audio(output, codec):
+    result = json.loads((output / "result.json").read_text())
     assert result["validation_loss"] < result["unigram_entropy"] - 0.05
     assert 0 < result["unigram_entropy"] <= np.log(64) and result["validation_codes"] > 8 * 75
-    sound, rate = soundfile.read(made / "said.wav")
-    assert rate == 24000 and len(sound) / rate == pytest.approx(result["said_seconds"]) and sound.std() > 0
-    assert len(list((made / "spoken").iterdir())) == 3 and (made / "said.png").exists()
-    tokenizer = AutoTokenizer.from_pretrained(made / "language_model")
+    samples, rate = soundfile.read(output / "said.wav")
+    assert rate == 24000 and len(samples) / rate == pytest.approx(result["said_seconds"]) and samples.std() > 0
+    assert len(list((output / "spoken").iterdir())) == 3 and (output / "said.png").exists()
+    tokenizer = AutoTokenizer.from_pretrained(output / "language_model")
     vocabulary = AudioVocabulary.from_tokenizer(tokenizer)
     vocabulary.check_codec(WavTokenizerModel.from_pretrained(codec))
-    model = AutoModelForCausalLM.from_pretrained(made / "language_model")
+    model = AutoModelForCausalLM.from_pretrained(output / "language_model")
     vocabulary.check_model(model)
     assert model.config.use_cache
 
 
 @pytest.mark.slow
 @needs_espeak
-def test_a_model_that_there_is_is_fine_tuned_on_two_processes(made, tmp_path, monkeypatch):
+def test_an_existing_language_model_is_fine_tuned_on_two_processes(output, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     tokenizer = byte_level()
     tokenizer.save_pretrained(tmp_path / "llm")
     tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "llm")
-    tokens = with_text(made / "tokens", tmp_path / "tokens")
+    tokens = with_text(output / "tokens", tmp_path / "tokens")
     command = [
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, EXAMPLE / "fine_tune.py",
         "--language_model", tmp_path / "llm", "--tokens", tokens,
-        "--task", "both", "--output_dir", tmp_path / "tuned", "--max_steps", 6, "--save_steps", 3, "--report_to", "none",
-        "--row_size", 512, "--per_device_train_batch_size", 2, "--validation_share", 0.2, "--learning_rate", 1e-2, "--use_cpu",
-        "--logging_steps", 1,
+        "--task", "both", "--output_dir", tmp_path / "tuned", "--max_steps", 6, "--save_steps", 3,
+        "--report_to", "none", "--row_size", 512, "--per_device_train_batch_size", 2, "--validation_share", 0.2,
+        "--learning_rate", 1e-2, "--use_cpu", "--logging_steps", 1,
     ]  # fmt: skip
     run(*command)
     tuned = AutoTokenizer.from_pretrained(tmp_path / "tuned")
     vocabulary = AudioVocabulary.from_tokenizer(tuned)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     vocabulary.check_model(model)
-    # it learned: the new rows were all the same at first
+    # it learned: the new rows were all equal at first
     assert (
         model.get_input_embeddings().weight[vocabulary.first_token_id : vocabulary.last_token_id].std(dim=0).min() > 0
     )
@@ -228,12 +228,12 @@ def test_a_model_that_there_is_is_fine_tuned_on_two_processes(made, tmp_path, mo
     assert result["eval_loss"] < history[0]["loss"] - 0.5
     assert result["num_processes"] == 2
     before = (tmp_path / "tuned" / "checkpoint-3").stat().st_mtime_ns
-    run(*command)  # and goes on where it was, which is at its end
+    run(*command)  # resumes at its end
     assert (tmp_path / "tuned" / "checkpoint-3").stat().st_mtime_ns == before
 
 
 def with_text(tokens: Path, folder: Path) -> Path:
-    """The tokens, with a column of text as of a dataset that has one."""
+    """Write the tokens with a text column, like those of a dataset that has one."""
     import pyarrow.parquet as parquet
 
     shutil.copytree(tokens, folder)

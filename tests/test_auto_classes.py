@@ -1,4 +1,7 @@
-"""A Hub folder with this package imported, and absent. Beside transformers' own WavTokenizer: see test_native.py."""
+"""Auto classes and Hub folders, with and without this package imported.
+
+test_native.py has the tests next to transformers' own WavTokenizer.
+"""
 
 import inspect
 import json
@@ -33,7 +36,7 @@ from wavtokenizer_hf import (
 
 ROOT = Path(__file__).parent.parent
 
-# config.json as the native model's published folders have it (75 tokens/s)
+# config.json of the native model's published folders (75 tokens/s)
 PORT_CONFIG = {
     "adanorm_num_embeddings": 4, "architectures": ["WavTokenizerModel"], "audio_channels": 1, "codebook_dim": 512,
     "codebook_size": 4096, "compress": 2, "decoder_attention_num_groups": 32, "decoder_hidden_size": 768,
@@ -47,14 +50,14 @@ PORT_CONFIG = {
 
 @pytest.fixture
 def saved(tiny_model, tmp_path):
-    """A folder with a tiny model and its feature extractor, as save_pretrained writes it."""
+    """Return a folder with a tiny model and its feature extractor, written by save_pretrained."""
     tiny_model.save_pretrained(tmp_path / "saved")
     WavTokenizerFeatureExtractor(hop_length=16).save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
 
 
 def run_without_the_package(code: str, tmp_path: Path, **names) -> str:
-    """Runs code in a process in which `import wavtokenizer_hf` raises; returns what it prints."""
+    """Run code in a process where `import wavtokenizer_hf` raises. Return its output."""
     blocked = "import sys\nsys.modules['wavtokenizer_hf'] = None\n"
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
@@ -66,14 +69,14 @@ def run_without_the_package(code: str, tmp_path: Path, **names) -> str:
     return process.stdout
 
 
-def test_auto_classes_give_our_classes_with_the_package_imported(saved):
+def test_auto_classes_return_our_classes_when_the_package_is_imported(saved):
     assert type(AutoConfig.from_pretrained(saved)) is WavTokenizerConfig
     assert type(AutoModel.from_pretrained(saved)) is WavTokenizerModel
     assert type(AutoModelForAudioTokenization.from_pretrained(saved)) is WavTokenizerModel
     assert type(AutoFeatureExtractor.from_pretrained(saved)) is WavTokenizerFeatureExtractor
 
 
-def test_text_pipelines_and_tokenizers_are_refused_with_what_to_use(saved):
+def test_text_pipelines_and_tokenizers_are_refused_with_an_alternative(saved):
     for load in (
         lambda: pipeline("feature-extraction", model=str(saved)),
         lambda: AutoTokenizer.from_pretrained(saved),
@@ -84,9 +87,10 @@ def test_text_pipelines_and_tokenizers_are_refused_with_what_to_use(saved):
             load()
 
 
-def test_auto_processor_gives_the_feature_extractor(saved, tmp_path):
+def test_auto_processor_returns_the_feature_extractor(saved, tmp_path):
     """
-    It tries a tokenizer first, and goes on after its error. Without the package it gives the class of the folder.
+    AutoProcessor tries a tokenizer first and continues after its error. Without the package it uses the folder's
+    class.
     """
     assert type(AutoProcessor.from_pretrained(saved)) is WavTokenizerFeatureExtractor
     printed = run_without_the_package(
@@ -114,14 +118,14 @@ def test_every_auto_map_value_is_a_string(saved):
     assert extractor == {"AutoFeatureExtractor": "feature_extraction_wavtokenizer.WavTokenizerFeatureExtractor"}
 
 
-def test_an_encoders_folder_does_not_pass_for_a_whole_model(tiny_model, tmp_path):
+def test_an_encoder_folder_does_not_load_as_a_whole_model(tiny_model, tmp_path):
     tiny_model.encoder_model.save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModel"] == "modeling_wavtokenizer.WavTokenizerEncoderModel"
     assert "AutoModelForAudioTokenization" not in auto_map
 
 
-def test_remote_code_gives_the_same_codes_and_survives_being_saved_again(saved, tiny_model, tmp_path):
+def test_remote_code_gives_the_same_codes_also_after_saving_again(saved, tiny_model, tmp_path):
     audio = torch.randn(1, 1, 400)
     expected = tiny_model(audio)
     np.save(tmp_path / "audio.npy", audio.numpy())
@@ -166,7 +170,7 @@ def test_remote_code_gives_the_same_codes_and_survives_being_saved_again(saved, 
             auto_map = json.loads((tmp_path / f"again_{times}" / file).read_text())["auto_map"]
             assert len(auto_map) == keys and all(isinstance(value, str) for value in auto_map.values())
     assert len(expected.audio_codes.unique()) > 5
-    again = AutoModel.from_pretrained(tmp_path / "again_second")  # and back in the world with the package
+    again = AutoModel.from_pretrained(tmp_path / "again_second")  # and back in a process with the package
     assert torch.equal(again.encode(audio).audio_codes, expected.audio_codes)
 
 
@@ -176,8 +180,10 @@ def test_code_files_are_copied_unchanged(saved):
         assert (saved / file).read_bytes() == (ROOT / "wavtokenizer_hf" / file).read_bytes()
 
 
-def test_the_package_imports_twice_and_beside_an_auto_class_to_come(saved):
-    """AutoAudioProcessor is to take the place of AutoFeatureExtractor; here it is one that notes what it is told."""
+def test_the_package_imports_twice_and_next_to_a_future_auto_class(saved):
+    """
+    AutoAudioProcessor is planned to replace AutoFeatureExtractor. Here a stub records what is registered with it.
+    """
     code = """
         import sys, importlib, transformers
         registered = []
@@ -197,8 +203,11 @@ def test_the_package_imports_twice_and_beside_an_auto_class_to_come(saved):
     subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(saved)], check=True, cwd=ROOT)
 
 
-def test_a_folder_of_the_port_loads_here_with_nothing_missing_or_unexpected(folders, models, tmp_path):
-    """Its config.json and weights, whose names are derived here from the original's as its converter does."""
+def test_a_folder_of_the_transformers_port_loads_without_missing_or_unexpected_keys(folders, models, tmp_path):
+    """
+    The test builds the port's config.json, and derives its tensor names from the reference names as its converter
+    does.
+    """
     from build_checkpoint import state_dict
     from safetensors.torch import save_file
 
@@ -206,7 +215,7 @@ def test_a_folder_of_the_port_loads_here_with_nothing_missing_or_unexpected(fold
     for name, tensor in state_dict(75).items():
         if ".encodec.decoder." in name or name == "head.istft.window":
             continue
-        for old, new in (
+        for reference_part, port_part in (
             ("feature_extractor.encodec.encoder.model.", "encoder_model.encoder.layers."),
             ("feature_extractor.encodec.quantizer.vq.layers.0._codebook.", "encoder_model.quantizer.codebook."),
             (".conv.conv.weight_g", ".conv.parametrizations.weight.original0"),
@@ -214,7 +223,7 @@ def test_a_folder_of_the_port_loads_here_with_nothing_missing_or_unexpected(fold
             (".conv.conv.bias", ".conv.bias"),
             ("head.out.", "head.linear."),
         ):
-            name = name.replace(old, new)
+            name = name.replace(reference_part, port_part)
         tensors[name] = tensor
     (tmp_path / "config.json").write_text(json.dumps(PORT_CONFIG))
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
@@ -223,7 +232,7 @@ def test_a_folder_of_the_port_loads_here_with_nothing_missing_or_unexpected(fold
     audio = 0.1 * torch.randn(1, 1, 4000)
     assert torch.equal(model.encode(audio).audio_codes, models(75).encode(audio).audio_codes)
 
-    # and ours read as theirs: the same fields, the same names of tensors
+    # the port reads our folders: the same fields and the same tensor names
     ours = json.loads((folders(75) / "config.json").read_text())
     assert {key: ours[key] for key in PORT_CONFIG if key != "transformers_version"} == {
         key: value for key, value in PORT_CONFIG.items() if key != "transformers_version"
@@ -231,7 +240,7 @@ def test_a_folder_of_the_port_loads_here_with_nothing_missing_or_unexpected(fold
     assert load_file(folders(75) / "model.safetensors").keys() == tensors.keys()
 
 
-def test_after_a_load_every_tensor_is_the_files(saved):
+def test_every_loaded_tensor_equals_the_one_in_the_file(saved):
     model, info = WavTokenizerModel.from_pretrained(saved, output_loading_info=True)
     assert not any(info.values()), info
     file = load_file(saved / "model.safetensors")
@@ -241,7 +250,7 @@ def test_after_a_load_every_tensor_is_the_files(saved):
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "xpu:99"])
-def test_a_default_device_that_does_not_exist_is_named_with_the_remedy(saved, device):
+def test_a_missing_default_device_is_named_with_a_remedy(saved, device):
     torch.set_default_device(device)
     try:
         for load in (WavTokenizerModel.from_pretrained, AutoModel.from_pretrained):
@@ -254,7 +263,7 @@ def test_a_default_device_that_does_not_exist_is_named_with_the_remedy(saved, de
         torch.set_default_device(None)
 
 
-def test_audio_after_a_load_equals_the_models_in_memory(saved, tiny_model):
+def test_audio_after_loading_equals_that_of_the_model_in_memory(saved, tiny_model):
     codes = torch.randint(0, 64, (1, 1, 30))
     loaded = WavTokenizerModel.from_pretrained(saved).eval()
     assert torch.equal(loaded.decode(codes).audio_values, tiny_model.decode(codes).audio_values)

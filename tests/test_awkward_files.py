@@ -37,7 +37,7 @@ IDS = [utf8_name(name) for name in CASES]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """All files in one folder, with two that are no audio by their names."""
+    """Return a folder with all files, and two more whose names are not those of audio files."""
     folder = tmp_path_factory.mktemp("awkward") / "files"
     folder.mkdir()
     for case in CASES.values():
@@ -53,7 +53,7 @@ def model(tmp_path_factory) -> WavTokenizerModel:
 
 
 def expected_samples(case: Case) -> np.ndarray:
-    """The mean of its channels at 24 kHz."""
+    """Return the mean of the case's channels at 24 kHz."""
     samples = case.expected.mean(axis=1, dtype=np.float32) if case.expected.shape[1] > 1 else case.expected[:, 0]
     if case.rate == RATE:
         return samples
@@ -63,7 +63,7 @@ def expected_samples(case: Case) -> np.ndarray:
 
 
 def outcome(read) -> np.ndarray | str:
-    """Samples, or the kind of the refusal."""
+    """Return the samples, or the kind of the refusal."""
     try:
         return read()
     except (ValueError, OSError) as error:
@@ -111,7 +111,7 @@ def by_training_from_rows(folder, model):
 
 
 class Recorder:
-    """A system that is evaluated, and keeps what it is given."""
+    """A system under evaluation that records its input."""
 
     name, gives_codes = "recorder", False
 
@@ -121,8 +121,8 @@ class Recorder:
     def describe(self):
         return {}
 
-    def reconstruct(self, place, waveform):
-        self.waveforms[place.name] = waveform
+    def reconstruct(self, locator, waveform):
+        self.waveforms[locator.name] = waveform
         return waveform, None
 
 
@@ -139,7 +139,7 @@ def by_evaluation(folder, model):
 
 SAMPLE_READERS = [by_load, by_blocks, by_content, by_pipe, by_training, by_training_from_rows, by_evaluation]
 ONLY_BY_FILES = {
-    "joined.wav",  # a pipe is not read beyond the end of its samples
+    "joined.wav",  # a pipe is not read past the end of its samples
     "unfinished.wav", "no_samples.wav",
 }  # fmt: skip
 
@@ -192,7 +192,7 @@ def by_tokenize_of_a_shard(folder, model):
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as shard:
         for case in CASES.values():
             stem, ending = os.path.splitext(case.name)
-            name = f"{stem} ({ending[1:]}){ending}"  # of one name there may be one sound only
+            name = f"{stem} ({ending[1:]}){ending}"  # audio files in one folder must differ in their stems
             member = tarfile.TarInfo(name)
             member.size = len(case.content)
             shard.addfile(member, io.BytesIO(case.content))
@@ -234,12 +234,12 @@ CODE_READERS = [
 
 @pytest.fixture(scope="module")
 def results(folder, model):
-    """Reader -> file -> samples, codes or the kind of a refusal; each reader reads all files once."""
+    """Return reader -> file -> samples, codes or kind of refusal. Each reader reads every file once."""
     return {reader: reader(folder, model) for reader in (*SAMPLE_READERS, *CODE_READERS)}
 
 
 @pytest.mark.parametrize("name", CASES, ids=IDS)
-def test_every_reader_gives_the_same_samples_or_the_same_refusal(name, results, model):
+def test_every_reader_gives_the_same_samples_or_the_same_error(name, results, model):
     case, loaded = CASES[name], results[by_load][name]
     if case.kind is not None:
         for reader, of in results.items():
@@ -259,27 +259,27 @@ def test_every_reader_gives_the_same_samples_or_the_same_refusal(name, results, 
         assert results[reader][name] == codes, reader.__name__
 
 
-def test_there_are_at_least_sixty_files_of_which_many_are_to_be_read():
+def test_the_corpus_has_at_least_sixty_files_and_many_are_readable():
     assert len(CASES) >= 60 and sum(case.kind is None for case in CASES.values()) >= 40
 
 
-def test_every_kind_that_is_given_is_documented():
+def test_every_reported_kind_is_documented():
     assert {case.kind for case in CASES.values()} - {None} <= FAILURE_KINDS.keys()
     assert {kind for case in CASES.values() for kind in case.warnings} == WARNING_KINDS.keys()
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES.values() if case.kind is None], ids=utf8_name)
-def test_warnings_are_of_the_kinds_that_the_file_deserves(name):
+def test_each_file_gets_exactly_its_expected_warnings(name):
     assert tuple(audio.decode(CASES[name].content).warnings) == CASES[name].warnings
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command over all of them, against ffmpeg
+# The command over all files, and the samples against ffmpeg
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def decoded_by_ffmpeg(paths: list[Path], folder: Path) -> list[np.ndarray]:
-    """Channels (T, C) of each file, float32, at its own rate, by one run of ffmpeg."""
+    """Return the channels (T, C) of each file, float32, at its own rate, from one run of ffmpeg."""
     inputs = [word for path in paths for word in ("-i", str(path))]
     outputs = []
     for number in range(len(paths)):
@@ -288,7 +288,7 @@ def decoded_by_ffmpeg(paths: list[Path], folder: Path) -> list[np.ndarray]:
     return [np.fromfile(folder / str(number), np.float32) for number in range(len(paths))]
 
 
-def test_tokenize_over_all_of_them_gives_rows_or_reasons_and_is_silent_about_none(folder, model, tmp_path, capsys):
+def test_tokenize_gives_every_file_a_row_or_a_reason(folder, model, tmp_path, capsys):
     assert main(["tokenize", str(folder), "-m", model.folder, "-o", str(tmp_path / "out"), "--json"]) == 1
     captured = capsys.readouterr()
     facts = json.loads(captured.out)
@@ -307,7 +307,7 @@ def test_tokenize_over_all_of_them_gives_rows_or_reasons_and_is_silent_about_non
 
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs ffmpeg, which is not installed here")
-def test_samples_are_those_that_ffmpeg_decodes(folder, tmp_path):
+def test_samples_equal_those_that_ffmpeg_decodes(folder, tmp_path):
     readable = [case for case in CASES.values() if case.kind is None and case.decoded_by_others]
     silent = {}
     for case, theirs in zip(
@@ -323,7 +323,7 @@ def test_samples_are_those_that_ffmpeg_decodes(folder, tmp_path):
 
 
 def native_samples(path: Path) -> tuple[np.ndarray, int]:
-    """What `audio.load` resamples, before it does, and the number of channels that it is the mean of."""
+    """Return the samples of `audio.load` before it resamples, and the number of channels that it averages."""
     with audio.AudioReader(path, quiet=True) as reader:
         rate = reader.source_sampling_rate
     with audio.AudioReader(path, rate, quiet=True) as reader:

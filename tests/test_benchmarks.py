@@ -1,4 +1,4 @@
-"""Benchmarks that need other machines run here in their smallest form, so that they work where they are needed."""
+"""Benchmarks meant for other machines also run here, in their smallest form."""
 
 import os
 import re
@@ -23,12 +23,12 @@ def run(script: str, *arguments: str) -> str:
 def test_the_gpu_benchmark_runs_on_a_cpu():
     output = run("gpu.py", "--device", "cpu", "--quick")
     assert "| encode, native one by one |" in output and "| decode, bfloat16 |" in output
-    assert output.rstrip().endswith("| 0 of 2 |")  # ours has no wrong codes
+    assert output.rstrip().endswith("| 0 of 2 |")  # our model has no wrong codes
 
 
 @pytest.mark.slow
 def test_the_comparison_with_transformers_runs():
     output = run("compare_with_transformers.py", "--seconds", "1", "--batch-seconds", "2", "--rounds", "1")
     padded = re.findall(r"^\| 8 of [\d.]+ to .*$", output, re.MULTILINE)
-    assert len(padded) == 2 and all(row.endswith("| 0 of 8 |") for row in padded)  # the last column is of ours
+    assert len(padded) == 2 and all(row.endswith("| 0 of 8 |") for row in padded)  # the last column is for our model
     assert "| 0 of 75 |" in output

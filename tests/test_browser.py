@@ -1,4 +1,4 @@
-"""The page of examples/browser in headless Chromium: the tokens are Python's."""
+"""The page of examples/browser, in headless Chromium, gives the same tokens as Python."""
 
 import functools
 import http.server
@@ -23,7 +23,7 @@ pytest.importorskip("onnx")
 
 @pytest.fixture
 def site(tmp_path):
-    """The page, the exported model and a recording behind a server of this machine."""
+    """Serve the page, the exported model and a recording on this machine."""
     if not (shutil.which("chromedriver") and shutil.which("npm")):
         pytest.skip("needs chromedriver, Chromium and npm")
     folder = tmp_path / "site"
@@ -46,7 +46,7 @@ def site(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_page_gives_pythons_codes(site, tmp_path):
+def test_the_browser_page_gives_the_same_codes_as_python(site, tmp_path):
     folder, address = site
     browser = Browser(tmp_path / "profile")
     try:

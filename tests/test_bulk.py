@@ -1,4 +1,7 @@
-"""Bulk tokenization of files: the same rows however they are made, nothing lost or doubled, failures with reasons."""
+"""
+Bulk tokenization of files gives the same rows in every mode, loses and doubles none, and reports failures with
+reasons.
+"""
 
 import errno
 import importlib.util
@@ -20,8 +23,8 @@ from bulk_runs import (  # noqa: F401
     forked,
     model,
     one_thread,
-    place,
     run,
+    workspace,
 )
 from conftest import REFERENCE
 from hypothesis import given
@@ -44,7 +47,7 @@ from wavtokenizer_hf.conversion.published import KnownAnswer, find
 
 
 @pytest.mark.parametrize("batch_seconds", [0.1, 1.7, 1000])
-def test_rows_hold_the_codes_that_each_clip_gets_alone_whatever_the_batches(run, alone, tmp_path, batch_seconds):
+def test_rows_hold_the_codes_that_each_clip_gets_alone_for_every_batch_size(run, alone, tmp_path, batch_seconds):
     run(batch_seconds=batch_seconds, part_size=11)
     assert codes_of(tmp_path / "out") == alone
 
@@ -59,7 +62,7 @@ def test_two_processes_write_the_same_files_as_one(run, alone, tmp_path, forked)
         assert (tmp_path / "out" / "data" / part).read_bytes() == (tmp_path / "two" / "data" / part).read_bytes()
 
 
-def test_damaged_files_are_listed_with_a_reason_and_the_others_are_done(run, tmp_path):
+def test_damaged_files_are_listed_with_a_reason_and_the_others_are_tokenized(run, tmp_path):
     result = run()
     lines = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
     failures = {line["id"]: encoding.Failure(line["reason"], line["kind"]) for line in map(json.loads, lines)}
@@ -68,11 +71,11 @@ def test_damaged_files_are_listed_with_a_reason_and_the_others_are_done(run, tmp
     assert result.total.num_clips == NUM_CLIPS and result.total.num_failures == len(DAMAGED)
 
 
-def test_a_clip_for_which_there_is_too_little_memory_is_listed_too(run, alone, tmp_path, monkeypatch):
+def test_a_clip_that_needs_too_much_memory_is_listed_as_a_failure(run, alone, tmp_path, monkeypatch):
     read = sources.FileSource.read
 
-    def header_of_an_exabyte(self, place):
-        return np.zeros(2**57) if place[0].endswith("0007.wav") else read(self, place)
+    def header_of_an_exabyte(self, locator):
+        return np.zeros(2**57) if locator[0].endswith("0007.wav") else read(self, locator)
 
     monkeypatch.setattr(sources.FileSource, "read", header_of_an_exabyte)
     result = run()
@@ -80,19 +83,19 @@ def test_a_clip_for_which_there_is_too_little_memory_is_listed_too(run, alone, t
     assert codes_of(tmp_path / "out") == {id: codes for id, codes in alone.items() if id != "b/0007.wav"}
 
 
-def test_a_row_says_what_the_clip_was(run, place, tmp_path):
+def test_a_row_describes_its_clip(run, workspace, tmp_path):
     run()
     rows = rows_of(tmp_path / "out")
     for name, row in rows.items():
-        info = soundfile.info(place / "corpus" / name)
+        info = soundfile.info(workspace / "corpus" / name)
         assert row["source_sampling_rate"] == info.samplerate and row["source_channels"] == info.channels
-        assert row["num_samples"] == len(audio.load(place / "corpus" / name))
+        assert row["num_samples"] == len(audio.load(workspace / "corpus" / name))
         assert row["duration"] == row["num_samples"] / 24000
         assert len(row["audio_codes"]) == -(-row["num_samples"] // 16)
     assert {row["source_channels"] for row in rows.values()} == {1, 2}
 
 
-def test_golden_codes_come_out_of_the_parquet_unchanged(folders, tmp_path):
+def test_golden_codes_are_stored_unchanged_in_the_parquet_files(folders, tmp_path):
     import formula
 
     for kind, seconds in (("chirp", 1.37), ("noise", 0.5), ("speechlike", 3.0)):
@@ -104,25 +107,25 @@ def test_golden_codes_come_out_of_the_parquet_unchanged(folders, tmp_path):
     assert len(rows) == 3
     for name, row in rows.items():
         data = np.load(REFERENCE / f"{name.removesuffix('.wav')}_75.npz")
-        clear = data["margin"] >= 1e-6  # below that, float32 does not tell which entry is nearest
+        clear = data["margin"] >= 1e-6  # below that, float32 cannot decide which entry is nearest
         np.testing.assert_array_equal(np.array(row["audio_codes"])[clear], data["codes"][0, clear])
 
 
 def codes_of_sine(answer: KnownAnswer, model: str, tmp_path) -> list[int]:
-    """The codes of a known answer's sine, by way of a WAV file and Parquet."""
+    """Return the codes of a known answer's sine, by way of a WAV file and Parquet."""
     soundfile.write(tmp_path / "sine.wav", answer.audio()[0, 0].numpy(), 24000, subtype="FLOAT")
     tokenize(tmp_path / "sine.wav", model, tmp_path / "tokens", TokenizeOptions(num_processes=1))
     (row,) = rows_of(tmp_path / "tokens").values()
     return list(row["audio_codes"])
 
 
-def test_the_originals_codes_of_a_sine_of_440_hertz_come_out_of_the_parquet(folders, tmp_path):
+def test_the_reference_codes_of_a_440_hertz_sine_are_stored_in_the_parquet_files(folders, tmp_path):
     codes = codes_of_sine(SINE_75, str(folders(75)), tmp_path)
     assert (len(codes), codes[:10]) == (SINE_75.num_codes, SINE_75.first_codes)
 
 
 @pytest.mark.slow
-def test_the_known_answer_of_published_weights_comes_out_of_the_parquet(tmp_path):
+def test_the_known_codes_of_published_weights_are_stored_in_the_parquet_files(tmp_path):
     try:
         model = load_original("large-unify-40")
     except OSError as error:
@@ -133,8 +136,8 @@ def test_the_known_answer_of_published_weights_comes_out_of_the_parquet(tmp_path
     assert (len(codes), codes[:10]) == (answer.num_codes, answer.first_codes)
 
 
-def test_the_peak_level_that_the_model_asks_for_is_kept(place, model, run, tmp_path):
-    shutil.copytree(place / "model", tmp_path / "apertus")
+def test_the_peak_level_of_the_models_feature_extractor_is_applied(workspace, model, run, tmp_path):
+    shutil.copytree(workspace / "model", tmp_path / "apertus")
     config = json.loads((tmp_path / "apertus" / "preprocessor_config.json").read_text())
     (tmp_path / "apertus" / "preprocessor_config.json").write_text(json.dumps({**config, "normalize_audio": True}))
     waveform = np.random.default_rng(0).uniform(-0.1, 0.1, 2000).astype(np.float32)
@@ -148,11 +151,11 @@ def test_the_peak_level_that_the_model_asks_for_is_kept(place, model, run, tmp_p
 
 
 @given(st.lists(st.integers(1, 1000), max_size=50), st.integers(1, 3000))
-def test_micro_batches_hold_each_clip_once_and_stay_within_the_budget(lengths, budget):
+def test_micro_batches_hold_each_clip_once_within_the_budget(lengths, budget):
     batches = encoding.micro_batches(lengths, budget)
-    assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[place] for place in batch) <= budget
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= budget
 
 
 def _out_of_memory_on_a_gpu():
@@ -160,8 +163,8 @@ def _out_of_memory_on_a_gpu():
 
 
 @pytest.mark.parametrize("fail", [_out_of_memory_on_a_gpu, lambda: torch.empty(2**46)], ids=["gpu", "cpu"])
-def test_a_batch_too_large_for_the_device_is_halved_and_a_clip_too_large_fails(monkeypatch, place, fail):
-    encoder, feature_extractor = encoding.load_encoder(str(place / "model"), device="cpu")
+def test_a_batch_too_large_for_the_device_is_halved_and_a_clip_too_large_fails(monkeypatch, workspace, fail):
+    encoder, feature_extractor = encoding.load_encoder(str(workspace / "model"), device="cpu")
     whole = encoding._encode_batch
     waveforms = [np.random.default_rng(n).uniform(-1, 1, 100 + n).astype(np.float32) for n in range(9)]
     waveforms.append(np.zeros(5000, np.float32))
@@ -178,19 +181,19 @@ def test_a_batch_too_large_for_the_device_is_halved_and_a_clip_too_large_fails(m
         np.testing.assert_array_equal(clip_codes, whole(encoder, feature_extractor, [waveform])[0])
 
 
-def test_reading_ahead_stops_at_the_limit(place):
+def test_reading_ahead_stops_at_the_limit(workspace):
     read = []
-    sound = audio.AudioClip(np.zeros(100, np.float32), 24000, 1)
+    clip = audio.AudioClip(np.zeros(100, np.float32), 24000, 1)
 
     def work(job):
         read.append(job)
-        return sound
+        return clip
 
     with encoding.OrderedPrefetcher(work, range(50), limit=300, num_threads=2) as ahead:
         taken = iter(ahead)
         next(taken)
         time.sleep(0.2)
-        assert len(read) <= 1 + 3 + 2  # taken, waiting, and one in the hands of each thread
+        assert len(read) <= 1 + 3 + 2  # taken, waiting, and one being read by each thread
         assert len(list(taken)) == 49
     assert read == sorted(read)
 
@@ -203,7 +206,7 @@ def test_reading_ahead_stops_at_the_limit(place):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: (folder / "empty").mkdir() or folder / "empty", "Found no sound"),
+        (lambda folder: (folder / "empty").mkdir() or folder / "empty", "Found no audio"),
         (lambda folder: folder / "missing.wav", "There is no file or folder"),
         (lambda folder: _written(folder / "list.csv", "name,text\na.wav,b\n"), r"columns \['name', 'text'\]"),
         (lambda folder: _written(folder / "list.jsonl", '{"path": "a.wav"\n'), "Cannot read the list"),
@@ -214,12 +217,12 @@ def test_reading_ahead_stops_at_the_limit(place):
         (lambda folder: _written(folder / "list.csv", "path,duration\na.wav,3\n"), "Rename it in the source"),
         (lambda folder: _written(folder / "x.parquet", "no Parquet"), "Cannot read .* as Parquet"),
         (lambda folder: _written(folder / "x.tar", "no tar" * 200), "Cannot read the shard"),
-        (lambda folder: _written(folder / "a.wav", "") and _written(folder / "x.tar", "") and folder, "Say which by"),
+        (lambda folder: _written(folder / "a.wav", "") and _written(folder / "x.tar", "") and folder, "Choose one by"),
         (lambda folder: "someone/no-such-dataset", "cannot be loaded as a dataset of the Hub"),
         (lambda folder: _splits(), "Got a DatasetDict as the source"),
     ],
 )
-def test_a_source_without_clips_is_refused_with_the_reason(run, tmp_path, make, message):
+def test_a_source_without_clips_is_refused_with_a_reason(run, tmp_path, make, message):
     folder = tmp_path / "source"
     folder.mkdir()
     with pytest.raises((ValueError, OSError), match=message):
@@ -257,23 +260,23 @@ def _written(path, text):
         ({"device": "cuda:77"}, "Cannot use the device"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_it_begins(run, place, tmp_path, options, message):
+def test_invalid_runs_are_refused_before_they_begin(run, workspace, tmp_path, options, message):
     (tmp_path / "file").write_text("")
     if "output" in options:
-        options = {"output": place / "corpus" / "tokens" if options["output"] == "INSIDE" else tmp_path / "file"}
+        options = {"output": workspace / "corpus" / "tokens" if options["output"] == "INSIDE" else tmp_path / "file"}
     with pytest.raises(ValueError, match=message):
         run(**options)
     assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
-def test_the_first_bad_file_stops_the_run_when_asked_to(run, alone, tmp_path):
+def test_the_first_bad_file_stops_the_run_on_request(run, alone, tmp_path):
     with pytest.raises(ValueError, match=r"empty\.wav: Cannot read"):
         run(on_error="fail", part_size=1)
     assert set(rows_of(tmp_path / "out")) == {id for id in alone if id < "empty.wav"}  # those before it
     assert not (tmp_path / "out" / "failures.jsonl").read_text()
 
 
-def test_a_full_disk_is_said_and_what_is_finished_stays_valid(run, alone, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_finished_files_stay_valid(run, alone, tmp_path, monkeypatch):
     write, calls = parquet.write_table, []
 
     def full_at_the_third(*arguments, **options):
@@ -291,13 +294,13 @@ def test_a_full_disk_is_said_and_what_is_finished_stays_valid(run, alone, tmp_pa
     assert codes_of(tmp_path / "out") == alone
 
 
-def test_a_worker_that_is_killed_is_said_and_what_is_finished_stays_valid(run, alone, tmp_path, monkeypatch, forked):
+def test_a_killed_worker_is_reported_and_finished_files_stay_valid(run, alone, tmp_path, monkeypatch, forked):
     read = sources.FileSource.read
 
-    def short_of_memory(self, place):
-        if place[0].endswith("0021.flac"):
+    def short_of_memory(self, locator):
+        if locator[0].endswith("0021.flac"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, place)
+        return read(self, locator)
 
     with monkeypatch.context() as patch:
         patch.setattr(sources.FileSource, "read", short_of_memory)
@@ -310,11 +313,11 @@ def test_a_worker_that_is_killed_is_said_and_what_is_finished_stays_valid(run, a
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Around it
+# The command, progress, and the Hub
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_progress_shows_hours_speed_failures_and_time_left():
+def test_progress_shows_hours_of_audio_speed_failures_and_time_left():
     progress = ClipProgress(num_clips=1000, sampling_rate=24000, shown=False)
     progress.started -= 60
     progress(output.Summary(num_clips=190, num_failures=10, num_samples=2 * 3600 * 24000))
@@ -324,10 +327,10 @@ def test_progress_shows_hours_speed_failures_and_time_left():
     )
 
 
-def test_the_command_gives_exit_codes_and_json(place, tmp_path, capsys):
+def test_the_command_returns_exit_codes_and_prints_json(workspace, tmp_path, capsys):
     corpus = tmp_path / "corpus"
     write_corpus(corpus, 3, (0.01, 0.1))
-    options = ["-m", str(place / "model"), "-o", str(tmp_path / "out"), "--num-processes", "1", "--json"]
+    options = ["-m", str(workspace / "model"), "-o", str(tmp_path / "out"), "--num-processes", "1", "--json"]
     assert main(["tokenize", str(corpus), *options]) == 1
     printed = capsys.readouterr()
     facts = json.loads(printed.out)
@@ -342,15 +345,15 @@ def test_the_command_gives_exit_codes_and_json(place, tmp_path, capsys):
     assert "expected I/N" in capsys.readouterr().err
 
 
-def test_nothing_is_made_on_the_hub_if_the_folder_is_refused(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(bulk_run.hub, "prepare", lambda name: pytest.fail("made a repository"))
+def test_no_repository_is_created_if_the_folder_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(bulk_run.hub, "create_repo", lambda name: pytest.fail("made a repository"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="no manifest"):
         run(push_to_hub="someone/tokens")
 
 
-def test_only_what_is_finished_is_uploaded(run, tmp_path, monkeypatch):
+def test_only_finished_files_are_uploaded(run, tmp_path, monkeypatch):
     import fnmatch
 
     import huggingface_hub
@@ -380,21 +383,21 @@ def test_only_what_is_finished_is_uploaded(run, tmp_path, monkeypatch):
     assert uploaded[2] == [f"data/{part}", "failures.jsonl", "manifest.json"]
 
 
-def test_a_hub_that_refuses_is_said_before_the_work(run, tmp_path):
+def test_a_refusal_by_the_hub_is_reported_before_the_work_begins(run, tmp_path):
     with pytest.raises(OSError, match="Cannot upload to the dataset 'not a name'"):
-        hub.prepare("not a name")
+        hub.create_repo("not a name")
 
 
 @pytest.mark.parametrize("of", ["path", "content"])
 @pytest.mark.parametrize("ending", ["flac", "mp3", "ogg"])
 @pytest.mark.parametrize(("rate", "channels"), [(8000, 1), (24000, 2), (44100, 2)])
-def test_decoding_gives_the_samples_of_load(tmp_path, rate, channels, ending, of):
+def test_decoding_bytes_gives_the_same_samples_as_load(tmp_path, rate, channels, ending, of):
     noise = np.random.default_rng(0).uniform(-1, 1, (5001, channels))
     path = tmp_path / f"noise.{ending}"
     soundfile.write(path, noise, rate)
-    sound = audio.decode(path.read_bytes() if of == "content" else path)
-    np.testing.assert_array_equal(sound.audio, audio.load(path))
-    assert (sound.source_sampling_rate, sound.source_channels) == (rate, channels)
+    clip = audio.decode(path.read_bytes() if of == "content" else path)
+    np.testing.assert_array_equal(clip.audio, audio.load(path))
+    assert (clip.source_sampling_rate, clip.source_channels) == (rate, channels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,21 +406,21 @@ def test_decoding_gives_the_samples_of_load(tmp_path, rate, channels, ending, of
 
 
 @pytest.mark.slow
-def test_two_hundred_clips_give_the_same_rows_in_every_way(place, model, tmp_path):
+def test_two_hundred_clips_give_the_same_rows_in_every_engine(workspace, model, tmp_path):
     names = write_corpus(tmp_path / "corpus", 200, (0.1, 20))
     alone = codes_alone(model, {name: tmp_path / "corpus" / name for name in names})
     ways = [{"num_processes": 1, "batch_seconds": seconds} for seconds in (1, 30, 600)]
     ways += [{"num_processes": 2}, *([{"engine": "ray"}] if importlib.util.find_spec("ray") else [])]
     for number, way in enumerate(ways):
         output = tmp_path / str(number)
-        result = tokenize(tmp_path / "corpus", str(place / "model"), output, TokenizeOptions(part_size=25, **way))
+        result = tokenize(tmp_path / "corpus", str(workspace / "model"), output, TokenizeOptions(part_size=25, **way))
         assert codes_of(output) == alone, way
         assert result.failures.keys() == DAMAGED.keys(), way
         assert result.done_now.num_clips == 200 and result.done_now.num_failures == len(DAMAGED), way
 
 
 @pytest.mark.slow
-def test_ray_gives_up_a_clip_that_kills_its_actors(place, tmp_path, monkeypatch):
+def test_ray_gives_up_on_a_clip_that_kills_its_actors(workspace, tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="pip install 'wavtokenizer_hf[ray]'")
 
     class Deadly(sources.FileSource):
@@ -427,28 +430,39 @@ def test_ray_gives_up_a_clip_that_kills_its_actors(place, tmp_path, monkeypatch)
     deadly = Deadly([sources.Item("a.wav", ("a.wav", {}))])
     monkeypatch.setattr(bulk_run, "open_source", lambda *arguments: deadly)
     with pytest.raises(OSError, match=r"Ray has stopped the work.*run again to go on"):
-        tokenize("a.wav", str(place / "model"), tmp_path / "out", TokenizeOptions(engine="ray"))
+        tokenize("a.wav", str(workspace / "model"), tmp_path / "out", TokenizeOptions(engine="ray"))
 
 
 @pytest.mark.slow
-def test_ray_says_what_went_wrong(place, tmp_path):
+def test_ray_reports_what_went_wrong(workspace, tmp_path):
     pytest.importorskip("ray", reason="pip install 'wavtokenizer_hf[ray]'")
     with pytest.raises(ValueError, match="Cannot read"):
         tokenize(
-            place / "corpus", str(place / "model"), tmp_path / "out", TokenizeOptions(engine="ray", on_error="fail")
+            workspace / "corpus",
+            str(workspace / "model"),
+            tmp_path / "out",
+            TokenizeOptions(engine="ray", on_error="fail"),
         )
 
 
-def test_a_dry_run_tells_what_comes_and_writes_nothing(place, run, tmp_path, capsys):
-    command = ["tokenize", str(place / "corpus"), "-m", str(place / "model"), "-o", str(tmp_path / "dry"), "--json"]
+def test_a_dry_run_reports_the_planned_work_and_writes_nothing(workspace, run, tmp_path, capsys):
+    command = [
+        "tokenize",
+        str(workspace / "corpus"),
+        "-m",
+        str(workspace / "model"),
+        "-o",
+        str(tmp_path / "dry"),
+        "--json",
+    ]
     assert main([*command, "--dry-run"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert not (tmp_path / "dry").exists()
-    total = run().total  # the sample is all of a corpus as small as this
+    total = run().total  # the sample is the whole of such a small corpus
     assert facts["clips"] == NUM_CLIPS + len(DAMAGED) and facts["clips_failed"] == len(DAMAGED)
     assert facts["tokens"] == total.num_codes and facts["hours"] == pytest.approx(total.num_samples / 24_000 / 3600)
     assert facts["hours_of_one_process"] > 0
-    # what decides which clips can be read counts here, too
+    # options that decide which clips can be read apply here too
     for options in (["--max-clip-seconds", "1e-6"], ["--channel", "5"]):
         assert main([*command, "--dry-run", *options]) == 2
         assert "No clip of a sample" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Bulk work over a corpus that changes, and an output that is damaged: nothing of it passes without a word."""
+"""Bulk tokenization of a corpus that changes, and of a damaged output: every change is reported."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Eight clips, and one that cannot be read."""
+    """Return a folder with eight clips and one unreadable file."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     for seed, name in enumerate(NAMES):
@@ -66,14 +66,14 @@ def truth(corpus, model):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_keep_size_and_time_of_their_files(run, corpus, tmp_path):
+def test_rows_record_size_and_modification_time_of_their_files(run, corpus, tmp_path):
     run()
     for name, row in rows_of(tmp_path / "out").items():
         status = (corpus / name).stat()
         assert (row["source_size"], row["source_mtime_ns"]) == (status.st_size, status.st_mtime_ns)
 
 
-def test_files_that_changed_are_counted_and_done_again_with_refresh(run, corpus, model, tmp_path):
+def test_changed_files_are_counted_and_tokenized_again_with_refresh(run, corpus, model, tmp_path):
     run()
     before = codes_of(tmp_path / "out")
     write_sound(corpus / "2.wav", seed=100)  # of the same size
@@ -90,7 +90,7 @@ def test_files_that_changed_are_counted_and_done_again_with_refresh(run, corpus,
     assert verify(tmp_path / "out").problems == [] and run(refresh=True).changed == []
 
 
-def test_a_kill_between_dropping_rows_and_making_them_loses_nothing(run, corpus, model, tmp_path, monkeypatch):
+def test_a_kill_between_dropping_rows_and_writing_them_again_loses_nothing(run, corpus, model, tmp_path, monkeypatch):
     run()
     for seed, name in enumerate(NAMES):
         write_sound(corpus / name, seed=200 + seed)
@@ -100,14 +100,14 @@ def test_a_kill_between_dropping_rows_and_making_them_loses_nothing(run, corpus,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(output.Output, "write_part", killed)
+        patch.setattr(output.OutputFolder, "write_file", killed)
         with pytest.raises(KeyboardInterrupt):
             run(refresh=True)
-    assert run().done_now.num_clips == len(NAMES)  # without --refresh: they have no rows any more
+    assert run().done_now.num_clips == len(NAMES)  # without --refresh: they no longer have rows
     assert codes_of(tmp_path / "out") == truth(corpus, model) and verify(tmp_path / "out").problems == []
 
 
-def test_clips_without_a_source_are_named_and_keep_their_rows(run, corpus, tmp_path):
+def test_clips_whose_source_is_gone_are_named_and_keep_their_rows(run, corpus, tmp_path):
     run()
     (corpus / "3.wav").unlink()
     result = run(refresh=True)
@@ -115,7 +115,7 @@ def test_clips_without_a_source_are_named_and_keep_their_rows(run, corpus, tmp_p
     assert "3.wav" in rows_of(tmp_path / "out")
 
 
-def test_a_list_whose_file_is_gone_says_so(run, corpus, tmp_path):
+def test_a_deleted_file_of_a_list_is_reported(run, corpus, tmp_path):
     (tmp_path / "list.txt").write_text("".join(f"corpus/{name}\n" for name in NAMES))
     run(tmp_path / "list.txt")
     (corpus / "3.wav").unlink()
@@ -137,7 +137,7 @@ def test_each_shard_refreshes_its_own_clips(run, corpus, model, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_manifest_holds_size_and_checksum_of_every_part(run, tmp_path):
+def test_the_manifest_holds_size_and_checksum_of_every_file(run, tmp_path):
     run()
     files = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
     parts = {path.name: path for path in (tmp_path / "out" / "data").iterdir()}
@@ -167,7 +167,7 @@ def one_bit_in_the_codes(folder):
 
 
 def change_rows(change):
-    """A part of other rows with the metadata of the old ones, as a faulty program would leave it."""
+    """Change the rows of a file but keep its metadata, as a faulty program would."""
 
     def damage(folder):
         path = first_part(folder)
@@ -194,6 +194,10 @@ DAMAGES = {
     "a part gone": (lambda folder: first_part(folder).unlink(), "missing, and listed"),
     "a part cut": (lambda folder: os.truncate(first_part(folder), 300), "manifest.json says"),
     "a row lost": (change_rows(lambda table: table.slice(1)), "do not fit their digest"),
+    "a row twice": (
+        change_rows(lambda table: pyarrow.concat_tables([table, table.slice(0, 1)])),
+        "which another row has too",
+    ),
     "another code": (change_rows(with_code(1)), "do not fit their digest"),
     "a code beyond the codebook": (change_rows(with_code(64)), "has the code 64, expected codes below 64"),
     "a column lost": (change_rows(lambda table: table.drop_columns(["duration"])), "has the columns"),
@@ -218,11 +222,11 @@ def test_verify_finds_damage(case, run, tmp_path, capsys):
     assert "Traceback" not in said
 
 
-def test_a_run_refuses_a_part_of_another_size_than_the_manifest_says(run, tmp_path):
+def test_a_run_refuses_a_file_whose_size_differs_from_the_manifest(run, tmp_path):
     run()
     path = first_part(tmp_path / "out")
     content = path.read_bytes()
-    path.write_bytes(content[:4] + bytes(8) + content[4:])  # its footer is whole
+    path.write_bytes(content[:4] + bytes(8) + content[4:])  # its footer is intact
     with pytest.raises(ValueError, match=rf"{path.name} is damaged .*Delete it"):
         run()
 
@@ -238,6 +242,6 @@ def test_a_damaged_manifest_is_refused_in_one_line(content, run, corpus, model, 
 
 
 @pytest.mark.parametrize("arguments", [["--verify", "out", "corpus"], ["corpus"], ["corpus", "-m", "x"], []])
-def test_verify_stands_alone_and_the_rest_together(arguments, capsys):
+def test_verify_takes_no_other_options_of_a_run(arguments, capsys):
     assert main(["tokenize", *arguments]) == 2
     assert "--verify OUTPUT" in capsys.readouterr().err

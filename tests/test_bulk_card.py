@@ -1,4 +1,4 @@
-"""The dataset card of a token folder: its metadata is as the Hub and the datasets library want it."""
+"""The dataset card of a token folder has the metadata that the Hub and the datasets library expect."""
 
 import shutil
 
@@ -24,26 +24,26 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_metadata_holds_features_and_size_and_names_what_is_missing(folder):
+def test_the_metadata_holds_features_and_size_and_names_missing_fields(folder):
     card = DatasetCard.load(folder / "README.md")
     data = card.data.to_dict()
     assert data["size_categories"] == ["n<1K"] and "wavtokenizer" in data["tags"]
     features = {feature["name"]: feature for feature in data["dataset_info"]["features"]}
     assert features["audio_codes"] == {"name": "audio_codes", "list": "uint16"}
     assert features["text"]["dtype"] == "string"
-    assert "license" not in data and "language" not in data  # nothing is made up
+    assert "license" not in data and "language" not in data  # no invented values
     assert "no `license` and no `language`" in card.text and "`--license` and `--language`" in card.text
     assert "configs" not in data  # see add_configs
 
 
-def test_the_features_are_those_that_load_dataset_gives(folder, tmp_path):
+def test_the_features_equal_those_of_load_dataset(folder, tmp_path):
     loaded = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path))
     written = DatasetCard.load(folder / "README.md").data.to_dict()["dataset_info"]
     assert datasets.Features._from_yaml_list(written["features"]) == loaded.features
     assert len(loaded) == 3
 
 
-def test_the_card_of_the_hub_has_configs(folder, tmp_path):
+def test_the_card_on_the_hub_has_configs(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "hub")
     text = cards.add_configs((folder / "README.md").read_text())
     (tmp_path / "hub" / "README.md").write_text(text)
@@ -57,18 +57,23 @@ def test_the_card_of_the_hub_has_configs(folder, tmp_path):
 @pytest.mark.parametrize(
     ("num_clips", "name"), [(0, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (10**6, "1M<n<10M"), (10**12, "n>1T")]
 )
-def test_sizes_have_the_names_of_the_hub(num_clips, name):
+def test_size_categories_are_those_of_the_hub(num_clips, name):
     assert cards.size_category(num_clips) == name
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "no metadata", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "---\nlicense: 1\nlanguage: [no]\n---\n", b"\xff\xfe",
-        "---\nlicense: " + "x" * 300 + "\n---\n", "---\n" + "a: " * 10_000 + "\n---\n",
+        "no metadata",
+        "---\nlicense: [\n---\n",
+        "---\n- a list\n---\n",
+        "---\nlicense: 1\nlanguage: [no]\n---\n",
+        b"\xff\xfe",
+        "---\nlicense: " + "x" * 300 + "\n---\n",
+        "---\n" + "a: " * 10_000 + "\n---\n",
     ],
-)  # fmt: skip
-def test_a_strange_card_of_the_source_gives_nothing(text, tmp_path):
+)
+def test_an_invalid_card_of_the_source_gives_no_metadata(text, tmp_path):
     (tmp_path / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert cards.source_metadata(tmp_path, None) == {}
 
@@ -80,7 +85,7 @@ def test_licence_and_language_are_found_in_a_card_with_megabytes_of_features(tmp
     assert cards.source_metadata(tmp_path, None) == {"license": "mit", "language": ["en", "de"]}
 
 
-def test_a_card_whose_metadata_was_damaged_by_hand_stays(tmp_path):
+def test_a_card_with_damaged_metadata_is_not_overwritten(tmp_path):
     write_token_folder(tmp_path / "tokens", 2)
     path = tmp_path / "tokens" / "README.md"
     damaged = path.read_text().replace("---\n", "---\nlicense: [mit\n", 1)
@@ -89,7 +94,7 @@ def test_a_card_whose_metadata_was_damaged_by_hand_stays(tmp_path):
     assert path.read_text() == damaged
 
 
-def test_a_card_of_the_users_own_stays_in_whatever_encoding(tmp_path):
+def test_a_users_own_card_is_not_overwritten_in_any_encoding(tmp_path):
     write_clips(tmp_path / "clips", count=1, seconds=0.3)
     own = "Codes of my corpus, für mich.\n".encode("latin-1")
     line = ["tokenize", str(tmp_path / "clips"), "-m", "bundled", "-o", str(tmp_path / "tokens")]
@@ -99,8 +104,8 @@ def test_a_card_of_the_users_own_stays_in_whatever_encoding(tmp_path):
     assert (tmp_path / "tokens" / "README.md").read_bytes() == own
 
 
-def test_a_source_without_a_card_gives_nothing(tmp_path):
-    """A dataset on the Hub that cannot be reached, a glob, a dataset in memory."""
+def test_a_source_without_a_card_gives_no_metadata(tmp_path):
+    """An unreachable dataset on the Hub, a glob, and a dataset in memory have no card."""
     assert cards.source_metadata("someone/dataset", None) == {}
     assert cards.source_metadata(str(tmp_path / "*.flac"), None) == {}
     assert cards.source_metadata(datasets.Dataset.from_dict({"a": [1]}), None) == {}
@@ -118,7 +123,7 @@ def test_the_card_of_a_dataset_on_the_hub_is_read(tmp_path, monkeypatch):
     assert asked == [(("org/clips", "README.md"), {"repo_type": "dataset", "revision": "v1"})]
 
 
-def test_licence_and_language_come_from_source_options_and_the_card_before(tmp_path, tiny_model, capsys):
+def test_licence_and_language_come_from_the_source_the_options_and_the_previous_card(tmp_path, tiny_model, capsys):
 
     tiny_model.save_pretrained(tmp_path / "model")
     write_clips(tmp_path / "clips", count=2, seconds=0.05)
@@ -135,14 +140,14 @@ def test_licence_and_language_come_from_source_options_and_the_card_before(tmp_p
     assert metadata() == ("cc-by-4.0", ["en"])
     assert metadata("--license", "cc0-1.0", "--language", "de", "no") == ("cc0-1.0", ["de", "no"])
     (tmp_path / "clips" / "README.md").unlink()
-    assert metadata() == ("cc0-1.0", ["de", "no"])  # kept
+    assert metadata() == ("cc0-1.0", ["de", "no"])  # unchanged
     (tmp_path / "out" / "README.md").unlink()
     assert metadata("--language", "de") == (None, ["de"])
     assert main([*command, "--license", "all rights\nreserved"]) == 2
-    assert "expected a name as the Hub has it" in capsys.readouterr().err
+    assert "expected a name that the Hub knows" in capsys.readouterr().err
 
 
-def test_options_are_checked():
+def test_invalid_card_options_are_refused():
     assert TokenizeOptions(language=["en"]).card_metadata() == {"language": ["en"]}
     with pytest.raises(ValueError, match="Got language='e n'"):
         TokenizeOptions(language=("de", "e n"))

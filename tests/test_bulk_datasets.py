@@ -1,4 +1,4 @@
-"""Bulk tokenization of datasets of the datasets library, and the way back."""
+"""Tokenization and detokenization of datasets of the datasets library."""
 
 import copy
 import io
@@ -43,8 +43,8 @@ def model(folder):
 
 
 @pytest.fixture(scope="module")
-def sounds():
-    """Ten clips as WAV content, of which the fourth is damaged."""
+def audio_bytes():
+    """Return ten clips as WAV content; the fourth is damaged."""
     contents = []
     for number in range(10):
         buffer = io.BytesIO()
@@ -56,10 +56,10 @@ def sounds():
 
 
 @pytest.fixture(scope="module")
-def alone(model, sounds, tmp_path_factory):
-    """The truth: codes of each clip by `audio.load` and `model.encode`; None for the damaged one."""
+def alone(model, audio_bytes, tmp_path_factory):
+    """Return the expected codes of each clip from `audio.load` and `model.encode`; None for the damaged one."""
     path, codes = tmp_path_factory.mktemp("sounds") / "clip.wav", []
-    for number, content in enumerate(sounds):
+    for number, content in enumerate(audio_bytes):
         path.write_bytes(content)
         with torch.no_grad():
             waveform = None if number == 3 else torch.from_numpy(audio.load(path))[None, None]
@@ -69,12 +69,12 @@ def alone(model, sounds, tmp_path_factory):
 
 
 @pytest.fixture
-def dataset(sounds):
+def dataset(audio_bytes):
     stored = pyarrow.array(
-        [{"bytes": content, "path": None} for content in sounds],
+        [{"bytes": content, "path": None} for content in audio_bytes],
         pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]),
     )
-    # from Arrow: given Python objects, the library would want torchcodec to encode them
+    # from Arrow: the library needs torchcodec to encode Python objects
     table = pyarrow.table({"audio": stored, "text": list("abcdefghij")})
     return datasets.Dataset(table).cast_column("audio", datasets.Audio())
 
@@ -94,23 +94,23 @@ def test_a_tokenized_dataset_has_the_codes_of_each_clip_alone_and_its_other_colu
     assert tokens[1]["num_samples"] == 833 and tokens[1]["source_sampling_rate"] == 24000
 
 
-def test_a_damaged_sound_becomes_a_row_with_the_reason(folder, dataset):
+def test_damaged_audio_becomes_a_row_with_the_reason(folder, dataset):
     failures = tokenize_dataset(dataset, str(folder / "model"))["failure"][:]
     assert "Cannot read" in failures[3] and failures[:3] + failures[4:] == [None] * 9
 
 
-def test_the_first_damaged_sound_stops_the_work_when_asked_to(folder, dataset):
+def test_the_first_damaged_audio_stops_the_work_on_request(folder, dataset):
     with pytest.raises(ValueError, match="Cannot read"):
         tokenize_dataset(dataset, str(folder / "model"), on_error="fail")
 
 
-def test_streams_stay_streams(folder, dataset, alone, model):
+def test_a_streaming_dataset_stays_streaming(folder, dataset, alone, model):
     tokens = tokenize_dataset(dataset.to_iterable_dataset(), str(folder / "model"), batch_size=4)
     assert isinstance(tokens, datasets.IterableDataset)
-    codes = [row["audio_codes"] for row in tokens]  # arrays: nothing has put them into a table
+    codes = [row["audio_codes"] for row in tokens]  # arrays, since they were never in a table
     assert [None if row is None else row.tolist() for row in codes] == alone
-    sounds = list(detokenize_dataset(tokens, str(folder / "model")).cast_column("audio", datasets.Audio(decode=False)))
-    assert [row["audio"] is None for row in sounds] == [codes is None for codes in alone]
+    decoded = detokenize_dataset(tokens, str(folder / "model")).cast_column("audio", datasets.Audio(decode=False))
+    assert [row["audio"] is None for row in decoded] == [codes is None for codes in alone]
 
 
 def test_dictionaries_of_splits_are_tokenized_split_by_split(folder, dataset, alone):
@@ -126,32 +126,33 @@ def test_map_takes_the_tokenizer_itself_in_several_processes(folder, dataset, al
 
 
 @pytest.mark.parametrize("with_rank", [True, False])
-def test_each_process_has_the_gpu_of_its_number(folder, dataset, tmp_path, monkeypatch, with_rank):
+def test_each_process_uses_the_gpu_of_its_rank(folder, dataset, tmp_path, monkeypatch, with_rank):
     def note(rank=0):
         (tmp_path / str(rank)).touch()
         return "cpu"
 
     tokenizer = AudioTokenizer(str(folder / "model"))
-    monkeypatch.setattr(mapping.encoding, "default_device", note)  # the processes are forked, so they know of it
+    monkeypatch.setattr(mapping.encoding, "default_device", note)  # forked processes inherit the patch
     options = {"batch_size": 5, "num_proc": 2, "load_from_cache_file": False, "with_rank": with_rank}
     undecoded(dataset).map(tokenizer, batched=True, **options)
-    first, second = (int(path.name) for path in tmp_path.iterdir())  # counted on from map to map
+    first, second = (int(path.name) for path in tmp_path.iterdir())  # the count continues from one map to the next
     assert abs(first - second) == 1
 
 
-def test_arrays_and_paths_are_taken_too(folder, model, alone, sounds, tmp_path):
-    (tmp_path / "clip.wav").write_bytes(sounds[1])
+def test_arrays_and_paths_are_accepted_too(folder, model, alone, audio_bytes, tmp_path):
+    (tmp_path / "clip.wav").write_bytes(audio_bytes[1])
     array = {"array": audio.load(tmp_path / "clip.wav"), "sampling_rate": 24000}
     tokenizer = AudioTokenizer(str(folder / "model"), column="sound")
     assert [
-        codes.tolist() for codes in tokenizer({"sound": [str(tmp_path / "clip.wav"), array, sounds[1]]})["audio_codes"]
+        codes.tolist()
+        for codes in tokenizer({"sound": [str(tmp_path / "clip.wav"), array, audio_bytes[1]]})["audio_codes"]
     ] == [alone[1]] * 3
     unfinished = {"array": np.array([0.1, np.nan], np.float32), "sampling_rate": 24000}
     (failure,) = tokenizer({"sound": [unfinished]})["failure"]
-    assert failure.startswith("the array holds NaN or infinite samples") and "at sample 1 of its own" in failure
+    assert failure.startswith("the array holds NaN or infinite samples") and "at sample 1 of the source" in failure
 
 
-def test_the_fingerprint_stays_after_use_and_tells_models_and_options_apart(folder, dataset):
+def test_the_fingerprint_is_stable_and_differs_between_models_and_options(folder, dataset):
     tokenizer = AudioTokenizer(str(folder / "model"))
     before = Hasher.hash(tokenizer)
     tokenizer(undecoded(dataset)[:2])
@@ -161,9 +162,9 @@ def test_the_fingerprint_stays_after_use_and_tells_models_and_options_apart(fold
     assert before not in {Hasher.hash(other) for other in others}
 
 
-def test_folders_that_do_not_name_their_codebook_are_told_apart_too(folder, tmp_path):
+def test_folders_without_a_codebook_fingerprint_are_distinguished_too(folder, tmp_path):
     hashes = set()
-    for name in ("model", "other"):  # one after another in the same place
+    for name in ("model", "other"):  # one after the other at the same path
         shutil.copytree(folder / name, tmp_path / "model")
         config = json.loads((tmp_path / "model" / "config.json").read_text())
         assert config.pop("codebook_fingerprint")
@@ -174,14 +175,14 @@ def test_folders_that_do_not_name_their_codebook_are_told_apart_too(folder, tmp_
 
 
 @pytest.mark.parametrize("kind", [AudioTokenizer, AudioDetokenizer])
-def test_weights_that_were_trained_on_are_told_apart_though_their_codebook_stayed(folder, tmp_path, kind):
+def test_fine_tuned_weights_with_the_same_codebook_are_distinguished(folder, tmp_path, kind):
     shutil.copytree(folder / "model", tmp_path / "model")
     before = Hasher.hash(kind(str(tmp_path / "model")))
     train_encoder(tmp_path / "model")
     assert Hasher.hash(kind(str(tmp_path / "model"))) != before
 
 
-def test_models_of_another_peak_level_are_told_apart(folder, tmp_path):
+def test_models_with_different_peak_levels_are_distinguished(folder, tmp_path):
     shutil.copytree(folder / "model", tmp_path / "model")
     before = Hasher.hash(AudioTokenizer(str(tmp_path / "model")))
     config = json.loads((tmp_path / "model" / "preprocessor_config.json").read_text())
@@ -200,13 +201,13 @@ def test_an_encoder_saved_alone_tokenizes_and_does_not_decode(folder, dataset, t
         AudioDetokenizer(str(tmp_path / "encoder"))
 
 
-def test_a_model_that_cannot_be_loaded_is_said_at_once():
+def test_a_model_that_cannot_be_loaded_is_reported_at_once():
     with pytest.raises(ValueError, match="Cannot load the model 'no/such-model'"):
         AudioTokenizer("no/such-model")
 
 
 @pytest.mark.parametrize("kind", [AudioTokenizer, AudioDetokenizer])
-def test_a_damaged_model_is_said_at_once(folder, tmp_path, kind):
+def test_a_damaged_model_is_reported_at_once(folder, tmp_path, kind):
     shutil.copytree(folder / "model", tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -236,7 +237,7 @@ def test_a_loaded_model_gives_the_codes_of_its_folder(folder, model, dataset, al
     assert loaded == by_name
 
 
-def test_a_loaded_model_is_told_apart_by_its_weights_and_hashed_the_same_after_use(folder, model, dataset):
+def test_a_loaded_model_is_hashed_by_its_weights_before_and_after_use(folder, model, dataset):
     before = Hasher.hash(AudioTokenizer(model))
     tokenizer = AudioTokenizer(model)
     tokenizer(undecoded(dataset)[:2])
@@ -255,7 +256,7 @@ def test_a_loaded_model_is_told_apart_by_its_weights_and_hashed_the_same_after_u
         ({"model": "bundled", "feature_extractor": WavTokenizerFeatureExtractor()}, ValueError, "a model by name"),
     ],
 )
-def test_what_does_not_go_with_a_loaded_model_is_refused(model, dataset, options, error, message):
+def test_arguments_that_conflict_with_a_loaded_model_are_refused(model, dataset, options, error, message):
     with pytest.raises(error, match=message):
         tokenize_dataset(dataset, **{"model": model, **options})
 
@@ -298,7 +299,9 @@ print(len(calls), rows._fingerprint, rows["audio_codes"][:])
 
 
 def test_a_function_over_a_loaded_model_hashes_by_its_weights(folder, model):
-    """Before and after use, and for each load of one folder. So a hand-written `map` is cached."""
+    """
+    The hash is equal before and after use, and for each load of the same folder. So a hand-written `map` is cached.
+    """
 
     def by_hand(model):
         return Hasher.hash(lambda batch: model.encode(batch["input_values"]))
@@ -313,8 +316,8 @@ def test_a_function_over_a_loaded_model_hashes_by_its_weights(folder, model):
 
 
 @pytest.mark.slow
-def test_a_map_by_hand_over_the_model_is_cached_across_processes(folder, tmp_path):
-    """datasets hashes the function with the model that it uses: equal weights hit the cache, others do not."""
+def test_a_hand_written_map_over_the_model_is_cached_across_processes(folder, tmp_path):
+    """datasets hashes the function with the model that it uses: only equal weights hit the cache."""
     clips = np.random.default_rng(0).uniform(-0.9, 0.9, (3, 500)).tolist()
     datasets.Dataset.from_dict({"samples": clips}).save_to_disk(tmp_path / "clips")
     (tmp_path / "by_hand.py").write_text(BY_HAND)
@@ -332,9 +335,7 @@ def test_a_map_by_hand_over_the_model_is_cached_across_processes(folder, tmp_pat
     assert first_again[1:] == second[1:] == first[1:] and other[1:] != first[1:]
 
 
-def test_a_detokenized_dataset_sounds_as_the_model_decodes_and_has_the_length_of_the_original(
-    folder, dataset, alone, model
-):
+def test_a_detokenized_dataset_holds_the_decoded_audio_at_its_original_length(folder, dataset, alone, model):
     tokens = tokenize_dataset(dataset, str(folder / "model"))
     back = detokenize_dataset(tokens, str(folder / "model"))
     assert isinstance(back.features["audio"], datasets.Audio) and "audio_codes" not in back.column_names
@@ -346,7 +347,7 @@ def test_a_detokenized_dataset_sounds_as_the_model_decodes_and_has_the_length_of
         with torch.no_grad():
             expected = model.decode(torch.tensor(codes)[None, None]).audio_values[0, 0].numpy()
         assert rate == 24000 and len(values) == row["num_samples"]
-        # 16-bit integers; what lies outside [-1, 1] is clipped
+        # 16-bit integers; samples outside [-1, 1] are clipped
         np.testing.assert_allclose(values, expected[: len(values)].clip(-1, 1), atol=2 / 32768)
 
 
@@ -366,7 +367,7 @@ def test_codes_of_another_codebook_are_refused(folder, dataset):
         (lambda dataset: dataset, {"batch_seconds": -1}, "batch_seconds=-1"),
     ],
 )
-def test_what_cannot_be_done_is_refused(folder, dataset, change, options, message):
+def test_invalid_arguments_are_refused(folder, dataset, change, options, message):
     with pytest.raises(ValueError, match=message):
         tokenize_dataset(change(dataset), str(folder / "model"), **options)
 
@@ -377,7 +378,7 @@ def test_a_device_is_chosen_by_rank(monkeypatch):
     assert [mapping.encoding.default_device(rank) for rank in (0, 3, 4)] == ["cuda:0", "cuda:3", "cuda:0"]
 
 
-def test_the_way_back_needs_nothing_but_codes(folder, model):
+def test_detokenizing_needs_only_the_codes(folder, model):
     codes = np.arange(10, dtype=np.uint16)
-    (sound,) = AudioDetokenizer(str(folder / "model"))({"audio_codes": [codes]})["audio"]
-    assert soundfile.info(io.BytesIO(sound["bytes"])).frames == 160
+    (decoded_audio,) = AudioDetokenizer(str(folder / "model"))({"audio_codes": [codes]})["audio"]
+    assert soundfile.info(io.BytesIO(decoded_audio["bytes"])).frames == 160

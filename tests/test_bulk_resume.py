@@ -1,4 +1,4 @@
-"""Bulk runs that are killed, repeated, shared between processes, or met by a folder of another run."""
+"""Bulk runs that are killed, repeated, shared between processes, or started on the folder of another run."""
 
 import json
 import multiprocessing
@@ -22,8 +22,8 @@ from bulk_runs import (  # noqa: F401
     model,
     num_parts,
     one_thread,
-    place,
     run,
+    workspace,
 )
 from pyarrow import parquet
 from tqdm.auto import tqdm
@@ -32,7 +32,7 @@ from wavtokenizer_hf.bulk import TokenizeOptions, output, tokenize
 
 
 def _run_on_a_slow_disk(arguments):
-    # a fork shares the lock of tqdm, and one that is killed while it holds it would hold it for all others
+    # forks share tqdm's lock: one killed while it holds the lock would block all others
     tqdm.set_lock(threading.RLock())
     sync = os.fsync
     output.os.fsync = lambda descriptor: (time.sleep(0.015), sync(descriptor))
@@ -40,16 +40,17 @@ def _run_on_a_slow_disk(arguments):
     tokenize(*arguments, TokenizeOptions(num_processes=1, part_size=1, num_readers=1, batch_seconds=2))
 
 
-def test_killed_at_random_moments_and_run_again_gives_what_an_uninterrupted_run_gives(place, run, tmp_path, alone):
+def test_a_run_killed_at_random_moments_and_resumed_equals_an_uninterrupted_run(workspace, run, tmp_path, alone):
     run(output=tmp_path / "whole", part_size=1)
-    arguments = (place / "corpus", str(place / "model"), tmp_path / "killed")
+    arguments = (workspace / "corpus", str(workspace / "model"), tmp_path / "killed")
     moments, kills = random.Random(0), 0
     while kills < 12:
         before = num_parts(tmp_path / "killed")
         process = multiprocessing.get_context("fork").Process(target=_run_on_a_slow_disk, args=(arguments,))
         process.start()
         deadline = time.monotonic() + 60
-        while kills % 2 and process.is_alive() and num_parts(tmp_path / "killed") == before:  # else some get nowhere
+        # let every second process write a file: otherwise some make no progress
+        while kills % 2 and process.is_alive() and num_parts(tmp_path / "killed") == before:
             assert time.monotonic() < deadline, "no part in 60 s"
             time.sleep(0.001)
         process.join(timeout=moments.uniform(0, 0.05))
@@ -59,7 +60,7 @@ def test_killed_at_random_moments_and_run_again_gives_what_an_uninterrupted_run_
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         kills += 1
-    assert kills >= 10 and num_parts(tmp_path / "killed") >= 5  # it got somewhere in between
+    assert kills >= 10 and num_parts(tmp_path / "killed") >= 5  # it made progress in between
     run(output=tmp_path / "killed", part_size=1)
     for part in (tmp_path / "whole" / "data").iterdir():
         assert part.read_bytes() == (tmp_path / "killed" / "data" / part.name).read_bytes()
@@ -69,7 +70,7 @@ def test_killed_at_random_moments_and_run_again_gives_what_an_uninterrupted_run_
     assert not list((tmp_path / "killed").rglob("*.partial"))
 
 
-def test_what_is_complete_is_left_alone_and_what_was_added_is_done(place, run, tmp_path):
+def test_complete_files_are_left_alone_and_added_clips_are_tokenized(workspace, run, tmp_path):
     corpus = tmp_path / "corpus"
     write_corpus(corpus, 6, (0.01, 0.1))
     run(corpus, part_size=4)
@@ -82,7 +83,7 @@ def test_what_is_complete_is_left_alone_and_what_was_added_is_done(place, run, t
     assert codes["a/0000.wav"] == codes["a/0000_again.wav"]
 
 
-def test_failed_clips_are_tried_again_when_asked_to(run, tmp_path):
+def test_failed_clips_are_retried_on_request(run, tmp_path):
     corpus = tmp_path / "corpus"
     (good,) = write_corpus(corpus, 1, (0.01, 0.1))
     run(corpus)
@@ -94,7 +95,7 @@ def test_failed_clips_are_tried_again_when_asked_to(run, tmp_path):
     assert manifest["complete"] and manifest["num_clips"] == 2 and manifest["num_failures"] == 2
 
 
-def test_shards_share_a_folder_and_make_each_clip_once(run, alone, tmp_path):
+def test_shards_share_a_folder_and_tokenize_each_clip_once(run, alone, tmp_path):
     for index in range(3):
         result = run(shard=(index, 3), part_size=5)
         assert 0 < result.done_now.num_clips < NUM_CLIPS
@@ -104,7 +105,7 @@ def test_shards_share_a_folder_and_make_each_clip_once(run, alone, tmp_path):
 
 
 @pytest.mark.parametrize(("held", "asked"), [((0, 1), (0, 1)), ((1, 2), (0, 3))])
-def test_a_folder_at_which_another_run_works_on_the_same_clips_is_refused(run, tmp_path, held, asked):
+def test_a_folder_in_use_by_another_run_over_the_same_clips_is_refused(run, tmp_path, held, asked):
     from filelock import FileLock
 
     (tmp_path / "out" / "data").mkdir(parents=True)
@@ -124,18 +125,18 @@ def test_a_folder_at_which_another_run_works_on_the_same_clips_is_refused(run, t
         ("source", "made with source"),
     ],
 )
-def test_a_folder_of_another_run_is_refused(place, run, tmp_path, change, message):
-    shutil.copytree(place / "model", tmp_path / "model")
+def test_a_folder_of_another_run_is_refused(workspace, run, tmp_path, change, message):
+    shutil.copytree(workspace / "model", tmp_path / "model")
     corpus = tmp_path / "corpus"
     write_corpus(corpus, 2, (0.01, 0.1))
     run(corpus, model=str(tmp_path / "model"))
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     options = {"source": corpus, "model": str(tmp_path / "model")}
     if change == "model":
-        options["model"] = str(place / "other")
+        options["model"] = str(workspace / "other")
     elif change == "codebook":
         shutil.rmtree(tmp_path / "model")
-        shutil.copytree(place / "other", tmp_path / "model")
+        shutil.copytree(workspace / "other", tmp_path / "model")
     elif change == "encoder":
         train_encoder(tmp_path / "model")
     else:
@@ -145,7 +146,7 @@ def test_a_folder_of_another_run_is_refused(place, run, tmp_path, change, messag
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_another_source_of_the_same_name_is_refused(place, run, tmp_path, monkeypatch):
+def test_another_source_of_the_same_name_is_refused(workspace, run, tmp_path, monkeypatch):
     for folder in ("one", "other"):
         write_corpus(tmp_path / folder / "corpus", 2, (0.01, 0.1))
     monkeypatch.chdir(tmp_path / "one")
@@ -156,7 +157,7 @@ def test_another_source_of_the_same_name_is_refused(place, run, tmp_path, monkey
         run("corpus")
 
 
-def test_a_folder_with_other_things_in_it_is_refused(run, tmp_path):
+def test_a_folder_with_unrelated_files_is_refused(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"thesis\.tex and no manifest"):
@@ -164,14 +165,14 @@ def test_a_folder_with_other_things_in_it_is_refused(run, tmp_path):
     assert os.listdir(tmp_path / "out") == ["thesis.tex"]
 
 
-def test_a_folder_is_the_same_with_a_slash_at_its_end(place, run, tmp_path):
+def test_a_trailing_slash_does_not_change_the_source_folder(workspace, run, tmp_path):
     corpus = tmp_path / "corpus"
     write_corpus(corpus, 1, (0.01, 0.1))
-    run(f"{corpus}/", model=f"{place / 'model'}/")
+    run(f"{corpus}/", model=f"{workspace / 'model'}/")
     assert run(corpus).done_now.num_clips == 0
 
 
-def test_half_written_files_of_a_killed_run_are_removed(run, tmp_path):
+def test_partial_files_of_a_killed_run_are_removed(run, tmp_path):
     (tmp_path / "out" / "data").mkdir(parents=True)
     for name in ("manifest.json", "data/part-0.parquet"):
         path = tmp_path / "out" / name
@@ -180,14 +181,14 @@ def test_half_written_files_of_a_killed_run_are_removed(run, tmp_path):
     assert not list((tmp_path / "out").rglob("*.partial"))
 
 
-def test_strange_parquet_beside_the_parts_is_named_and_not_called_damaged(run, tmp_path):
+def test_foreign_parquet_files_in_the_output_are_named_and_not_called_damaged(run, tmp_path):
     run()
     parquet.write_table(pyarrow.table({"id": ["x"]}), tmp_path / "out" / "data" / "mine.parquet")
     with pytest.raises(ValueError, match=r"mine\.parquet is not of this command\. Move it away"):
         run()
 
 
-def test_a_damaged_part_is_named(run, tmp_path):
+def test_a_damaged_output_file_is_named(run, tmp_path):
     run()
     part = next((tmp_path / "out" / "data").iterdir())
     part.write_bytes(part.read_bytes()[:100])
@@ -198,22 +199,22 @@ def test_a_damaged_part_is_named(run, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Slow: as the command line
+# Slow: the command line
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_the_command_with_two_processes_is_killed_and_run_again(place, tmp_path, alone):
+def test_the_command_with_two_processes_resumes_after_kills(workspace, tmp_path, alone):
     command = [
-        sys.executable, "-m", "wavtokenizer_hf", "tokenize", place / "corpus", "-m", place / "model", "-o", tmp_path / "out",
-        "--num-processes", "2", "--part-size", "1",
+        sys.executable, "-m", "wavtokenizer_hf", "tokenize", workspace / "corpus", "-m", workspace / "model",
+        "-o", tmp_path / "out", "--num-processes", "2", "--part-size", "1",
     ]  # fmt: skip
     moments, finished = random.Random(1), []
     for _ in range(10):
         process = subprocess.Popen(
             command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
         )
-        # the imports take seconds and the work less than one: wait for the first new part before the dice are rolled
+        # Imports take seconds and the work less than one: wait for the first new file before the random delay.
         deadline = time.monotonic() + 300
         before = num_parts(tmp_path / "out")
         while num_parts(tmp_path / "out") == before and time.monotonic() < deadline:
@@ -225,7 +226,7 @@ def test_the_command_with_two_processes_is_killed_and_run_again(place, tmp_path,
         process.wait()
         assert _group_ends(process.pid)  # its workers too
         finished.append(num_parts(tmp_path / "out"))
-    assert len(set(finished)) >= 4  # it was stopped at different places
+    assert len(set(finished)) >= 4  # it was stopped at different points
     assert (
         subprocess.run(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode == 1
     )  # damaged files
@@ -243,8 +244,8 @@ def _group_ends(group):
 
 
 @pytest.mark.slow
-def test_workers_that_are_ended_leave_one_line(place, tmp_path):
-    command = [sys.executable, "-m", "wavtokenizer_hf", "tokenize", place / "corpus", "-m", place / "model"]
+def test_terminated_workers_leave_one_line_of_output(workspace, tmp_path):
+    command = [sys.executable, "-m", "wavtokenizer_hf", "tokenize", workspace / "corpus", "-m", workspace / "model"]
     command += ["-o", tmp_path / "out", "--num-processes", "2", "--part-size", "2", "--on-error", "fail"]
     process = subprocess.run(command, capture_output=True, text=True)
     lines = [

@@ -16,8 +16,8 @@ from bulk_runs import (  # noqa: F401
     clips,
     model,
     one_thread,
-    place,
     run,
+    workspace,
 )
 from pyarrow import parquet
 
@@ -26,15 +26,15 @@ from wavtokenizer_hf.bulk import run as bulk_run
 
 
 @pytest.mark.parametrize("ending", ["txt", "csv", "jsonl"])
-def test_a_list_file_is_read_with_its_further_columns(run, clips, alone, tmp_path, place, ending):
-    os.symlink(place / "corpus", tmp_path / "sounds")
+def test_a_list_file_is_read_with_its_extra_columns(run, clips, alone, tmp_path, workspace, ending):
+    os.symlink(workspace / "corpus", tmp_path / "sounds")
     rows = [(f"sounds/{name}", text, index) for index, (name, (_, text)) in enumerate(clips.items())]
     lines = {
         "txt": [path for path, _, _ in rows],
         "csv": ["path,text,number", *(f"{path},{text},{number}" for path, text, number in rows)],
         "jsonl": [json.dumps({"path": path, "text": text, "number": number}) for path, text, number in rows],
     }[ending]
-    # spreadsheets write a mark of UTF-8 before the first column's name
+    # spreadsheets write a UTF-8 byte order mark before the first column's name
     (tmp_path / f"list.{ending}").write_text("\n".join(lines) + "\n", "utf-8-sig" if ending == "csv" else "utf-8")
     result = run(tmp_path / f"list.{ending}")
     ids = {name: f"sounds/{name}" for name in clips}
@@ -43,29 +43,29 @@ def test_a_list_file_is_read_with_its_further_columns(run, clips, alone, tmp_pat
         assert sorted(row["number"] for row in rows_of(tmp_path / "out").values()) == [0, 1, 2]
 
 
-def test_a_glob_takes_what_it_names(run, alone, place, tmp_path):
-    run(str(place / "corpus" / "a" / "*.flac"))
+def test_a_glob_selects_the_files_that_it_matches(run, alone, workspace, tmp_path):
+    run(str(workspace / "corpus" / "a" / "*.flac"))
     expected = {name[2:]: codes for name, codes in alone.items() if name.startswith("a/") and name.endswith(".flac")}
     assert codes_of(tmp_path / "out") == expected != {}
 
 
-def test_links_to_folders_are_followed_but_not_in_a_circle(run, alone, place, tmp_path):
+def test_links_to_folders_are_followed_but_not_in_cycles(run, alone, workspace, tmp_path):
     (tmp_path / "corpus").mkdir()
-    os.symlink(place / "corpus" / "a", tmp_path / "corpus" / "link")
+    os.symlink(workspace / "corpus" / "a", tmp_path / "corpus" / "link")
     os.symlink(tmp_path / "corpus", tmp_path / "corpus" / "circle")
     run(tmp_path / "corpus")
     expected = {f"link/{name[2:]}": codes for name, codes in alone.items() if name.startswith("a/")}
     assert codes_of(tmp_path / "out") == expected != {}
 
 
-def test_sounds_of_an_unknown_format_are_listed_and_not_left_out(run, tmp_path):
+def test_audio_of_an_unknown_format_is_listed_as_a_failure(run, tmp_path):
     corpus = tmp_path / "corpus"
     write_corpus(corpus, 1, (0.01, 0.1))
     (corpus / "phone.m4a").write_bytes(b"\0\0\0\x1cftypM4A ")
     assert "ffmpeg -i" in run(corpus).failures["phone.m4a"].reason
 
 
-def test_tar_shards_are_read_with_what_lies_beside_the_sounds(run, clips, alone, tmp_path):
+def test_tar_shards_are_read_with_the_other_files_of_each_sample(run, clips, alone, tmp_path):
     ids, pixels = {}, bytes(range(256))
     (tmp_path / "pixels").write_bytes(pixels)
     (tmp_path / "shards").mkdir()
@@ -86,7 +86,7 @@ def test_reasons_of_failures_are_the_same_in_every_run(run, tmp_path):
         shard.add(tmp_path / "noise.wav", "noise.wav")
     first, again = (run(tmp_path / "x.tar", output=tmp_path / name).failures for name in ("first", "again"))
     assert first == again and first["x.tar/noise"].kind == "unreadable"
-    assert first["x.tar/noise"].reason.startswith("Cannot read the content as sound: Format not recognised. ")
+    assert first["x.tar/noise"].reason.startswith("Cannot read the content as audio: Format not recognised. ")
 
 
 def test_a_link_in_a_shard_is_refused(run, clips, tmp_path):
@@ -102,11 +102,11 @@ def test_a_link_in_a_shard_is_refused(run, clips, tmp_path):
 
 
 @pytest.mark.parametrize("pattern", ["corpus/**/*.wav", "corpus/*/*.wav", "corpus/a*/*"])
-def test_a_folder_that_a_glob_cannot_look_into_is_said(run, tmp_path, monkeypatch, pattern):
+def test_a_folder_that_a_glob_cannot_read_is_reported(run, tmp_path, monkeypatch, pattern):
     write_corpus(tmp_path / "corpus", 4, (0.01, 0.1))
     (tmp_path / "corpus" / "a" / "deeper").mkdir()
     (tmp_path / "corpus" / ".hidden").mkdir()
-    scandir = os.scandir  # tests may run as root, for whom nothing is locked
+    scandir = os.scandir  # tests may run as root, who can read every folder
 
     def locked(path="."):
         if os.path.basename(os.fspath(path)) in (("a", ".hidden") if "**" not in pattern else ("deeper", ".hidden")):
@@ -120,7 +120,7 @@ def test_a_folder_that_a_glob_cannot_look_into_is_said(run, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("fault", ["joined", "damaged"])
-def test_a_shard_of_which_a_part_would_be_passed_over_is_refused(run, clips, tmp_path, fault):
+def test_a_shard_with_members_that_would_be_skipped_is_refused(run, clips, tmp_path, fault):
     shard = tmp_path / "x.tar"
     with tarfile.open(shard, "w") as file:
         for path, _ in clips.values():
@@ -135,22 +135,24 @@ def test_a_shard_of_which_a_part_would_be_passed_over_is_refused(run, clips, tmp
 
 
 def _table(clips):
-    sounds = [{"bytes": path.read_bytes(), "path": path.name} for path, _ in clips.values()]
-    return {"id": list(clips), "audio": sounds, "text": [text for _, text in clips.values()]}
+    audio_values = [{"bytes": path.read_bytes(), "path": path.name} for path, _ in clips.values()]
+    return {"id": list(clips), "audio": audio_values, "text": [text for _, text in clips.values()]}
 
 
 @pytest.mark.parametrize("kind", ["parquet", "dataset"])
-def test_workers_are_told_of_tables_by_pickling(clips, tmp_path, kind):
+def test_sources_with_tables_reach_workers_by_pickling(clips, tmp_path, kind):
     import datasets
 
     table = pyarrow.table(_table(clips))
     parquet.write_table(table, tmp_path / "x.parquet")
     source = sources.open_source(tmp_path / "x.parquet" if kind == "parquet" else datasets.Dataset(table))
-    places = [item.locator for item in source.items]
-    source.read(places[0])  # so that it holds something that it could send along
-    told = pickle.loads(pickle.dumps(source.without_items()))
-    assert [told.read(place)["bytes"] for place in places] == [path.read_bytes() for path, _ in clips.values()]
-    assert [told.extra_columns(place)["text"] for place in places] == [text for _, text in clips.values()]
+    locators = [item.locator for item in source.items]
+    source.read(locators[0])  # opens files, which must not be pickled
+    unpickled = pickle.loads(pickle.dumps(source.without_items()))
+    assert [unpickled.read(locator)["bytes"] for locator in locators] == [
+        path.read_bytes() for path, _ in clips.values()
+    ]
+    assert [unpickled.extra_columns(locator)["text"] for locator in locators] == [text for _, text in clips.values()]
 
 
 @pytest.mark.parametrize("with_ids", [True, False])
@@ -165,13 +167,11 @@ def test_parquet_is_read_row_group_by_row_group(run, clips, alone, tmp_path, wit
 
 
 @pytest.mark.parametrize("kind", ["on disk", "of splits", "in memory"])
-def test_datasets_are_read_undecoded_and_keep_the_meaning_of_their_columns(run, clips, alone, tmp_path, kind):
+def test_datasets_are_read_undecoded_and_keep_their_column_features(run, clips, alone, tmp_path, kind):
     import datasets
 
     table = pyarrow.table({**_table(clips), "speaker": [index % 2 for index in range(len(clips))]})
-    dataset = datasets.Dataset(
-        table
-    )  # from Arrow: given Python objects, the library would want torchcodec to encode them
+    dataset = datasets.Dataset(table)  # from Arrow: the library needs torchcodec to encode Python objects
     dataset = dataset.cast_column("audio", datasets.Audio())
     dataset = dataset.cast_column("speaker", datasets.ClassLabel(names=["anna", "bert"]))
     if kind == "on disk":
@@ -187,25 +187,25 @@ def test_datasets_are_read_undecoded_and_keep_the_meaning_of_their_columns(run, 
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_the_output_is_read_by_load_dataset_as_it_is(run, alone, tmp_path, streaming):
+def test_load_dataset_reads_the_output_folder_as_it_is(run, alone, tmp_path, streaming):
     import datasets
 
-    run(part_size=2)  # one part holds but failures
+    run(part_size=2)  # one file holds only failures
     loaded = datasets.load_dataset(
         str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"), streaming=streaming
     )
     assert {row["id"]: row["audio_codes"] for row in loaded} == alone
 
 
-def test_load_dataset_tells_folders_of_one_name_apart_and_sees_them_grow(run, place, alone, tmp_path):
-    """With `configs` in the card, datasets 5.2 took what it had read of another folder of that name."""
+def test_load_dataset_distinguishes_folders_of_the_same_name_and_sees_new_files(run, workspace, alone, tmp_path):
+    """With `configs` in the card, datasets 5.2 returned cached data of another folder of the same name."""
     import datasets
 
     def ids(folder) -> set[str]:
         loaded = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
         return set(loaded["id"])
 
-    clips = [place / "corpus" / clip for clip in sorted(alone)[:2]]
+    clips = [workspace / "corpus" / clip for clip in sorted(alone)[:2]]
     for name, clip in zip(("one", "other"), clips, strict=True):
         (tmp_path / name / "corpus").mkdir(parents=True)
         shutil.copy(clip, tmp_path / name / "corpus")
@@ -217,19 +217,19 @@ def test_load_dataset_tells_folders_of_one_name_apart_and_sees_them_grow(run, pl
     assert ids(tmp_path / "one" / "tokens") == {first, second}
 
 
-def test_the_schema_says_what_the_codes_are(run, place, model, tmp_path):
+def test_the_schema_describes_the_codes(run, workspace, model, tmp_path):
     run()
     part = next((tmp_path / "out" / "data").iterdir())
-    settings = json.loads(parquet.read_schema(part).metadata[output.METADATA])["settings"]
+    settings = json.loads(parquet.read_schema(part).metadata[output.METADATA_KEY])["settings"]
     assert settings["codebook_fingerprint"] == model.codebook_fingerprint
     assert settings["model"] == "model" and settings["hop_length"] == 16
     assert "revision" in settings
 
 
-def test_card_and_settings_name_no_folder_of_this_machine(run, place, tmp_path):
+def test_card_and_settings_hold_no_local_paths(run, workspace, tmp_path):
     run(model="bundled")
     package = os.path.dirname(os.path.dirname(bulk_run.__file__))
     for name in ("README.md", "manifest.json"):
         text = (tmp_path / "out" / name).read_text()
-        assert "bundled" in text and "corpus (path " in text and str(place) not in text and package not in text
+        assert "bundled" in text and "corpus (path " in text and str(workspace) not in text and package not in text
     assert 'detokenize_dataset(tokens, "bundled")' in (tmp_path / "out" / "README.md").read_text()

@@ -1,6 +1,6 @@
 """
-The bundled model: what it is and how it sounds; its recipe: what its sound is, what is held out, and that one command
-does it.
+The bundled model: its files and its audio quality; its recipe: the training clips, the held-out set, and that one
+command runs it.
 """
 
 import csv
@@ -31,7 +31,7 @@ RECIPE = ROOT / "examples" / "bundled_model"
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 
 
-def test_it_is_a_whole_model_of_at_most_24_megabytes_and_the_recipes_shape():
+def test_the_bundled_model_is_complete_has_the_recipes_shape_and_at_most_24_megabytes():
     assert sorted(path.name for path in bundled_model().iterdir()) == [
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
     ]  # fmt: skip
@@ -46,14 +46,14 @@ def test_it_is_a_whole_model_of_at_most_24_megabytes_and_the_recipes_shape():
     assert AutoFeatureExtractor.from_pretrained(bundled_model()).hop_length == model.config.hop_length == 320
 
 
-def test_its_fingerprint_is_in_its_config_and_its_card():
+def test_the_fingerprint_is_in_config_and_card():
     model = WavTokenizerModel.from_pretrained(bundled_model())
     assert model.config.codebook_fingerprint == model.codebook_fingerprint
     assert f"`{model.codebook_fingerprint}`" in (bundled_model() / "README.md").read_text()
 
 
-def test_commands_that_take_a_model_take_it_by_its_name(tmp_path):
-    """Beside those that the README shows."""
+def test_every_command_with_a_model_option_accepts_the_bundled_name(tmp_path):
+    """These are the commands that the README does not show."""
     clips = str(write_clips(tmp_path / "clips", count=2, seconds=0.2))
     other = str(write_clips(tmp_path / "other", count=1, seconds=0.2))
     assert main(["tokenize", clips, "--model", "bundled", "--output", str(tmp_path / "tokens")]) == 0
@@ -64,7 +64,7 @@ def test_commands_that_take_a_model_take_it_by_its_name(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "least"), [("speech", 0.75), ("synthetic", 0.75)])
-def test_speech_that_it_never_heard_comes_back_intelligible(name, least):
+def test_held_out_speech_stays_intelligible(name, least):
     model = WavTokenizerModel.from_pretrained(bundled_model()).eval()
     file = ROOT / "examples" / f"{name}.flac"
     report = evaluate([(file, Path(file.name))], [Model("bundled", model)], metrics=["stoi"], num_workers=0)
@@ -74,7 +74,7 @@ def test_speech_that_it_never_heard_comes_back_intelligible(name, least):
 
 
 @pytest.mark.parametrize("name", ["speech", "synthetic"])
-def test_decoded_speech_keeps_many_of_its_codes(name):
+def test_encoding_decoded_speech_gives_many_of_the_same_codes(name):
     model = WavTokenizerModel.from_pretrained(bundled_model()).eval()
     waveform = torch.from_numpy(audio.load(ROOT / "examples" / f"{name}.flac"))[None, None]
     with torch.inference_mode():
@@ -87,7 +87,7 @@ def test_decoded_speech_keeps_many_of_its_codes(name):
 @pytest.mark.slow
 @needs_espeak
 def test_a_decoder_learns_a_new_voice_and_no_code_changes(tmp_path):
-    """`fine_tune_decoder` on a few minutes of one voice, by an ordinary CPU."""
+    """Run `fine_tune_decoder` on a few minutes of one voice, on an ordinary CPU."""
     for name, sentences in (("clips", slice(0, 40)), ("other", slice(40, 50))):
         (tmp_path / name).mkdir()
         chosen = [each for group in texts.HELD_OUT_SENTENCES.values() for each in group][sentences]
@@ -111,7 +111,7 @@ def test_a_decoder_learns_a_new_voice_and_no_code_changes(tmp_path):
 
 @pytest.mark.slow
 @needs_espeak
-def test_its_card_says_what_it_does_to_the_held_out_utterances(tmp_path):
+def test_the_card_states_the_quality_on_held_out_utterances(tmp_path):
     make = load_script(RECIPE / "make.py")
 
     sound.make_held_out(tmp_path / "held_out", seed=0)
@@ -125,7 +125,7 @@ def test_its_card_says_what_it_does_to_the_held_out_utterances(tmp_path):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> dict[str, np.ndarray]:
-    """A minute or two of training clips by name."""
+    """Return a minute or two of training clips by name."""
     folder = tmp_path_factory.mktemp("sound") / "clips"
     sound.make_clips(folder, 0.001, 0, "training", 1)
     return {file.name: soundfile.read(file)[0] for file in sorted(folder.iterdir())}
@@ -139,7 +139,7 @@ def test_voices_and_half_of_the_languages_are_held_out():
 
 
 @needs_espeak
-def test_every_language_and_variant_is_one_that_espeak_ng_has():
+def test_every_language_and_variant_exists_in_espeak_ng():
     for language in (*texts.TRAINING_WORDS, *texts.HELD_OUT_SENTENCES):
         assert len(sound.speak("1 2 3", language, rate=160, pitch=50)) > 0
     listed = subprocess.run(["espeak-ng", "--voices=variant"], capture_output=True, text=True, check=True).stdout
@@ -148,32 +148,32 @@ def test_every_language_and_variant_is_one_that_espeak_ng_has():
 
 
 @needs_espeak
-def test_clips_are_short_at_minus_3_dbfs_and_never_digital_silence(clips):
+def test_clips_are_short_peak_at_minus_3_dbfs_and_are_never_digital_silence(clips):
     assert len(clips) > 10
     for waveform in clips.values():
         assert 1.0 <= len(waveform) / 24000 <= 2.5
         assert np.abs(waveform).max() == pytest.approx(10 ** (-3 / 20), abs=1e-4)  # 16-bit steps
-        # the floor is at least -75 dBFS below a peak, of which 16-bit steps of -90 dBFS leave something
+        # the noise floor is at least -75 dBFS, which 16-bit steps of -90 dBFS preserve
         windows = np.lib.stride_tricks.sliding_window_view(waveform, 240)[::240]
         assert (windows != 0).any(axis=1).all()
 
 
 @pytest.mark.slow
 @needs_espeak
-def test_a_seed_gives_the_same_sound_and_another_seed_or_name_other_sound(clips, tmp_path):
+def test_a_seed_gives_the_same_audio_and_another_seed_or_name_gives_different_audio(clips, tmp_path):
     for name, seed, workers in (("training", 0, 2), ("training", 1, 1), ("validation", 0, 1)):
         folder = tmp_path / f"{name}_{seed}"
         sound.make_clips(folder, 0.001, seed, name, workers)
-        made = {file.name: soundfile.read(file)[0] for file in sorted(folder.iterdir())}
-        same = made.keys() == clips.keys() and all(np.array_equal(made[name], clips[name]) for name in made)
+        again = {file.name: soundfile.read(file)[0] for file in sorted(folder.iterdir())}
+        same = again.keys() == clips.keys() and all(np.array_equal(again[name], clips[name]) for name in again)
         assert same == ((name, seed) == ("training", 0))
 
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
     """
-    Two packages of recordings in place of Debian's: tones of several speakers, some held out, and one of telephone
-    quality.
+    Write two packages of recordings that stand in for Debian's: tones of several speakers, some held out, and one of
+    telephone quality.
     """
 
     def unpack(name, folder):
@@ -208,7 +208,7 @@ def test_recordings_are_split_by_speaker_trimmed_and_the_same_for_a_seed(package
     assert speakers["held_out_voices"] == {"it_IT_m_Carlo", "klettres_lt"}
     assert speakers["training"] == {"en_US_f_Allison", "klettres_ru"} >= speakers["validation"]
     held_out = sorted((packages / "held_out_voices").iterdir())
-    assert len(held_out) == 2 + 5  # as many of Carlo as are wanted; the telephone sound is left out
+    assert len(held_out) == 2 + 5  # as many of Carlo as requested; the telephone recordings are left out
     for path in held_out:
         # 1.5 s of tone and 0.12 s of silence at either end, to the nearest 20 ms
         assert soundfile.info(path).duration == pytest.approx(1.74, abs=0.04)
@@ -218,7 +218,7 @@ def test_recordings_are_split_by_speaker_trimmed_and_the_same_for_a_seed(package
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(packages)).read_bytes()
 
 
-def test_both_voices_of_the_issue_and_two_languages_are_held_out_wherever_they_speak():
+def test_the_required_voices_and_languages_are_held_out_of_every_source():
     assert [recordings.group_of(name) for name in ("it_IT_m_Carlo", "fr_CA_f_June")] == [
         "it_IT_m_Carlo",
         "fr_CA_f_June",
@@ -228,10 +228,10 @@ def test_both_voices_of_the_issue_and_two_languages_are_held_out_wherever_they_s
     assert sum(recordings.HELD_OUT_COUNTS.values()) >= 200
 
 
-def test_recordings_that_cannot_be_had_are_an_error_that_names_the_way_out(packages, tmp_path, monkeypatch):
+def test_unavailable_recordings_raise_an_error_that_names_the_alternative(packages, tmp_path, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setenv("PATH", str(tmp_path))  # no program at all
-    with pytest.raises(RuntimeError, match=r"no program apt-get.*--sound synthetic"):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no programs on the path
+    with pytest.raises(RuntimeError, match=r"program apt-get.* is missing.*--sound synthetic"):
         recordings.make_recordings(tmp_path / "sound", 0, 1)
     (tmp_path / "apt-get").write_text("#!/bin/sh\necho 'E: Unable to locate package one' >&2\nexit 100\n")
     (tmp_path / "apt-get").chmod(0o755)
@@ -239,9 +239,9 @@ def test_recordings_that_cannot_be_had_are_an_error_that_names_the_way_out(packa
         recordings.unpack("one", tmp_path)
 
 
-def test_a_package_whose_sound_has_moved_is_named(packages, monkeypatch):
+def test_a_package_whose_audio_files_moved_is_named(packages, monkeypatch):
     monkeypatch.setattr(recordings, "PACKAGES", (recordings.Package("one", "MIT", r"elsewhere/(.*)\.wav"),))
-    with pytest.raises(RuntimeError, match="The package one has no sound where it used to be"):
+    with pytest.raises(RuntimeError, match="The package one has no audio at the expected paths"):
         recordings.make_recordings(packages, 0, 1)
 
 
@@ -258,7 +258,7 @@ def test_synthetic_clips_are_repeated_up_to_their_share(recorded, expected, tmp_
     assert sum(line.startswith("training_synthetic/") for line in listed) == expected
 
 
-def test_the_recipe_is_settings_of_a_model_at_75_tokens_per_second_within_24_megabytes():
+def test_the_recipe_gives_a_model_at_75_tokens_per_second_within_24_megabytes():
     config = WavTokenizerConfig(**Settings.load(str(RECIPE / "recipe.yaml")).config)
     assert config.frame_rate == 75
     with torch.device("meta"):
@@ -268,7 +268,7 @@ def test_the_recipe_is_settings_of_a_model_at_75_tokens_per_second_within_24_meg
 
 @pytest.mark.slow
 @needs_espeak
-def test_one_command_leads_from_nothing_to_a_card_and_goes_on_where_it_was(tmp_path):
+def test_one_command_goes_from_nothing_to_a_card_and_resumes(tmp_path):
     command = [sys.executable, str(RECIPE / "make.py"), "--output", str(tmp_path / "made"), "--quick"]
     subprocess.run(command, check=True)
     model = AutoModel.from_pretrained(tmp_path / "made" / "model")

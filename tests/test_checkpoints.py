@@ -35,19 +35,19 @@ medium-music-audio-75-v2  WavTokenizer-medium-music-audio-75token  wavtokenizer_
 large-unify-40            WavTokenizer-large-unify-40token         wavtokenizer_large_unify_600_24k.ckpt            40 large-unify-40token
 large-speech-75-v1        -                                        wavtokenizer_large_speech_320_24k.ckpt           75 -
 large-speech-75-v2        WavTokenizer-large-speech-75token        wavtokenizer_large_speech_320_v2.ckpt            75 large-speech-75token-v2
-"""
+"""  # noqa: E501, the table stays aligned
 NAMES = [line.split()[0] for line in FACTS.strip().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def tensors():
-    """A small checkpoint for 75 codes per second, by original names."""
+    """Return a small checkpoint for 75 codes per second, by reference names."""
     return small_tensors(75)
 
 
 @pytest.fixture(scope="module")
 def small(tensors, tmp_path_factory):
-    """It as a file."""
+    """Return the small checkpoint as a file."""
     path = tmp_path_factory.mktemp("small") / "small.ckpt"
     torch.save({"state_dict": tensors}, path)
     return path
@@ -84,7 +84,7 @@ def test_rate_file_and_yaml_of_a_checkpoint_belong_together(name):
     assert ("_music_audio_" in published.yaml) == ("_music_audio_" in published.file)
 
 
-def test_the_configuration_of_each_rate_is_that_of_the_originals_tensors(rate):
+def test_the_configuration_of_each_rate_matches_the_reference_tensors(rate):
     published = next(published for published in table().values() if published.frame_rate == rate)
     with torch.device("meta"):
         model = WavTokenizerModel(published.config)
@@ -93,7 +93,7 @@ def test_the_configuration_of_each_rate_is_that_of_the_originals_tensors(rate):
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == expected
 
 
-def test_what_is_stated_has_a_source_and_what_is_not_known_is_not_stated():
+def test_every_stated_value_has_a_source_and_unknown_values_are_left_out():
     for published in table().values():
         assert published.sources and all(re.fullmatch(r"\[.+\]\(https://.+\)", source) for source in published.sources)
         assert published.sha256 is None or re.fullmatch("[0-9a-f]{64}", published.sha256)
@@ -108,8 +108,8 @@ def test_what_is_stated_has_a_source_and_what_is_not_known_is_not_stated():
     ("name", "nearest"),
     [("large-unify", "large-unify-40"), ("small-75", "small-speech-75"), ("encodec", ", ".join(NAMES))],
 )
-def test_an_unknown_name_lists_the_nearest(name, nearest):
-    with pytest.raises(ValueError, match="which is no published checkpoint") as error:
+def test_an_unknown_name_lists_the_nearest_names(name, nearest):
+    with pytest.raises(ValueError, match="which is not a published checkpoint") as error:
         find(name)
     assert nearest in str(error.value)
 
@@ -127,14 +127,14 @@ def test_the_command_prints_the_table(capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is checked of a published checkpoint
+# Checks of a published checkpoint
 # ---------------------------------------------------------------------------------------------------------------------
 
-# what the original gives for the sine on the formula's weights (at 5cf440d, torch 2.13.0, CPU, float32)
-SINE_75 = KnownAnswer(440, 0.5, 0.5, 38, [3807, 112, 3379, 2464, 862, 873, 1813, 1753, 112, 1455], "the original")
+# codes of the reference implementation for the sine on the formula's weights (at 5cf440d, torch 2.13.0, CPU, float32)
+SINE_75 = KnownAnswer(440, 0.5, 0.5, 38, [3807, 112, 3379, 2464, 862, 873, 1813, 1753, 112, 1455], "the reference")
 
 
-def test_a_known_answer_is_the_originals_codes_of_the_sine(models):
+def test_the_known_answers_are_the_reference_codes_of_the_sine(models):
     dataclasses.replace(find("small-speech-75"), known_answers=[SINE_75]).check_model(models(75))
 
 
@@ -150,7 +150,7 @@ def test_a_known_answer_is_the_originals_codes_of_the_sine(models):
         ({"fingerprint": "0123456789abcdef"}, "expected 0123456789abcdef for small-speech-75"),
     ],
 )
-def test_another_checkpoint_than_the_published_one_is_refused(changes, reason, models):
+def test_a_checkpoint_other_than_the_published_one_is_refused(changes, reason, models):
     with pytest.raises(ValueError, match=reason):
         dataclasses.replace(find("small-speech-75"), **changes).check_model(models(75))
 
@@ -180,16 +180,14 @@ def test_a_file_of_another_size_or_hash_is_refused_before_it_is_opened(tmp_path)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_there_is_one_card_for_each_checkpoint_and_it_is_what_the_table_gives():
-    """`python -m wavtokenizer_hf.conversion.card` writes them anew."""
-    found = {path.stem: path.read_text() for path in cards.CARDS.glob("*.md") if path.name != "template.md"}
-    assert found == {name: cards.published_card(published) for name, published in table().items()}
+def test_each_checkpoint_has_one_card_that_matches_the_table():
+    """`python -m wavtokenizer_hf.conversion.card` writes the cards again."""
+    written = {path.stem: path.read_text() for path in cards.CARDS.glob("*.md") if path.name != "template.md"}
+    assert written == {name: cards.published_card(published) for name, published in table().items()}
 
 
-def test_the_task_of_the_cards_is_one_of_the_hub_and_has_no_pipeline():
-    """
-    The Hub shows `pipeline(TASK, model=…)` for the tasks of transformers' pipelines, and none of them runs a codec.
-    """
+def test_the_task_of_the_cards_exists_on_the_hub_and_has_no_pipeline():
+    """The Hub shows `pipeline(TASK, model=…)` for tasks of transformers' pipelines, and no pipeline runs a codec."""
     tasks = {
         ModelCard.load(path).data.pipeline_tag for path in [*cards.CARDS.glob("*-*.md"), bundled_model() / "README.md"]
     }
@@ -198,7 +196,7 @@ def test_the_task_of_the_cards_is_one_of_the_hub_and_has_no_pipeline():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_card_says_what_its_checkpoint_is(name):
+def test_a_card_describes_its_checkpoint(name):
     published, card = find(name), ModelCard.load(cards.CARDS / f"{name}.md")
     assert (card.data.license, card.data.library_name) == ("mit", "transformers")
     assert card.data.pipeline_tag == "audio-to-audio"
@@ -223,13 +221,13 @@ def test_a_card_that_conversion_writes_states_no_number_without_a_source(small, 
 
 
 def in_the_hubs_cache(folder: Path, published: PublishedCheckpoint) -> Path:
-    """Where huggingface_hub keeps a published file; the folders for it are made."""
+    """Return the path of a published file in the cache of huggingface_hub, and create its folders."""
     snapshot = folder / f"models--{published.repository.replace('/', '--')}" / "snapshots" / "0123456789abcdef"
     snapshot.mkdir(parents=True)
     return snapshot / published.file
 
 
-def test_a_file_that_nothing_identifies_is_called_not_verified_in_card_and_report(small, tmp_path, capsys):
+def test_an_unidentified_file_is_called_not_verified_in_card_and_report(small, tmp_path, capsys):
     published = find("small-speech-75")
     cached = in_the_hubs_cache(tmp_path, published)
     cached.symlink_to(small)
@@ -248,12 +246,12 @@ def test_a_file_that_nothing_identifies_is_called_not_verified_in_card_and_repor
     for number, (file, published, verified) in enumerate(cases):
         capsys.readouterr()
         card = (convert(file, tmp_path / str(number), published=published) / "README.md").read_text()
-        said = f"iven as {published.name}, and not verified beyond its rate"
-        assert (said in capsys.readouterr().out, said in card.replace("`", "")) == (not verified, not verified)
+        warning = f"iven as {published.name}, and not verified beyond its rate"
+        assert (warning in capsys.readouterr().out, warning in card.replace("`", "")) == (not verified, not verified)
         assert ("\nThe weights are those of `" in card) == verified
 
 
-def test_a_hash_identifies_a_file_and_not_the_parts_of_one(tensors, save, tmp_path):
+def test_a_hash_identifies_a_whole_file_and_not_its_parts(tensors, save, tmp_path):
     encoder, decoder = halves(tensors)
     parts = [save(encoder, "encoder.pt"), save(decoder, "decoder.pt")]
     published = dataclasses.replace(find("small-speech-75"), sha256=64 * "0")
@@ -305,28 +303,28 @@ def save(tmp_path):
 
 
 def nearby(tensors: dict[str, torch.Tensor], step: float) -> dict[str, torch.Tensor]:
-    """The weights of a later checkpoint of the same run: not far away."""
+    """Return the weights of a later checkpoint of the same run, which differ little."""
     return {
         name: tensor + step * torch.from_numpy(formula.fill(f"{step}.weight_v", tensor.shape))
         for name, tensor in tensors.items()
     }
 
 
-def test_the_mean_of_checkpoints_of_one_run_is_the_mean(tensors, save, tmp_path, capsys):
+def test_averaging_checkpoints_of_one_run_gives_their_mean(tensors, save, tmp_path, capsys):
     runs = [tensors, nearby(tensors, 0.01), nearby(tensors, 0.02)]
     files = [str(save(run, f"step={step}.ckpt")) for step, run in enumerate(runs)]
     assert main([*files, "--average", "--output", str(tmp_path / "mean")]) == 0
     weights = read_weights(tmp_path / "mean")
     for name in filter(is_kept, tensors):
         mean = torch.stack([run[name].double() for run in runs]).mean(0)
-        # float32 sums of three numbers
+        # rounding of float32 sums of three values
         torch.testing.assert_close(weights[new_name(name)].double(), mean, rtol=1e-6, atol=1e-6)
     assert "averaged: 3 checkpoints" in capsys.readouterr().out
     card = (tmp_path / "mean" / "README.md").read_text()
     assert "the mean of the checkpoints named below" in card and "step=2.ckpt" in card
 
 
-def test_the_mean_of_what_does_not_belong_together_is_refused(tensors, save, tmp_path):
+def test_averaging_unrelated_checkpoints_is_refused(tensors, save, tmp_path):
     first = save(tensors, "first.ckpt")
     other_run = {
         name: torch.from_numpy(formula.fill("other." + name, tensor.shape)) for name, tensor in tensors.items()
@@ -352,13 +350,13 @@ def test_the_mean_of_what_does_not_belong_together_is_refused(tensors, save, tmp
 
 
 def halves(tensors: dict[str, torch.Tensor]) -> tuple[dict, dict]:
-    """Encoder and decoder, each with the codebook."""
+    """Return encoder and decoder, each with the codebook."""
     encoder = {name: tensor for name, tensor in tensors.items() if name.startswith((ENCODER, CODEBOOK))}
     decoder = {name: tensor for name, tensor in tensors.items() if name.startswith((CODEBOOK, "backbone.", "head."))}
     return encoder, decoder
 
 
-def test_parts_make_the_folder_that_the_whole_makes(tensors, small, save, tmp_path):
+def test_parts_convert_to_the_same_folder_as_the_whole(tensors, small, save, tmp_path):
     files = [str(save(half, name)) for half, name in zip(halves(tensors), ("encoder.pt", "decoder.pt"), strict=True)]
     assert main([*files, "--output", str(tmp_path / "joined")]) == 0
     whole = convert(small, tmp_path / "whole")
@@ -367,7 +365,8 @@ def test_parts_make_the_folder_that_the_whole_makes(tensors, small, save, tmp_pa
 
 def outetts_halves(tensors: dict[str, torch.Tensor], folder: Path) -> list[str]:
     """
-    As outetts/wav_tokenizer/model.py of github.com/edwko/OuteTTS saves them, and OuteAI publishes them on the Hub.
+    Return the halves as outetts/wav_tokenizer/model.py of github.com/edwko/OuteTTS saves them. OuteAI publishes such
+    files on the Hub.
     """
     encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("feature_extractor.")}
     decoder = {name: tensor for name, tensor in tensors.items() if name.startswith(("backbone.", "head."))}
@@ -380,13 +379,13 @@ def outetts_halves(tensors: dict[str, torch.Tensor], folder: Path) -> list[str]:
     return [str(folder / "encoder_model.pt"), str(folder / "decoder_model.pt")]
 
 
-def test_the_parts_of_outetts_make_the_folder_that_the_whole_makes(tensors, small, tmp_path):
+def test_the_outetts_parts_convert_to_the_same_folder_as_the_whole(tensors, small, tmp_path):
     assert main([*outetts_halves(tensors, tmp_path), "--output", str(tmp_path / "joined")]) == 0
     whole = convert(small, tmp_path / "whole")
     assert (tmp_path / "joined" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_a_decoder_of_outetts_with_another_codebook_is_refused(tensors, tmp_path):
+def test_an_outetts_decoder_with_another_codebook_is_refused(tensors, tmp_path):
     files = outetts_halves(tensors, tmp_path)
     decoder = torch.load(files[1], weights_only=True)
     decoder["model_state_dict"]["codebook_weights"][5, 5] += 1e-3
@@ -403,7 +402,7 @@ def test_parts_of_two_checkpoints_are_refused(tensors, save, tmp_path):
         convert([save(encoder, "encoder.pt"), save(decoder, "decoder.pt")], tmp_path / "joined")
 
 
-def test_one_part_alone_is_refused_and_says_what_is_missing(tensors, save, tmp_path):
+def test_one_part_alone_is_refused_with_the_missing_part(tensors, save, tmp_path):
     with pytest.raises(ValueError, match=r"are missing: .*backbone\."):
         convert(save(halves(tensors)[0], "encoder.pt"), tmp_path / "joined")
 
@@ -429,14 +428,14 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
-def test_arguments_that_make_no_sense_are_refused_in_one_line(case, tmp_path, capsys):
+def test_contradictory_arguments_are_refused_in_one_line(case, tmp_path, capsys):
     arguments, reason = BAD_ARGUMENTS[case]
     assert cli.main(["convert", *arguments, "--output", str(tmp_path / "folder")]) == 2
     captured = capsys.readouterr()
     assert reason in captured.err and len(captured.err.splitlines()) == 1 and captured.out == ""
 
 
-def test_the_command_says_as_json_what_it_made(small, tmp_path, capsys):
+def test_the_command_reports_its_output_as_json(small, tmp_path, capsys):
     arguments = [str(small), "--checkpoint", "small-speech-75", "--output", str(tmp_path / "folder"), "--json"]
     assert cli.main(["convert", *arguments]) == 0
     result = json.loads(capsys.readouterr().out)

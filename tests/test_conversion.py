@@ -1,4 +1,4 @@
-"""Original checkpoints become folders that Hugging Face loads, or are refused with a reason; nothing in between."""
+"""Reference checkpoints become folders that Hugging Face loads, or are refused with a reason."""
 
 import hashlib
 import json
@@ -41,16 +41,16 @@ from wavtokenizer_hf.conversion.from_original import convert
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a converted folder holds
+# The content of a converted folder
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_kept_tensor_equals_the_originals_bit_for_bit(checkpoints, folders, rate):
+def test_every_converted_tensor_equals_the_reference_bit_for_bit(checkpoints, folders, rate):
     original = torch.load(checkpoints(rate), mmap=True, weights_only=True)["state_dict"]
     weights = read_weights(folders(rate))
-    kept = [name for name in original if is_kept(name)]
-    assert len(kept) > 200
-    assert [name for name in kept if not same_bits(weights[new_name(name)], original[name])] == []
+    converted = [name for name in original if is_kept(name)]
+    assert len(converted) > 200
+    assert [name for name in converted if not same_bits(weights[new_name(name)], original[name])] == []
 
 
 def test_tensor_names_are_exactly_those_of_the_model(folders, rate):
@@ -144,7 +144,7 @@ def test_feature_extractor_has_the_models_hop(folders, rate):
     assert (extractor.sampling_rate, extractor.hop_length) == (24000, {75: 320, 40: 600}[rate])
 
 
-def test_folder_gives_the_originals_codes_where_the_package_is_absent(folders, tmp_path):
+def test_folder_gives_the_reference_codes_without_the_package(folders, tmp_path):
     golden = np.load(REFERENCE / "chirp_1.37_75.npz")
     np.save(tmp_path / "audio.npy", formula.waveform("chirp", 1.37))
     program = """
@@ -168,7 +168,7 @@ with torch.no_grad():
     assert run.returncode == 0, run.stderr
     codes = np.load(tmp_path / "codes.npy")
     assert len(np.unique(codes)) > 10
-    # nearer ties than this may fall either way on another processor
+    # closer ties may be resolved differently on another processor
     np.testing.assert_array_equal(codes[:, golden["margin"] > 1e-6], golden["codes"][:, golden["margin"] > 1e-6])
 
 
@@ -177,7 +177,7 @@ with torch.no_grad():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_card_has_metadata_that_the_hub_sorts_by(small_folder):
+def test_card_has_the_metadata_that_the_hub_filters_by(small_folder):
     _, metadata, _ = (small_folder / "README.md").read_text().split("---\n", 2)
     metadata = yaml.safe_load(metadata)
     assert (metadata["license"], metadata["library_name"]) == ("mit", "transformers")
@@ -200,7 +200,7 @@ def test_examples_of_the_card_run(small_folder, tmp_path, monkeypatch):
     (tmp_path / small_folder.name).symlink_to(small_folder)
     soundfile.write("speech.wav", formula.waveform("speechlike", 0.5), 24000)
     blocks = re.findall(r"```python\n(.*?)```", (small_folder / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 6  # three ways to load, sound, datasets, language models
+    assert len(blocks) == 6  # three ways to load, audio, datasets, language models
     names = {}
     for block in blocks:
         exec(block, names)
@@ -222,7 +222,7 @@ def test_interrupted_conversion_leaves_nothing_behind(error, tensors, save, tmp_
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_interrupted_conversion_leaves_older_folders_alone(tensors, save, tmp_path, after_saving):
+def test_interrupted_conversion_leaves_existing_folders_alone(tensors, save, tmp_path, after_saving):
     path = save(tensors)
     (tmp_path / "models" / "other").mkdir(parents=True)
     after_saving(stop(KeyboardInterrupt()))
@@ -269,7 +269,7 @@ def test_empty_folder_may_be_the_output(tensors, save, tmp_path):
     assert (convert(save(tensors), tmp_path / "converted") / "config.json").is_file()
 
 
-def test_output_may_lie_in_folders_that_do_not_exist(tensors, save, tmp_path):
+def test_output_may_be_in_folders_that_do_not_exist(tensors, save, tmp_path):
     assert convert(save(tensors), tmp_path / "a" / "b" / "converted") == tmp_path / "a" / "b" / "converted"
 
 

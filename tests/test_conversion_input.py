@@ -46,12 +46,12 @@ def test_every_form_of_the_file_gives_the_same_weights(form, tensors, small_fold
     assert (folder / "model.safetensors").read_bytes() == (small_folder / "model.safetensors").read_bytes()
 
 
-def test_parameters_that_share_one_piece_of_memory_are_kept(tensors, save, small_folder, tmp_path):
-    names = [name for name in tensors if name.startswith(ENCODER + "13.lstm.")]  # as cuDNN lays out an LSTM
+def test_parameters_that_share_one_storage_are_converted(tensors, save, small_folder, tmp_path):
+    names = [name for name in tensors if name.startswith(ENCODER + "13.lstm.")]  # the memory layout of a cuDNN LSTM
     memory = torch.cat([tensors[name].flatten() for name in names])
-    pieces = memory.split([tensors[name].numel() for name in names])
-    for name, piece in zip(names, pieces, strict=True):
-        tensors[name] = torch.nn.Parameter(piece.view(tensors[name].shape))
+    views = memory.split([tensors[name].numel() for name in names])
+    for name, view in zip(names, views, strict=True):
+        tensors[name] = torch.nn.Parameter(view.view(tensors[name].shape))
     folder = convert(save(tensors), tmp_path / "converted")
     assert (folder / "model.safetensors").read_bytes() == (small_folder / "model.safetensors").read_bytes()
 
@@ -72,25 +72,27 @@ def test_training_only_tensors_are_dropped(tensors, save, small_folder, tmp_path
 @pytest.fixture(scope="module")
 def discriminators():
     """
-    The original's three discriminators at their full size, each tensor of one value that no other has; by original
-    names.
+    Return the three reference discriminators at full size, by reference names. Each tensor is filled with its own
+    constant.
     """
     manifest = json.loads((REFERENCE / "manifest_discriminators.json").read_text())
-    return {name: torch.tensor(float(place)).expand(shape) for place, (name, shape) in enumerate(manifest.items(), 1)}
+    return {
+        name: torch.tensor(float(number)).expand(shape) for number, (name, shape) in enumerate(manifest.items(), 1)
+    }
 
 
-def test_discriminators_are_kept_where_training_finds_them(
+def test_discriminators_are_saved_where_training_finds_them(
     tensors, discriminators, save, small_folder, tmp_path, capsys
 ):
     from wavtokenizer_hf.training import Settings
     from wavtokenizer_hf.training.state import build
 
-    # as in real files, where the discriminator that the codec was trained against lies in the loss, and "dac." was never used
+    # As in the published files: the loss holds the trained discriminator, and the one under "dac." was never used.
     used = {name.replace("dac.", "dacdiscriminator.discriminator."): tensor for name, tensor in discriminators.items()}
-    unused = {
+    never_used = {
         name: torch.zeros(()).expand(tensor.shape) for name, tensor in discriminators.items() if name[:3] == "dac"
     }
-    checkpoint = save({**tensors, **used, **unused})
+    checkpoint = save({**tensors, **used, **never_used})
     capsys.readouterr()
     folder = convert(checkpoint, tmp_path / "converted", with_discriminators=True)
     assert f"kept in discriminators.safetensors: {len(discriminators)} tensors" in capsys.readouterr().out
@@ -104,7 +106,7 @@ def test_discriminators_are_kept_where_training_finds_them(
         assert (loaded[name].flatten()[[0, -1]] == tensor.flatten()[0]).all()
 
 
-def test_discriminators_that_are_asked_for_must_be_there_and_whole(tensors, discriminators, save, tmp_path):
+def test_requested_discriminators_must_be_present_and_complete(tensors, discriminators, save, tmp_path):
     with pytest.raises(ValueError, match="holds no discriminators"):
         convert(save(tensors), tmp_path / "converted", with_discriminators=True)
     some = dict(list(discriminators.items())[:-1])
@@ -113,8 +115,8 @@ def test_discriminators_that_are_asked_for_must_be_there_and_whole(tensors, disc
     assert not (tmp_path / "converted").exists()
 
 
-def spoil_discriminators(path: Path) -> None:
-    """Changes the last bit of the file."""
+def flip_one_bit(path: Path) -> None:
+    """Flip a bit in the last value of the file."""
     content = bytearray(path.read_bytes())
     content[-4] ^= 1
     path.write_bytes(content)
@@ -126,7 +128,7 @@ def test_written_discriminators_that_differ_in_one_bit_are_found(tensors, discri
 
     def save_and_spoil(content, file):
         safetensors.torch.save_file(content, file)
-        spoil_discriminators(file)
+        flip_one_bit(file)
 
     monkeypatch.setattr("wavtokenizer_hf.conversion.from_original.save_file", save_and_spoil)
     with pytest.raises(RuntimeError, match=r"discriminators\.safetensors: .* differs from the checkpoint"):
@@ -135,14 +137,14 @@ def test_written_discriminators_that_differ_in_one_bit_are_found(tensors, discri
 
 
 @pytest.mark.slow
-def test_discriminators_in_a_folder_that_exists_are_compared(tensors, discriminators, save, tmp_path):
+def test_discriminators_in_an_existing_folder_are_compared(tensors, discriminators, save, tmp_path):
     path = save({**tensors, **discriminators})
     folder = convert(path, tmp_path / "converted", with_discriminators=True)
     convert(path, folder, with_discriminators=True, keep_existing=True)
-    with pytest.raises(ValueError, match="it has discriminators, which were not asked for"):
+    with pytest.raises(ValueError, match="it has discriminators, which were not requested"):
         convert(path, folder, keep_existing=True)
     file = folder / "discriminators.safetensors"
-    spoil_discriminators(file)
+    flip_one_bit(file)
     with pytest.raises(ValueError, match=r"discriminators\.safetensors: .* differs from the checkpoint"):
         convert(path, folder, with_discriminators=True, keep_existing=True)
     file.write_bytes(b"damaged")
@@ -188,13 +190,13 @@ def test_other_float_types_become_float32_and_the_report_says_so(dtype, tensors,
     assert f"2 {str(dtype).removeprefix('torch.')} tensors converted to float32" in capsys.readouterr().out
 
 
-def test_report_says_what_was_kept_and_dropped_and_why(tensors, save, tmp_path, capsys):
-    kept = [tensor for name, tensor in tensors.items() if is_kept(name)]
+def test_report_lists_converted_and_dropped_tensors_with_reasons(tensors, save, tmp_path, capsys):
+    converted = [tensor for name, tensor in tensors.items() if is_kept(name)]
     dropped = sum(name.startswith("feature_extractor.encodec.decoder.") for name in tensors)
     folder = convert(save(tensors, optimizer_states=[]), tmp_path / "converted")
     report = capsys.readouterr().out
     facts = [
-        f"{len(kept)} tensors, {sum(tensor.numel() for tensor in kept):,} numbers",
+        f"{len(converted)} tensors, {sum(tensor.numel() for tensor in converted):,} numbers",
         "never uses",
         "optimizer_states",
     ]
@@ -204,7 +206,7 @@ def test_report_says_what_was_kept_and_dropped_and_why(tensors, save, tmp_path, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The original's YAML files
+# YAML files of the reference implementation
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +287,7 @@ BAD_YAML = {
 
 
 @pytest.mark.parametrize("case", BAD_YAML)
-def test_yaml_of_something_else_is_refused(case, originals, save, save_yaml, tmp_path, monkeypatch):
+def test_yaml_of_another_model_is_refused(case, originals, save, save_yaml, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content, reason = BAD_YAML[case]
     with pytest.raises(ValueError, match=reason):
@@ -294,7 +296,7 @@ def test_yaml_of_something_else_is_refused(case, originals, save, save_yaml, tmp
 
 
 @pytest.mark.parametrize("sample_rate", [0, "24000", 24000.0, None], ids=repr)
-def test_sampling_rate_that_is_none_is_refused(sample_rate, originals, save, save_yaml, tmp_path):
+def test_invalid_sampling_rate_is_refused(sample_rate, originals, save, save_yaml, tmp_path):
     content = small_yaml()
     content["model"]["init_args"]["sample_rate"] = sample_rate
     with pytest.raises(ValueError, match=r"model\.sample_rate"):
@@ -302,7 +304,7 @@ def test_sampling_rate_that_is_none_is_refused(sample_rate, originals, save, sav
 
 
 @pytest.mark.parametrize("where", ["missing", "folder"])
-def test_yaml_that_is_no_file_is_refused(where, originals, save, tmp_path):
+def test_yaml_path_that_is_not_a_file_is_refused(where, originals, save, tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="expected a YAML file"):
         convert(save(originals[75]), tmp_path / "converted", config=tmp_path / where)
@@ -316,7 +318,7 @@ def test_several_quantizers_in_the_yaml_are_refused(originals, save, save_yaml, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files that are no usable checkpoint
+# Files that are not usable checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -338,7 +340,7 @@ BAD_FILES = {
     "empty.ckpt": (Path.touch, "is empty"),
     "truncated.ckpt": (truncated, "cut short"),
     "truncated_before_torch_1.6.ckpt": (lambda path: truncated(path, zipped=False), "cut short"),
-    "truncated.safetensors": (truncated_safetensors, "cut short"),
+    "truncated.safetensors": (truncated_safetensors, "damaged or truncated"),
     "page.ckpt": (lambda path: path.write_text("\n<!DOCTYPE html><html>Sign in</html>"), "is a web page"),
     "pointer.ckpt": (lambda path: path.write_text(GIT_LFS), "git LFS pointer"),
     "pointer.safetensors": (lambda path: path.write_text(GIT_LFS), "git LFS pointer"),
@@ -352,7 +354,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_file_that_is_no_checkpoint_is_refused_with_a_reason(name, tmp_path):
+def test_file_that_is_not_a_checkpoint_is_refused_with_a_reason(name, tmp_path):
     make, reason = BAD_FILES[name]
     make(tmp_path / name)
     with pytest.raises(ValueError, match=reason) as error:
@@ -362,7 +364,7 @@ def test_file_that_is_no_checkpoint_is_refused_with_a_reason(name, tmp_path):
 
 
 class RunsCode:
-    """Pickled, this makes a file when it is opened."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path):
         self.command = f"touch {path}"
@@ -399,7 +401,7 @@ def test_pickle_that_would_run_code_is_refused_and_not_executed(save_pickle, tmp
     assert os.listdir(tmp_path) == ["trap.ckpt"]
 
 
-def test_trap_of_the_tests_above_works(tmp_path):
+def test_the_code_execution_trap_of_these_tests_works(tmp_path):
     save_plain(RunsCode(tmp_path / "executed"), tmp_path / "trap.ckpt")
     pickle.loads((tmp_path / "trap.ckpt").read_bytes())
     assert (tmp_path / "executed").exists()
@@ -411,7 +413,7 @@ def test_object_of_another_class_is_refused_by_name(tmp_path):
         convert(tmp_path / "model.ckpt", tmp_path / "converted")
 
 
-def test_setting_that_loosens_torch_load_is_not_heeded(tmp_path, monkeypatch):
+def test_environment_variable_that_loosens_torch_load_is_ignored(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     save_zipped(RunsCode(tmp_path / "executed"), tmp_path / "trap.ckpt")
     with pytest.raises(ValueError, match="Nothing was executed"):
@@ -420,7 +422,7 @@ def test_setting_that_loosens_torch_load_is_not_heeded(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tensors that do not make a WavTokenizer
+# Tensors of other architectures
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -490,7 +492,7 @@ BAD_TENSORS = {
 
 
 @pytest.mark.parametrize("case", BAD_TENSORS)
-def test_tensors_that_do_not_make_a_wavtokenizer_are_refused_with_a_reason(case, tensors, save, tmp_path):
+def test_tensors_of_another_architecture_are_refused_with_a_reason(case, tensors, save, tmp_path):
     change, reason = BAD_TENSORS[case]
     change(tensors)
     with pytest.raises(ValueError, match=reason):
@@ -498,7 +500,7 @@ def test_tensors_that_do_not_make_a_wavtokenizer_are_refused_with_a_reason(case,
 
 
 @pytest.mark.parametrize("case", BAD_TENSORS)
-def test_refused_tensors_leave_nothing_behind(case, tensors, save, tmp_path):
+def test_refused_tensors_leave_no_output(case, tensors, save, tmp_path):
     BAD_TENSORS[case][0](tensors)
     path = save(tensors)
     with pytest.raises(ValueError, match=BAD_TENSORS[case][1]):
@@ -508,9 +510,9 @@ def test_refused_tensors_leave_nothing_behind(case, tensors, save, tmp_path):
 
 @pytest.mark.parametrize("first", range(5))
 def test_every_missing_tensor_is_named(first, tensors, save, tmp_path):
-    kept = [name for name in tensors if is_kept(name)]
-    missing = kept[first::13]  # 17 or 18 from all over the model, and no layer of it as a whole
+    converted = [name for name in tensors if is_kept(name)]
+    missing = converted[first::13]  # 17 or 18 tensors across the model, and no complete layer
     remove(*missing)(tensors)
-    with pytest.raises(ValueError, match=f"{len(missing)} of the {len(kept)} tensors") as error:
+    with pytest.raises(ValueError, match=f"{len(missing)} of the {len(converted)} tensors") as error:
         convert(save(tensors), tmp_path / "converted")
     assert [name for name in missing if name not in str(error.value)] == []

@@ -1,4 +1,4 @@
-"""The page of `wavtokenizer demo`: what it computes, and what a visitor sees in headless Chromium."""
+"""The page of `wavtokenizer demo`: its computations, and its appearance to a visitor in headless Chromium."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def clip(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the page computes
+# Computations of the page
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -88,7 +88,7 @@ def test_other_text_is_refused_with_the_reason(text, message):
         parse_tokens(text)
 
 
-def test_a_clip_becomes_the_models_codes_and_their_audio_of_its_length(codec, clip, model_folder, tiny_model):
+def test_a_clip_becomes_codes_and_decoded_audio_of_the_same_length(codec, clip, model_folder, tiny_model):
     result = codec.reconstruct(str(clip), model_folder)
     values = torch.from_numpy(NOISE)[None, None]
     codes = tiny_model.encode(values).audio_codes
@@ -101,7 +101,7 @@ def test_a_clip_becomes_the_models_codes_and_their_audio_of_its_length(codec, cl
     np.testing.assert_array_equal(again.reconstruction, result.reconstruction)
 
 
-def test_bad_input_is_a_message_with_the_next_step(codec, clip, model_folder, tmp_path):
+def test_bad_input_gives_a_message_with_the_next_step(codec, clip, model_folder, tmp_path):
     (tmp_path / "broken.flac").write_bytes(b"fLaC and then nothing")
     soundfile.write(tmp_path / "long.wav", np.zeros(50_000), 24_000)
     fingerprint = '{"audio_codes": [1, 2], "codebook_fingerprint": "0123456789abcdef"}'
@@ -131,7 +131,7 @@ def test_bad_input_is_a_message_with_the_next_step(codec, clip, model_folder, tm
         (["--host", "no.such.host.invalid"], "--host (127.0.0.1: this machine)"),
     ],
 )
-def test_what_the_command_cannot_do_is_one_line(arguments, message, capsys):
+def test_invalid_demo_commands_give_one_line(arguments, message, capsys):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         assert main(["demo", *(port if argument == "PORT" else argument for argument in arguments)]) == 2
@@ -155,7 +155,7 @@ def test_the_page_sends_no_analytics(model_folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a visitor sees
+# The page in a browser
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +170,7 @@ def browser(tmp_path):
 
 @pytest.fixture
 def page(model_folder):
-    """The page with the tiny model, and its address."""
+    """Serve the page with the tiny model, and return its address."""
     pytest.importorskip("gradio")
     page = build_page([model_folder], max_seconds=2)
     yield launch(page, port=None, block=False)
@@ -188,7 +188,7 @@ def test_a_visitor_uploads_hears_and_pastes(page, browser, clip, tmp_path, tiny_
     browser.open(page)
     browser.wait("document.querySelector('#wt-clip input[type=file]') && document.querySelector('#wt-encode')")
 
-    browser.click("#wt-encode")  # nothing was chosen
+    browser.click("#wt-encode")  # no file was chosen
     browser.wait("document.querySelector('#wt-error [role=alert]')?.textContent.includes('Got no clip')")
 
     browser.upload("#wt-clip input[type=file]", clip)
@@ -221,13 +221,13 @@ def test_a_visitor_uploads_hears_and_pastes(page, browser, clip, tmp_path, tiny_
         "audio.wt-reconstruction').src"
     )
 
-    browser.resize(360, 700)  # a phone
+    browser.resize(360, 700)  # the size of a phone
     browser.wait("document.documentElement.clientWidth == 360")
     assert browser.evaluate("document.documentElement.scrollWidth") <= 360
     assert browser.evaluate("document.querySelector('#wt-decoded img').clientWidth") > 200
 
 
-def test_a_visitor_is_told_what_is_wrong_with_a_file(page, browser, tmp_path):
+def test_a_visitor_sees_what_is_wrong_with_a_file(page, browser, tmp_path):
     (tmp_path / "broken.wav").write_bytes(b"RIFF and then nothing")
     browser.open(page)
     browser.wait("document.querySelector('#wt-clip input[type=file]') && document.querySelector('#wt-encode')")

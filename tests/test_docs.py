@@ -1,4 +1,4 @@
-"""README and docs: their Python runs, their commands work, their links lead somewhere, their sentences are short."""
+"""README and docs: the Python code runs, the commands work, the links resolve, and the sentences are short."""
 
 import ast
 import importlib.util
@@ -31,12 +31,12 @@ from wavtokenizer_hf.training.settings import read_arguments
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(DOCS.rglob("*.md"))]
-# other texts
+# other text files
 LINKING = [ROOT / ".github" / "CONTRIBUTING.md", ROOT / "tests" / "fixtures" / "README.md"]
 LINKING += [*sorted(ROOT.glob("examples/*/*.md")), *sorted(ROOT.glob("wavtokenizer_hf/*/README.md"))]
 LINKING += sorted(ROOT.glob("model_cards/*.md"))
 MAX_WORDS = 35
-# what makes a recipe a matter of seconds; all else that it says holds
+# These settings make a recipe run in seconds. All its other settings apply.
 TINY_RUN = {
     "steps": 1, "mel_only_steps": 1, "continuous_steps": 0, "batch_size": 1, "segment_seconds": 0.1, "num_workers": 0,
     "kmeans_latents": 20, "kmeans_iterations": 1, "num_validation_clips": 1,
@@ -60,7 +60,7 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def commands(path: Path) -> list[str]:
-    """The `wavtokenizer …` commands of a page, also those within a pipe, without comments and redirections."""
+    """Return the `wavtokenizer …` commands of a page, also those in pipes, without comments and redirections."""
     found = []
     for line in "\n".join(blocks(path, "sh")).splitlines():
         for command in re.sub(r"\s+#(?!SBATCH).*", "", line).split("|"):
@@ -75,7 +75,8 @@ def commands(path: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """
-    What the pages name: audio files, a language model, and a Hub cache with a small checkpoint and a native folder.
+    Return a folder with the files that the pages name: audio, a language model, and a Hub cache with a small
+    checkpoint and a native folder.
     """
     folder = tmp_path_factory.mktemp("docs")
     shutil.copy(ROOT / "examples" / "speech.flac", folder)
@@ -99,14 +100,14 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def token_folder(base):
-    """A folder of Parquet, which the pages on export and evaluation take from that on bulk tokenization."""
+    """Return a token folder: the pages on export and evaluation use the output of the page on bulk tokenization."""
     assert main(["tokenize", str(base / "corpus"), "--model", "bundled", "--output", str(base / "made_tokens")]) == 0
     return base / "made_tokens"
 
 
 @pytest.fixture(scope="module")
 def llm_with_audio(base):
-    """A language model with the codes of the bundled model in its vocabulary."""
+    """Return a language model whose vocabulary includes the codes of the bundled model."""
     from wavtokenizer_hf import bundled_model
     from wavtokenizer_hf.llm import AudioVocabulary
 
@@ -119,7 +120,7 @@ def llm_with_audio(base):
 
 @pytest.fixture
 def workplace(base, tmp_path, monkeypatch, one_thread):
-    """A fresh working folder with links to what `base` holds."""
+    """Return a new working folder with links to the content of `base`."""
     for path in base.iterdir():
         if path.name not in ("made_tokens", "made_llm"):
             (tmp_path / path.name).symlink_to(path)
@@ -131,7 +132,7 @@ def workplace(base, tmp_path, monkeypatch, one_thread):
 
 @pytest.fixture
 def prepare(workplace, request):
-    """A function that makes what a page takes from the pages before it."""
+    """Return a function that creates the files which a page takes from earlier pages."""
 
     def make(page: str) -> None:
         if page in ("docs/export.md", "docs/evaluation.md"):
@@ -149,7 +150,7 @@ def prepare(workplace, request):
 # Python
 # ---------------------------------------------------------------------------------------------------------------------
 
-BEFORE = {  # commands of a page that its Python needs
+BEFORE = {  # commands that the page's Python code needs
     "docs/export.md": ["export tokens/ --format jsonl --output lines/"],
     "docs/onnx.md": ["export-model bundled --output onnx-model"],
 }
@@ -164,7 +165,7 @@ WITH_PYTHON = [
 
 @pytest.mark.parametrize("path", WITH_PYTHON)
 def test_python_blocks_of_a_page_run(path, prepare):
-    """From top to bottom, in one namespace."""
+    """The blocks run from top to bottom, in one namespace."""
     if "transformers.models.wavtokenizer" in path.read_text():
         pytest.importorskip("transformers.models.wavtokenizer", reason="transformers < 5.24 has no WavTokenizer")
     prepare(page_name(path))
@@ -184,7 +185,7 @@ def test_python_blocks_of_a_page_run(path, prepare):
         )  # boundary tokens, end of text
 
 
-def test_blocks_are_found():
+def test_python_blocks_are_found():
     assert {page_name(param.values[0]) for param in WITH_PYTHON} >= {"README.md", "docs/models.md", "docs/bulk.md"}
 
 
@@ -207,7 +208,7 @@ WITH_COMMANDS = [path for path in PAGES if commands(path)]
 
 
 @pytest.mark.parametrize("path", WITH_COMMANDS, ids=page_name)
-def test_commands_of_a_page_are_understood(path):
+def test_commands_of_a_page_parse(path):
     for command in commands(path):
         arguments = _parser().parse_args(shlex.split(command)[1:])
         if arguments.command == "train" and arguments.recipe != "my_recipe.yaml":
@@ -222,7 +223,7 @@ def test_commands_of_a_page_are_understood(path):
     ],
 )
 def test_commands_of_a_page_work(path, prepare, monkeypatch):
-    """In their order, on tiny clips and models. A training makes one step."""
+    """The commands run in order, on tiny clips and models. A training takes one step."""
     if page_name(path) != "docs/bulk.md":
         prepare(page_name(path))
     Path("my_recipe.yaml").write_text("learning_rate: 1.0e-4\n")
@@ -255,7 +256,7 @@ def test_commands_of_a_page_work(path, prepare, monkeypatch):
 
 @pytest.mark.slow
 def test_pipes_work(workplace):
-    """The first commands of the page on long audio, in a shell."""
+    """The first commands of the page on long audio, run in a shell."""
     command = f'wavtokenizer() {{ {sys.executable} -m wavtokenizer_hf "$@"; }}; set -euo pipefail; '
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(["bash", "-c", command + blocks(DOCS / "long-audio.md", "sh")[0]], check=True, env=environment)
@@ -265,7 +266,7 @@ def test_pipes_work(workplace):
 
 
 def with_discriminators() -> Path:
-    """The small checkpoint, with discriminators of zeros."""
+    """Return the small checkpoint, with discriminators of zeros."""
     manifest = json.loads((REFERENCE / "manifest_discriminators.json").read_text())
     discriminators = {name: torch.zeros(()).expand(shape) for name, shape in manifest.items()}
     path = Path("WavTokenizer_small_320_24k_4096.ckpt")
@@ -284,7 +285,7 @@ def test_readme_names_every_command():
 
 @pytest.fixture(scope="module")
 def hooks():
-    """The hooks of the site."""
+    """Return the hooks of the documentation site."""
     pytest.importorskip("mkdocs")
     spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
     module = importlib.util.module_from_spec(spec)
@@ -293,7 +294,7 @@ def hooks():
 
 
 def test_links_of_the_site_stay_on_the_site(hooks):
-    """Benchmarks are a page of it. Other files of the repository are linked where the repository has an address."""
+    """The benchmarks are a page of the site. Links to other files of the repository use the repository's address."""
 
     def converted(text: str, folder: str = "", repository: str | None = None) -> str:
         return hooks.LINK.sub(lambda match: hooks._link(match, folder, repository), text)
@@ -331,27 +332,31 @@ def without_code(text: str) -> str:
 
 def sentences(text: str) -> list[str]:
     """
-    Sentences of a page's paragraphs, list items, headings and table cells; inline code and links count as their text.
+    Return the sentences of paragraphs, list items, headings and table cells. Inline code and links count as their
+    text.
     """
-    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # the metadata of a card
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # the metadata of a model card
     text = re.sub(r"<!--.*?-->|^:::.*?(?=^\S|\Z)", "", without_code(text), flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
     text = re.sub(r"`[^`]*`", "code", text)
-    pieces, paragraph = [], []
+    blocks, paragraph = [], []
     for line in [*text.splitlines(), ""]:
         begins_block = re.match(r"\s*([-*] |\d+\. |#+ |\||>|$)", line)
         if begins_block:
-            pieces.append(" ".join(paragraph))
+            blocks.append(" ".join(paragraph))
             paragraph = []
         if line.lstrip().startswith("|"):
-            pieces += line.strip().strip("|").split("|")
+            blocks += line.strip().strip("|").split("|")
         else:
             paragraph.append(line.strip())
-    return [sentence for piece in pieces for sentence in re.split(r"(?<=[.!?])\s+", piece.strip()) if sentence]
+    return [sentence for block in blocks for sentence in re.split(r"(?<=[.!?])\s+", block.strip()) if sentence]
 
 
-def test_sentences_are_told_apart():
-    text = '---\na: b\n---\n# Head\n\nOne two\nthree. Four `a b c d`, [five](x.md "t").\n\n- six\n- seven\n\n| a b | c. D |\n\n```sh\nx y z\n```\n'
+def test_sentences_are_split_correctly():
+    text = (
+        '---\na: b\n---\n# Head\n\nOne two\nthree. Four `a b c d`, [five](x.md "t").\n\n'
+        "- six\n- seven\n\n| a b | c. D |\n\n```sh\nx y z\n```\n"
+    )
     assert sentences(text) == ["# Head", "One two three.", "Four code, five.", "- six", "- seven", "a b", "c.", "D"]
 
 
@@ -375,18 +380,18 @@ def test_readme_is_short():
 
 
 def anchors(path: Path) -> set[str]:
-    """Anchors of the headings, as GitHub and the site make them."""
+    """Return the anchors of the headings, as GitHub and the site create them."""
     headings = re.findall(r"^#+ (.*)$", without_code(path.read_text(encoding="utf-8")), re.MULTILINE)
     plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "") for heading in headings)
     found = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in plain}
-    if path.name == "command-line.md":  # its headings of commands are made by the hook
+    if path.name == "command-line.md":  # the hook generates its command headings
         (subparsers,) = (a for a in _parser()._actions if hasattr(a, "choices") and a.dest == "command")
         found |= {f"wavtokenizer-{name}" for name in subparsers.choices}
     return found
 
 
 @pytest.mark.parametrize("path", [*PAGES, *LINKING], ids=page_name)
-def test_links_lead_somewhere(path):
+def test_links_resolve(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(path.read_text(encoding="utf-8"))):
         if target.startswith(("http:", "https:")):
             continue
@@ -397,7 +402,7 @@ def test_links_lead_somewhere(path):
         assert not anchor or anchor in anchors(file), target
 
 
-def test_messages_of_troubleshooting_are_those_of_the_code():
+def test_messages_in_troubleshooting_exist_in_the_code():
     texts = [
         node.value
         for folder in ("wavtokenizer_hf", "conversion")
@@ -412,7 +417,7 @@ def test_messages_of_troubleshooting_are_those_of_the_code():
         assert any(message in text for text in texts), message
 
 
-def test_metrics_of_the_documentation_are_those_that_there_are():
+def test_the_documented_metrics_are_the_implemented_ones():
     from wavtokenizer_hf.evaluation import METRICS
     from wavtokenizer_hf.evaluation.metrics import DISTRIBUTIONS
 
@@ -422,7 +427,7 @@ def test_metrics_of_the_documentation_are_those_that_there_are():
         assert not metric.packages or DISTRIBUTIONS.get(metric.packages[0], metric.packages[0]) in table
 
 
-def test_the_tree_of_the_design_is_true():
+def test_the_file_tree_in_the_design_document_is_true():
     tree = (DOCS / "design.md").read_text().split("## The tree")[1].split("```")[1]
     named = set(re.findall(r"^  (\w+\.py(?:, \w+\.py)*)", tree, re.MULTILINE))
     named = {name for names in named for name in names.split(", ")}
@@ -441,7 +446,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_public_docstrings_are_complete():
-    """`help()` explains arguments, results and errors, and does not point elsewhere for them."""
+    """`help()` explains arguments, results and errors, and does not refer to other pages for them."""
     from wavtokenizer_hf import WavTokenizerEncoderModel, upgrade
     from wavtokenizer_hf.bulk import detokenize_dataset, tokenize, tokenize_dataset
     from wavtokenizer_hf.conversion import load_original
@@ -453,10 +458,11 @@ def test_public_docstrings_are_complete():
 
     functions = [
         WavTokenizerModel.encode, WavTokenizerModel.decode, WavTokenizerModel.forward, load_original,
-        WavTokenizerEncoderModel.encode, WavTokenizerEncoderModel.forward, WavTokenizerFeatureExtractor.__call__, upgrade,
-        EncodeStream.push, DecodeStream.push, audio.load, audio.read_blocks, audio.save, audio.load_clip, tokenize,
-        tokenize_dataset, detokenize_dataset, evaluate, export_onnx, export_tokens, stream_audio, decode_spans,
-        AudioVocabulary.add_to, AudioVocabulary.codes_to_ids, AudioVocabulary.ids_to_codes, AudioVocabulary.find_spans,
+        WavTokenizerEncoderModel.encode, WavTokenizerEncoderModel.forward, WavTokenizerFeatureExtractor.__call__,
+        upgrade, EncodeStream.push, DecodeStream.push, audio.load, audio.read_blocks, audio.save, audio.load_clip,
+        tokenize, tokenize_dataset, detokenize_dataset, evaluate, export_onnx, export_tokens, stream_audio,
+        decode_spans, AudioVocabulary.add_to, AudioVocabulary.codes_to_ids, AudioVocabulary.ids_to_codes,
+        AudioVocabulary.find_spans,
     ]  # fmt: skip
     for function in functions:
         text = inspect.getdoc(function)

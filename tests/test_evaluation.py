@@ -1,4 +1,4 @@
-"""Evaluation: each metric against a hand calculation, golden data or the package itself; the report; the command."""
+"""Evaluation: each metric against a hand calculation, golden data or its package; the report; the command."""
 
 import csv
 import json
@@ -26,14 +26,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPEECH = Path(__file__).parent.parent / "examples" / "speech.flac"
 QUICK = ["stoi", "si_sdr", "mel_distance"]
-OPTIONS = Options(crepe="tiny")  # the full network takes half a minute for a second of sound
-# packages that may be absent where these tests run: pesq needs a C compiler, the others carry weights
+OPTIONS = Options(crepe="tiny")  # the full network takes half a minute per second of audio
+# These packages may be absent: pesq needs a C compiler, the others contain weights.
 ABSENT = {name for name in METRICS if name != "utmos" and unavailable_reason(name) is not None}
 needs_pesq = pytest.mark.skipif(find_spec("pesq") is None, reason="pesq is not installed")
 
 
 def needs(name: str):
-    """A metric as a parameter whose tests are skipped where its package is absent."""
+    """Return a metric as a parameter that is skipped where its package is absent."""
     return pytest.param(name, marks=pytest.mark.skipif(name in ABSENT, reason=f"{name}: {unavailable_reason(name)}"))
 
 
@@ -63,7 +63,7 @@ def reason_of(name: str, reference: np.ndarray, estimate: np.ndarray) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_si_sdr_is_the_ratio_of_energies_whatever_the_gain_and_the_offset():
+def test_si_sdr_is_the_energy_ratio_for_any_gain_and_offset():
     reference = np.tile([1, -1, 1, -1], 6000).astype(np.float32)
     distortion = np.tile([1, 1, -1, -1], 6000).astype(np.float32)  # orthogonal to the reference
     estimate = 0.3 * (reference + 0.1 * distortion) + 0.05
@@ -71,13 +71,13 @@ def test_si_sdr_is_the_ratio_of_energies_whatever_the_gain_and_the_offset():
     assert value_of("si_sdr", reference, estimate) == pytest.approx(20, abs=1e-5)
 
 
-def test_si_sdr_gives_no_number_where_the_ratio_has_no_end(speech):
+def test_si_sdr_gives_a_reason_for_an_infinite_ratio(speech):
     assert "no upper end" in reason_of("si_sdr", speech, speech / 2)
     one, other = np.tile([1, -1, 1, -1], 6000), np.tile([1, 1, -1, -1], 6000)
     assert "no lower end" in reason_of("si_sdr", one.astype(np.float32), other.astype(np.float32))
 
 
-def test_mel_distance_is_the_mel_loss_of_the_original():
+def test_mel_distance_is_the_mel_loss_of_the_reference_implementation():
     from formula import waveform
 
     expected = json.loads((REFERENCE / "training_losses.json").read_text())["mel_loss"]
@@ -85,9 +85,9 @@ def test_mel_distance_is_the_mel_loss_of_the_original():
         (waveform("speechlike", 0.5), waveform("noise", 0.5)),
         (waveform("chirp", 0.5), 0.4 * waveform("clipped", 0.5)),
     )
-    # The original's is the mean over a batch of two clips of equal length. The upper bands of the pure chirp hold
-    # nothing but the rounding of the FFT, and MKL rounds by the processor: 6e-4 between SSE4.2 (the reference's) and
-    # AVX-512.
+    # The reference value is the mean over a batch of two clips of equal length. The upper bands of the pure chirp hold
+    # only rounding errors of the FFT. MKL's rounding depends on the processor: it differs by 6e-4 between SSE4.2,
+    # which the reference value was computed with, and AVX-512.
     assert np.mean([value_of("mel_distance", *pair) for pair in pairs]) == pytest.approx(expected, rel=1e-3)
 
 
@@ -96,11 +96,11 @@ def test_mel_distance_is_the_mel_loss_that_training_minimises(speech):
 
     estimate = noisy(speech, 0.01)
     expected = MelLoss()(torch.from_numpy(estimate)[None], torch.from_numpy(speech)[None]).item()
-    # the same float32 operations; only the product with the filters is transposed, which may sum in another order
+    # the same float32 operations; only the filter matmul is transposed, which may change the order of sums
     assert value_of("mel_distance", speech, estimate) == pytest.approx(expected, rel=1e-5)
 
 
-def test_mel_distance_is_that_of_a_calculation_by_hand(speech):
+def test_mel_distance_equals_a_hand_calculation(speech):
     def log_mel(clip):
         clip = np.pad(clip.astype(np.float64), 512, mode="reflect")
         window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024)
@@ -113,7 +113,7 @@ def test_mel_distance_is_that_of_a_calculation_by_hand(speech):
 
     estimate = noisy(speech, 0.01)
     expected = np.abs(log_mel(speech) - log_mel(estimate)).mean()
-    assert value_of("mel_distance", speech, estimate) == pytest.approx(expected, rel=1e-4)  # float32 beside float64
+    assert value_of("mel_distance", speech, estimate) == pytest.approx(expected, rel=1e-4)  # float32 against float64
 
 
 def test_stft_distance_is_convergence_and_log_distance_at_three_sizes(speech):
@@ -130,7 +130,7 @@ def test_stft_distance_is_convergence_and_log_distance_at_three_sizes(speech):
     for size, step, width in ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240)):
         x, y = (magnitudes(clip, size, step, width) for clip in (estimate, reference))
         parts.append(np.linalg.norm(y - x) / np.linalg.norm(y) + np.abs(np.log(x) - np.log(y)).mean())
-    # float32 beside float64
+    # float32 against float64
     assert value_of("stft_distance", reference, estimate) == pytest.approx(np.mean(parts), rel=1e-4)
 
 
@@ -152,10 +152,15 @@ def test_identity_gets_the_best_score_and_noise_lowers_it(name, best, speech):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "best"),
-    # ViSQOL's lattice gives 4.5 for what is equal; DNSMOS looks at one clip alone
-    [(*needs("voicing_f1").values, 1), (*needs("speaker_similarity").values, 1), (*needs("visqol").values, 4.5), (*needs("dnsmos").values, None)],
-)  # fmt: skip
-def test_packages_with_weights_give_the_best_score_to_identity_and_less_for_more_noise(name, best, speech):
+    # ViSQOL's lattice gives 4.5 for equal clips; DNSMOS rates one clip alone
+    [
+        (*needs("voicing_f1").values, 1),
+        (*needs("speaker_similarity").values, 1),
+        (*needs("visqol").values, 4.5),
+        (*needs("dnsmos").values, None),
+    ],
+)
+def test_metrics_with_weights_score_identity_best_and_fall_with_noise(name, best, speech):
     if name in ABSENT:
         pytest.skip(unavailable_reason(name))
     clip = speech[: 2 * 24000]
@@ -169,14 +174,12 @@ def test_packages_with_weights_give_the_best_score_to_identity_and_less_for_more
 def test_the_word_error_rate_of_identity_is_0_and_noise_raises_it(speech):
     rates = [value_of("word_error_rate", speech, noisy(speech, level)) for level in (0.0, 0.01, 0.1)]
     assert rates[0] == 0 < rates[1] <= rates[2]
-    # a recognizer that adapts to what it has heard would now give another transcript
+    # a recognizer that adapts to earlier audio would now give another transcript
     assert value_of("word_error_rate", speech, speech) == 0
 
 
-def test_mcd_is_that_of_a_calculation_by_hand_and_ignores_the_level(speech):
-    assert value_of("mcd", speech, 0.5 * speech) == pytest.approx(
-        0, abs=1e-3
-    )  # but for what is below the floor of 1e-7
+def test_mcd_equals_a_hand_calculation_and_ignores_the_level(speech):
+    assert value_of("mcd", speech, 0.5 * speech) == pytest.approx(0, abs=1e-3)  # except below the floor of 1e-7
     estimate = noisy(speech, 0.01)
     bands = (np.arange(100) + 0.5) * np.pi / 100
     cosines = np.cos(np.arange(1, 14)[:, None] * bands)  # (13, 100)
@@ -197,7 +200,7 @@ def test_identity_has_distance_zero_and_noise_raises_it(name, speech):
 
 
 @needs_pesq
-def test_pesq_and_stoi_are_those_of_their_packages_at_16_and_24_khz(speech):
+def test_pesq_and_stoi_equal_their_packages_at_16_and_24_khz(speech):
     from pesq import pesq
     from pystoi import stoi
     from scipy.signal import resample_poly
@@ -206,29 +209,25 @@ def test_pesq_and_stoi_are_those_of_their_packages_at_16_and_24_khz(speech):
     at_16k = [soxr.resample(clip, 24000, 16000) for clip in (speech, estimate)]
     assert value_of("pesq_wb", speech, estimate) == pesq(16000, *at_16k, "wb")
     assert value_of("stoi", speech, estimate) == stoi(speech, estimate, 24000)
-    # another resampler rolls off elsewhere near 8 kHz; a wrong rate or a swapped pair is off by more than 0.1
+    # Other resamplers roll off differently near 8 kHz. A wrong rate or a swapped pair differs by more than 0.1.
     other = [resample_poly(clip, 2, 3) for clip in (speech, estimate)]
     assert value_of("pesq_wb", speech, estimate) == pytest.approx(pesq(16000, *other, "wb"), abs=0.05)
 
 
 @needs_pesq
-def test_pesq_of_a_long_clip_is_the_mean_of_its_pieces_and_survives_any_number_of_utterances():
+def test_pesq_of_a_long_clip_is_the_mean_of_its_segments_for_any_number_of_utterances():
     from pesq import pesq
 
-    seconds = (
-        np.arange(57 * 24000) / 24000
-    )  # 57 utterances of 0.5 s; given them at once, pesq 0.0.4 writes past its tables
+    seconds = np.arange(57 * 24000) / 24000  # 57 utterances of 0.5 s; in one call, pesq 0.0.4 writes past its tables
     bursts = 0.2 * np.random.default_rng(1).standard_normal(len(seconds)) * (seconds % 1 < 0.5)
     reference, estimate = bursts.astype(np.float32), noisy(bursts, 0.01)
-    pieces = zip(*(np.split(soxr.resample(clip, 24000, 16000), 3) for clip in (reference, estimate)), strict=True)
-    expected = np.mean([pesq(16000, *pair, "wb") for pair in pieces])
+    segments = zip(*(np.split(soxr.resample(clip, 24000, 16000), 3) for clip in (reference, estimate)), strict=True)
+    expected = np.mean([pesq(16000, *pair, "wb") for pair in segments])
     assert value_of("pesq_wb", reference, estimate) == expected
 
 
 def tone(hertz: float, seconds: float = 1.0) -> np.ndarray:
-    """
-    A voice-like sum of harmonics, up to 8 kHz: with nothing in the upper bands it would count as too soft to hear.
-    """
+    """Return a voice-like sum of harmonics up to 8 kHz. With empty upper bands it would count as too soft to hear."""
     phase = 2 * np.pi * hertz * np.arange(round(seconds * 24000)) / 24000
     return (0.1 * sum(np.sin(k * phase) / k for k in range(1, 35))).astype(np.float32)
 
@@ -239,15 +238,15 @@ needs_crepe = pytest.mark.skipif("f0_error" in ABSENT, reason="torchcrepe is not
 @needs_crepe
 def test_f0_error_is_the_interval_between_two_tones_in_cents():
     assert value_of("f0_error", tone(200), 0.8 * tone(200)) == 0
-    # 240 cents apart; each pitch is found to the nearest of bins of 20 cents, so two may be 20 off
+    # 240 cents apart; each pitch is rounded to bins of 20 cents, so two may differ by 20
     assert value_of("f0_error", tone(200), tone(200 * 2 ** (240 / 1200))) == pytest.approx(240, abs=21)
 
 
 @needs_crepe
-def test_voicing_f1_weighs_what_is_missed_like_what_is_made_up():
+def test_voicing_f1_weighs_misses_and_false_alarms_equally():
     half = tone(200)
     half[12000:] = 0
-    # half of the voiced frames are missed: precision 1, recall 1/2; frames of 64 ms see past the edge
+    # half of the voiced frames are missed: precision 1, recall 1/2; frames of 64 ms overlap the edge
     assert value_of("voicing_f1", tone(200), half) == pytest.approx(2 / 3, abs=0.05)
     assert value_of("voicing_f1", half, tone(200)) == pytest.approx(2 / 3, abs=0.05)
 
@@ -281,7 +280,7 @@ def test_a_clip_too_short_for_a_metric_gets_a_reason(name, samples, message, spe
 
 @pytest.fixture
 def utmos_file(tmp_path) -> str:
-    """Not UTMOS, but as it is called: a TorchScript of audio (1, N) at 16 kHz -> one number."""
+    """Return a stand-in with the interface of UTMOS: a TorchScript of audio (1, N) at 16 kHz -> one number."""
 
     class Scorer(torch.nn.Module):
         def forward(self, audio_values):
@@ -292,13 +291,13 @@ def utmos_file(tmp_path) -> str:
     return path
 
 
-def test_utmos_is_what_the_given_weights_say_of_the_reconstruction_at_16_khz(utmos_file, speech):
+def test_utmos_is_the_score_of_the_given_weights_at_16_khz(utmos_file, speech):
     values, _ = score(Clip(speech), Clip(speech / 2, Options(utmos=utmos_file)), ["utmos"])
     expected = np.abs(soxr.resample(speech / 2, 24000, 16000)).mean() + 48000
     assert values["utmos"] == pytest.approx(expected, rel=1e-7)
 
 
-def test_giving_weights_asks_for_utmos(utmos_file, corpus, decoded, capsys):
+def test_giving_utmos_weights_enables_utmos(utmos_file, corpus, decoded, capsys):
     _, report = run(
         capsys, "--audio", corpus, "--decoded", decoded, "--metrics", "mel_distance", "--utmos", utmos_file
     )
@@ -308,7 +307,7 @@ def test_giving_weights_asks_for_utmos(utmos_file, corpus, decoded, capsys):
     )
 
 
-def test_what_cannot_run_says_why(monkeypatch, tmp_path):
+def test_metrics_that_cannot_run_give_a_reason(monkeypatch, tmp_path):
     assert "--utmos" in unavailable_reason("utmos")
     assert "There is no file" in unavailable_reason("utmos", Options(utmos=str(tmp_path / "absent.ts")))
     (tmp_path / "bad.ts").write_bytes(b"not TorchScript")
@@ -318,7 +317,7 @@ def test_what_cannot_run_says_why(monkeypatch, tmp_path):
     assert unavailable_reason("stoi") is None
 
 
-def test_a_package_that_fails_to_import_is_named_and_the_rest_goes_on(monkeypatch, tmp_path, corpus, decoded, capsys):
+def test_a_package_that_fails_to_import_is_named_and_other_metrics_run(monkeypatch, tmp_path, corpus, decoded, capsys):
     broken = tmp_path / "broken_packages"
     (broken / "visqol").mkdir(parents=True)
     (broken / "visqol" / "__init__.py").write_text("raise RuntimeError('built for another numpy')")
@@ -341,7 +340,7 @@ def test_torchcrepe_imports_without_torchaudio(monkeypatch):
     assert sys.modules.get("torchaudio") is None
 
 
-def test_presets_are_metrics_and_the_papers_table_is_among_them():
+def test_presets_name_existing_metrics_and_include_the_papers_table():
     assert all(name in METRICS for names in PRESETS.values() for name in names)
     assert PRESETS["paper"] == ("utmos", "pesq_wb", "stoi", "voicing_f1") and set(PRESETS["full"]) == set(METRICS)
     with pytest.raises(ValueError, match="crepe='small'"):
@@ -361,21 +360,21 @@ def test_presets_are_metrics_and_the_papers_table_is_among_them():
         (np.repeat([3, 4, 5, 6], [4, 2, 1, 1]), 4 / 16, 2**1.75, 1.75 * 75),  # shares 1/2, 1/4, 1/8, 1/8: 1.75 bits
     ],
 )
-def test_codebook_figures_of_known_distributions(codes, used, perplexity, bits_per_second):
+def test_codebook_metrics_of_known_distributions(codes, used, perplexity, bits_per_second):
     usage = CodebookUsage.of(codes, codebook_size=16, frame_rate=75)
-    assert usage.figures() == pytest.approx(
+    assert usage.metrics() == pytest.approx(
         {"codebook_utilization": used, "codebook_perplexity": perplexity, "codebook_entropy": bits_per_second}
     )
 
 
-def test_codebook_use_of_several_files_is_that_of_their_codes_together():
+def test_codebook_usage_of_several_files_counts_all_their_codes():
     parts = [CodebookUsage.of(np.array(codes), 8, 40) for codes in ([0, 0, 1], [1, 2, 3, 3, 2])]
     together = sum(parts[1:], parts[0])
     assert together.num_codes == 8 and together.bits_per_second == 80  # four entries, two of each: 2 bits
     assert together.utilization == 0.5
 
 
-def test_the_interval_is_students_and_what_is_missing_is_counted_not_averaged():
+def test_the_interval_is_students_t_and_missing_values_are_counted_not_averaged():
     summary = Summary.of([1.0, None, 2.0, 3.0, 4.0, None])
     assert (summary.mean, summary.count, summary.failures) == (2.5, 4, 2)
     # standard deviation sqrt(5 / 3), t(0.975, 3) = 3.182446 (printed tables)
@@ -393,7 +392,7 @@ def result(name: str, values: list[float | None]) -> SystemResult:
     return SystemResult(name, {"kind": "decoded files"}, files, {})
 
 
-def test_differences_are_taken_file_by_file_where_both_have_a_number():
+def test_differences_are_taken_per_file_where_both_have_a_value():
     report = Report([result("a", [0.1, 0.5, None, 0.9]), result("b", [0.2, 0.7, 0.3, None])], {})
     ((system, minus, summaries),) = report.differences()
     assert (system, minus) == ("b", "a")
@@ -404,13 +403,13 @@ def test_differences_are_taken_file_by_file_where_both_have_a_number():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The whole, as a user runs it
+# The command, as a user runs it
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def corpus(tmp_path, speech) -> Path:
-    """Two clips, one of them in a sub-folder, one of silence, and a damaged file."""
+    """Return a folder with two clips, one of them in a sub-folder, a silent clip, and a damaged file."""
     folder = tmp_path / "corpus"
     (folder / "deep").mkdir(parents=True)
     soundfile.write(folder / "a.wav", speech[:36000], 24000, subtype="FLOAT")
@@ -422,7 +421,7 @@ def corpus(tmp_path, speech) -> Path:
 
 @pytest.fixture
 def decoded(tmp_path, speech) -> Path:
-    """What another codec might have made of the corpus: in another format, one clip a little longer."""
+    """Return a folder like the output of another codec: another format, and one clip a little longer."""
     folder = tmp_path / "decoded"
     (folder / "deep").mkdir(parents=True)
     longer = np.append(noisy(speech[:36000], 0.01), np.zeros(100, np.float32))
@@ -443,7 +442,7 @@ def run(capsys, *arguments) -> tuple[int, dict]:
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_a_damaged_and_a_silent_file_leave_right_means_and_are_listed(corpus, decoded, capsys):
+def test_damaged_and_silent_files_are_listed_and_do_not_distort_means(corpus, decoded, capsys):
     code, report = run(capsys, "--audio", corpus, "--decoded", decoded)
     assert code == 1 and report["num_files"] == 4
     pairs = [
@@ -475,10 +474,10 @@ def test_a_metric_that_cannot_run_is_null_with_a_reason_and_counts_as_failed(cor
     utmos = report["systems"][0]["metrics"]["utmos"]
     assert utmos["mean"] is utmos["low"] is utmos["high"] is None
     assert (utmos["count"], utmos["failures"]) == (0, 2) and "no weights given" in utmos["not_run"]
-    assert code == 0 and report["failures"] == []  # nobody asked for it by name
+    assert code == 0 and report["failures"] == []  # it was not requested by name
 
 
-def test_a_model_is_measured_on_what_it_decodes_and_on_its_codes(corpus, model_folder, capsys, tmp_path):
+def test_a_model_is_measured_on_its_decoded_audio_and_its_codes(corpus, model_folder, capsys, tmp_path):
     output = tmp_path / "report"
     arguments = ["--audio", corpus, "--model", model_folder, "--metrics", *QUICK, "--output", output]
     code, report = run(capsys, *arguments)
@@ -487,10 +486,10 @@ def test_a_model_is_measured_on_what_it_decodes_and_on_its_codes(corpus, model_f
     codes, scores = [], []
     for name in ("a.wav", "deep/b.wav", "silence.wav"):
         waveform = audio.load(corpus / name)
-        made = model(torch.from_numpy(waveform)[None, None])
-        codes.append(made.audio_codes.flatten().numpy())
+        decoded = model(torch.from_numpy(waveform)[None, None])
+        codes.append(decoded.audio_codes.flatten().numpy())
         if name != "silence.wav":
-            scores.append(value_of("stoi", waveform, made.audio_values[0, 0].detach().numpy()))
+            scores.append(value_of("stoi", waveform, decoded.audio_values[0, 0].detach().numpy()))
     shares = np.unique(np.concatenate(codes), return_counts=True)[1] / sum(map(len, codes))
     assert len(shares) > 3
     system = report["systems"][0]
@@ -518,7 +517,7 @@ def test_a_model_is_measured_on_what_it_decodes_and_on_its_codes(corpus, model_f
     original, _ = soundfile.read(output / "worst" / "00_original.wav", dtype="float32")
     assert np.abs(original - audio.load(corpus / file)).max() < 1e-4  # 16 bits
     assert len(list((output / "worst").iterdir())) == 4
-    assert len(list(output.iterdir())) == 6  # nothing half-written stays behind
+    assert len(list(output.iterdir())) == 6  # no partial files
 
 
 def test_two_systems_are_compared_on_the_same_files(corpus, decoded, model_folder, capsys):
@@ -531,7 +530,7 @@ def test_two_systems_are_compared_on_the_same_files(corpus, decoded, model_folde
     found = differences["metrics"]["stoi"]
     assert found["mean"] == pytest.approx(second["metrics"]["stoi"]["mean"] - first["metrics"]["stoi"]["mean"])
     assert found["count"] == 2 and found["failures"] == 1
-    assert set(differences["metrics"]) == set(QUICK)  # files that somebody decoded have no codes
+    assert set(differences["metrics"]) == set(QUICK)  # decoded files have no codes
     assert main(["evaluate", "--num-workers", "0", "--audio", str(corpus), *map(str, options)]) == 1
     printed = capsys.readouterr()
     assert f"{decoded} minus {model_folder}" in printed.out and "entries in use" in printed.out
@@ -540,7 +539,7 @@ def test_two_systems_are_compared_on_the_same_files(corpus, decoded, model_folde
 
 def test_a_second_model_is_compared_file_by_file(corpus, model_folder, tiny_model, capsys, tmp_path):
     tiny_model.quantizer.codebook.embed.data.copy_(tiny_model.quantizer.codebook.embed.flip(0))
-    tiny_model.save_pretrained(tmp_path / "flipped")  # the same entries under other numbers: the same sound
+    tiny_model.save_pretrained(tmp_path / "flipped")  # the same entries under other indices: the same audio
     options = ["--model", model_folder, "--compare", tmp_path / "flipped", "--metrics", *QUICK]
     _, report = run(capsys, "--audio", corpus / "a.wav", corpus / "deep", *options)
     first, second = report["systems"]
@@ -561,19 +560,19 @@ def test_results_do_not_depend_on_the_number_of_workers(corpus, decoded, tiny_mo
     assert sum(value is not None for value in alone.systems[0].column("stft_distance")) == 2
 
 
-def test_a_killed_worker_is_an_error_that_says_so(corpus, decoded):
+def test_a_killed_worker_raises_an_error_that_says_so(corpus, decoded):
     class Killer(DecodedFolder):
-        def reconstruct(self, place, waveform):
+        def reconstruct(self, locator, waveform):
             for worker in multiprocessing.active_children():  # there is none yet at the first file
                 worker.kill()
-            return super().reconstruct(place, waveform)
+            return super().reconstruct(locator, waveform)
 
     references = [(corpus / name, Path(name)) for name in ("a.wav", "deep/b.wav", "silence.wav")]
     with pytest.raises(ChildProcessError, match="A worker process was killed"):
         evaluate(references, [Killer(decoded)], ["mel_distance"], num_workers=1)
 
 
-def test_decoded_files_that_are_missing_double_or_of_another_length_are_failures(corpus, decoded, capsys):
+def test_missing_duplicate_or_wrong_length_decoded_files_are_failures(corpus, decoded, capsys):
     (corpus / "broken.flac").unlink()
     soundfile.write(decoded / "deep" / "b.wav", np.ones(36000 + 2401), 24000)
     (decoded / "a.flac").rename(decoded / "a.ogg")
@@ -599,7 +598,7 @@ def test_decoded_files_that_are_missing_double_or_of_another_length_are_failures
         (["--audio", "corpus", "--decoded", "decoded", "--metrics", "utmos"], "utmos cannot run: no weights given"),
         (["--audio", "corpus", "--decoded", "decoded", "--utmos", "absent.ts"], "There is no file absent.ts"),
         (["--audio", "corpus", "corpus/deep/../a.wav", "--decoded", "decoded"], "would both be a.wav"),
-        (["--audio", "corpus", "--model", "model", "--compare", "model"], "systems of one name"),
+        (["--audio", "corpus", "--model", "model", "--compare", "model"], "systems of the same name"),
         (
             ["--audio", "corpus/broken.flac", "--decoded", "decoded"],
             "nothing to measure for any of 1 files. broken.flac: Cannot read",
@@ -608,7 +607,7 @@ def test_decoded_files_that_are_missing_double_or_of_another_length_are_failures
         (["--audio", "corpus", "--decoded", "decoded", "--output", "corpus/a.wav"], "corpus/a.wav"),
     ],
 )
-def test_what_cannot_be_evaluated_as_given_is_one_line_and_exit_code_2(
+def test_invalid_evaluations_give_one_line_and_exit_code_2(
     arguments, message, corpus, decoded, model_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""ONNX files: the codes and the audio of the model, at any length, without torch."""
+"""ONNX files give the codes and the audio of the model, at any length, without torch."""
 
 import errno
 import importlib
@@ -42,7 +42,7 @@ LENGTHS = (
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread(one_thread):
-    """The machine of the tests may be busy; onnxruntime is given one thread, too."""
+    """Use one thread, also in onnxruntime: the test machine may be busy."""
 
 
 @pytest.fixture(scope="module")
@@ -64,19 +64,19 @@ def exported(folder):
 
 @pytest.fixture(scope="module")
 def speech():
-    """30 s of speech."""
+    """Return 30 s of speech."""
     return np.resize(audio.load(SPEECH, 24_000), 720_007)
 
 
 @pytest.fixture
 def short_signals(monkeypatch):
-    """For exports of tiny models, whose comparison on 30 s is that of the bundled one."""
+    """Compare exports of tiny models on short signals. The export of the bundled model is compared on 30 s."""
     real = onnx_export.check_signals
     monkeypatch.setattr(onnx_export, "check_signals", lambda rate: {k: v[:3000] for k, v in real(rate).items()})
 
 
 def tiny(**changes) -> WavTokenizerModel:
-    """A tiny model with a codebook of its own latents."""
+    """Return a tiny model whose codebook entries are its own latents."""
     torch.manual_seed(0)
     model = WavTokenizerModel(tiny_config(**changes)).eval()
     with torch.no_grad():
@@ -102,7 +102,7 @@ def audio_of(model, audio_codes: np.ndarray, **options) -> np.ndarray:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_codes_and_audio_of_any_length_are_the_models(bundled, exported, speech, length):
+def test_codes_and_audio_of_any_length_equal_the_models(bundled, exported, speech, length):
     expected = codes_of(bundled, speech[:length])
     found = exported.encode(speech[None, None, :length])
     assert found.audio_codes.shape == (1, 1, -(-length // 320)) and found.audio_codes.dtype == np.int64
@@ -110,7 +110,7 @@ def test_codes_and_audio_of_any_length_are_the_models(bundled, exported, speech,
     assert found.audio_codes_mask.all()
     decoded = exported.decode(expected).audio_values
     assert decoded.shape == (1, 1, expected.shape[-1] * 320) and decoded.dtype == np.float32
-    np.testing.assert_allclose(decoded, audio_of(bundled, expected), atol=1e-5)  # float32 sums in another order
+    np.testing.assert_allclose(decoded, audio_of(bundled, expected), atol=1e-5)  # float32 sums in a different order
     if length == LENGTHS[-1]:
         assert len(np.unique(expected)) > 100 and np.abs(decoded).max() > 0.1
 
@@ -147,17 +147,17 @@ def test_published_shapes_give_the_models_codes_at_any_length(models, rate, leng
 
 @pytest.fixture(scope="session")
 def published(models, tmp_path_factory):
-    """rate -> exported model of that published shape; made on first use."""
-    parent, made = tmp_path_factory.mktemp("published"), {}
+    """Return a function: rate -> exported model of that published shape. It is exported on first use."""
+    parent, exported_models = tmp_path_factory.mktemp("published"), {}
 
     def exported(rate: int) -> WavTokenizerOnnx:
-        if rate not in made:
+        if rate not in exported_models:
             report = export_onnx(models(rate), parent / str(rate), "golden")
-            made[rate] = WavTokenizerOnnx(parent / str(rate), num_threads=1)
+            exported_models[rate] = WavTokenizerOnnx(parent / str(rate), num_threads=1)
             print(report)
-            # the entries of the formula lie so close that the order of float32 sums decides some frames
+            # the formula's entries are so close that the order of float32 sums decides some frames
             assert report.num_near_ties <= 0.001 * report.num_codes and report.max_audio_difference < 1e-5
-        return made[rate]
+        return exported_models[rate]
 
     return exported
 
@@ -174,7 +174,7 @@ def published(models, tmp_path_factory):
 )
 def test_other_shapes_give_the_models_codes_whole_and_in_streams(changes, tmp_path, short_signals):
     model = tiny(**changes)
-    export_onnx(model, tmp_path / "onnx", "tiny")  # compares the stream, too
+    export_onnx(model, tmp_path / "onnx", "tiny")  # compares the stream too
     exported = WavTokenizerOnnx(tmp_path / "onnx", num_threads=1)
     noise = np.random.default_rng(0).standard_normal(700).astype(np.float32)
     for length in (*range(1, 40), 699):
@@ -182,13 +182,13 @@ def test_other_shapes_give_the_models_codes_whole_and_in_streams(changes, tmp_pa
         np.testing.assert_array_equal(exported.encode(noise[None, None, :length]).audio_codes, expected)
         for block in (1, 7, 100):
             stream = exported.encode_stream()
-            pieces = [stream.push(noise[start : min(start + block, length)]) for start in range(0, length, block)]
-            np.testing.assert_array_equal(np.concatenate([*pieces, stream.flush()]), expected[0, 0])
+            chunks = [stream.push(noise[start : min(start + block, length)]) for start in range(0, length, block)]
+            np.testing.assert_array_equal(np.concatenate([*chunks, stream.flush()]), expected[0, 0])
     expected = audio_of(model, codes_of(model, noise))
     np.testing.assert_allclose(exported.decode(codes_of(model, noise)).audio_values, expected, atol=1e-5)
 
 
-def test_a_stream_keeps_its_delay_and_gives_the_codes_of_the_whole(bundled, exported, speech):
+def test_a_stream_keeps_its_delay_and_gives_the_codes_of_the_whole_clip(bundled, exported, speech):
     samples = speech[:60_000]
     stream, codes = exported.encode_stream(), []
     for start in range(0, len(samples), 777):
@@ -201,7 +201,7 @@ def test_a_stream_keeps_its_delay_and_gives_the_codes_of_the_whole(bundled, expo
         stream.push(samples)
 
 
-def test_long_audio_is_encoded_in_chunks_with_the_codes_of_the_whole(exported, speech, monkeypatch):
+def test_long_audio_is_encoded_in_chunks_with_the_codes_of_the_whole_clip(exported, speech, monkeypatch):
     whole = exported.encode(speech[None, None, :200_000]).audio_codes
     monkeypatch.setattr(exported.session("encoder"), "run", None)
     np.testing.assert_array_equal(exported.encode(speech[None, None, :200_000], chunk_seconds=1.3).audio_codes, whole)
@@ -209,7 +209,7 @@ def test_long_audio_is_encoded_in_chunks_with_the_codes_of_the_whole(exported, s
     np.testing.assert_array_equal(exported_above[..., :600], whole[..., :600])
 
 
-def test_windows_are_those_of_the_models_streams(bundled, exported, speech):
+def test_windowed_decoding_equals_the_models_streams(bundled, exported, speech):
     codes = codes_of(bundled, speech[:100_000])
     for window, overlap in ((1.0, 0.25), (0.5, 0.0), (100.0, 0.25)):
         stream = DecodeStream(bundled, window, overlap)
@@ -217,8 +217,8 @@ def test_windows_are_those_of_the_models_streams(bundled, exported, speech):
         found = exported.decode(codes, window_seconds=window, overlap_seconds=overlap).audio_values[0, 0]
         np.testing.assert_allclose(found, expected, atol=1e-5)
         stream = exported.decode_stream(window, overlap)
-        pieces = [stream.push(codes[0, 0, start : start + 13]) for start in range(0, codes.shape[-1], 13)]
-        np.testing.assert_array_equal(np.concatenate([*pieces, stream.flush()]), found)
+        chunks = [stream.push(codes[0, 0, start : start + 13]) for start in range(0, codes.shape[-1], 13)]
+        np.testing.assert_array_equal(np.concatenate([*chunks, stream.flush()]), found)
 
 
 def test_each_row_of_a_ragged_batch_gets_what_it_gets_alone(exported, speech):
@@ -239,8 +239,8 @@ def test_each_row_of_a_ragged_batch_gets_what_it_gets_alone(exported, speech):
         assert not decoded[row, 0, ~samples].any()
 
 
-def test_batches_in_one_run_have_the_names_of_the_published_decoder(folder, exported, bundled):
-    """`codes` (B, L) int64 -> `waveform` (B, L * hop) float32, as onnx-community's decoder that OuteTTS loads."""
+def test_batched_decoders_have_the_names_of_the_published_decoder(folder, exported, bundled):
+    """`codes` (B, L) int64 -> `waveform` (B, L * hop) float32, as in onnx-community's decoder that OuteTTS loads."""
     session = exported.session("decoder")
     assert [(value.name, value.type) for value in session.get_inputs()] == [("codes", "tensor(int64)")]
     assert [(value.name, value.type) for value in session.get_outputs()] == [("waveform", "tensor(float)")]
@@ -254,7 +254,8 @@ def test_batches_in_one_run_have_the_names_of_the_published_decoder(folder, expo
 @pytest.mark.slow
 def test_openvino_gives_the_same_codes_and_audio_from_call_to_call(folder, exported, speech):
     """
-    Also after a call with a single code, after which attention as weights x values went wrong in OpenVINO 2026.4.
+    Also after a call with a single code. After such a call, OpenVINO 2026.4 computed attention as weights x values
+    wrongly.
     """
     openvino = pytest.importorskip("openvino")
     core = openvino.Core()
@@ -271,7 +272,7 @@ def test_openvino_gives_the_same_codes_and_audio_from_call_to_call(folder, expor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Variants, metadata, what is left behind
+# Variants, metadata, output files
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +295,7 @@ def test_smaller_decoders_report_their_snr_and_leave_the_encoder_alone(
     assert snr > least_snr and report.snr == pytest.approx(snr, abs=0.1)
 
 
-def test_the_files_say_what_they_are(folder, bundled):
+def test_the_files_describe_themselves(folder, bundled):
     for name in ("encoder", "encoder_stream", "decoder"):
         model = onnx.load(folder / f"{name}.onnx")
         facts = {prop.key: prop.value for prop in model.metadata_props}
@@ -308,7 +309,7 @@ def test_the_files_say_what_they_are(folder, bundled):
     assert written["compared_with_the_model"]["num_codes"] > 5000
 
 
-def test_files_that_differ_from_the_model_are_not_left_behind(bundled, tmp_path, monkeypatch):
+def test_files_that_differ_from_the_model_are_removed(bundled, tmp_path, monkeypatch):
     other = tiny()
     monkeypatch.setattr(onnx_export, "check_signals", lambda rate: {"noise": np.ones(4000, np.float32)})
     changed = WavTokenizerModel.from_pretrained(bundled_model()).eval()
@@ -327,9 +328,9 @@ def test_files_that_differ_from_the_model_are_not_left_behind(bundled, tmp_path,
 
     def wrong_encoder(model, *arguments):
         other.quantizer.codebook.embed.neg_()
-        made = real_encoder(other, *arguments)
+        exported_encoder = real_encoder(other, *arguments)
         other.quantizer.codebook.embed.neg_()
-        return made
+        return exported_encoder
 
     monkeypatch.setattr(onnx_export.graph, "encoder_graph", wrong_encoder)
     with pytest.raises(ValueError, match="they are no near tie"):
@@ -337,7 +338,7 @@ def test_files_that_differ_from_the_model_are_not_left_behind(bundled, tmp_path,
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
-def test_a_near_tie_is_counted_and_no_error():
+def test_a_near_tie_is_counted_and_is_not_an_error():
     entries = np.array([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
     latents = np.array([[0.5], [0.5 - 1e-7]])
     assert onnx_export._count_near_ties(latents, entries, np.array([0]), np.array([1]), "x") == 1
@@ -350,7 +351,7 @@ def test_a_near_tie_is_counted_and_no_error():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_runs_where_neither_torch_nor_transformers_is(folder, exported, speech, tmp_path):
+def test_the_folder_runs_without_torch_and_transformers(folder, exported, speech, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(folder, moved)
     np.save(tmp_path / "audio.npy", speech[:30_000])
@@ -371,7 +372,7 @@ np.savez("result.npz", codes=codes, audio=model.decode(codes).audio_values)
     np.testing.assert_array_equal(result["audio"], exported.decode(expected).audio_values)
 
 
-def test_the_command_line_takes_such_a_folder(folder, tmp_path, monkeypatch, capsys):
+def test_the_command_line_accepts_an_exported_folder(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name, model in (("onnx", str(folder)), ("torch", "bundled")):
         assert main(["encode", str(SPEECH), "-m", model, "-o", str(tmp_path / f"{name}.safetensors")]) == 0
@@ -381,12 +382,12 @@ def test_the_command_line_takes_such_a_folder(folder, tmp_path, monkeypatch, cap
         )
     tokens = [TokenFile.load(tmp_path / f"{name}.safetensors") for name in ("onnx", "torch")]
     np.testing.assert_array_equal(tokens[0].audio_codes, tokens[1].audio_codes)
-    sounds = [soundfile.read(tmp_path / f"{name}.wav")[0] for name in ("onnx", "torch")]
-    assert len(sounds[0]) == soundfile.info(SPEECH).frames
-    np.testing.assert_allclose(*sounds, atol=1e-4)  # 16 bits
+    decoded = [soundfile.read(tmp_path / f"{name}.wav")[0] for name in ("onnx", "torch")]
+    assert len(decoded[0]) == soundfile.info(SPEECH).frames
+    np.testing.assert_allclose(*decoded, atol=1e-4)  # 16 bits
     window = ["decode", str(tmp_path / "onnx.safetensors"), "-m", str(folder), "--window-seconds", "1"]
     assert main([*window, "-o", str(tmp_path / "window.wav")]) == 0
-    assert soundfile.info(tmp_path / "window.wav").frames == len(sounds[0])
+    assert soundfile.info(tmp_path / "window.wav").frames == len(decoded[0])
     capsys.readouterr()
     assert main([*window, "-o", str(tmp_path / "half.wav"), "--dtype", "bfloat16"]) == 2
     assert "Got --dtype bfloat16 for the ONNX folder" in capsys.readouterr().err
@@ -430,7 +431,7 @@ def test_a_folder_of_another_hop_or_with_a_missing_file_is_refused(copy, tmp_pat
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e37])
-def test_samples_that_overflow_inside_are_refused(value, exported):
+def test_samples_that_overflow_within_the_encoder_are_refused(value, exported):
     audio = np.full((1, 1, 500), value, np.float32)
     with pytest.raises(ValueError, match="NaN or infinite samples, or some beyond"):
         exported.encode(audio)
@@ -459,7 +460,7 @@ def test_a_hostile_configuration_is_refused_in_one_line(case, folder, tmp_path):
     assert "\n" not in str(error.value) and len(str(error.value)) < 800
 
 
-def test_the_longest_name_can_be_exported_to_where_there_is_no_fsync(tmp_path, short_signals, monkeypatch):
+def test_export_to_the_longest_folder_name_works_without_fsync(tmp_path, short_signals, monkeypatch):
     def no_fsync(descriptor):
         raise OSError(errno.EINVAL, "Invalid argument")
 
@@ -480,9 +481,14 @@ def test_missing_packages_are_named(bundled, copy, tmp_path, monkeypatch):
 def test_bad_arguments_are_refused(exported, bundled, tmp_path):
     floats, size = np.zeros((2, 1, 640), np.float32), bundled.config.codebook_size
     bad_audio = {
-        "expected floats of shape": [np.zeros(5, np.float32), np.zeros((1, 2, 5), np.float32), np.zeros((1, 1, 0)), floats.astype(int)],
+        "expected floats of shape": [
+            np.zeros(5, np.float32),
+            np.zeros((1, 2, 5), np.float32),
+            np.zeros((1, 1, 0)),
+            floats.astype(int),
+        ],
         "NaN or infinite": [np.full((1, 1, 5), np.nan, np.float32)],
-    }  # fmt: skip
+    }
     for message, values in bad_audio.items():
         for value in values:
             with pytest.raises(ValueError, match=message):

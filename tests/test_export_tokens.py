@@ -1,7 +1,4 @@
-"""
-Token folders to training files: what each consumer's own reader gives equals the rows, and interruptions change no
-byte.
-"""
+"""Exports of token folders: each consumer's own reader returns the rows, and interruptions change no byte."""
 
 import errno
 import itertools
@@ -55,8 +52,8 @@ def vocabulary(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A token folder, and its rows in the order of its files."""
+def tokens_and_rows(tmp_path_factory):
+    """Return a token folder, and its rows in the order of its files."""
     folder = tmp_path_factory.mktemp("tokens") / "tokens"
     columns = {
         "text": [TEXTS[number % 4] for number in range(NUM_ROWS)],
@@ -82,7 +79,7 @@ def megatron(folder: Path, name: str = "tokens"):
 
 
 def sequences_of(folder: Path, name: str = "tokens") -> list[list[int]]:
-    """What Megatron Core's own reader gives: the sequences, each a document of its own."""
+    """Return the sequences from Megatron Core's own reader; each is a separate document."""
     dataset = megatron(folder, name)
     assert dataset.document_indices.tolist() == list(range(len(dataset) + 1))
     return [dataset[number].tolist() for number in range(len(dataset))]
@@ -98,8 +95,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["audio", "text-to-audio", "audio-to-text", "both"])
-def test_megatrons_reader_gives_the_rows_of_the_templates(made, tokenizer, vocabulary, tmp_path, kind):
-    folder, rows = made
+def test_megatrons_reader_returns_the_templated_rows(tokens_and_rows, tokenizer, vocabulary, tmp_path, kind):
+    folder, rows = tokens_and_rows
     result = export_tokens(
         folder, tmp_path / "out", MegatronFormat(Sequences(kind, vocabulary, tokenizer), loss_mask=True)
     )
@@ -123,8 +120,10 @@ def test_megatrons_reader_gives_the_rows_of_the_templates(made, tokenizer, vocab
     assert result.num_codes == sum(len(row["audio_codes"]) for row in rows)
 
 
-def test_interleaved_sequences_hold_the_clips_of_a_source_in_order(made, tokenizer, vocabulary, tmp_path):
-    folder, rows = made
+def test_interleaved_sequences_hold_the_clips_of_a_recording_in_order(
+    tokens_and_rows, tokenizer, vocabulary, tmp_path
+):
+    folder, rows = tokens_and_rows
     export_tokens(folder, tmp_path / "out", MegatronFormat(Sequences("interleaved", vocabulary, tokenizer)))
     expected = []
     for source in sorted({row["source_id"] for row in rows}):
@@ -135,8 +134,8 @@ def test_interleaved_sequences_hold_the_clips_of_a_source_in_order(made, tokeniz
     assert len(expected) == 10 and sequences_of(tmp_path / "out") == expected
 
 
-def test_clip_numbers_of_a_csv_list_are_ordered_as_numbers(tokenizer, vocabulary, tmp_path):
-    """A CSV list carries its columns as text, in which 10 comes before 9."""
+def test_clip_numbers_from_a_csv_list_are_sorted_numerically(tokenizer, vocabulary, tmp_path):
+    """Columns of a CSV list are text, and as text 10 sorts before 9."""
     columns = {"source_id": ["talk"] * 12, "clip_num": [str(number) for number in range(12)]}
     rows = write_token_folder(tmp_path / "tokens", 12, rows_per_part=5, columns=columns)
     sequences = Sequences("interleaved", vocabulary, tokenizer, text_column=None)
@@ -151,21 +150,23 @@ def test_clip_numbers_of_a_csv_list_are_ordered_as_numbers(tokenizer, vocabulary
     assert not (tmp_path / "out of bad").exists()
 
 
-def test_interleaved_sequences_are_cut_between_clips_at_the_length(made, tokenizer, vocabulary, tmp_path):
-    folder, _ = made
+def test_interleaved_sequences_are_cut_between_clips_at_the_length(tokens_and_rows, tokenizer, vocabulary, tmp_path):
+    folder, _ = tokens_and_rows
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     export_tokens(folder, whole, MegatronFormat(Sequences("interleaved", vocabulary, tokenizer)))
     export_tokens(folder, cut, MegatronFormat(Sequences("interleaved", vocabulary, tokenizer, max_length=120)))
-    pieces = sequences_of(cut)
-    assert max(map(len, pieces)) <= 120 and len(pieces) > 30
-    joined = [id for piece in pieces for id in piece[1:-1]]
+    sequences = sequences_of(cut)
+    assert max(map(len, sequences)) <= 120 and len(sequences) > 30
+    joined = [id for sequence in sequences for id in sequence[1:-1]]
     assert joined == [id for sequence in sequences_of(whole) for id in sequence[1:-1]]
-    spans = [vocabulary.find_spans(piece) for piece in pieces]
+    spans = [vocabulary.find_spans(sequence) for sequence in sequences]
     assert sum(len(good) for good, _ in spans) == NUM_ROWS and not any(bad for _, bad in spans)
 
 
-def test_packed_sequences_hold_every_example_once_and_have_one_length(made, tokenizer, vocabulary, tmp_path):
-    folder, rows = made
+def test_packed_sequences_hold_every_example_once_and_have_one_length(
+    tokens_and_rows, tokenizer, vocabulary, tmp_path
+):
+    folder, rows = tokens_and_rows
     format = MegatronFormat(
         Sequences("text-to-audio", vocabulary, tokenizer, pack=128, pad_token_id=tokenizer.pad_token_id),
         loss_mask=True,
@@ -181,8 +182,8 @@ def test_packed_sequences_hold_every_example_once_and_have_one_length(made, toke
 
 
 @pytest.mark.parametrize(("first", "kind"), [(65_498 - 65, "uint16"), (65_499 - 65, "int32"), (262_344, "int32")])
-def test_ids_have_the_type_that_megatron_chooses_for_the_vocabulary(made, tmp_path, first, kind):
-    folder, rows = made
+def test_token_ids_have_the_dtype_that_megatron_chooses(tokens_and_rows, tmp_path, first, kind):
+    folder, rows = tokens_and_rows
     vocabulary = AudioVocabulary(first, 64, first + 64, first + 65)
     export_tokens(folder, tmp_path / "out", MegatronFormat(Sequences("audio", vocabulary)))
     dataset = megatron(tmp_path / "out")
@@ -191,8 +192,10 @@ def test_ids_have_the_type_that_megatron_chooses_for_the_vocabulary(made, tmp_pa
     assert sequences_of(tmp_path / "out") == [vocabulary.span(row["audio_codes"]) for row in rows]
 
 
-def test_the_vocabulary_lies_beside_the_files_and_makes_the_next_export(made, tokenizer, vocabulary, tmp_path):
-    folder, _ = made
+def test_the_vocabulary_saved_with_the_files_configures_the_next_export(
+    tokens_and_rows, tokenizer, vocabulary, tmp_path
+):
+    folder, _ = tokens_and_rows
     export_tokens(folder, tmp_path / "one", MegatronFormat(Sequences("audio", vocabulary, tokenizer)))
     written = json.loads((tmp_path / "one" / "vocabulary.json").read_text())
     assert AudioVocabulary(**written["vocabulary"]) == vocabulary
@@ -210,10 +213,12 @@ def test_the_vocabulary_lies_beside_the_files_and_makes_the_next_export(made, to
     assert sequences_of(tmp_path / "two") == inner
 
 
-def test_a_megatron_file_is_read_back_in_a_training_loop(made, tokenizer, vocabulary, tmp_path, monkeypatch, capsys):
+def test_a_megatron_file_is_read_back_in_a_training_loop(
+    tokens_and_rows, tokenizer, vocabulary, tmp_path, monkeypatch, capsys
+):
     pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="pip install megatron-core")
     loop = load_script(ROOT / "examples" / "audio_lm" / "megatron_loop.py")
-    folder, rows = made
+    folder, rows = tokens_and_rows
     torch.manual_seed(0)
     for each in (tokenizer, tiny_llama(len(tokenizer))):
         each.save_pretrained(tmp_path / "llm")
@@ -232,8 +237,8 @@ def test_a_megatron_file_is_read_back_in_a_training_loop(made, tokenizer, vocabu
     AudioVocabulary.from_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "trained"))
 
 
-def test_the_command_line_writes_what_the_function_writes(made, tokenizer, vocabulary, tmp_path, capsys):
-    folder, _ = made
+def test_the_command_line_writes_what_the_function_writes(tokens_and_rows, tokenizer, vocabulary, tmp_path, capsys):
+    folder, _ = tokens_and_rows
     tokenizer.save_pretrained(tmp_path / "llm")
     command = ["export", str(folder), "--format", "megatron", "--tokenizer", str(tmp_path / "llm"), "--json"]
     command += ["--sequences", "both", "--loss-mask"]
@@ -255,9 +260,9 @@ def test_the_command_line_writes_what_the_function_writes(made, tokenizer, vocab
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_webdatasets_reader_gives_the_rows(made, tmp_path):
+def test_webdatasets_reader_returns_the_rows(tokens_and_rows, tmp_path):
     webdataset = pytest.importorskip("webdataset", reason="pip install webdataset")
-    folder, rows = made
+    folder, rows = tokens_and_rows
     export_tokens(folder, tmp_path / "out", WebDatasetFormat(shard_size=50_000))
     shards = sorted(str(path) for path in (tmp_path / "out").glob("*.tar"))
     assert len(shards) > 2 and max(Path(shard).stat().st_size for shard in shards) < 70_000
@@ -273,8 +278,8 @@ def test_webdatasets_reader_gives_the_rows(made, tmp_path):
         assert {(member.mtime, member.uid) for member in tar} == {(0, 0)}
 
 
-def test_json_lines_hold_the_rows(made, tmp_path):
-    folder, rows = made
+def test_json_lines_hold_the_rows(tokens_and_rows, tmp_path):
+    folder, rows = tokens_and_rows
     export_tokens(folder, tmp_path / "out", JsonlFormat(shard_size=20_000))
     files = sorted(str(path) for path in (tmp_path / "out").glob("*.jsonl"))
     assert len(files) > 1
@@ -284,9 +289,9 @@ def test_json_lines_hold_the_rows(made, tmp_path):
         assert line["text"] == row["text"] and line["sampling_rate"] == 24_000
 
 
-def test_lhotses_reader_gives_the_rows(made, tmp_path):
+def test_lhotses_reader_returns_the_rows(tokens_and_rows, tmp_path):
     lhotse = pytest.importorskip("lhotse", reason="pip install lhotse")
-    folder, rows = made
+    folder, rows = tokens_and_rows
     export_tokens(folder, tmp_path / "out", LhotseFormat(shard_size=100_000))
     assert len(list((tmp_path / "out" / "shar").glob("cuts.*.jsonl.gz"))) > 1
     cuts = list(lhotse.CutSet.from_shar(in_dir=tmp_path / "out" / "shar"))
@@ -312,18 +317,16 @@ def every_format(tokenizer, vocabulary) -> dict:
 
 
 @pytest.mark.parametrize("name", ["megatron", "webdataset", "jsonl"])
-def test_an_export_that_was_interrupted_at_every_write_has_the_same_bytes(
-    made, tokenizer, vocabulary, tmp_path, monkeypatch, name
+def test_an_export_interrupted_at_every_write_has_the_same_bytes(
+    tokens_and_rows, tokenizer, vocabulary, tmp_path, monkeypatch, name
 ):
-    folder, _ = made
+    folder, _ = tokens_and_rows
     format = every_format(tokenizer, vocabulary)[name]
     export_tokens(folder, tmp_path / "whole", format)
     expected = files_of(tmp_path / "whole")
     assert not any(file.startswith(".") for file in expected)
     real = os.replace
-    for attempt in itertools.count(
-        1
-    ):  # the first run ends before its first file has its name, the second before its second
+    for attempt in itertools.count(1):  # the first run ends before its first rename, the second before its second
         left = iter(range(attempt - 1))
 
         def interrupt(*arguments, left=left):
@@ -341,26 +344,24 @@ def test_an_export_that_was_interrupted_at_every_write_has_the_same_bytes(
     assert attempt > 4
     assert files_of(tmp_path / "out") == expected
     before = (tmp_path / "out" / "export.json").stat().st_mtime_ns
-    export_tokens(folder, tmp_path / "out", format)  # again: nothing to do
+    export_tokens(folder, tmp_path / "out", format)  # the next run has nothing to do
     assert (tmp_path / "out" / "export.json").stat().st_mtime_ns == before
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A token folder of 100,000 rows, and a vocabulary for it."""
-    place = tmp_path_factory.mktemp("large")
-    write_token_folder(place / "tokens", 100_000, (75, 675), 2000, 4096, 320)
-    (place / "vocabulary.json").write_text(json.dumps({"first_token_id": 300, "codebook_size": 4096}))
-    return place
+    """Return a folder with a token folder of 100,000 rows and a vocabulary for it."""
+    workspace = tmp_path_factory.mktemp("large")
+    write_token_folder(workspace / "tokens", 100_000, (75, 675), 2000, 4096, 320)
+    (workspace / "vocabulary.json").write_text(json.dumps({"first_token_id": 300, "codebook_size": 4096}))
+    return workspace
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads times and memory as Linux gives them")
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_100_000_rows_are_exported_in_a_minute_and_a_gigabyte_and_are_the_same_after_five_kills(
-    large, tmp_path, num_processes
-):
-    """A minute is one of processors that have nothing else to do, so processor time is counted."""
+def test_100_000_rows_export_in_a_minute_and_a_gigabyte_and_survive_five_kills(large, tmp_path, num_processes):
+    """The minute is processor time, since other programs may slow down the machine."""
     command = [sys.executable, "-m", "wavtokenizer_hf", "export", large / "tokens", "--format", "megatron"]
     command += ["--vocabulary", large / "vocabulary.json", "--num-processes", str(num_processes)]
     process = subprocess.Popen([*command, "-o", tmp_path / "whole"])
@@ -381,8 +382,8 @@ def test_100_000_rows_are_exported_in_a_minute_and_a_gigabyte_and_are_the_same_a
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_bytes(made, tokenizer, vocabulary, tmp_path):
-    folder, _ = made
+def test_two_processes_write_the_same_bytes(tokens_and_rows, tokenizer, vocabulary, tmp_path):
+    folder, _ = tokens_and_rows
     for name, format in every_format(tokenizer, vocabulary).items():
         export_tokens(folder, tmp_path / name / "one", format)
         export_tokens(folder, tmp_path / name / "two", format, num_processes=2)
@@ -390,14 +391,14 @@ def test_two_processes_write_the_same_bytes(made, tokenizer, vocabulary, tmp_pat
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bad input, and looking before
+# Bad input and dry runs
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def damaged(made, tmp_path):
-    """A copy of the folder in which a row has no codes; its id."""
-    folder, _ = made
+def damaged(tokens_and_rows, tmp_path):
+    """Return a copy of the folder in which one row has no codes, and the id of that row."""
+    folder, _ = tokens_and_rows
     shutil.copytree(folder, tmp_path / "damaged")
     path = sorted((tmp_path / "damaged" / "data").glob("*.parquet"))[0]
     table = parquet.read_table(path)
@@ -420,8 +421,8 @@ def test_a_row_without_codes_is_named_or_listed(damaged, tokenizer, vocabulary, 
     assert json.loads((tmp_path / "skip" / "skipped.jsonl").read_text()) == {"id": id, "reason": "it has no codes"}
 
 
-def test_a_row_that_is_longer_than_the_sequence_is_named_or_listed(made, tokenizer, vocabulary, tmp_path):
-    folder, rows = made
+def test_a_row_that_is_longer_than_the_sequence_is_named_or_listed(tokens_and_rows, tokenizer, vocabulary, tmp_path):
+    folder, rows = tokens_and_rows
     for number, limit in enumerate(({"max_length": 50}, {"pack": 50, "pad_token_id": 0})):
         format = MegatronFormat(Sequences("audio", vocabulary, tokenizer, **limit))
         with pytest.raises(ValueError, match=r"it makes a sequence of \d+ ids, and 50 is the limit"):
@@ -430,8 +431,8 @@ def test_a_row_that_is_longer_than_the_sequence_is_named_or_listed(made, tokeniz
         assert result.num_skipped == sum(len(row["audio_codes"]) + 4 > 50 for row in rows) > 0
 
 
-def test_codes_of_another_codebook_are_refused(made, tokenizer, vocabulary, tmp_path):
-    folder, _ = made
+def test_codes_of_another_codebook_are_refused(tokens_and_rows, tokenizer, vocabulary, tmp_path):
+    folder, _ = tokens_and_rows
     other = tmp_path / "other"
     write_token_folder(other, 5, fingerprint="f" * 16, columns={"text": TEXTS + TEXTS})
     with pytest.raises(ValueError, match="Got codes of the codebook ffffffffffffffff"):
@@ -447,13 +448,13 @@ def test_codes_of_another_codebook_are_refused(made, tokenizer, vocabulary, tmp_
     assert not list(tmp_path.glob("out/tokens*"))
 
 
-def test_a_type_too_small_for_the_vocabulary_is_refused(made):
+def test_a_dtype_too_small_for_the_vocabulary_is_refused(tokens_and_rows):
     with pytest.raises(ValueError, match="ids of type uint16, which end at 65535, and the vocabulary needs 65536"):
         MegatronFormat(Sequences("audio", AudioVocabulary(65_536 - 63, 64)), ids_type="uint16")
 
 
-def test_an_output_that_holds_something_else_is_refused(made, vocabulary, tokenizer, tmp_path, capsys):
-    folder, _ = made
+def test_an_output_folder_with_unrelated_files_is_refused(tokens_and_rows, vocabulary, tokenizer, tmp_path, capsys):
+    folder, _ = tokens_and_rows
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds thesis\.txt, which is not of this command"):
@@ -473,8 +474,8 @@ def test_an_output_that_holds_something_else_is_refused(made, vocabulary, tokeni
     assert "is not a token folder" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
-def test_sequences_that_cannot_be_made_are_refused(made, tokenizer, vocabulary, tmp_path):
-    folder, _ = made
+def test_invalid_sequence_options_are_refused(tokens_and_rows, tokenizer, vocabulary, tmp_path):
+    folder, _ = tokens_and_rows
     with pytest.raises(ValueError, match=r"hold text\. Name the tokenizer"):
         Sequences("text-to-audio", vocabulary)
     with pytest.raises(ValueError, match="expected one of audio, text-to-audio"):
@@ -486,8 +487,8 @@ def test_sequences_that_cannot_be_made_are_refused(made, tokenizer, vocabulary, 
         export_tokens(folder, tmp_path / "out", MegatronFormat(sequences))
 
 
-def test_a_dry_run_tells_what_comes_and_writes_nothing(made, tokenizer, tmp_path, capsys):
-    folder, rows = made
+def test_a_dry_run_reports_the_planned_work_and_writes_nothing(tokens_and_rows, tokenizer, tmp_path, capsys):
+    folder, rows = tokens_and_rows
     tokenizer.save_pretrained(tmp_path / "llm")
     command = ["export", str(folder), "--format", "megatron", "--tokenizer", str(tmp_path / "llm"), "--json"]
     command += ["-o", str(tmp_path / "out")]
@@ -502,8 +503,8 @@ def test_a_dry_run_tells_what_comes_and_writes_nothing(made, tokenizer, tmp_path
     assert facts["ids"] == pytest.approx(real["ids"], rel=0.3) and facts["mib"] == pytest.approx(real["mib"], rel=0.5)
 
 
-def test_rows_come_in_the_order_that_is_asked_for(made):
-    folder, rows = made
+def test_rows_are_exported_in_the_requested_order(tokens_and_rows):
+    folder, rows = tokens_and_rows
     tokens = TokenFolder(folder)
     numbers = np.random.default_rng(0).permutation(NUM_ROWS)[:50]
     found = tokens.read(tokens.index(), numbers, ["id", "audio_codes"])
@@ -514,28 +515,28 @@ def test_rows_come_in_the_order_that_is_asked_for(made):
     assert [row["id"] for row in tokens.iter_rows(["id"])] == [row["id"] for row in rows]
 
 
-def test_a_second_export_to_the_same_folder_at_once_is_refused(made, tmp_path):
-    folder, _ = made
+def test_a_concurrent_export_to_the_same_folder_is_refused(tokens_and_rows, tmp_path):
+    folder, _ = tokens_and_rows
     (tmp_path / "out").mkdir()
     with filelock.FileLock(tmp_path / "out" / ".lock"), pytest.raises(OSError, match="Another process is exporting"):
         export_tokens(folder, tmp_path / "out", JsonlFormat())
     assert run.EXPORT not in os.listdir(tmp_path / "out")
 
 
-def test_a_file_system_without_fsync_can_be_exported_to(made, tmp_path, monkeypatch):
+def test_a_file_system_without_fsync_can_be_exported_to(tokens_and_rows, tmp_path, monkeypatch):
     def no_fsync(descriptor):
         raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(os, "fsync", no_fsync)
-    assert export_tokens(made[0], tmp_path / "out", JsonlFormat()).num_clips == NUM_ROWS
+    assert export_tokens(tokens_and_rows[0], tmp_path / "out", JsonlFormat()).num_clips == NUM_ROWS
 
 
 @pytest.mark.parametrize("content", ["[" * 200_000, "[]", "{}", '{"settings": {}, "totals": 3}', " " * 2**21])
-def test_a_damaged_export_or_vocabulary_is_refused_in_one_line(content, made, tmp_path, capsys):
+def test_a_damaged_export_or_vocabulary_is_refused_in_one_line(content, tokens_and_rows, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     for path in (tmp_path / "out" / "export.json", tmp_path / "vocabulary.json"):
         path.write_text(content)
-    line = ["export", str(made[0]), "-o", str(tmp_path / "out"), "--format"]
+    line = ["export", str(tokens_and_rows[0]), "-o", str(tmp_path / "out"), "--format"]
     for format in (["jsonl"], ["megatron", "--vocabulary", str(tmp_path / "vocabulary.json")]):
         assert main([*line, *format]) == 2
         (said,) = capsys.readouterr().err.splitlines()

@@ -1,6 +1,4 @@
-"""
-The fast CPU path: it steps aside wherever it does not apply, and the plain layers give the same result without it.
-"""
+"""The fast CPU path steps aside wherever it does not apply, and the plain layers give the same result without it."""
 
 import copy
 import io
@@ -32,7 +30,7 @@ def no_gradients(one_thread):
 
 @pytest.fixture
 def fresh_trials():
-    """Operators are tried again within the test, and after it."""
+    """Let the operators be tried again within the test, and after it."""
     cpu._works.cache_clear()
     yield
     cpu._works.cache_clear()
@@ -47,7 +45,7 @@ def golden(rate: int, name: str):
 
 
 def ragged(seed: int = 0):
-    """A batch (4, 1, 700) of noise with a mask, rows of 700, 333, 16 and 1 samples."""
+    """Return a batch (4, 1, 700) of noise with a mask; the rows have 700, 333, 16 and 1 samples."""
     torch.manual_seed(seed)
     audio, mask = torch.randn(4, 1, 700), torch.zeros(4, 700)
     for row, length in enumerate((700, 333, 16, 1)):
@@ -56,12 +54,12 @@ def ragged(seed: int = 0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Without it
+# Without the fast path
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_fast_path_runs_on_this_machine(models):
-    """Or the tests below would compare the plain layers with themselves."""
+    """Otherwise the tests below would compare the plain layers with themselves."""
     if not cpu._works("linear", torch.float32):
         pytest.skip("torch has none of oneDNN's operators here")
     model = models(75)
@@ -99,7 +97,7 @@ def test_rows_and_chunks_get_the_same_codes_without_the_fast_path(tiny_model, mo
 
 
 def test_the_model_is_complete_without_the_fast_file(tiny_model, tmp_path):
-    """The core files, with a stub in place of modeling_wavtokenizer_cpu.py, in a process without this package."""
+    """Use the core files with a stub for modeling_wavtokenizer_cpu.py, in a process without this package."""
     audio, mask = ragged()
     expected = tiny_model.encode(audio, mask)
     tiny_model.save_pretrained(tmp_path / "model")
@@ -153,7 +151,7 @@ def test_an_operator_that_fails_its_trial_is_not_used(tiny_model, monkeypatch, f
 
 
 @pytest.mark.parametrize("operator", ["_linear_operator", "_lstm_operator"])
-def test_an_operator_that_raises_after_its_trial_reaches_no_user(tiny_model, monkeypatch, operator):
+def test_an_operator_that_raises_after_its_trial_falls_back_to_the_plain_layers(tiny_model, monkeypatch, operator):
     audio, mask = ragged()
     expected = tiny_model(audio, mask)
     monkeypatch.setattr(cpu, operator, refusing)
@@ -173,7 +171,7 @@ def test_decoding_works_in_every_dtype_on_this_processor(tiny_model, dtype):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What others do with the layers
+# Layers used by other libraries
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +196,7 @@ def test_global_forward_hooks_see_every_convolution(tiny_model):
     assert {layer for layer in tiny_model.modules() if isinstance(layer, nn.Conv1d)} <= seen
 
 
-def test_flop_counters_see_what_they_see_with_gradients(tiny_model):
+def test_flop_counters_count_the_same_with_and_without_gradients(tiny_model):
     audio, flops = torch.randn(1, 1, 640), []
     for gradients in (False, True):
         with torch.set_grad_enabled(gradients), FlopCounterMode(display=False) as counter:
@@ -208,7 +206,7 @@ def test_flop_counters_see_what_they_see_with_gradients(tiny_model):
 
 
 class ForwardOnly(nn.Module):
-    """What libraries put in the place of nn.Linear: a module with `forward(x)` and no weight."""
+    """A replacement for nn.Linear like those of some libraries: it has `forward(x)` and no weight."""
 
     def __init__(self, layer):
         super().__init__()
@@ -309,7 +307,7 @@ def test_another_default_device_changes_nothing(tiny_model):
 
 
 def everything(model) -> list[torch.Tensor]:
-    """Codes and audio of rows, chunks, windows and streams."""
+    """Return codes and audio of rows, chunks, windows and streams."""
     generator = torch.Generator("cpu").manual_seed(0)
     audio = torch.randn(3, 1, 900, generator=generator, dtype=torch.float32, device="cpu")
     mask = (torch.arange(900, device="cpu") < torch.tensor([[900], [500], [3]], device="cpu")).long()
@@ -337,7 +335,7 @@ def assert_equal(results: list[torch.Tensor], others: list[torch.Tensor]) -> Non
 
 @pytest.mark.parametrize("package", ["pickle", "cloudpickle", "torch.save"])
 def test_a_model_can_be_pickled(tiny_model, package):
-    tiny_model(torch.randn(1, 1, 640))  # whatever inference caches must not be in the way
+    tiny_model(torch.randn(1, 1, 640))  # values cached by inference must not interfere
     expected = everything(tiny_model)
     if package == "torch.save":
         buffer = io.BytesIO()
@@ -381,7 +379,7 @@ INSTRUCTION_SETS = {
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_codes_are_the_same_with_other_instruction_sets(name, folders, tmp_path):
-    """Golden codes, rows of batches, dtypes and transformers' own half-precision tests, in a process of their own."""
+    """Run golden codes, rows of batches, dtypes and transformers' half-precision tests in a separate process."""
     arguments = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     arguments += [
         "-k",
@@ -395,10 +393,12 @@ def test_codes_are_the_same_with_other_instruction_sets(name, folders, tmp_path)
     assert "passed" in result.stdout and "failed" not in result.stdout
 
 
-def test_nothing_is_on_the_wrong_device(monkeypatch):
-    """Fake tensors refuse operations across devices. Their device is "meta", for the model just another one than the
-    CPU: torch's CPU builds cannot run convolutions of fake CUDA tensors. They hold no values, so as in a compiled
-    graph none are checked."""
+def test_every_tensor_is_on_the_models_device(monkeypatch):
+    """
+    Fake tensors refuse operations across devices. Their device is "meta", which for the model is simply not the CPU:
+    torch's CPU builds cannot run convolutions of fake CUDA tensors. Fake tensors hold no values, so the model checks
+    none, as in a compiled graph.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -415,7 +415,7 @@ def test_nothing_is_on_the_wrong_device(monkeypatch):
         for arguments in ({}, {"audio_codes_mask": codes_mask}, {"window_seconds": 0.004, "overlap_seconds": 0.001}):
             decoded = model.decode(encoded.audio_codes, **arguments).audio_values
             assert decoded.device.type == "meta" and decoded.shape == (2, 1, 13 * 16)
-        with pytest.raises(RuntimeError, match="same device"):  # or the test could not fail
+        with pytest.raises(RuntimeError, match="same device"):  # otherwise the test could not fail
             model.encoder_model.encoder(torch.randn(1, 1, 100))
 
 

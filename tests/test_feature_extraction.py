@@ -1,4 +1,4 @@
-"""The feature extractor: shapes, padding, peak level, and what it refuses."""
+"""The feature extractor: shapes, padding, peak level, and refused input."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def test_one_clip_becomes_a_batch_of_one(audio):
     assert features["padding_mask"].tolist() == [[1] * 1000]
 
 
-def test_torch_half_precision_is_taken_as_it_is():
+def test_torch_half_precision_is_accepted_unchanged():
     audio = torch.from_numpy(CLIP).bfloat16()
     assert torch.equal(extract(audio)["input_values"][0, 0], audio.float())
 
@@ -43,15 +43,15 @@ def test_torch_half_precision_is_taken_as_it_is():
 def test_clips_are_padded_on_the_chosen_side(batch, padding_side):
     features = extract(batch, padding_side=padding_side)
     assert features["input_values"].shape == (2, 1, 1000)
-    place = slice(0, 300) if padding_side == "right" else slice(700, None)
+    span = slice(0, 300) if padding_side == "right" else slice(700, None)
     real = np.zeros(1000)
-    real[place] = 1
+    real[span] = 1
     np.testing.assert_array_equal(features["padding_mask"].numpy(), [np.ones(1000), real])
-    np.testing.assert_array_equal(features["input_values"][1, 0, place].numpy(), SHORT)
+    np.testing.assert_array_equal(features["input_values"][1, 0, span].numpy(), SHORT)
     assert features["input_values"][1, 0].numpy()[real == 0].tolist() == [0] * 700
 
 
-def test_padding_can_go_to_a_length_or_a_multiple_and_clips_can_be_cut():
+def test_padding_to_a_length_or_multiple_and_truncation_work():
     assert extract([CLIP, SHORT], padding="max_length", max_length=1200)["input_values"].shape == (2, 1, 1200)
     assert extract([CLIP, SHORT], pad_to_multiple_of=320)["input_values"].shape == (2, 1, 1280)
     features = extract([CLIP, SHORT], truncation=True, max_length=500)
@@ -72,7 +72,7 @@ def test_the_callers_audio_is_never_changed():
 
 @pytest.mark.parametrize("where", ["attribute", "argument"])
 @pytest.mark.parametrize("level", [-3.0, -10, 0])
-def test_the_peak_gets_the_level_asked_for(where, level):
+def test_the_peak_gets_the_requested_level(where, level):
     fields = {"normalize_audio": True, "target_peak_dB_FS": level}
     extractor = WavTokenizerFeatureExtractor(**(fields if where == "attribute" else {}))
     arguments = fields if where == "argument" else {}
@@ -92,13 +92,13 @@ def test_an_argument_overrides_the_attribute():
     assert peaks == pytest.approx([10 ** (-6 / 20), 10 ** (-12 / 20), np.abs(CLIP).max()], rel=1e-5)
 
 
-def test_the_faintest_audio_is_not_blown_up_and_silence_stays_silence():
+def test_nearly_silent_audio_is_not_amplified_and_silence_stays_silence():
     for peak, expected in ((1e-9, 10 ** (-3 / 20)), (1e-40, 0), (0, 0)):
         features = extract(np.array([peak, 0, peak / 2], np.float32), normalize_audio=True)
         assert features["input_values"].abs().max().item() == pytest.approx(expected, rel=1e-4, abs=1e-25)
 
 
-def test_levels_stay_as_they_are_unless_asked():
+def test_levels_are_unchanged_by_default():
     np.testing.assert_array_equal(extract(3 * CLIP)["input_values"][0, 0].numpy(), 3 * CLIP)
 
 
@@ -158,9 +158,13 @@ def test_more_than_one_feature_is_refused():
 
 
 def folder_with(tmp_path, **fields):
-    """A folder with the fields of a preprocessor_config.json as it was before it had the native names, and others."""
-    old = {"feature_extractor_type": "WavTokenizerFeatureExtractor", "hop_length": 320, "sampling_rate": 24000}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**old, **fields}))
+    """Return a folder with an older preprocessor_config.json, without the native names, plus the given fields."""
+    legacy_fields = {
+        "feature_extractor_type": "WavTokenizerFeatureExtractor",
+        "hop_length": 320,
+        "sampling_rate": 24000,
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**legacy_fields, **fields}))
     return tmp_path
 
 
@@ -174,7 +178,7 @@ def folder_with(tmp_path, **fields):
         ({"peak_dbfs": None, "normalize_audio": False, "target_peak_dB_FS": -9.0}, False, -9.0),
     ],
 )
-def test_the_old_name_of_the_level_is_read_and_saved_as_the_new_ones(tmp_path, fields, normalize_audio, level):
+def test_the_deprecated_level_name_is_read_and_saved_under_the_new_names(tmp_path, fields, normalize_audio, level):
     extractor = WavTokenizerFeatureExtractor.from_pretrained(folder_with(tmp_path, **fields))
     assert (extractor.normalize_audio, extractor.target_peak_dB_FS) == (normalize_audio, level)
     extractor.save_pretrained(tmp_path)
@@ -192,12 +196,12 @@ def test_the_old_name_of_the_level_is_read_and_saved_as_the_new_ones(tmp_path, f
         ({"peak_dbfs": -6, "normalize_audio": True}, "target_peak_dB_FS=-3.0"),
     ],
 )
-def test_an_old_and_a_new_name_that_disagree_are_refused(tmp_path, fields, other):
+def test_deprecated_and_new_names_that_disagree_are_refused(tmp_path, fields, other):
     with pytest.raises(ValueError, match=f"peak_dbfs={fields['peak_dbfs']} and {other}, which disagree. Remove"):
         WavTokenizerFeatureExtractor.from_pretrained(folder_with(tmp_path, **fields))
 
 
-def test_the_old_name_as_an_argument_is_told_the_new_one(tmp_path):
+def test_the_deprecated_name_as_an_argument_is_refused_with_the_new_one(tmp_path):
     for make in (
         WavTokenizerFeatureExtractor,
         lambda **a: WavTokenizerFeatureExtractor.from_pretrained(tmp_path, **a),

@@ -1,6 +1,4 @@
-"""
-Files that are damaged or made to do harm are refused in one line, before they take memory, and nothing is executed.
-"""
+"""Damaged and malicious files are refused in one line, before they take memory, and no code in them is executed."""
 
 import argparse
 import collections
@@ -59,12 +57,12 @@ def model_folder(tiny_model, tmp_path_factory):
     return folder
 
 
-TRACED = 8  # times as long that Python takes under tracemalloc: nested brackets 0.61 s, and 0.08 s without
+TRACED = 8  # tracemalloc slows Python down by this factor: nested brackets take 0.61 s with it, 0.08 s without
 
 
 @contextmanager
 def within(seconds: float, megabytes: float):
-    """Fails if the block takes more time of this process, or more memory of Python and numpy."""
+    """Fail if the block takes more processor time of this process, or more memory of Python and numpy."""
     tracemalloc.start()
     started = time.process_time()
     try:
@@ -159,7 +157,7 @@ def test_a_hostile_token_file_is_refused_in_one_line(case, tmp_path):
     refused(error)
 
 
-def test_a_folder_of_hostile_token_files_gives_a_reason_each_and_no_sound(model_folder, tmp_path, capsys):
+def test_a_folder_of_hostile_token_files_gives_one_reason_each_and_no_audio(model_folder, tmp_path, capsys):
     folder = tmp_path / "tokens"
     folder.mkdir()
     for number, (format, content) in enumerate(HOSTILE_TOKENS.values()):
@@ -194,7 +192,7 @@ def test_a_sparse_file_of_7_tb_is_refused_by_its_size(model_folder, tmp_path, ca
 
 
 @pytest.mark.parametrize("start", [b"\0", b"1", b"{"])
-def test_a_stream_without_end_is_refused(start, model_folder, tmp_path, capsys, monkeypatch):
+def test_an_endless_stream_is_refused(start, model_folder, tmp_path, capsys, monkeypatch):
     class Endless(io.RawIOBase):
         def readable(self):
             return True
@@ -253,7 +251,7 @@ HOSTILE_MODELS = {
     "integers": (change_tensor(lambda tensor: (100 * tensor).int()), "holds numbers of type I32, expected floats"),
     "another shape": (change_tensor(lambda tensor: tensor[:50].contiguous()), r"has the shape \(50, 16\), and "
     r"config.json"),
-    "a cut file": (cut, "damaged or cut short"),
+    "a cut file": (cut, "damaged or truncated"),
     "a header of 2**60 bytes": (write("model.safetensors", struct.pack("<Q", 2**60) + b"{}"), "a header of"),
     "10**9 layers of an LSTM": (change_config(num_lstm_layers=10**9), "num_lstm_layers=1000000000, expected at most"),
     "500 layers of an LSTM": (change_config(num_lstm_layers=500), "num_lstm_layers=500, and the weights hold"),
@@ -283,9 +281,9 @@ def test_a_hostile_model_is_refused_in_one_line(case, model_folder):
     assert str(model_folder) in str(error.value)
 
 
-def test_encode_with_a_hostile_model_ends_with_2(model_folder, tmp_path, capsys):
+def test_encode_with_a_hostile_model_returns_exit_code_2(model_folder, tmp_path, capsys):
     change_tensor(one_nan)(model_folder)
-    (tmp_path / "a.wav").write_bytes(b"")  # the model is refused before any file is met
+    (tmp_path / "a.wav").write_bytes(b"")  # the model is refused before any file is opened
     assert main(["encode", str(tmp_path / "a.wav"), "-m", str(model_folder), "-o", str(tmp_path / "x.json")]) == 2
     assert "are NaN or infinite" in capsys.readouterr().err
 
@@ -314,7 +312,7 @@ def tensors():
 
 @pytest.fixture(scope="module")
 def expected(tensors, tmp_path_factory):
-    """The weights of the plain checkpoint."""
+    """Return the weights of the plain checkpoint."""
     path = tmp_path_factory.mktemp("plain") / "plain.ckpt"
     torch.save({"state_dict": tensors}, path)
     return load(path).state_dict()
@@ -324,8 +322,8 @@ def prefixed(tensors, prefix):
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def inside(tensors):
-    """As torch.compile and DDP around single parts name them."""
+def wrapped_names(tensors):
+    """Return the tensors with names as torch.compile and DDP write them around single modules."""
     return {name.replace("backbone.", "backbone._orig_mod.module."): tensor for name, tensor in tensors.items()}
 
 
@@ -338,7 +336,7 @@ WRAPPED = {
     "torch.compile": (lambda t: prefixed(t, "_orig_mod."), "names: _orig_mod."),
     "Fabric": (lambda t: {"state_dict": prefixed(t, "_forward_module.")}, "names: _forward_module."),
     "nested": (lambda t: {"model": prefixed(t, "_forward_module.module._orig_mod.")}, "names: _forward_module."),
-    "inside": (lambda t: {"state_dict": inside(t)}, "names: _orig_mod."),
+    "inside": (lambda t: {"state_dict": wrapped_names(t)}, "names: _orig_mod."),
     "DeepSpeed": (lambda t: {"module": t, "optimizer": None}, "taken from 'module'"),
     "a plain loop": (lambda t: {"model": t, "epoch": 3}, "taken from 'model'"),
     "a leading model.": (lambda t: {"state_dict": prefixed(t, "model.")}, "names: model."),
@@ -350,7 +348,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("case", WRAPPED)
-def test_names_lose_what_wrappers_insert_and_the_report_says_so(case, tensors, expected, tmp_path, capsys):
+def test_wrapper_prefixes_are_removed_from_names_and_reported(case, tensors, expected, tmp_path, capsys):
     wrap, said = WRAPPED[case]
     torch.save(wrap(tensors), tmp_path / "wrapped.ckpt")
     convert(tmp_path / "wrapped.ckpt", tmp_path / "out")
@@ -359,7 +357,7 @@ def test_names_lose_what_wrappers_insert_and_the_report_says_so(case, tensors, e
     assert all(torch.equal(tensor, expected[name]) for name, tensor in converted.items())
 
 
-def test_two_different_weights_of_one_name_are_refused(tensors, tmp_path):
+def test_two_different_tensors_of_the_same_name_are_refused(tensors, tmp_path):
     torch.save({**tensors, **prefixed(shifted(tensors), "module.")}, tmp_path / "twice.ckpt")
     with pytest.raises(ValueError, match="holds two different tensors for") as error:
         convert(tmp_path / "twice.ckpt", tmp_path / "out")
@@ -379,7 +377,7 @@ HARMLESS = {
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("case", HARMLESS)
-def test_harmless_values_beside_the_weights_are_passed_over(case, zipped, tmp_path):
+def test_harmless_values_beside_the_weights_are_skipped(case, zipped, tmp_path):
     content = {"state_dict": {"head.out.bias": torch.ones(3)}, "hyper_parameters": HARMLESS[case]}
     torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped)
     checkpoint = read_checkpoint(tmp_path / "x.ckpt")
@@ -388,7 +386,7 @@ def test_harmless_values_beside_the_weights_are_passed_over(case, zipped, tmp_pa
 
 
 class Calls:
-    """Pickled, a call of a function."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -407,7 +405,7 @@ class Calls:
         (getattr, ("text", "upper")),
     ],
 )
-def test_what_is_not_on_the_list_is_refused_and_not_executed(function, arguments, tmp_path, monkeypatch):
+def test_globals_not_on_the_allow_list_are_refused_and_not_executed(function, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for beside in (Calls(function, *arguments), {"a": {Calls(function, *arguments)}, "b": np.float32(1)}):
         torch.save({"state_dict": {"head.out.bias": torch.ones(3)}, "extra": beside}, "trap.ckpt")
@@ -417,7 +415,7 @@ def test_what_is_not_on_the_list_is_refused_and_not_executed(function, arguments
         assert os.listdir(tmp_path) == ["trap.ckpt"]
 
 
-def test_an_array_that_promises_terabytes_beside_the_weights_takes_no_memory(tmp_path):
+def test_an_array_that_claims_terabytes_beside_the_weights_takes_no_memory(tmp_path):
     content = {"state_dict": {"head.out.bias": torch.ones(3)}, "extra": Calls(np.ndarray, (10**12,))}
     torch.save(content, tmp_path / "x.ckpt")
     with within(seconds=2, megabytes=50):
@@ -425,7 +423,7 @@ def test_an_array_that_promises_terabytes_beside_the_weights_takes_no_memory(tmp
 
 
 def rewrite(path, change):
-    """Writes the members of an archive anew."""
+    """Write the members of an archive again."""
     with zipfile.ZipFile(path) as archive:
         members = [(info.filename, archive.read(info)) for info in archive.infolist()]
     with zipfile.ZipFile(path, "w") as archive:
@@ -451,14 +449,14 @@ def deflated_pickle(path):
 
 
 def same_bytes_many_times(path):
-    """51 entries for one member, as of an overlapping zip bomb."""
+    """Give one member 51 entries, as in an overlapping zip bomb."""
     with zipfile.ZipFile(path, "a") as archive:
         archive.filelist += 50 * [info for info in archive.infolist() if info.filename.endswith("/data/0")]
-        archive.writestr("last", b"")  # so that the list of members is written anew
+        archive.writestr("last", b"")  # so that the directory of members is written again
 
 
 @pytest.mark.parametrize("damage", [zip_bomb, deflated_pickle, same_bytes_many_times])
-def test_a_bomb_of_a_checkpoint_is_refused_before_it_is_unpacked(damage, tmp_path):
+def test_a_decompression_bomb_is_refused_before_it_is_unpacked(damage, tmp_path):
     path = tmp_path / "bomb.ckpt"
     torch.save({"state_dict": {"head.out.bias": torch.ones(30_000)}}, path)
     damage(path)
@@ -475,9 +473,9 @@ def test_an_expanded_tensor_is_refused_before_it_is_copied(tensors, tmp_path):
     refused(error)
 
 
-def test_a_tensor_without_numbers_is_refused(tmp_path):
+def test_a_tensor_without_values_is_refused(tmp_path):
     torch.save({"state_dict": {"head.out.bias": torch.ones(3, device="meta")}}, tmp_path / "meta.ckpt")
-    with pytest.raises(ValueError, match=r"without its numbers|cannot be read"):
+    with pytest.raises(ValueError, match=r"without its values|cannot be read"):
         read_checkpoint(tmp_path / "meta.ckpt")
 
 
@@ -502,7 +500,7 @@ def merge_line(number):
 HOSTILE_YAML = {
     "lists that multiply": (billion_laughs(list_line), "aliases"),
     "merges that multiply": (billion_laughs(merge_line), "aliases"),
-    "an anchor in itself": (b"model: &a [*a]", "holds itself"),
+    "an anchor in itself": (b"model: &a [*a]", "contains itself"),
     "brackets": (b"model: " + b"[" * 20_000, "nested|YAML"),
     "blocks": ("\n".join(" " * depth + "a:" for depth in range(400)).encode(), "nested|YAML"),
     "100 kB": (b"# " + b"x" * 100_000, "bytes or more"),
@@ -527,7 +525,7 @@ def test_hostile_yaml_is_refused_in_one_line(case, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "rate", ["1" + "0" * 23, "0", "999", "768001", "24000.5", "true", "[24000]", "0x" + "f" * 9000]
 )
-def test_a_yaml_rate_that_no_sound_has_is_refused(rate, tensors, tmp_path):
+def test_an_impossible_yaml_sampling_rate_is_refused(rate, tensors, tmp_path):
     torch.save({"state_dict": tensors}, tmp_path / "x.ckpt")
     part = "{init_args: {}}"
     (tmp_path / "x.yaml").write_text(
@@ -547,7 +545,7 @@ def test_aliases_that_do_not_multiply_are_read():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Anything
+# Mutated files
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -622,7 +620,7 @@ def edited(content: bytes, edits) -> bytes:
 
 def check_reader(kind: str, path: pathlib.Path, examples: int) -> None:
     content, read = READERS[kind]
-    read(content, path)  # what is valid is read
+    read(content, path)  # valid files are read
 
     @settings(
         max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -635,7 +633,7 @@ def check_reader(kind: str, path: pathlib.Path, examples: int) -> None:
     def answer(content: bytes) -> str:
         try:
             read(content, path)
-        except (ValueError, StrictDataclassError) as error:  # the latter is the configuration's; commands know both
+        except (ValueError, StrictDataclassError) as error:  # the latter comes from the configuration
             return "" if isinstance(error, StrictDataclassError) else str(error)
         return ""
 
@@ -644,14 +642,14 @@ def check_reader(kind: str, path: pathlib.Path, examples: int) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", READERS)
-def test_whatever_is_done_to_a_file_it_is_read_or_refused(kind, tmp_path):
+def test_a_mutated_file_is_read_or_refused(kind, tmp_path):
     check_reader(kind, tmp_path / "x.ckpt", examples=40)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", READERS)
-def test_whatever_is_done_to_a_file_it_is_read_or_refused_thousands_of_times(kind, tmp_path):
+def test_thousands_of_mutated_files_are_read_or_refused(kind, tmp_path):
     check_reader(kind, tmp_path / "x.ckpt", examples=4000)
 
 

@@ -1,7 +1,4 @@
-"""
-Published checkpoints from the Hub, and converted folders to it: against a small server, and against caches made by
-hand.
-"""
+"""Published checkpoints from the Hub, and uploads of converted folders, against a small server and handmade caches."""
 
 import hashlib
 import json
@@ -32,7 +29,7 @@ SMALL_75 = find("small-speech-75")
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A checkpoint with a published file's name and rate, and fewer channels."""
+    """Return a checkpoint with a published file's name and rate, and fewer channels."""
     path = tmp_path_factory.mktemp("small") / SMALL_75.file
     torch.save({"state_dict": small_tensors(75)}, path)
     return path
@@ -40,14 +37,14 @@ def small(tmp_path_factory):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache of huggingface_hub."""
+    """Return an empty cache of huggingface_hub."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def hub(monkeypatch, cache):
-    """A small Hub that huggingface_hub talks to in this process, as one who may write to org/…"""
+    """Start a small Hub for huggingface_hub in this process, with a user who may write to org/…."""
     constants = huggingface_hub.constants
     with Hub() as hub:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -62,7 +59,7 @@ def hub(monkeypatch, cache):
 
 def codes_without_the_package(name: str, audio: np.ndarray, folder: Path, **environment) -> np.ndarray:
     """
-    What `AutoModel.from_pretrained(name, trust_remote_code=True)` makes of audio, in a process without the package.
+    Return the codes from `AutoModel.from_pretrained(name, trust_remote_code=True)`, in a process without the package.
     """
     np.save(folder / "audio.npy", audio)
     program = """
@@ -88,7 +85,7 @@ with torch.no_grad():
 
 
 def one_line(capsys) -> str:
-    """The error that a command has printed, which has to be one line."""
+    """Return the error that a command printed. It must be one line."""
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("error: ")
     assert "Traceback" not in "".join(lines)
@@ -101,7 +98,7 @@ def one_line(capsys) -> str:
 
 
 def expected_codes(tensors: dict[str, torch.Tensor], audio: np.ndarray) -> np.ndarray:
-    """Codes of a model that got its weights by the names in architecture.md, and not by conversion."""
+    """Return the codes of a model whose weights were assigned by the names in architecture.md, without conversion."""
     weights = {new_name(name): tensor for name, tensor in tensors.items() if "encodec.decoder" not in name}
     del weights["head.istft.window"]
     fields = {"num_filters": 4, "hidden_size": 64, "codebook_dim": 64, "codebook_size": 128, "decoder_hidden_size": 32}
@@ -124,14 +121,14 @@ def test_a_name_becomes_a_repository_that_works_with_transformers_alone(hub, cac
 
 
 @pytest.mark.slow
-def test_a_published_shape_gives_the_originals_codes_from_the_hub(hub, cache, checkpoints, tmp_path):
+def test_a_model_of_published_shape_gives_the_reference_codes_from_the_hub(hub, cache, checkpoints, tmp_path):
     put_into_cache(cache, SMALL_75.repository, {SMALL_75.file: checkpoints(75)})
     arguments = ["--checkpoint", "small-speech-75", "--output", str(tmp_path / "folder"), "--push-to-hub", "org/codec"]
     assert main(arguments) == 0
     golden = np.load(REFERENCE / "chirp_1.37_75.npz")
     audio = formula.waveform("chirp", 1.37)
     codes = codes_without_the_package("org/codec", audio, tmp_path, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
-    clear = golden["margin"] > 1e-6  # nearer ties than this may fall either way on another processor
+    clear = golden["margin"] > 1e-6  # closer ties may be decided differently on another processor
     assert len(np.unique(codes)) > 10
     np.testing.assert_array_equal(codes[clear], golden["codes"][0, clear])
 
@@ -165,7 +162,7 @@ def test_a_large_file_by_name_needs_little_memory_and_less_than_a_minute(checkpo
 
 @pytest.fixture
 def served(hub, small):
-    """The repository of a published checkpoint, with that file and another."""
+    """Serve the repository of a published checkpoint, with that file and another."""
     repository = hub.repositories[SMALL_75.repository] = Repository()
     repository.commit({SMALL_75.file: small.read_bytes(), "WavTokenizer_small_600_24k_4096.ckpt": b"another"})
     return repository
@@ -175,14 +172,14 @@ def convert_by_name(tmp_path: Path, *options: str, name: str = "small-speech-75"
     return main(["--checkpoint", name, "--output", str(tmp_path / "folder"), *options])
 
 
-def test_a_name_gives_the_folder_that_its_file_gives(served, small, tmp_path):
+def test_a_name_converts_to_the_same_folder_as_its_file(served, small, tmp_path):
     assert convert_by_name(tmp_path) == 0
     by_path = convert(small, tmp_path / "by_path")
     for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
         assert (tmp_path / "folder" / name).read_bytes() == (by_path / name).read_bytes()
 
 
-def test_load_original_takes_names_and_paths_and_needs_no_folder(served, small, tmp_path):
+def test_load_original_accepts_names_and_paths_and_writes_no_folder(served, small, tmp_path):
     by_name, by_path = (load_original(source) for source in ("small-speech-75", small))
     folder = WavTokenizerModel.from_pretrained(convert(small, tmp_path / "folder"))
     codes = torch.arange(40)[None, None]
@@ -195,11 +192,11 @@ def test_load_original_takes_names_and_paths_and_needs_no_folder(served, small, 
 
 
 def test_a_revision_of_a_file_is_refused(small):
-    with pytest.raises(ValueError, match="Got a revision, 'main', for a file on this machine"):
+    with pytest.raises(ValueError, match=r"Got revision 'main' for .*, a file on this machine"):
         load_original(small, revision="main")
 
 
-def test_what_is_in_the_cache_needs_no_network(served, hub, small, tmp_path, monkeypatch):
+def test_cached_files_need_no_network(served, hub, small, tmp_path, monkeypatch):
     load_original("small-speech-75")
     before = len(hub.requests)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -207,24 +204,24 @@ def test_what_is_in_the_cache_needs_no_network(served, hub, small, tmp_path, mon
     assert before > 0 and len(hub.requests) == before
 
 
-def test_an_older_revision_can_be_had(served, small, tmp_path, capsys):
-    old = served.names["main"]
+def test_an_older_revision_can_be_downloaded(served, small, tmp_path, capsys):
+    older_revision = served.names["main"]
     served.commit({SMALL_75.file: b"changed"})
     assert convert_by_name(tmp_path) == 2
     assert "cannot be read" in one_line(capsys)
-    assert convert_by_name(tmp_path, "--revision", old) == 0
+    assert convert_by_name(tmp_path, "--revision", older_revision) == 0
 
 
-def test_a_private_copy_is_had_with_the_users_token_only(served, hub, monkeypatch):
+def test_a_private_copy_needs_the_users_token(served, hub, monkeypatch):
     served.private = True
     hub.writers["hf_writer"] = "novateur"
     load_original("small-speech-75")
-    with pytest.raises(OSError, match="hidden from you"):
+    with pytest.raises(OSError, match="you have no access"):
         load_original("small-speech-75", token="hf_other", cache_dir="elsewhere")
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_was(served, hub, tmp_path):
-    # huggingface_hub takes up a connection at whole blocks of 10 MB
+def test_an_interrupted_download_resumes(served, hub, tmp_path):
+    # huggingface_hub resumes at whole blocks of 10 MB
     others = {"optimizer_states": [torch.zeros(6_000_000)]}
     torch.save({"state_dict": small_tensors(75), **others}, tmp_path / "file")
     content = (tmp_path / "file").read_bytes()
@@ -235,7 +232,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(served, hub, tmp_path):
     assert 0 < int(wanted.removeprefix("bytes=").removesuffix("-")) <= len(content) / 2
 
 
-def test_a_connection_that_breaks_is_said_and_the_same_command_finishes(served, hub, tmp_path, capsys):
+def test_a_broken_connection_is_reported_and_the_same_command_finishes(served, hub, tmp_path, capsys):
     hub.fault = lambda method, path: 500 if method == "GET" and path.endswith(".ckpt") else None
     assert convert_by_name(tmp_path) == 2
     assert "could not be downloaded" in (said := one_line(capsys)) and "Run this again" in said
@@ -244,7 +241,7 @@ def test_a_connection_that_breaks_is_said_and_the_same_command_finishes(served, 
     assert convert_by_name(tmp_path) == 0
 
 
-def test_a_file_that_is_not_what_its_hash_says_is_refused(cache, small, tmp_path, capsys):
+def test_a_file_with_a_wrong_hash_is_refused(cache, small, tmp_path, capsys):
     snapshot = put_into_cache(cache, SMALL_75.repository, {SMALL_75.file: small})
     blob = next((snapshot.parent.parent / "blobs").iterdir())
     blob.unlink()
@@ -261,10 +258,10 @@ def test_a_file_that_is_not_what_its_hash_says_is_refused(cache, small, tmp_path
     assert not (tmp_path / "folder").exists()
 
 
-def test_a_file_in_the_cache_is_used_although_its_repository_is_gone(hub, cache, small, tmp_path):
+def test_a_cached_file_is_used_after_its_repository_was_deleted(hub, cache, small, tmp_path):
     put_into_cache(cache, SMALL_75.repository, {SMALL_75.file: small})
     assert convert_by_name(tmp_path) == 0
-    assert hub.requests  # it was asked for, and there is none
+    assert hub.requests  # it was requested, and none exists
 
 
 BAD_NAMES = {
@@ -283,7 +280,7 @@ BAD_NAMES = {
 
 
 @pytest.mark.parametrize("case", BAD_NAMES)
-def test_a_checkpoint_that_cannot_be_had_is_said_in_one_line(case, hub, tmp_path, capsys):
+def test_an_unavailable_checkpoint_is_reported_in_one_line(case, hub, tmp_path, capsys):
     name, make, reason = BAD_NAMES[case]
     make(hub)
     assert convert_by_name(tmp_path, name=name) == 2
@@ -291,12 +288,12 @@ def test_a_checkpoint_that_cannot_be_had_is_said_in_one_line(case, hub, tmp_path
     assert not (tmp_path / "folder").exists()
 
 
-def test_offline_and_nothing_cached_is_said(cache, tmp_path, capsys):
+def test_offline_mode_without_a_cached_file_is_reported(cache, tmp_path, capsys):
     assert convert_by_name(tmp_path) == 2
     assert "offline mode is on (HF_HUB_OFFLINE)" in one_line(capsys)
 
 
-def test_a_hub_that_cannot_be_reached_is_said(hub, tmp_path, capsys, monkeypatch):
+def test_an_unreachable_hub_is_reported(hub, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the attempts of huggingface_hub
     hub.server.shutdown()
     hub.server.server_close()
@@ -304,7 +301,7 @@ def test_a_hub_that_cannot_be_reached_is_said(hub, tmp_path, capsys, monkeypatch
     assert "the Hub cannot be reached. Go online and run this again" in one_line(capsys)
 
 
-def test_a_revision_that_is_not_there_is_said(served, tmp_path, capsys):
+def test_a_missing_revision_is_reported(served, tmp_path, capsys):
     assert convert_by_name(tmp_path, "--revision", "v9") == 2
     assert "no revision 'v9'" in one_line(capsys)
 
@@ -322,7 +319,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_every_file_arrives_as_it_is(hub, small, tmp_path):
+def test_every_uploaded_file_is_unchanged(hub, small, tmp_path):
     assert push(small, tmp_path) == 0
     there = hub.repositories["org/codec"].files()
     assert {name: there[name] for name in there if name != ".gitattributes"} == contents(tmp_path / "folder")
@@ -335,7 +332,7 @@ def test_a_private_repository_is_private(hub, small, tmp_path):
 
 
 @pytest.mark.parametrize("options", [["--private"], ["--private", "--create-pr"]], ids=str)
-def test_private_is_refused_where_the_repository_is_public(options, hub, small, tmp_path, capsys):
+def test_private_is_refused_for_a_public_repository(options, hub, small, tmp_path, capsys):
     hub.repositories["org/codec"] = Repository()
     hub.repositories["org/codec"].commit({"README.md": b"theirs"})
     assert push(small, tmp_path, *options) == 2
@@ -347,7 +344,7 @@ def test_private_is_refused_where_the_repository_is_public(options, hub, small, 
     assert push(small, tmp_path, *options) == 0
 
 
-def test_discriminators_of_an_earlier_upload_do_not_stay_beside_other_weights(hub, small, tmp_path):
+def test_discriminators_of_an_earlier_upload_are_deleted_with_new_weights(hub, small, tmp_path):
     repository = hub.repositories["org/codec"] = Repository()
     repository.commit({"discriminators.safetensors": b"of others", "notes.txt": b"theirs"})
     commits = len(repository.revisions)
@@ -366,7 +363,7 @@ def test_a_pull_request_leaves_the_main_branch_alone(hub, small, tmp_path, capsy
     assert "/discussions/1" in capsys.readouterr().out
 
 
-def test_no_token_is_said_before_the_work(hub, small, tmp_path, capsys, monkeypatch):
+def test_a_missing_token_is_reported_before_the_work_begins(hub, small, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     assert push(small, tmp_path) == 2
@@ -374,9 +371,7 @@ def test_no_token_is_said_before_the_work(hub, small, tmp_path, capsys, monkeypa
     assert not (tmp_path / "folder").exists() and not hub.requests
 
 
-def test_no_write_permission_is_said_and_the_folder_is_there_for_another_try(
-    hub, small, tmp_path, capsys, monkeypatch
-):
+def test_missing_write_permission_is_reported_and_the_folder_is_kept(hub, small, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_stranger")
     assert push(small, tmp_path) == 2
     said = one_line(capsys)
@@ -385,7 +380,7 @@ def test_no_write_permission_is_said_and_the_folder_is_there_for_another_try(
     assert push(small, tmp_path) == 0
 
 
-def test_a_conversion_that_fails_makes_no_repository(hub, tmp_path, capsys):
+def test_a_failed_conversion_creates_no_repository(hub, tmp_path, capsys):
     (tmp_path / "page.ckpt").write_text("<html>")
     assert push(tmp_path / "page.ckpt", tmp_path) == 2
     assert hub.repositories == {}
@@ -393,7 +388,7 @@ def test_a_conversion_that_fails_makes_no_repository(hub, tmp_path, capsys):
 
 @pytest.mark.parametrize("where", ["/lfs/", "/commit/"])
 @pytest.mark.parametrize("fault", [403, "cut"])
-def test_an_upload_that_breaks_off_leaves_both_sides_whole_and_the_same_command_finishes(
+def test_an_interrupted_upload_corrupts_nothing_and_the_same_command_finishes(
     fault, where, hub, small, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the attempts of huggingface_hub
@@ -401,7 +396,7 @@ def test_an_upload_that_breaks_off_leaves_both_sides_whole_and_the_same_command_
     assert push(small, tmp_path) == 2
     assert "is complete: run this again" in one_line(capsys)
     before = contents(tmp_path / "folder")
-    arrived = (fault, where) == ("cut", "/commit/")  # what is cut there is the answer
+    arrived = (fault, where) == ("cut", "/commit/")  # only the response is cut
     assert set(hub.repositories["org/codec"].files()) == {".gitattributes", *(before if arrived else ())}
     hub.fault = lambda method, path: None
     assert push(small, tmp_path) == 0
@@ -421,7 +416,7 @@ def test_a_folder_of_another_checkpoint_is_not_pushed(hub, small, tmp_path, caps
     assert hub.repositories["org/codec"].files() == before
 
 
-def test_all_converts_what_can_be_had_names_what_not_and_goes_on(hub, tmp_path, capsys, monkeypatch):
+def test_all_converts_available_checkpoints_and_names_the_others(hub, tmp_path, capsys, monkeypatch):
     names = ("small-speech-40", "small-speech-75", "large-speech-75-v1", "large-unify-40")
     published = {name: find(name) for name in names}
     monkeypatch.setattr("wavtokenizer_hf.conversion.command.table", lambda: published)
@@ -435,7 +430,7 @@ def test_all_converts_what_can_be_had_names_what_not_and_goes_on(hub, tmp_path, 
     errors = capsys.readouterr().err
     assert "large-speech-75-v1: skipped: no longer on the Hub" in errors
     assert "`wavtokenizer convert FILE --checkpoint large-speech-75-v1`" in errors
-    # these weights are not trained, so the known answer finds that they are not Apertus's
+    # the weights are untrained, so the known answer shows that they are not those of Apertus
     assert "large-unify-40: failed: A sine of 440 Hz" in errors
     assert sorted(os.listdir(tmp_path / "all")) == ["wavtokenizer-small-speech-40", "wavtokenizer-small-speech-75"]
     rates = [
@@ -445,11 +440,11 @@ def test_all_converts_what_can_be_had_names_what_not_and_goes_on(hub, tmp_path, 
         for rate in (40, 75)
     ]
     assert rates == [[6, 5, 5, 4], [8, 5, 4, 2]]
-    assert main(arguments) == 1  # again: what is there stays
-    assert "already there, and equal" in capsys.readouterr().out
+    assert main(arguments) == 1  # again: existing folders stay
+    assert "exists and is equal" in capsys.readouterr().out
 
 
-def test_all_succeeds_where_all_that_is_still_on_the_hub_was_converted(hub, cache, small, tmp_path, monkeypatch):
+def test_all_succeeds_if_every_checkpoint_still_on_the_hub_was_converted(hub, cache, small, tmp_path, monkeypatch):
     published = {name: find(name) for name in ("large-speech-75-v1", "small-speech-75")}
     monkeypatch.setattr("wavtokenizer_hf.conversion.command.table", lambda: published)
     put_into_cache(cache, SMALL_75.repository, {SMALL_75.file: small})
@@ -457,9 +452,7 @@ def test_all_succeeds_where_all_that_is_still_on_the_hub_was_converted(hub, cach
     assert os.listdir(tmp_path / "all") == ["wavtokenizer-small-speech-75"]
 
 
-def test_all_without_a_token_to_push_with_is_refused_once_and_before_the_work(
-    hub, small, tmp_path, capsys, monkeypatch
-):
+def test_all_without_a_push_token_is_refused_once_before_the_work_begins(hub, small, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     assert main(["--all", "--output", str(tmp_path / "all"), "--push-to-hub", "org"]) == 2
@@ -477,12 +470,12 @@ SPEECH = str(Path(__file__).parent.parent / "examples" / "speech.flac")
 
 @pytest.fixture
 def assets(tmp_path, monkeypatch):
-    """An empty assets cache of huggingface_hub, where converted copies are."""
+    """Return an empty assets cache of huggingface_hub, which holds converted copies."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     return tmp_path / "assets"
 
 
-def test_a_published_name_is_converted_on_first_use_and_found_without_the_network_afterwards(
+def test_a_published_name_is_converted_on_first_use_and_then_found_offline(
     hub, cache, assets, small, tmp_path, capsys, monkeypatch
 ):
     hub.repositories[SMALL_75.repository] = Repository()
@@ -511,20 +504,20 @@ def test_a_published_name_is_converted_on_first_use_and_found_without_the_networ
         ("small-speech-75", "offline mode is on (HF_HUB_OFFLINE). Go online and run this again."),
         (
             "large-speech-75-v1",
-            "`wavtokenizer convert FILE --checkpoint large-speech-75-v1` takes a copy that you have.",
+            "`wavtokenizer convert FILE --checkpoint large-speech-75-v1` converts a copy that you have.",
         ),
         ("small-speach-75", "Did you mean small-speech-75"),
         ("encodec", "`wavtokenizer checkpoints` lists the names"),
     ],
 )
-def test_a_published_name_that_cannot_be_had_is_one_line_with_the_next_step(name, message, cache, assets, capsys):
+def test_an_unavailable_published_name_gives_one_line_with_the_next_step(name, message, cache, assets, capsys):
     assert cli.main(["encode", SPEECH, "-m", name, "-o", "-"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0]
     assert not converted_folder(name).exists()
 
 
-def test_a_cache_that_cannot_be_written_is_said_before_anything_is_downloaded(hub, cache, monkeypatch, tmp_path):
+def test_an_unwritable_cache_is_reported_before_any_download(hub, cache, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "file"))
     with pytest.raises(ValueError, match=r"cannot be written .* Set HF_HOME to another folder"):
@@ -540,11 +533,11 @@ def test_a_damaged_download_leaves_no_converted_copy(hub, cache, assets):
     assert not converted_folder("small-speech-75").exists()
 
 
-def test_a_revision_of_a_published_name_has_a_copy_of_its_own(assets):
+def test_each_revision_of_a_published_name_has_its_own_copy(assets):
     assert converted_folder("small-speech-75", "refs/pr/1").name == "small-speech-75@refs--pr--1"
 
 
-def test_a_folder_goes_before_a_published_checkpoint_of_its_name(tmp_path, monkeypatch, assets):
+def test_a_local_folder_takes_precedence_over_a_published_name(tmp_path, monkeypatch, assets):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small-speech-75").mkdir()
     assert find_model("small-speech-75") == "small-speech-75"

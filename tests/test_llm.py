@@ -1,4 +1,4 @@
-"""Audio in a vocabulary: ids, text, spans, and what happens to tokenizers and models."""
+"""Audio in a vocabulary: token ids, text, spans, and the changes to tokenizers and models."""
 
 import json
 from dataclasses import asdict
@@ -22,7 +22,9 @@ many = settings(max_examples=50, deadline=None, derandomize=True, suppress_healt
 
 
 def given_range(tokenizer) -> AudioVocabulary:
-    """A tokenizer that has codes in the middle of its vocabulary and marks elsewhere, under names of its own."""
+    """
+    Return a tokenizer with codes in the middle of its vocabulary and boundary tokens elsewhere, under its own names.
+    """
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in ("[in]", "[other]", "[out]")])
     tokenizer.add_tokens([AddedToken(f"<a{code}>", normalized=False) for code in range(CODES)])
     tokenizer.add_tokens(["later"])
@@ -48,7 +50,7 @@ LAYOUTS = {"added tokens": added, "a given range": given_range, "grown afterward
 
 @pytest.fixture(scope="module", params=[(name, layout) for name in TOKENIZERS for layout in LAYOUTS], ids=" ".join)
 def pair(request):
-    """A tokenizer of each kind, with its audio in each layout."""
+    """Return a tokenizer of each kind, with its audio vocabulary in each layout."""
     name, layout = request.param
     tokenizer = TOKENIZERS[name]()
     return tokenizer, LAYOUTS[layout](tokenizer)
@@ -61,7 +63,7 @@ def pair(request):
 
 @many
 @given(codes=st.lists(st.integers(0, CODES - 1), min_size=1, max_size=30))
-def test_codes_come_back_from_ids_and_text_of_the_tokenizer_itself(pair, codes):
+def test_codes_round_trip_through_ids_and_text_of_the_tokenizer(pair, codes):
     tokenizer, vocabulary = pair
     ids = vocabulary.codes_to_ids(codes)
     for text in (
@@ -78,7 +80,7 @@ def test_codes_come_back_from_ids_and_text_of_the_tokenizer_itself(pair, codes):
 @given(
     codes=st.lists(st.integers(0, CODES - 1), min_size=1, max_size=10), words=st.sampled_from(["the dog", "text", ""])
 )
-def test_a_span_among_words_comes_back_from_the_text(pair, codes, words):
+def test_a_span_among_words_round_trips_through_text(pair, codes, words):
     tokenizer, vocabulary = pair
     words = tokenizer(words, add_special_tokens=False).input_ids
     text = tokenizer.decode(words + vocabulary.span(codes) + words, skip_special_tokens=True)
@@ -87,7 +89,7 @@ def test_a_span_among_words_comes_back_from_the_text(pair, codes, words):
     assert malformed == []
 
 
-def test_apertus_has_the_ids_that_it_is_known_for():
+def test_the_apertus_vocabulary_has_its_published_ids():
     assert APERTUS_1_5.last_token_id == 266439
     assert APERTUS_1_5.codes_to_ids([0, 1323, 4095]).tolist() == [262344, 263667, 266439]
     assert APERTUS_1_5.ids_to_codes([262344, 266439]).tolist() == [0, 4095]
@@ -108,11 +110,11 @@ def test_narrow_integers_do_not_overflow(dtype):
 @pytest.mark.parametrize(
     ("function", "value", "message"),
     [
-        ("codes_to_ids", [0, 4096], r"code 4096 at place 1, expected 0 to 4095"),
-        ("codes_to_ids", torch.tensor([-1]), r"code -1 at place 0"),
+        ("codes_to_ids", [0, 4096], r"code 4096 at index 1, expected 0 to 4095"),
+        ("codes_to_ids", torch.tensor([-1]), r"code -1 at index 0"),
         ("codes_to_ids", [0.5], "float64, expected integers"),
         ("codes_to_ids", torch.tensor([True]), "bool, expected integers"),
-        ("ids_to_codes", [262344, 266440], r"token id 266440 at place 1, expected 262344 to 266439.*find_spans"),
+        ("ids_to_codes", [262344, 266440], r"token id 266440 at index 1, expected 262344 to 266439.*find_spans"),
         ("ids_to_codes", np.array([[262343]]), r"token id 262343"),
         ("text_to_codes", "<|audio token 4096|>", r"code 4096.*another codebook"),
         ("text_to_codes", "<|audio token 1|> and", r"'and' at character 18"),
@@ -121,7 +123,7 @@ def test_narrow_integers_do_not_overflow(dtype):
         ("span", [[1]], r"shape \(1, 1\), expected one row"),
     ],
 )
-def test_what_is_no_code_is_refused(function, value, message):
+def test_invalid_codes_and_ids_are_refused(function, value, message):
     with pytest.raises(ValueError, match=message):
         getattr(APERTUS_1_5, function)(value)
 
@@ -137,7 +139,7 @@ def test_what_is_no_code_is_refused(function, value, message):
         ({"token_format": "<|audio|>"}, "one {} in it"),
     ],
 )
-def test_a_layout_that_cannot_be_is_refused(fields, message):
+def test_an_impossible_vocabulary_layout_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         AudioVocabulary(**{"first_token_id": 100, "codebook_size": 64, **fields})
 
@@ -159,7 +161,7 @@ SMALL = AudioVocabulary(first_token_id=10, codebook_size=4, begin_token_id=20, e
         ([20, 10, 11], [], [(0, 3, "no end.")]),
         ([10, 11, 21], [], [(0, 2, "not between"), (2, 3, "no begin")]),
         ([20, 10, 20, 11, 21], [(3, 4)], [(0, 2, "before the next")]),
-        ([20, 10, 1, 11, 21], [], [(0, 5, "token id 1 at place 2")]),
+        ([20, 10, 1, 11, 21], [], [(0, 5, "token id 1 at index 2")]),
         ([20, 14, 21], [], [(0, 3, "token id 14")]),  # the first id behind a closed range
         ([20, 21], [], [(0, 2, "no codes")]),
         ([1, 12, 12, 20, 10, 21], [(4, 5)], [(1, 3, "not between")]),
@@ -178,15 +180,15 @@ def test_spans_are_found_and_malformed_ones_reported(ids, good, bad):
 
 @many
 @given(ids=st.lists(st.sampled_from([1, 10, 11, 13, 14, 20, 21]), max_size=25))
-def test_every_audio_id_and_mark_is_in_a_span_or_reported(ids):
+def test_every_audio_id_and_boundary_token_is_in_a_span_or_reported(ids):
     spans, malformed = SMALL.find_spans(ids)
-    seen = [place for each in spans for place in range(each.start - 1, each.stop + 1)]
-    assert len(seen) == len(set(seen))  # no place in two spans
-    seen += [place for each in malformed for place in range(each.start, each.stop)]
-    assert {place for place, id in enumerate(ids) if 10 <= id < 14 or id >= 20} <= set(seen)
+    seen = [position for each in spans for position in range(each.start - 1, each.stop + 1)]
+    assert len(seen) == len(set(seen))  # no position is in two spans
+    seen += [position for each in malformed for position in range(each.start, each.stop)]
+    assert {position for position, id in enumerate(ids) if 10 <= id < 14 or id >= 20} <= set(seen)
 
 
-def test_without_marks_a_span_is_a_run_of_codes():
+def test_without_boundary_tokens_a_span_is_a_run_of_codes():
     spans, malformed = AudioVocabulary(10, 4).find_spans([1, 10, 11, 14, 12, 20])
     assert [span.audio_codes.tolist() for span in spans] == [[0, 1], [2]]
     assert malformed == []
@@ -212,7 +214,7 @@ def test_a_saved_tokenizer_remembers_its_audio(tmp_path):
     assert saved == asdict(vocabulary)
 
 
-def test_words_are_tokenized_as_before():
+def test_text_is_tokenized_as_before():
     before, after = byte_level(), byte_level()
     AudioVocabulary.add_to(after, CODES)
     for text in ("say hello to the world", "<|audio|> <|audio_", "naïve"):
@@ -230,7 +232,7 @@ def refused_tokenizers():
         tokenizer.add_tokens(["<|audio_63|>"])
 
     return [
-        (twice, "an audio vocabulary already.*one only.*load the tokenizer anew"),
+        (twice, "an audio vocabulary already.*one only.*load the tokenizer again"),
         (mark, r"'<\|audio_end\|>' \(id 300\) already"),
         (code, r"'<\|audio_63\|>'"),
     ]
@@ -246,7 +248,7 @@ def test_a_tokenizer_that_has_such_tokens_is_refused_and_left_alone(change, mess
     assert len(tokenizer) == size
 
 
-def test_other_names_make_room_for_a_second_codebook():
+def test_other_token_names_allow_a_second_codebook():
     tokenizer = byte_level()
     tokenizer.add_tokens(["<|audio_begin|>", "<|audio_end|>", "<|audio_0|>"])
     vocabulary = AudioVocabulary.add_to(
@@ -274,7 +276,9 @@ def test_a_range_that_the_tokenizer_does_not_have_is_refused(fields, message):
 
 
 def test_codes_that_the_tokenizer_would_split_are_refused():
-    """A WordLevel vocabulary can hold such names without ever writing them: its pre-tokenizer cuts at the signs."""
+    """
+    A WordLevel vocabulary can hold such names without ever producing them: its pre-tokenizer splits at punctuation.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -285,7 +289,7 @@ def test_codes_that_the_tokenizer_would_split_are_refused():
         AudioVocabulary(1, CODES).attach(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
 
 
-def test_a_tokenizer_that_remembers_nothing_or_something_else_is_refused():
+def test_a_tokenizer_without_a_valid_audio_record_is_refused():
     tokenizer = word_level()
     with pytest.raises(ValueError, match="remembers no audio vocabulary"):
         AudioVocabulary.from_tokenizer(tokenizer)
@@ -313,11 +317,11 @@ def test_codes_of_another_codebook_are_refused(tiny_model):
         vocabulary.check_codec(other)
     with pytest.raises(ValueError, match="WavTokenizer of 64 codes, expected 65"):
         AudioVocabulary(100, 65).check_codec(tiny_model)
-    AudioVocabulary(100, 64).check_codec(other)  # of no codebook in particular
+    AudioVocabulary(100, 64).check_codec(other)  # without a codebook fingerprint
 
 
 def tiny_gptj(vocab_size: int) -> GPTJForCausalLM:
-    """A model whose output head has a bias."""
+    """Return a model whose output head has a bias."""
     torch.manual_seed(0)
     config = GPTJConfig(vocab_size=vocab_size, n_positions=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)
     model = GPTJForCausalLM(config).eval()
@@ -336,7 +340,7 @@ MODELS = {
 
 @pytest.mark.parametrize("multiple", [None, 64])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_that_got_audio_keeps_its_logits_for_old_tokens(name, multiple):
+def test_adding_audio_keeps_the_logits_of_existing_tokens(name, multiple):
     tokenizer = byte_level()
     size = len(tokenizer)
     model = MODELS[name](size)
@@ -348,7 +352,7 @@ def test_a_model_that_got_audio_keeps_its_logits_for_old_tokens(name, multiple):
     with torch.no_grad():
         after = model(input_ids).logits
     assert before[..., :size].std() > 0.1
-    # the same numbers in sums of another shape: float32 rounding
+    # the same values summed in another shape: float32 rounding
     torch.testing.assert_close(after[..., :size], before[..., :size], atol=1e-6, rtol=0)
     expected = max(num_rows, size + CODES + 2)
     expected = expected if multiple is None else -(-expected // multiple) * multiple
@@ -357,8 +361,8 @@ def test_a_model_that_got_audio_keeps_its_logits_for_old_tokens(name, multiple):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_new_rows_are_the_mean_of_the_old_tokens_rows(name):
-    """Rows beyond the tokenizer's ids were never trained: they do not count, and are new too."""
+def test_new_embedding_rows_are_the_mean_of_the_existing_rows(name):
+    """Rows beyond the tokenizer's ids were never trained: they do not count for the mean, and are new too."""
     tokenizer = byte_level()
     size = len(tokenizer)
     model = MODELS[name](size)
@@ -400,13 +404,13 @@ def test_a_model_that_is_smaller_than_its_tokenizer_is_refused_and_left_alone():
         AudioVocabulary.add_to(tokenizer, CODES, model=tiny_llama(size))
 
 
-def test_a_model_that_cannot_read_or_write_audio_is_told():
+def test_a_model_that_cannot_read_or_write_audio_gets_a_warning():
     vocabulary = AudioVocabulary(100, 64, 98, 99)
     vocabulary.check_model(tiny_llama(164))
     with pytest.raises(ValueError, match=r"embeddings for 163 tokens.*needs 164"):
         vocabulary.check_model(tiny_llama(163))
     reader = tiny_llama(164)
-    reader.set_output_embeddings(torch.nn.Linear(32, 100, bias=False))  # as Apertus 1.5, which writes text only
+    reader.set_output_embeddings(torch.nn.Linear(32, 100, bias=False))  # like Apertus 1.5, which generates only text
     with pytest.raises(ValueError, match=r"outputs for 100 tokens.*needs 164"):
         vocabulary.check_model(reader)
     vocabulary.check_model(reader, writes=False)

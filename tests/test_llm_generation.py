@@ -1,4 +1,4 @@
-"""Audio out of generate(): spans that are whole, and sound while it runs."""
+"""Audio from generate(): complete spans, and audio streamed during generation."""
 
 import threading
 
@@ -38,7 +38,10 @@ def vocabulary(tokenizer):
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """Random weights and diverse tokens. It has rows beyond its tokenizer, as many models do."""
+    """
+    Return a model with random weights and diverse tokens. Like many models, it has more rows than its tokenizer has
+    ids.
+    """
     return tiny_llama(len(tokenizer) + 7)
 
 
@@ -57,8 +60,8 @@ def allowed(processor, *ids, size=20) -> list[int]:
     return (scores[0] == 0).nonzero().flatten().tolist()
 
 
-def test_what_may_come_next_by_hand():
-    """10 tokens of text, codes 10 to 13, marks 14 and 15, and 4 rows beyond."""
+def test_allowed_next_tokens_match_a_hand_calculation():
+    """The vocabulary has 10 text tokens, codes 10 to 13, boundary tokens 14 and 15, and 4 more rows."""
     processor = AudioSpanProcessor(AudioVocabulary(10, 4, 14, 15), min_codes=2, max_codes=3)
     text = [*range(10), 14, 16, 17, 18, 19]
     assert allowed(processor) == text
@@ -71,7 +74,7 @@ def test_what_may_come_next_by_hand():
     assert allowed(processor, 14, 10, 15, 1, 14) == [10, 11, 12, 13]
 
 
-def test_each_row_is_in_a_state_of_its_own():
+def test_each_row_has_its_own_state():
     processor = AudioSpanProcessor(AudioVocabulary(10, 4, 14, 15))
     scores = processor(torch.tensor([[0, 0, 14, 10], [14, 10, 15, 1]]), torch.zeros(2, 16))
     assert (scores[0] == 0).nonzero().flatten().tolist() == [10, 11, 12, 13, 15]
@@ -83,7 +86,7 @@ def test_each_row_is_in_a_state_of_its_own():
     [{"do_sample": False}, {"do_sample": True, "top_k": 1}, {"do_sample": True, "top_p": 0.05}, {"num_beams": 3}],
 )
 def test_a_padded_batch_gets_one_whole_span_in_each_row(model, tokenizer, vocabulary, sampling):
-    """Also where top-k or top-p would have left text only, had it been applied first."""
+    """Also where top-k or top-p, applied first, would have left only text."""
     torch.manual_seed(0)
     inputs = prompts(tokenizer, "say hello to the world", "a", "the lazy dog")
     arguments = span_arguments(vocabulary, tokenizer, min_codes=3, max_codes=30)
@@ -108,10 +111,10 @@ def test_a_padded_batch_gets_what_each_row_gets_alone(model, tokenizer, vocabula
 
 
 def test_text_and_several_spans_can_mix(model, tokenizer, vocabulary):
-    """Without the arguments for one span: the processor alone."""
+    """The processor alone, without the arguments for one span."""
     torch.manual_seed(0)
     processor = AudioSpanProcessor(vocabulary, max_codes=4)
-    bias = {(vocabulary.begin_token_id,): 5.0}  # or this model would hardly ever begin one
+    bias = {(vocabulary.begin_token_id,): 5.0}  # otherwise this model would rarely begin one
     output = model.generate(
         **prompts(tokenizer, "say", opened=False), logits_processor=[processor], sequence_bias=bias, do_sample=True,
         max_new_tokens=120, pad_token_id=tokenizer.pad_token_id,
@@ -137,7 +140,7 @@ def test_bad_limits_models_and_tokenizers_are_refused(tokenizer, vocabulary):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Decoding many
+# Decoding many spans
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -149,15 +152,15 @@ def test_many_spans_are_decoded_as_each_alone_and_in_order(tiny_model, vocabular
         with torch.no_grad():
             alone = tiny_model.decode(torch.from_numpy(span.audio_codes)[None, None]).audio_values[0, 0]
         assert audio.shape == (len(span.audio_codes) * 16,)
-        torch.testing.assert_close(audio, alone, atol=1e-5, rtol=0)  # what the codec promises of batches
+        torch.testing.assert_close(audio, alone, atol=1e-5, rtol=0)  # the codec's guarantee for batches
         assert alone.std() > 0
     with pytest.raises(ValueError, match="WavTokenizer of 64 codes, expected 63"):
         decode_spans(tiny_model, AudioVocabulary(0, 63), spans)
     assert decode_spans(tiny_model, vocabulary, []) == []
 
 
-def test_decoded_spans_can_be_kept_and_changed(tiny_model, vocabulary):
-    """They are no part of a padded batch, which each would keep in memory, and no tensors of inference mode."""
+def test_decoded_spans_own_their_memory_and_can_be_modified(tiny_model, vocabulary):
+    """Decoded spans are not views of a padded batch, which each would keep in memory, and not inference tensors."""
     spans = [AudioSpan(0, length, np.arange(length)) for length in (30, 1)]
     for audio in decode_spans(tiny_model, vocabulary, spans):
         assert audio.untyped_storage().nbytes() == 4 * len(audio)
@@ -194,7 +197,7 @@ def test_joined_chunks_are_the_windowed_decode_of_what_was_generated(
 
 
 class _WaitForSound(StoppingCriteria):
-    """Holds generation up at a length until the listener has heard something."""
+    """Pause generation at a length until the consumer received some audio."""
 
     def __init__(self, length: int):
         self.length, self.heard, self.reached = length, threading.Event(), 0
@@ -205,9 +208,9 @@ class _WaitForSound(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def test_sound_begins_before_generation_ends(model, tiny_model, tokenizer, vocabulary):
+def test_audio_starts_before_generation_ends(model, tiny_model, tokenizer, vocabulary):
     inputs = prompts(tokenizer, "say hello")
-    wait = _WaitForSound(inputs.input_ids.shape[1] + 12)  # one window, and some that generate() keeps back
+    wait = _WaitForSound(inputs.input_ids.shape[1] + 12)  # one window, and the tokens that generate() holds back
     arguments = span_arguments(vocabulary, tokenizer, min_codes=40, max_codes=40)
     chunks = []
     stream = stream_audio(
@@ -220,7 +223,7 @@ def test_sound_begins_before_generation_ends(model, tiny_model, tokenizer, vocab
     assert len(chunks) > 3 and sum(len(chunk) for chunk in chunks) == 40 * 16
 
 
-def test_several_spans_and_several_tokens_at_once_are_played_and_the_prompt_is_not(tiny_model, vocabulary):
+def test_several_spans_and_tokens_at_once_are_streamed_without_the_prompt(tiny_model, vocabulary):
     begin, end, first = vocabulary.begin_token_id, vocabulary.end_token_id, vocabulary.first_token_id
     streamer = AudioStreamer(tiny_model, vocabulary, **WINDOW)
     feed(streamer, [1, begin, first + 9, end, 2], 4, begin, [first + 1, first + 2, end, 5], [begin, first + 3], end, 6)
@@ -228,30 +231,30 @@ def test_several_spans_and_several_tokens_at_once_are_played_and_the_prompt_is_n
     assert torch.equal(torch.cat(list(streamer)), expected)
 
 
-def test_a_span_that_the_prompt_begins_is_played(tiny_model, vocabulary):
+def test_a_span_begun_by_the_prompt_is_streamed(tiny_model, vocabulary):
     begin, end, first = vocabulary.begin_token_id, vocabulary.end_token_id, vocabulary.first_token_id
     streamer = AudioStreamer(tiny_model, vocabulary, **WINDOW)
     feed(streamer, [1, begin, first + 9], first + 1, first + 2, end)
     assert torch.equal(torch.cat(list(streamer)), windowed(tiny_model, [1, 2]))
 
 
-def test_a_span_that_is_cut_off_is_played_with_a_warning(tiny_model, vocabulary, caplog):
+def test_a_truncated_span_is_streamed_with_a_warning(tiny_model, vocabulary, caplog):
     streamer = AudioStreamer(tiny_model, vocabulary, **WINDOW)
     feed(streamer, [vocabulary.begin_token_id], vocabulary.first_token_id + 1)
     assert torch.equal(torch.cat(list(streamer)), windowed(tiny_model, [1]))
     assert "inside a span of audio" in caplog.text
 
 
-def test_tokens_that_make_no_span_are_refused_where_they_stand(tiny_model, vocabulary):
+def test_invalid_tokens_in_a_stream_are_refused_with_their_position(tiny_model, vocabulary):
     begin, end, first = vocabulary.begin_token_id, vocabulary.end_token_id, vocabulary.first_token_id
     bad = [([1], first), ([1], end), ([begin, first], 5), ([begin, first], begin), ([begin, first], first + 64)]
     for prompt, token in bad:
-        if token == first + 64:  # the id behind the closed range; here it is the mark, elsewhere anything
+        if token == first + 64:  # the id after the closed range: here a boundary token, elsewhere any token
             assert token == begin
         streamer = AudioStreamer(tiny_model, vocabulary, **WINDOW)
         feed(streamer, prompt, token)
         where = "inside" if begin in prompt else "outside"
-        with pytest.raises(ValueError, match=f"token id {token} at place {len(prompt)}, {where} a span"):
+        with pytest.raises(ValueError, match=f"token id {token} at position {len(prompt)}, {where} a span"):
             list(streamer)
 
 
@@ -269,7 +272,7 @@ def test_a_batch_another_codebook_and_silence_are_refused(tiny_model, vocabulary
         AudioStreamer(tiny_model, vocabulary, window_seconds=0)
 
 
-def test_an_error_of_generate_reaches_the_listener(model, tiny_model, tokenizer, vocabulary):
+def test_an_error_of_generate_reaches_the_consumer(model, tiny_model, tokenizer, vocabulary):
     def fail(input_ids, scores):
         raise RuntimeError("the model broke")
 
@@ -280,10 +283,10 @@ def test_an_error_of_generate_reaches_the_listener(model, tiny_model, tokenizer,
         list(stream_audio(tiny_llama(100), tiny_model, vocabulary, **arguments))
 
 
-def test_whoever_stops_listening_stops_the_generation(model, tiny_model, tokenizer, vocabulary):
+def test_closing_the_stream_stops_the_generation(model, tiny_model, tokenizer, vocabulary):
     threads = threading.active_count()
     inputs = prompts(tokenizer, "say hello")
-    wait = _WaitForSound(inputs.input_ids.shape[1] + 12)  # or it might be through before anybody could leave
+    wait = _WaitForSound(inputs.input_ids.shape[1] + 12)  # otherwise it might finish before the consumer stops
     stream = stream_audio(
         model, tiny_model, vocabulary, **WINDOW, **inputs, **span_arguments(vocabulary, tokenizer, min_codes=400),
         max_new_tokens=410, stopping_criteria=[wait],
@@ -295,8 +298,8 @@ def test_whoever_stops_listening_stops_the_generation(model, tiny_model, tokeniz
     assert wait.reached < 200  # of 400
 
 
-def test_end_of_text_in_a_prompt_is_read_though_it_is_also_the_padding(model, tiny_model, vocabulary):
-    """As in chats, where it ends every turn."""
+def test_end_of_text_in_a_prompt_is_attended_even_if_it_is_the_padding_token(model, tiny_model, vocabulary):
+    """In chats, end of text closes every turn."""
     bare = byte_level()
     bare.pad_token = None
     prompt = torch.tensor([[5, bare.eos_token_id, 7, vocabulary.begin_token_id]])
@@ -306,11 +309,11 @@ def test_end_of_text_in_a_prompt_is_read_though_it_is_also_the_padding(model, ti
     hidden = model.generate(**arguments, attention_mask=(prompt != bare.eos_token_id).long())
     assert not torch.equal(seen, hidden)
     (span,), _ = vocabulary.find_spans(seen[0])
-    sound = torch.cat(list(stream_audio(model, tiny_model, vocabulary, **WINDOW, **arguments)))
-    assert torch.equal(sound, windowed(tiny_model, span.audio_codes))
+    streamed = torch.cat(list(stream_audio(model, tiny_model, vocabulary, **WINDOW, **arguments)))
+    assert torch.equal(streamed, windowed(tiny_model, span.audio_codes))
 
 
-def test_a_generate_that_does_not_end_its_streamer_ends_the_sound(tiny_model, vocabulary):
+def test_a_generate_without_streamer_end_still_ends_the_audio(tiny_model, vocabulary):
     begin, end, first = vocabulary.begin_token_id, vocabulary.end_token_id, vocabulary.first_token_id
 
     class Forgetful:

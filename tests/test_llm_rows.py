@@ -1,4 +1,4 @@
-"""Rows to train a language model on: what they hold, where loss is, and that packed examples keep to themselves."""
+"""Rows for training a language model: their content, the positions with loss, and packed examples that do not mix."""
 
 import pickle
 
@@ -67,7 +67,7 @@ def test_audio_only_and_loss_on_everything(tokenizer, vocabulary):
     assert both["labels"] == both["input_ids"] == [ids(tokenizer, "say hello") + vocabulary.span([1])]
 
 
-def test_both_orders_give_an_example_of_each_row(tokenizer, vocabulary):
+def test_the_task_both_gives_two_examples_per_row(tokenizer, vocabulary):
     templates = [Template("{text}", "{audio}"), Template("{audio}", "{text}")]
     batch = TrainingRows(tokenizer, vocabulary, templates)(rows([1], [2]))
     text = ids(tokenizer, "say hello")
@@ -80,7 +80,7 @@ def test_a_chat_template_has_loss_on_the_answer(tokenizer, vocabulary):
     template = Template.from_chat(tokenizer, messages)
     assert (template.prompt, template.response) == ("<s>user:Say: {text}</s><s>assistant:", "{audio}</s>")
     batch = TrainingRows(tokenizer, vocabulary, template)(rows([1], text="the dog"))
-    # what the tokenizer itself makes of the whole conversation
+    # the tokenizer's own ids of the whole conversation
     filled = [
         {"role": "user", "content": "Say: the dog"},
         {"role": "assistant", "content": "<|audio_begin|><|audio_1|><|audio_end|>"},
@@ -90,7 +90,7 @@ def test_a_chat_template_has_loss_on_the_answer(tokenizer, vocabulary):
     assert batch["labels"][0] == [-100] * len(prompt) + batch["input_ids"][0][len(prompt) :]
 
 
-def test_a_prompt_to_generate_from_is_how_an_example_begins(tokenizer, vocabulary):
+def test_a_generation_prompt_equals_the_beginning_of_an_example(tokenizer, vocabulary):
     speak, transcribe = Template("<s>{text}", " so: {audio}"), Template("{audio} so:", "it is {text}")
     training = TrainingRows(tokenizer, vocabulary, [speak, transcribe])
     row = {"text": "the dog", "audio_codes": [7, 8]}
@@ -98,13 +98,13 @@ def test_a_prompt_to_generate_from_is_how_an_example_begins(tokenizer, vocabular
     prompt = training.prompt({"text": "the dog"})  # no codes are needed
     assert prompt == training.prompt(row) == spoken[:-3]  # 7, 8, end
     assert prompt[-1] == vocabulary.begin_token_id
-    # a token goes across the seam of "it is " and the text, so nothing of them can be given alone
+    # one token spans the seam between "it is " and the text, so the prompt cannot end there
     assert len(ids(tokenizer, "it is the dog")) < len(ids(tokenizer, "it is ") + ids(tokenizer, "the dog"))
     prompt = training.prompt(row, transcribe)
     assert prompt == vocabulary.span([7, 8]) + ids(tokenizer, " so:") == written[: len(prompt)]
 
 
-def test_datasets_map_takes_it_and_knows_it_again(tokenizer, vocabulary):
+def test_datasets_map_accepts_the_row_builder_and_hits_its_cache(tokenizer, vocabulary):
     training = TrainingRows(tokenizer, vocabulary, Template("{text}", "{audio}"))
     before = Hasher.hash(training)
     dataset = Dataset.from_dict({**rows([1, 2], [3]), "id": ["a", "b"]})
@@ -122,7 +122,7 @@ class TestRefused:
         [
             ({"audio_codes": [[1]]}, "no column 'text', but audio_codes"),
             ({"text": ["a"], "codes": [[1]]}, "no column 'audio_codes', but codes, text"),
-            (rows([64]), "code 64 at place 0, expected 0 to 63"),
+            (rows([64]), "code 64 at index 0, expected 0 to 63"),
             (rows(None), "without codes.*filter"),
             (rows([]), "without codes.*filter"),
             ({"audio_codes": [1], "text": ["a"]}, "batched=True"),
@@ -148,11 +148,11 @@ class TestRefused:
         with pytest.raises(ValueError, match="last message to be the assistant's"):
             Template.from_chat(tokenizer, [{"role": "user", "content": "{audio}"}])
 
-    def test_a_chat_template_that_answers_otherwise_than_it_asks(self):
+    def test_a_chat_template_whose_prompt_differs_from_its_rendered_answer(self):
         tokenizer = byte_level()
         tokenizer.chat_template = CHAT.replace("<s>assistant:{%", "<s>assistant:<think></think>{%")
         messages = [{"role": "user", "content": "{text}"}, {"role": "assistant", "content": "{audio}"}]
-        with pytest.raises(ValueError, match="cannot be told what carries loss"):
+        with pytest.raises(ValueError, match="does not begin with the rendered prompt"):
             Template.from_chat(tokenizer, messages)
 
     def test_packing(self):
@@ -165,8 +165,8 @@ class TestRefused:
             PackedRows(4, 0, too_long="cut")
 
 
-def test_apertus_reads_audio_where_its_own_tokens_lie():
-    """Its tokenizer is not needed for the audio, only for the text beside it."""
+def test_apertus_rows_use_the_published_audio_ids():
+    """Its tokenizer is needed only for the text beside the audio."""
     training = TrainingRows(byte_level(), APERTUS_1_5, Template("{audio}", "{text}</s>"))
     (example,) = training(rows([0, 4095]))["input_ids"]
     assert example[:4] == [131080, 262344, 266439, 131081]
@@ -180,28 +180,30 @@ def test_apertus_reads_audio_where_its_own_tokens_lie():
 @settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=15))
 def test_packed_rows_hold_every_example_once_and_whole(lengths):
-    examples = [[100 * number + place for place in range(length)] for number, length in enumerate(lengths, start=1)]
+    examples = [
+        [100 * number + position for position in range(length)] for number, length in enumerate(lengths, start=1)
+    ]
     packed = PackedRows(12, 0)({"input_ids": examples, "labels": examples})
     found = []
     for input_ids, labels, position_ids in zip(*packed.values(), strict=True):
         assert len(input_ids) == len(labels) == len(position_ids) == 12
-        for id, label, place in zip(input_ids, labels, position_ids, strict=True):
+        for id, label, position in zip(input_ids, labels, position_ids, strict=True):
             if id == 0:
                 assert label == -100
                 continue
-            assert id % 100 == place and label == (id if place else -100)
+            assert id % 100 == position and label == (id if position else -100)
             found.append(id)
     assert sorted(found) == sorted(id for example in examples for id in example)
 
 
-def test_rows_are_well_filled():
+def test_packed_rows_waste_little_space():
     """The best fit of 7, 5, 4, 4, 3, 1 into rows of 12 wastes nothing: by hand, 7 + 5 and 4 + 4 + 3 + 1."""
     lengths = [3, 7, 1, 4, 5, 4]
     examples = [[1] * length for length in lengths]
     assert PackedRows(12, 0)({"input_ids": examples, "labels": examples})["input_ids"] == [[1] * 12] * 2
 
 
-def test_examples_that_are_too_long_are_dropped_only_on_demand_and_counted(caplog):
+def test_examples_that_are_too_long_are_dropped_on_request_and_counted(caplog):
     examples = {"input_ids": [[1] * 5, [2] * 3], "labels": [[1] * 5, [2] * 3]}
     assert PackedRows(4, 0, too_long="drop")(examples)["input_ids"] == [[2, 2, 2, 0]]
     assert "1 of 2 examples are longer than 4 tokens" in caplog.text
@@ -222,7 +224,7 @@ def test_packed_examples_give_the_logits_and_the_loss_that_they_give_alone(imple
         losses, count, start = 0.0, 0, 0
         for example, label in zip(examples, labels, strict=True):
             alone = model(torch.tensor([example]))
-            # 1e-5: other float32 sums, of logits around 1
+            # 1e-5: different float32 sums, for logits around 1
             torch.testing.assert_close(
                 together.logits[:, start : start + len(example)], alone.logits, atol=1e-5, rtol=0
             )

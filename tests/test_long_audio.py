@@ -1,4 +1,4 @@
-"""Long and live audio: chunks and streams give the codes of the whole; windows of codes fade into each other."""
+"""Long and live audio: chunks and streams give the codes of the whole clip; windows of codes cross-fade."""
 
 import pickle
 import subprocess
@@ -25,17 +25,17 @@ def no_gradients():
 
 
 def whole(model, audio):
-    """Latents of the audio in one piece, past `encode` and its automatic chunks."""
+    """Return the latents of the undivided audio. This bypasses `encode` and its automatic chunks."""
     return model.encoder_model.encoder(audio)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(length=st.integers(1, 600), frames=st.integers(1, 40), seed=st.integers(0, 1000))
-def test_chunks_of_any_size_give_what_the_whole_gives(tiny_model, length, frames, seed):
+def test_chunks_of_any_size_give_the_codes_of_the_whole_clip(tiny_model, length, frames, seed):
     audio = torch.from_numpy(np.random.default_rng(seed).standard_normal((1, 1, length)).astype(np.float32))
     chunked = tiny_model.encode(audio, output_latents=True, chunk_seconds=frames * 16 / 24000)
     expected = whole(tiny_model, audio)
-    # 1e-6 of the scale: small chunks let some libraries order float32 sums in another way
+    # 1e-6 of the scale: for small chunks, some libraries order float32 sums differently
     torch.testing.assert_close(
         chunked.latents / expected.abs().max(), expected / expected.abs().max(), atol=1e-6, rtol=0
     )
@@ -52,7 +52,7 @@ def test_chunks_of_any_size_give_what_the_whole_gives(tiny_model, length, frames
     ],
     ids=str,
 )
-def test_chunks_give_what_the_whole_gives_in_models_of_other_shapes(shape):
+def test_chunks_give_the_codes_of_the_whole_clip_in_models_of_other_shapes(shape):
     torch.manual_seed(0)
     model = WavTokenizerModel(tiny_config(**shape)).eval()
     for frames in (1, 2, 7):
@@ -78,9 +78,9 @@ def test_chunks_of_a_ragged_batch_give_each_row_what_it_gets_alone(tiny_model, l
     rng = np.random.default_rng(seed)
     audio, mask = torch.full((len(lengths), 1, max(lengths)), float("nan")), torch.zeros(len(lengths), max(lengths))
     for row, length in enumerate(lengths):
-        place = slice(max(lengths) - length, None) if left else slice(0, length)
-        audio[row, 0, place] = torch.from_numpy(rng.standard_normal(length).astype(np.float32))
-        mask[row, place] = 1
+        index = slice(max(lengths) - length, None) if left else slice(0, length)
+        audio[row, 0, index] = torch.from_numpy(rng.standard_normal(length).astype(np.float32))
+        mask[row, index] = 1
     chunked = tiny_model.encoder_model._encode(
         audio, mask, chunk_seconds=frames * 16 / 24000, policy=TOGETHER_POLICY if together else CPU_POLICY
     )
@@ -90,7 +90,7 @@ def test_chunks_of_a_ragged_batch_give_each_row_what_it_gets_alone(tiny_model, l
 
 
 @pytest.mark.parametrize("num_frames", [39, 41, 79, 85, 400])
-def test_chunks_are_as_long_as_asked_for_at_most_and_none_is_short(tiny_model, num_frames):
+def test_chunks_have_at_most_the_requested_length_and_none_is_short(tiny_model, num_frames):
     sizes = []
     tiny_model.encoder_model.encoder.layers[0].register_forward_hook(
         lambda layer, inputs, output: sizes.append(inputs[0].shape[-1])
@@ -100,7 +100,7 @@ def test_chunks_are_as_long_as_asked_for_at_most_and_none_is_short(tiny_model, n
     assert len(sizes) > 1 or num_frames < 40
 
 
-def test_chunks_give_the_codes_of_the_whole_at_full_size(models, rate):
+def test_chunks_give_the_codes_of_the_whole_clip_at_full_size(models, rate):
     torch.manual_seed(0)
     audio = 0.1 * torch.randn(1, 1, 24000 * 10 + 123)
     encoder = models(rate).encoder_model.encoder
@@ -108,7 +108,7 @@ def test_chunks_give_the_codes_of_the_whole_at_full_size(models, rate):
     expected = whole(models(rate), audio)
     for chunk_seconds in (None, 2.5):  # None: automatic, above 10 s
         chunked = models(rate).encode(audio, output_latents=True, chunk_seconds=chunk_seconds)
-        # equal to the last bit where this was written; libraries of other machines may order sums in other ways
+        # bit-identical where this was written; libraries on other machines may order sums differently
         torch.testing.assert_close(chunked.latents, expected, atol=1e-5, rtol=0)
         assert torch.equal(chunked.audio_codes, models(rate).quantizer.encode(expected))
         assert len(chunked.audio_codes.unique()) > 100
@@ -127,14 +127,14 @@ def test_five_minutes_have_the_same_codes_in_chunks_and_streams_of_any_size(mode
         for seconds in (0.5, 3, 10, 60)
     }
     stream, cuts = EncodeStream(model), np.sort(rng.integers(0, len(audio), 200))
-    pieces = [stream.push(torch.from_numpy(piece)) for piece in np.split(audio.numpy(), cuts)]
-    found["stream"] = torch.cat([*pieces, stream.flush()])
+    chunks = [stream.push(torch.from_numpy(block)) for block in np.split(audio.numpy(), cuts)]
+    found["stream"] = torch.cat([*chunks, stream.flush()])
     for name, codes in found.items():
         differ = codes != expected
         nearest = torch.cdist(latents[differ].double(), model.quantizer.codebook.embed.double()).topk(2, largest=False)
         margins = 1 - nearest.values[:, 0] / nearest.values[:, 1]
         print(f"{rate} tokens/s, {kind}, {name}: {int(differ.sum())} of {len(expected)} codes differ")
-        assert (margins < 1e-6).all(), name  # float32 cannot tell which of the two entries is nearer
+        assert (margins < 1e-6).all(), name  # float32 cannot decide which of the two entries is nearer
     assert len(expected.unique()) > 100
 
 
@@ -161,7 +161,7 @@ print(peak() - before)
 
 
 def five_minutes(kind: str, rng: np.random.Generator) -> np.ndarray:
-    """Five minutes at 24 kHz, (T,) float32."""
+    """Return five minutes at 24 kHz, (T,) float32."""
     length = 300 * 24000
     if kind == "noise":
         return (0.1 * rng.standard_normal(length)).astype(np.float32)
@@ -169,14 +169,14 @@ def five_minutes(kind: str, rng: np.random.Generator) -> np.ndarray:
         frequencies = np.repeat(rng.uniform(80, 8000, (600, 3)), 12000, axis=0)
         return (0.1 * np.sin(2 * np.pi * np.cumsum(frequencies, axis=0) / 24000).sum(1)).astype(np.float32)
     speech = load(Path(__file__).parent.parent / "examples" / "speech.flac")
-    takes = []  # the same sentences, each time at another level over another noise
+    takes = []  # the same sentences, each time at another level with other noise
     while sum(map(len, takes)) < length:
         takes.append(speech * rng.uniform(0.1, 1) + 0.003 * rng.standard_normal(len(speech)))
     return np.concatenate(takes)[:length].astype(np.float32)
 
 
 @pytest.mark.parametrize("seconds", [0.02, 1.0])
-def test_a_stream_gives_the_codes_of_the_whole(models, rate, seconds):
+def test_a_stream_gives_the_codes_of_the_whole_clip(models, rate, seconds):
     torch.manual_seed(0)
     audio = 0.1 * torch.randn(72000 if seconds == 1 else 6000)
     stream = EncodeStream(models(rate))
@@ -189,13 +189,13 @@ def test_a_stream_gives_the_codes_of_the_whole(models, rate, seconds):
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(cuts=st.lists(st.integers(0, 100), min_size=0, max_size=12), seed=st.integers(0, 1000))
-def test_a_stream_does_not_care_how_it_is_cut(tiny_model, cuts, seed):
+def test_a_stream_gives_the_same_codes_for_any_block_sizes(tiny_model, cuts, seed):
     audio = np.random.default_rng(seed).standard_normal(sum(cuts)).astype(np.float32)
     stream, codes, start = EncodeStream(tiny_model), [], 0
     for cut in cuts:
         codes.append(stream.push(audio[start : start + cut]))
         start += cut
-        stream = EncodeStream(tiny_model, pickle.loads(pickle.dumps(stream.state)))  # as if moved elsewhere
+        stream = EncodeStream(tiny_model, pickle.loads(pickle.dumps(stream.state)))  # as if moved to another device
     codes = torch.cat([*codes, stream.flush()])
     if start == 0:
         assert codes.numel() == 0
@@ -203,7 +203,7 @@ def test_a_stream_does_not_care_how_it_is_cut(tiny_model, cuts, seed):
         assert torch.equal(codes, tiny_model.encode(torch.from_numpy(audio)[None, None]).audio_codes[0, 0])
 
 
-def test_a_code_comes_out_after_the_delay_that_is_promised(models, rate):
+def test_a_code_is_returned_after_the_promised_delay(models, rate):
     stream = EncodeStream(models(rate))
     hop = models(rate).config.hop_length
     assert stream.delay == {75: 5 * 320, 40: 5 * 600}[rate]
@@ -212,7 +212,7 @@ def test_a_code_comes_out_after_the_delay_that_is_promised(models, rate):
     assert stream.push(torch.randn(hop)).numel() == 1
 
 
-def test_what_a_stream_remembers_does_not_grow(tiny_model):
+def test_the_state_of_a_stream_does_not_grow(tiny_model):
     stream, sizes = EncodeStream(tiny_model), []
     for _ in range(20):
         stream.push(torch.randn(1000))
@@ -229,7 +229,7 @@ def test_what_a_stream_remembers_does_not_grow(tiny_model):
         (torch.full((3,), float("nan")), "NaN"),
     ],
 )
-def test_a_stream_refuses_and_can_go_on(tiny_model, audio, message):
+def test_a_stream_can_continue_after_a_refused_input(tiny_model, audio, message):
     stream = EncodeStream(tiny_model)
     good = torch.randn(100)
     first = stream.push(good)
@@ -250,7 +250,7 @@ def test_a_stream_at_another_rate_is_refused(tiny_model):
     assert len(stream.push(torch.randn(1600), sampling_rate=24000)) > 0
 
 
-def test_a_stream_that_was_flushed_before_anything_came_is_at_its_end(tiny_model):
+def test_a_stream_flushed_before_any_input_is_finished(tiny_model):
     stream = EncodeStream(tiny_model)
     assert len(stream.flush()) == 0
     with pytest.raises(ValueError, match="has been flushed"):
@@ -258,24 +258,24 @@ def test_a_stream_that_was_flushed_before_anything_came_is_at_its_end(tiny_model
 
 
 @pytest.mark.parametrize("chunk_seconds", [0, -1, float("nan")])
-def test_chunks_of_no_length_are_refused(tiny_model, chunk_seconds):
+def test_chunks_of_zero_length_are_refused(tiny_model, chunk_seconds):
     with pytest.raises(ValueError, match="chunk_seconds"):
         tiny_model.encode(torch.zeros(1, 1, 100), chunk_seconds=chunk_seconds)
 
 
 def test_the_reach_of_the_encoder_is_not_underestimated(models, rate):
-    """A change of one sample moves no frame farther away than the encoder says it reaches (the LSTM aside)."""
+    """A change of one sample changes no frame beyond the context that the encoder declares (apart from the LSTM)."""
     encoder = models(rate).encoder_model.encoder
     hop = encoder.hop_length
     torch.manual_seed(0)
     audio = torch.randn(1, 1, 30 * hop + 1)
     before = encoder.downsample(audio)
-    for place in (10 * hop, 11 * hop - 1, 30 * hop):
+    for index in (10 * hop, 11 * hop - 1, 30 * hop):
         changed = audio.clone()
-        changed[..., place] += 1
+        changed[..., index] += 1
         moved = (encoder.downsample(changed) != before).any(1)[0].nonzero().flatten()
-        assert place // hop - encoder.right_context <= moved.min()
-        assert moved.max() <= place // hop + encoder.left_context
+        assert index // hop - encoder.right_context <= moved.min()
+        assert moved.max() <= index // hop + encoder.left_context
 
 
 HOP, RATE = 16, 24000 / 16  # samples of a code and codes of a second, of the tiny model
@@ -285,14 +285,14 @@ def some_codes(length: int, seed: int = 0, rows: int = 1) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 64, (rows, 1, length)))
 
 
-def test_codes_that_fit_in_a_window_are_decoded_exactly(tiny_model):
+def test_codes_that_fit_in_one_window_are_decoded_exactly(tiny_model):
     for length in (1, 19, 20):
         codes = some_codes(length)
         windowed = tiny_model.decode(codes, window_seconds=20 / RATE, overlap_seconds=10 / RATE).audio_values
         assert torch.equal(windowed, tiny_model.decode(codes).audio_values)
 
 
-def test_windows_fade_into_each_other_and_are_exact_in_between(tiny_model):
+def test_windows_cross_fade_and_are_exact_between_overlaps(tiny_model):
     codes = some_codes(52)
     windowed = tiny_model.decode(codes, window_seconds=20 / RATE, overlap_seconds=4 / RATE).audio_values[0, 0]
     starts = [0, 16, 32]
@@ -302,17 +302,17 @@ def test_windows_fade_into_each_other_and_are_exact_in_between(tiny_model):
         inner = windowed[(start + first) * HOP : (start + last) * HOP]
         assert torch.equal(inner, alone[index][first * HOP : last * HOP])
     for index, joint in enumerate(starts[1:]):
-        old, new = alone[index][16 * HOP :], alone[index + 1][: 4 * HOP]
+        previous, following = alone[index][16 * HOP :], alone[index + 1][: 4 * HOP]
         faded = windowed[joint * HOP : (joint + 4) * HOP]
         rounding = 1e-6 * windowed.abs().max()
-        # between the two, and what it was at the start and what it will be at the end, so that there is no jump
-        assert (faded >= torch.minimum(old, new) - rounding).all() and (
-            faded <= torch.maximum(old, new) + rounding
+        # between the two windows: the previous one at the start and the next one at the end, without a jump
+        assert (faded >= torch.minimum(previous, following) - rounding).all() and (
+            faded <= torch.maximum(previous, following) + rounding
         ).all()
-        assert torch.equal(faded[:HOP], old[:HOP]) and torch.equal(faded[-HOP:], new[-HOP:])
-        share = (faded - old)[HOP:-HOP] / (new - old)[HOP:-HOP]  # grows linearly over the middle half
+        assert torch.equal(faded[:HOP], previous[:HOP]) and torch.equal(faded[-HOP:], following[-HOP:])
+        share = (faded - previous)[HOP:-HOP] / (following - previous)[HOP:-HOP]  # grows linearly over the middle half
         expected = (torch.arange(2 * HOP) + 0.5) / (2 * HOP)
-        sure = (new - old)[HOP:-HOP].abs() > 0.01 * windowed.abs().max()
+        sure = (following - previous)[HOP:-HOP].abs() > 0.01 * windowed.abs().max()
         assert sure.sum() > HOP
         torch.testing.assert_close(share[sure], expected[sure], atol=1e-3, rtol=0)
 
@@ -332,22 +332,22 @@ def test_the_last_window_is_as_long_as_the_others(tiny_model):
     share=st.floats(0, 0.5),
     seed=st.integers(0, 1000),
 )
-def test_a_stream_of_codes_gives_the_windowed_audio_however_it_is_cut(tiny_model, cuts, window, share, seed):
+def test_a_stream_of_codes_gives_the_windowed_audio_for_any_block_sizes(tiny_model, cuts, window, share, seed):
     codes = some_codes(sum(cuts), seed)[0, 0]
     settings = (window / RATE, int(share * window) / RATE)
-    stream, pieces, start = DecodeStream(tiny_model, *settings), [], 0
+    stream, chunks, start = DecodeStream(tiny_model, *settings), [], 0
     for cut in cuts:
-        pieces.append(stream.push(codes[start : start + cut]))
+        chunks.append(stream.push(codes[start : start + cut]))
         start += cut
         stream = DecodeStream(tiny_model, *settings, state=pickle.loads(pickle.dumps(stream.state)))  # as if moved
-    streamed = torch.cat([*pieces, stream.flush()])
+    streamed = torch.cat([*chunks, stream.flush()])
     assert len(streamed) == start * HOP
     if start > 0:
         whole = tiny_model.decode(codes[None, None], window_seconds=settings[0], overlap_seconds=settings[1])
         assert torch.equal(streamed, whole.audio_values[0, 0])
 
 
-def test_audio_comes_out_as_soon_as_a_window_is_full(tiny_model):
+def test_audio_is_returned_as_soon_as_a_window_is_full(tiny_model):
     stream = DecodeStream(tiny_model, 20 / RATE, 4 / RATE)
     assert stream.delay == 20
     codes = some_codes(36)[0, 0].tolist()
@@ -355,7 +355,7 @@ def test_audio_comes_out_as_soon_as_a_window_is_full(tiny_model):
     assert lengths == 19 * [0] + [16] + 15 * [0] + [16]
 
 
-def test_what_a_stream_of_codes_remembers_does_not_grow(tiny_model):
+def test_the_state_of_a_stream_of_codes_does_not_grow(tiny_model):
     stream, sizes = DecodeStream(tiny_model, 20 / RATE, 4 / RATE), []
     for seed in range(20):
         stream.push(some_codes(36, seed)[0, 0])
@@ -384,7 +384,7 @@ def test_rows_of_a_padded_batch_are_decoded_in_windows_as_alone(tiny_model, left
     ("window", "overlap"),
     [(0.4, 0), (0, 0), (-3, 0), (20, 11), (20, -1), (4, 20), (float("nan"), 0), (20, float("nan")), (float("inf"), 0)],
 )
-def test_windows_that_make_no_sense_are_refused(tiny_model, window, overlap):
+def test_invalid_windows_are_refused(tiny_model, window, overlap):
     windows = {"window_seconds": window / RATE, "overlap_seconds": overlap / RATE}
     with pytest.raises(ValueError, match="expected a window of at least one frame"):
         tiny_model.decode(some_codes(10), **windows)
@@ -401,7 +401,7 @@ def test_windows_that_make_no_sense_are_refused(tiny_model, window, overlap):
         ([-1, 3], "from -1 to 3"),
     ],
 )
-def test_a_stream_of_codes_refuses_and_can_go_on(tiny_model, codes, message):
+def test_a_stream_of_codes_can_continue_after_a_refused_input(tiny_model, codes, message):
     stream = DecodeStream(tiny_model, 20 / RATE, 4 / RATE)
     good = some_codes(30)[0, 0]
     first = stream.push(good[:25])

@@ -1,4 +1,7 @@
-"""The model against the original's golden data, and against itself: rows of batches, dtypes, compiled graphs."""
+"""
+The model against golden data of the reference implementation, and against itself: rows of batches, dtypes, compiled
+graphs.
+"""
 
 import copy
 import hashlib
@@ -32,7 +35,7 @@ def no_gradients():
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Tiny layers gain nothing from threads, and the full-size ones here are short."""
+    """Use one thread: tiny layers gain nothing from more, and the full-size tests here are short."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,7 +43,7 @@ def one_thread():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The original's golden data
+# Golden data of the reference implementation
 # ---------------------------------------------------------------------------------------------------------------------
 
 SIGNALS = ("chirp_1.37", "noise_0.5", "speechlike_3.0")
@@ -48,7 +51,7 @@ SIGNALS = ("chirp_1.37", "noise_0.5", "speechlike_3.0")
 
 @pytest.fixture(params=SIGNALS)
 def golden(request, rate):
-    """What the original gave for a signal, with the signal."""
+    """Return a signal, with the output of the reference implementation for it."""
     import formula
 
     kind, seconds = request.param.split("_")
@@ -56,29 +59,29 @@ def golden(request, rate):
     return SimpleNamespace(input_values=torch.from_numpy(formula.waveform(kind, float(seconds)))[None, None], **data)
 
 
-def test_codes_equal_the_originals(golden, models, rate):
+def test_codes_equal_the_reference_implementation(golden, models, rate):
     codes = models(rate).encode(golden.input_values).audio_codes[0].numpy()
     assert codes.shape == golden.codes.shape
-    assert len(np.unique(golden.codes)) > 10  # or equality would say little
-    clear = golden.margin >= 1e-6  # below that, float32 does not tell which entry is nearest
+    assert len(np.unique(golden.codes)) > 10  # otherwise equality would prove little
+    clear = golden.margin >= 1e-6  # below that, float32 cannot decide which entry is nearest
     np.testing.assert_array_equal(codes[:, clear], golden.codes[:, clear])
 
 
-def test_audio_equals_the_originals(golden, models, rate):
+def test_audio_equals_the_reference_implementation(golden, models, rate):
     audio = models(rate).decode(torch.from_numpy(golden.codes)[None]).audio_values[0, 0].numpy()
     assert np.abs(golden.audio).max() > 0.01
     np.testing.assert_allclose(audio, golden.audio, atol=1e-4, rtol=0)
 
 
-def test_latents_equal_the_originals(golden, models, rate):
+def test_latents_equal_the_reference_implementation(golden, models, rate):
     latents = models(rate).encode(golden.input_values, output_latents=True).latents[0].numpy()
-    # sums of up to 4096 float32 products, in another order than the original's
+    # sums of up to 4096 float32 products, in another order than the reference implementation
     np.testing.assert_allclose(latents[:, :8], golden.encoder_head, atol=1e-4, rtol=0)
     np.testing.assert_allclose(latents[:, -8:], golden.encoder_tail, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 5, 8, 17, 100, 319, 321, 601, 2000])
-def test_clips_shorter_than_the_padding_equal_the_originals(num_samples, models, rate):
+def test_clips_shorter_than_the_padding_equal_the_reference_implementation(num_samples, models, rate):
     import formula
 
     data = np.load(REFERENCE / f"short_{rate}.npz")
@@ -91,7 +94,7 @@ def test_clips_shorter_than_the_padding_equal_the_originals(num_samples, models,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows of a padded batch, by each way in which a policy computes them
+# Rows of a padded batch, under each policy
 # ---------------------------------------------------------------------------------------------------------------------
 
 POLICIES = {
@@ -108,22 +111,22 @@ def policy(request):
 
 
 def margins(model, latents):
-    """Relative gap between the nearest and the second-nearest entry of each frame, in float64: (L,)."""
+    """Return the relative gap between the nearest and the second-nearest entry of each frame, in float64: (L,)."""
     entries = model.quantizer.codebook.embed.double()
     nearest = torch.cdist(latents[0].T.double(), entries).topk(2, largest=False).values
     return 1 - nearest[:, 0] / nearest[:, 1]
 
 
 def check_rows(model, clips, padding_side, policy):
-    """Every row of the batch of `clips` gets the codes, latents and audio that its clip gets alone.
+    """Check that every row of a batch of `clips` gets the codes, latents and audio that its clip gets alone.
 
-    Without a recheck, and only then, a code may differ where two entries are nearly equally near, since float32 sums
-    run in another order than alone; benchmarks/README.md says how often that happens.
+    Only without a recheck, a code may differ where two entries are almost equally near, since float32 sums run in
+    another order than alone. benchmarks/README.md states how often that happens.
     """
     hop = model.config.hop_length
     extractor = WavTokenizerFeatureExtractor(hop_length=hop, padding_side=padding_side)
     batch = extractor(clips, sampling_rate=24000, return_tensors="pt")
-    batch["input_values"][~batch["padding_mask"].bool()[:, None]] = float("nan")  # the model must never look there
+    batch["input_values"][~batch["padding_mask"].bool()[:, None]] = float("nan")  # the model must never read it
     encoded = model.encoder_model._encode(**batch, output_latents=True, policy=policy)
     decoded = model.decode(encoded.audio_codes, audio_codes_mask=encoded.audio_codes_mask).audio_values
     both = model(**batch)
@@ -134,13 +137,13 @@ def check_rows(model, clips, padding_side, policy):
         alone = model.encode(torch.from_numpy(clip)[None, None], output_latents=True)
         frames = alone.audio_codes.shape[-1]
         padding = real.numel() - frames
-        place = slice(padding, None) if padding_side == "left" else slice(0, frames)
-        assert real[place].all() and real.sum() == frames
-        codes = encoded.audio_codes[row, :, place]
+        frames_of_clip = slice(padding, None) if padding_side == "left" else slice(0, frames)
+        assert real[frames_of_clip].all() and real.sum() == frames
+        codes = encoded.audio_codes[row, :, frames_of_clip]
         differ = codes[0] != alone.audio_codes[0, 0]
         assert not differ.any() or (policy is TOGETHER_POLICY and margins(model, alone.latents)[differ].max() < 1e-5)
 
-        latents = encoded.latents[row][:, place]
+        latents = encoded.latents[row][:, frames_of_clip]
         scale = alone.latents.abs().max()
         torch.testing.assert_close(latents / scale, alone.latents[0] / scale, atol=1e-5, rtol=0)
         assert (encoded.latents[row][:, ~real] == 0).all()
@@ -183,8 +186,8 @@ def test_batch_gives_each_row_what_it_gets_alone_at_full_size(models, rate, name
     check_rows(models(rate), clips, padding_side, POLICIES[name])
 
 
-def test_rows_that_share_the_lstm_get_the_latents_that_they_get_alone(models, rate):
-    """And exactly the same codes, since rows with near ties are computed again, alone."""
+def test_rows_in_one_lstm_batch_get_the_latents_they_get_alone(models, rate):
+    """The codes are exactly the same, since rows with near ties are computed again, alone."""
     torch.manual_seed(0)
     model, lengths = models(rate), [15000, 36000, 36001, 7001, 20000]
     batch, mask = 0.1 * torch.randn(5, 1, 36001), torch.zeros(5, 36001)
@@ -199,8 +202,8 @@ def test_rows_that_share_the_lstm_get_the_latents_that_they_get_alone(models, ra
         assert torch.equal(encoded.audio_codes[row, :, :frames], alone.audio_codes[0])
 
 
-def test_a_row_with_a_near_tie_gets_exactly_what_it_gets_alone(tiny_model):
-    """With two entries that are equally near, by construction, everything is a near tie."""
+def test_a_row_with_a_near_tie_gets_exactly_the_codes_it_gets_alone(tiny_model):
+    """Two entries are equally near by construction, so everything is a near tie."""
     torch.manual_seed(0)
     audio = torch.randn(3, 1, 20 * 16)
     latents = tiny_model.encode(audio[:1], output_latents=True).latents
@@ -225,18 +228,21 @@ def test_near_ties_are_found_in_float32_under_autocast(tiny_model):
 
 @pytest.fixture(scope="module")
 def model_with_equal_entries(models):
-    """A model, audio (3, 1, T) and its codes by hand: some entries are repeated below those that the audio uses."""
+    """
+    Return a model, audio (3, 1, T) and its codes by hand. Some entries that the audio uses are repeated at lower
+    indices.
+    """
     with torch.no_grad():
         torch.manual_seed(0)
         model, audio = copy.deepcopy(models(75)), 0.1 * torch.randn(3, 1, 18000)
         before = model.encode(audio).audio_codes
         used = before.unique()[-20:]
-        unused = torch.tensor([code for code in range(200) if code not in before])[:20]
-        model.quantizer.codebook.embed[unused] = model.quantizer.codebook.embed[used]
+        unused_codes = torch.tensor([code for code in range(200) if code not in before])[:20]
+        model.quantizer.codebook.embed[unused_codes] = model.quantizer.codebook.embed[used]
         expected = before.clone()
-        for first, second in zip(unused, used, strict=True):
+        for first, second in zip(unused_codes, used, strict=True):
             expected[before == second] = first
-    assert used.min() > unused.max() and not torch.equal(before, expected)
+    assert used.min() > unused_codes.max() and not torch.equal(before, expected)
     return model, audio, expected
 
 
@@ -292,7 +298,7 @@ def test_each_row_of_a_batch_can_be_padded_on_its_own_side(tiny_model, policy):
     [(kernel_size, stride) for kernel_size in (3, 7, 10, 16) for stride in (1, 2, 5, 8) if kernel_size >= stride],
 )
 def test_reflection_follows_the_rule_of_the_architecture(kernel_size, stride):
-    """Against the rule as architecture.md words it, number by number."""
+    """Compare with the rule in architecture.md, number by number."""
     total = kernel_size - stride
     right = total // 2
     left = total - right
@@ -320,7 +326,7 @@ def test_reflection_follows_the_rule_of_the_architecture(kernel_size, stride):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_codes_are_those_of_float32_whatever_dtype_the_model_is_loaded_in(folders, models, dtype):
+def test_codes_are_those_of_float32_for_every_loaded_dtype(folders, models, dtype):
     audio = 0.1 * torch.randn(1, 1, 8000)
     loaded = WavTokenizerModel.from_pretrained(folders(75), dtype=dtype).eval()
     assert loaded.backbone.embed.weight.dtype == dtype
@@ -338,11 +344,11 @@ def test_codes_are_those_of_float32_after_a_cast(tiny_model):
 def test_codes_are_those_of_float32_under_autocast_and_lower_matmul_precision(models):
     audio = 0.1 * torch.randn(1, 1, 8000)
     expected = models(75).encode(audio, output_latents=True).latents
-    torch.set_float32_matmul_precision("medium")  # on this kind of CPU: products in bfloat16
+    torch.set_float32_matmul_precision("medium")  # on this kind of CPU: matmuls in bfloat16
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(models(75).encode(audio, output_latents=True).latents, expected)
-        assert torch.get_float32_matmul_precision() == "medium"  # the caller's choice is given back
+        assert torch.get_float32_matmul_precision() == "medium"  # the caller's setting is restored
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -357,7 +363,7 @@ def test_codes_are_those_of_float32_in_a_graph_compiled_under_autocast(models):
 
 
 def test_threads_do_not_undo_each_others_float32():
-    """One block begins within another and ends after it: the switches stay as long as either needs them."""
+    """One block begins within another and ends after it: the switches stay set while either needs them."""
     torch.set_float32_matmul_precision("medium")
     try:
         switch, device = torch.backends.mkldnn.matmul, torch.device("cpu")
@@ -373,7 +379,7 @@ def test_threads_do_not_undo_each_others_float32():
         torch.set_float32_matmul_precision("highest")
 
 
-def test_threads_that_encode_at_once_get_the_same_codes(models):
+def test_threads_that_encode_concurrently_get_the_same_codes(models):
     audio = [0.1 * torch.randn(1, 1, 3000) for _ in range(4)]
     expected = [models(75).encode(clip, output_latents=True).latents for clip in audio]
     torch.set_float32_matmul_precision("medium")
@@ -390,7 +396,7 @@ def test_threads_that_encode_at_once_get_the_same_codes(models):
         torch.set_float32_matmul_precision("highest")
 
 
-def test_a_model_made_in_bfloat16_encodes_in_float32():
+def test_a_model_created_in_bfloat16_encodes_in_float32():
     model = AutoModel.from_config(tiny_config(), dtype=torch.bfloat16).eval()
     assert model.backbone.embed.weight.dtype == torch.bfloat16
     assert {tensor.dtype for tensor in model.encoder_model.state_dict().values()} == {torch.float32}
@@ -400,7 +406,7 @@ def test_a_model_made_in_bfloat16_encodes_in_float32():
     assert {tensor.dtype for tensor in encoder.state_dict().values()} == {torch.float32}
 
 
-def test_audio_is_float32_whatever_the_default_dtype(tiny_model):
+def test_audio_is_float32_for_every_default_dtype(tiny_model):
     codes = torch.randint(0, 64, (1, 1, 20))
     expected = tiny_model.decode(codes).audio_values
     for dtype in (torch.float64, torch.bfloat16):
@@ -412,7 +418,7 @@ def test_audio_is_float32_whatever_the_default_dtype(tiny_model):
 
 
 def test_magnitudes_are_limited_to_100(tiny_model):
-    """By hand: every magnitude is exp(7), limited to 100, and every phase 90 degrees, so all frames are alike."""
+    """By hand: every magnitude is exp(7), limited to 100, and every phase 90 degrees, so all frames are equal."""
     head = tiny_model.head
     head.linear.weight.zero_()
     head.linear.bias[:33], head.linear.bias[33:] = 7, np.pi / 2
@@ -445,7 +451,7 @@ def test_bfloat16_decodes_close_to_float32(folders, models):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What else the model promises
+# Other guarantees of the model
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -523,7 +529,7 @@ def test_training_mode_does_not_change_the_codebook(tiny_model):
         assert torch.equal(buffer, before[name]), name
 
 
-def test_a_new_model_starts_as_the_original_does():
+def test_a_new_model_is_initialised_like_the_reference_implementation():
     model = WavTokenizerModel(tiny_config())
     conv = model.encoder_model.encoder.layers[0].conv
     assert torch.allclose(conv.weight, conv.parametrizations.weight.original1)  # gain = length of the direction
@@ -532,15 +538,17 @@ def test_a_new_model_starts_as_the_original_does():
     assert (block.norm.scale.weight == 1).all() and (block.norm.shift.weight == 0).all()
     assert 0.01 < block.pwconv1.weight.std() < 0.03 and (block.pwconv1.bias == 0).all()
     assert len(model.quantizer.codebook.embed.unique(dim=0)) == 64
-    # loud noise uses several codes, or every test of codes on new models would be empty
+    # loud noise uses several codes; otherwise tests of codes on new models would be empty
     torch.manual_seed(0)
     assert len(model.encode(100 * torch.randn(1, 1, 2000)).audio_codes.unique()) > 2
 
 
 def test_weights_that_a_file_lacks_are_initialised(tiny_model, tmp_path):
-    """As from a file that was saved with weight norm folded: convolutions with a bias and no weight."""
-    kept = {name: tensor for name, tensor in tiny_model.state_dict().items() if ".parametrizations." not in name}
-    tiny_model.save_pretrained(tmp_path, state_dict=kept)
+    """As from a file saved with folded weight norm: its convolutions have a bias and no weight."""
+    without_norms = {
+        name: tensor for name, tensor in tiny_model.state_dict().items() if ".parametrizations." not in name
+    }
+    tiny_model.save_pretrained(tmp_path, state_dict=without_norms)
     loaded = WavTokenizerModel.from_pretrained(tmp_path)
     for layer in loaded.encoder_model.encoder.layers:
         if isinstance(layer, WavTokenizerConv1d):
@@ -553,7 +561,7 @@ def test_weights_that_a_file_lacks_are_initialised(tiny_model, tmp_path):
 
 
 def test_layers_without_bias_are_initialised(tiny_model):
-    """Adapters, for example, put such layers in."""
+    """Adapters, for example, add such layers."""
     for layer in (tiny_model.backbone.convnext[0].pwconv1, tiny_model.backbone.pos_net[0].conv1):
         layer.bias = None
         layer.weight.zero_()
@@ -589,7 +597,7 @@ def test_codes_of_another_codebook_are_refused_with_both_fingerprints(tiny_model
         tiny_model.check_codebook_fingerprint("0123456789abcdef")
 
 
-def test_forward_gives_what_encode_and_decode_give(tiny_model):
+def test_forward_equals_encode_followed_by_decode(tiny_model):
     audio = torch.randn(2, 1, 101)
     output = tiny_model(audio, output_latents=True)
     encoded = tiny_model.encode(audio, output_latents=True)
@@ -600,7 +608,7 @@ def test_forward_gives_what_encode_and_decode_give(tiny_model):
     assert isinstance(tiny_model.encode(audio, return_dict=False), tuple)
 
 
-def test_bandwidth_id_chooses_the_norms(tiny_model):
+def test_bandwidth_id_selects_the_norms(tiny_model):
     codes = torch.randint(0, 64, (1, 1, 20))
     before = tiny_model.decode(codes, bandwidth_id=2).audio_values
     for table in (tiny_model.backbone.norm.shift, tiny_model.backbone.convnext[0].norm.scale):
@@ -617,10 +625,10 @@ def test_bandwidth_id_chooses_the_norms(tiny_model):
 AUDIO = torch.zeros(2, 1, 100)
 
 
-def mask_with(value, *places):
+def mask_with(value, *indices):
     mask = torch.ones(2, 100)
-    for place in places:
-        mask[place] = value
+    for index in indices:
+        mask[index] = value
     return mask
 
 
@@ -684,7 +692,7 @@ def test_padding_may_hold_codes_that_do_not_exist(tiny_model):
     torch.testing.assert_close(audio[..., :48], tiny_model.decode(codes[..., :3]).audio_values, atol=1e-6, rtol=0)
 
 
-def test_an_encoder_says_that_it_cannot_decode():
+def test_an_encoder_refuses_to_decode():
     with pytest.raises(ValueError, match="has no decoder"):
         WavTokenizerEncoderModel(tiny_config()).decode(torch.zeros(1, 1, 5, dtype=torch.long))
 
@@ -707,7 +715,7 @@ def test_an_encoder_says_that_it_cannot_decode():
         ({"num_filters": "many"}, "num_filters"),
     ],
 )
-def test_a_shape_that_is_no_wavtokenizer_is_refused(changes, message):
+def test_a_config_of_an_impossible_shape_is_refused(changes, message):
     with pytest.raises(Exception, match=message):  # huggingface_hub wraps the ValueError in its own class
         tiny_config(**changes)
 
@@ -775,7 +783,7 @@ def test_codes_are_the_same_with_and_without_gradients(models, rate):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(num_samples=st.integers(1, 5000))
-def test_a_clip_of_any_length_gives_by_products_what_it_gives_by_convolutions(tiny_model, num_samples):
+def test_a_clip_of_any_length_gives_the_same_result_by_matmul_and_by_convolution(tiny_model, num_samples):
     audio = torch.randn(1, 1, num_samples)
     by_products = tiny_model.encoder_model.encoder(audio)
     with torch.enable_grad():
@@ -784,7 +792,7 @@ def test_a_clip_of_any_length_gives_by_products_what_it_gives_by_convolutions(ti
     torch.testing.assert_close(by_products, by_convolutions.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_clips_of_many_lengths_are_computed_in_few_sizes():
+def test_clips_of_many_lengths_are_padded_to_few_sizes():
     lengths = range(1000, 16 * 1000, 7)  # four octaves
     sizes = [cpu._bucket_length(length) for length in lengths]
     assert len(set(sizes)) <= 4 * 8 + 1

@@ -1,4 +1,6 @@
-"""Beside the WavTokenizer that transformers has itself since 5.24, the native one: one interface, one set of files."""
+"""
+Compatibility with the native WavTokenizer that transformers has since 5.24: the same interface and the same files.
+"""
 
 import inspect
 import json
@@ -45,7 +47,7 @@ def extractor_fields(level: float | None) -> dict:
 @pytest.fixture
 def folders(tiny_model, tmp_path):
     """
-    Name -> folder with the same tiny model: saved by our classes and by the native ones, whole and as an encoder.
+    Return name -> folder with the same tiny model, saved by our classes and the native ones, whole and as an encoder.
     """
     tiny_model.save_pretrained(tmp_path / "ours")
     tiny_model.encoder_model.save_pretrained(tmp_path / "our_encoder")
@@ -82,7 +84,7 @@ def folders(tiny_model, tmp_path):
     ],
     ids=lambda function: function.__qualname__,
 )
-def test_arguments_of_the_native_interface_have_the_same_place_and_default(native, ours):
+def test_arguments_of_the_native_interface_have_the_same_position_and_default(native, ours):
     expected = [p for p in inspect.signature(native).parameters.values() if p.kind is not p.VAR_KEYWORD]
     got = list(inspect.signature(ours).parameters.values())[: len(expected)]
     assert [(p.name, p.default) for p in got] == [(p.name, p.default) for p in expected]
@@ -95,7 +97,7 @@ def test_config_fields_have_the_same_defaults(name):
     assert {key: value for key, value in ours.to_dict().items() if key in native} == native
 
 
-def test_the_encoder_config_has_the_fields_and_not_the_classes_of_the_whole(folders):
+def test_the_encoder_config_has_the_fields_but_not_the_classes_of_the_whole_model(folders):
     config = AutoConfig.from_pretrained(folders["ours"])
     encoder_config = config.encoder_config
     assert type(encoder_config) is WavTokenizerEncoderConfig
@@ -110,7 +112,7 @@ def test_the_encoder_config_has_the_fields_and_not_the_classes_of_the_whole(fold
 
 @pytest.mark.parametrize("mask_dtype", [torch.int32, torch.bool, torch.float32])
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_the_mask_of_codes_is_the_native_ones(folders, tiny_model, mask_dtype, left):
+def test_the_mask_of_codes_equals_the_native_one(folders, tiny_model, mask_dtype, left):
     native = native_modeling.WavTokenizerModel.from_pretrained(folders["ours"]).eval()
     audio, mask = torch.randn(3, 1, 100), torch.ones(3, 100, dtype=mask_dtype)
     for row, padding in enumerate((0, 40, 99)):
@@ -123,7 +125,7 @@ def test_the_mask_of_codes_is_the_native_ones(folders, tiny_model, mask_dtype, l
     assert tiny_model.encode(audio).audio_codes_mask is native.encode(audio).audio_codes_mask is None
 
 
-def test_tuples_are_the_native_ones(folders):
+def test_tuple_outputs_equal_the_native_ones(folders):
     native, ours = (
         model_class.from_pretrained(folders["ours"]).eval()
         for model_class in (native_modeling.WavTokenizerModel, WavTokenizerModel)
@@ -138,7 +140,7 @@ def test_tuples_are_the_native_ones(folders):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_features_are_the_native_ones_bit_for_bit(level):
+def test_features_equal_the_native_ones_bit_for_bit(level):
     native, ours = (
         extractor_class(**extractor_fields(level))
         for extractor_class in (native_extraction.WavTokenizerFeatureExtractor, WavTokenizerFeatureExtractor)
@@ -172,7 +174,7 @@ def test_features_are_the_native_ones_bit_for_bit(level):
     ],
 )
 @pytest.mark.parametrize("config_class", ["WavTokenizerConfig", "WavTokenizerEncoderConfig"])
-def test_a_native_folder_with_a_field_that_is_not_built_is_refused_by_name(tmp_path, config_class, field, value):
+def test_a_native_folder_with_an_unsupported_field_is_refused_by_name(tmp_path, config_class, field, value):
     fields = {name: getattr(tiny_config(), name) for name in ("num_filters", "upsampling_ratios")}
     getattr(native_configuration, config_class)(**fields, **{field: value}).save_pretrained(tmp_path)
     message = f"Got {field}={value!r}; this class builds .* transformers >= 5.24"
@@ -188,7 +190,7 @@ def test_a_native_folder_with_a_field_that_is_not_built_is_refused_by_name(tmp_p
 
 
 @pytest.mark.parametrize("name", ["ours", "native"])
-def test_auto_classes_give_ours_for_a_whole_model(folders, name):
+def test_auto_classes_return_ours_for_a_whole_model(folders, name):
     folder = folders[name]
     assert type(AutoConfig.from_pretrained(folder)) is WavTokenizerConfig
     assert type(AutoModel.from_pretrained(folder)) is WavTokenizerModel
@@ -199,7 +201,7 @@ def test_auto_classes_give_ours_for_a_whole_model(folders, name):
 
 
 @pytest.mark.parametrize("name", ["our_encoder", "native_encoder"])
-def test_auto_classes_give_ours_for_an_encoder(folders, name):
+def test_auto_classes_return_ours_for_an_encoder(folders, name):
     folder = folders[name]
     assert type(AutoConfig.from_pretrained(folder)) is WavTokenizerEncoderConfig
     assert type(AutoModel.from_pretrained(folder)) is WavTokenizerEncoderModel
@@ -233,12 +235,12 @@ def test_every_folder_loads_in_either_model_and_gives_the_same_codes_and_audio(f
     torch.testing.assert_close(got.audio_values, expected.audio_values, atol=1e-5, rtol=1e-4)
 
 
-def test_a_whole_model_is_not_made_of_an_encoders_folder(folders):
+def test_a_whole_model_does_not_load_from_an_encoder_folder(folders):
     with pytest.raises(ValueError, match=r"holds an encoder only.* WavTokenizerEncoderModel"):
         WavTokenizerModel.from_pretrained(folders["our_encoder"])
 
 
-def test_an_encoder_made_of_a_whole_config_saves_itself_as_an_encoder(tmp_path):
+def test_an_encoder_built_from_a_whole_config_is_saved_as_an_encoder(tmp_path):
     WavTokenizerEncoderModel(tiny_config()).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "wavtokenizer_encoder"
@@ -250,7 +252,7 @@ def test_an_encoder_made_of_a_whole_config_saves_itself_as_an_encoder(tmp_path):
 
 
 def test_the_three_ways_to_load_a_folder_give_the_same_codes_at_every_level(tiny_model, tmp_path):
-    """With the package; without it as remote code; without it and without remote code, by transformers alone."""
+    """With the package; without it as remote code; and by transformers alone, without remote code."""
     np.savez(tmp_path / "clips.npz", *CLIPS)
     folders, expected = [], {}
     for index, level in enumerate(LEVELS):
@@ -292,4 +294,4 @@ def test_the_three_ways_to_load_a_folder_give_the_same_codes_at_every_level(tiny
     by_transformers, by_remote_code = json.loads(process.stdout.splitlines()[-1])
     assert by_transformers == expected
     assert by_remote_code == expected
-    assert expected["0 0"] != expected["1 0"]  # a level changes codes
+    assert expected["0 0"] != expected["1 0"]  # a different level changes the codes

@@ -1,6 +1,9 @@
-"""The shape of the package: what may import what, and what works with the core dependencies alone."""
+"""
+The structure of the package: which modules may import which, and that the core works with its own dependencies alone.
+"""
 
 import ast
+import graphlib
 import re
 import shutil
 import subprocess
@@ -51,15 +54,15 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
         "loading",
         "",
     },
-    # what reads audio: its headers, decoders and kinds of errors, of which `audio` alone is for others
+    # The modules that read audio: headers, decoders and kinds of errors. Only `audio` is for other modules.
     "audio": {"audio_decoders", "audio_errors", ""},
     "audio_decoders": {"audio_containers", "audio_errors"},
     "pipes": {"audio", "audio_containers", "audio_errors"},  # the same samples from a stream as from a file
     "__main__": {"cli"},
     "demo": {"audio", "evaluation", "loading", "plots", "token_file", ""},
     "bulk": {"audio", "audio_errors", "find_files", "loading", ""},
-    "training": {"audio", "find_files", "loading", "log_mel", ""},  # audio is the only door to sound files
-    # long_audio scales clips as a model asks
+    "training": {"audio", "find_files", "loading", "log_mel", ""},  # audio is the only module that reads audio files
+    # long_audio scales clips to the peak level of a model
     "evaluation": {"audio", "find_files", "log_mel", "long_audio", "plots", ""},
     "conversion": {"loading", "training", ""},  # checks of weights, and the names of the discriminators
     "model_names": {
@@ -67,15 +70,15 @@ ALLOWED_TOGETHER = {  # "" is the package: the core
         "export",
         "",
     },  # published names are converted on first use; ONNX folders are refused
-    "export": {"bulk", "llm", ""},  # token folders, and the sequences that language models are trained on
-    "llm": {"long_audio", ""},  # sound while a language model generates
+    "export": {"bulk", "llm", ""},  # token folders, and the training sequences of language models
+    "llm": {"long_audio", ""},  # audio while a language model generates
 }
-ROOMS = sorted({path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()})
+MODULES = sorted({path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()})
 # rglob does not enter `conversion` and `model_cards`, which are symbolic links in a checkout
 FILES = sorted({*PACKAGE.rglob("*.py"), *PACKAGE.glob("*/*.py")})
 
 
-# what every room may use: extras, worker processes, writing and reading of files, finding them and models, and kinds
+# What every module may use: extras, worker processes, writing and reading of files, finding them and models, and kinds
 # of failures of audio
 SHARED = {
     "atomic_files",
@@ -92,11 +95,14 @@ SHARED = {
 
 
 def imports(path: Path, everywhere: bool = True) -> set[str]:
-    """Modules that a file imports; `.name` for one of the package, `.` for the package itself. Only at its top level
-    unless `everywhere`. What a room that is a folder imports of itself counts as its own name."""
+    """Return the modules that a file imports: `.name` for one of the package, `.` for the package itself.
+
+    Only imports at the top level count, unless `everywhere`. Imports within a module that is a folder count as its own
+    name.
+    """
     tree = ast.parse(path.read_text())
     nodes = ast.walk(tree) if everywhere else iter(tree.body)
-    inside = path.relative_to(PACKAGE).parts[:-1]  # folders between the package and the file
+    folders = path.relative_to(PACKAGE).parts[:-1]  # folders between the package and the file
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -105,18 +111,18 @@ def imports(path: Path, everywhere: bool = True) -> set[str]:
             if node.level == 0:
                 found.add(node.module.split(".")[0])
                 continue
-            above = list(inside[: len(inside) - node.level + 1])  # where the dots lead
+            above = list(folders[: len(folders) - node.level + 1])  # where the dots lead
             module = above + (node.module.split(".") if node.module else [])
             if module:
                 found.add("." + module[0])
             else:
-                rooms = {p.stem for p in PACKAGE.iterdir()}
-                found |= {"." + (alias.name if alias.name in rooms else "") for alias in node.names}
+                modules = {p.stem for p in PACKAGE.iterdir()}
+                found |= {"." + (alias.name if alias.name in modules else "") for alias in node.names}
     return found
 
 
 @pytest.mark.parametrize("name", CORE)
-def test_the_core_imports_what_every_hub_user_has_and_no_room(name):
+def test_the_core_imports_only_allowed_siblings_and_core_dependencies(name):
     siblings = {"." + name for name in CORE}
     allowed = {
         "modeling_wavtokenizer": siblings - {".feature_extraction_wavtokenizer"},
@@ -134,7 +140,7 @@ def test_the_core_imports_what_every_hub_user_has_and_no_room(name):
 
 
 @pytest.mark.parametrize("name", [name for name in CORE if name != "auto_classes"])
-def test_messages_of_remote_code_name_nothing_that_its_readers_lack(name):
+def test_messages_of_remote_code_name_nothing_outside_the_remote_code(name):
     """A Hub repository holds these files alone: no module, command or page of this package."""
     tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
     texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
@@ -142,22 +148,22 @@ def test_messages_of_remote_code_name_nothing_that_its_readers_lack(name):
 
 
 def test_modeling_imports_every_sibling():
-    """transformers copies to a remote-code folder only what the loaded file itself imports."""
+    """transformers copies only the direct imports of the loaded file to a remote-code folder."""
     siblings = {f".{name}" for name in CORE if name.startswith(("configuration", "modeling_wavtokenizer_"))}
     assert siblings <= imports(PACKAGE / "modeling_wavtokenizer.py", everywhere=False)
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.stem)
-def test_rooms_import_the_core_and_no_other_room(room):
-    if room.stem in (*CORE, "__init__"):
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+def test_modules_import_the_core_and_no_other_module(module):
+    if module.stem in (*CORE, "__init__"):
         return
-    files = [room] if room.is_file() else [path for path in FILES if room in path.parents]
+    files = [module] if module.is_file() else [path for path in FILES if module in path.parents]
     assert files
     imported = {name[1:] for path in files for name in imports(path) if name.startswith(".")}
-    assert imported - set(CORE) - SHARED - {room.stem} <= ALLOWED_TOGETHER.get(room.stem, {""})
+    assert imported - set(CORE) - SHARED - {module.stem} <= ALLOWED_TOGETHER.get(module.stem, {""})
 
 
-def test_imports_of_a_folder_are_seen():
+def test_the_import_check_sees_imports_of_a_folder():
     assert {".audio", ".training"} <= imports(PACKAGE / "training" / "data.py")
 
 
@@ -167,11 +173,42 @@ def test_extras_are_imported_where_they_are_used(path):
     assert {name for name in third_party if not name.startswith(".")} <= CORE_DEPENDENCIES
 
 
-def test_everything_imports_without_the_extras_and_says_which_is_missing(tmp_path):
+def imported_files(path: Path) -> set[str]:
+    """Files of the package that a file imports anywhere, as module names. Imports for type checkers do not count."""
+    package = list(path.relative_to(PACKAGE).parts[:-1])
+    found = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = package[: len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
+            for alias in node.names:
+                file = PACKAGE.joinpath(*above, f"{alias.name}.py")
+                found.add(".".join([*above, alias.name] if file.is_file() else above))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Imports within functions count: they start a program sooner, and hide no circle."""
+    names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in FILES}
+    files = {name: path for name, path in names.items() if path.stem != "__init__"}
+    graph = {name: imported_files(path) & files.keys() for name, path in files.items()}
+    assert "conversion.from_original" in graph["model_names"]
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    assert order.index("modeling_wavtokenizer") < order.index("loading") < order.index("bulk.work")
+
+
+def test_every_module_imports_without_the_extras_and_names_the_missing_one(tmp_path):
     code = """
 import sys
 for name in ("soundfile", "soxr", "matplotlib", "datasets", "torchaudio", "torchcodec", "accelerate", "tensorboard",
-             "scipy", "sklearn", "librosa", "pesq", "pystoi", "auraloss", "pyarrow", "ray", "onnx", "onnxruntime", "lhotse", "gradio"):
+             "scipy", "sklearn", "librosa", "pesq", "pystoi", "auraloss", "pyarrow", "ray", "onnx", "onnxruntime",
+             "lhotse", "gradio"):
     sys.modules[name] = None
 import pkgutil, importlib, wavtokenizer_hf
 for module in pkgutil.walk_packages(wavtokenizer_hf.__path__, "wavtokenizer_hf."):
@@ -222,7 +259,7 @@ def test_the_model_is_read_in_two_files_without_cpu_machinery():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Packaging; tests/check_wheel.py checks a wheel that was built (`make package`)
+# Packaging. tests/check_wheel.py checks a built wheel (`make package`).
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -238,7 +275,7 @@ def test_every_package_is_installed_below_wavtokenizer_hf():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_packages_at_the_top_of_the_repository_are_imported_by_their_installed_names(path):
-    assert not imports(path) & {"conversion", "model_cards"}  # or there would be two copies of a module
+    assert not imports(path) & {"conversion", "model_cards"}  # otherwise a module would exist twice
 
 
 def test_every_imported_package_is_a_declared_dependency():
@@ -267,7 +304,7 @@ def test_every_imported_package_is_a_declared_dependency():
 
 @pytest.fixture
 def release(tmp_path):
-    """A copy of the files that .github/prepare_release.py reads and changes, and a function that runs it."""
+    """Return a copy of the files that .github/prepare_release.py reads and changes, and a function that runs it."""
     (tmp_path / ".github").mkdir()
     (tmp_path / "wavtokenizer_hf").mkdir()
     for name in (

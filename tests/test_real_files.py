@@ -1,4 +1,4 @@
-"""Real folders and files, in every command: nothing passed over, changed or ended without a word."""
+"""Real folders and files, in every command: each skipped, changed or failed file is reported."""
 
 import io
 import json
@@ -29,7 +29,7 @@ from wavtokenizer_hf.training.data import open_clips, read_clip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SOUND = voice()
+VOICE = voice()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def failures_of(output) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Channels, and how loud
+# Channels and levels
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -61,21 +61,21 @@ def failures_of(output) -> dict[str, str]:
     ],
 )
 def test_a_channel_is_chosen_in_every_command(channel, expected, model, tmp_path):
-    sound = voice(channels=3)
-    (tmp_path / "a.wav").write_bytes(float_wav(sound))
-    codes = codes_alone(model, expected(sound))
-    np.testing.assert_allclose(audio.load(tmp_path / "a.wav", channel=channel), expected(sound), atol=1e-7)
+    clip = voice(channels=3)
+    (tmp_path / "a.wav").write_bytes(float_wav(clip))
+    codes = codes_alone(model, expected(clip))
+    np.testing.assert_allclose(audio.load(tmp_path / "a.wav", channel=channel), expected(clip), atol=1e-7)
     line = ["-m", model.folder, "--channel", channel]
     assert main(["encode", str(tmp_path / "a.wav"), "-o", str(tmp_path / "a.json"), *line]) == 0
     assert TokenFile.load(tmp_path / "a.json").audio_codes.tolist() == codes
     assert main(["tokenize", str(tmp_path / "a.wav"), "-o", str(tmp_path / "out"), *line, "--num-processes", "1"]) == 0
     assert codes_of(tmp_path / "out")["a.wav"] == codes
-    np.testing.assert_allclose(read_clip([str(tmp_path / "a.wav")], 0, RATE, channel), expected(sound), atol=1e-7)
+    np.testing.assert_allclose(read_clip([str(tmp_path / "a.wav")], 0, RATE, channel), expected(clip), atol=1e-7)
 
 
 def test_the_worst_clips_of_an_evaluation_are_of_the_channel_that_was_measured(model, tmp_path):
-    sound = voice(channels=2)
-    (tmp_path / "a.wav").write_bytes(float_wav(sound))
+    clip = voice(channels=2)
+    (tmp_path / "a.wav").write_bytes(float_wav(clip))
     line = [
         "evaluate",
         "--audio",
@@ -89,7 +89,7 @@ def test_the_worst_clips_of_an_evaluation_are_of_the_channel_that_was_measured(m
     ]
     assert main([*line, "--channel", "right", "-o", str(tmp_path / "out")]) == 0
     worst = audio.load(tmp_path / "out" / "worst" / "00_original.wav")
-    np.testing.assert_allclose(worst, sound[:, 1], atol=1e-4)
+    np.testing.assert_allclose(worst, clip[:, 1], atol=1e-4)
     before = (tmp_path / "out" / "worst" / "00_original.wav").read_bytes()
     line[2] = str(tmp_path / "out" / "worst")
     assert main([*line, "-o", str(tmp_path / "out")]) == 2
@@ -97,14 +97,14 @@ def test_the_worst_clips_of_an_evaluation_are_of_the_channel_that_was_measured(m
 
 
 @pytest.mark.parametrize("channel", ["both", "-1", "1.5", "", None, True])
-def test_a_channel_that_makes_no_sense_is_refused(channel):
+def test_an_invalid_channel_is_refused(channel):
     with pytest.raises(ValueError, match="expected mean, left, right or a number from 0"):
         audio.check_channel(channel)
 
 
-def test_a_channel_that_a_clip_lacks_is_that_clips_failure(model, tmp_path):
+def test_a_missing_channel_is_a_failure_of_that_clip(model, tmp_path):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "mono.wav").write_bytes(wav(SOUND))
+    (tmp_path / "in" / "mono.wav").write_bytes(wav(VOICE))
     (tmp_path / "in" / "stereo.wav").write_bytes(wav(voice(channels=2)))
     tokenize(tmp_path / "in", model.folder, tmp_path / "out", TokenizeOptions(num_processes=1, channel="right"))
     assert failures_of(tmp_path / "out") == {"mono.wav": "no-channel"}
@@ -118,8 +118,8 @@ def test_rows_of_another_channel_do_not_go_into_the_same_folder(model, tmp_path)
         tokenize(tmp_path / "a.wav", model.folder, tmp_path / "out", TokenizeOptions(num_processes=1, channel="left"))
 
 
-def test_what_is_strange_about_a_clip_is_said_by_encode_and_written_by_tokenize(model, tmp_path, capsys, caplog):
-    opposite = np.concatenate([SOUND, -SOUND], 1)
+def test_clip_warnings_are_printed_by_encode_and_stored_by_tokenize(model, tmp_path, capsys, caplog):
+    opposite = np.concatenate([VOICE, -VOICE], 1)
     (tmp_path / "a.wav").write_bytes(wav(opposite))
     assert main(["encode", str(tmp_path / "a.wav"), "-m", model.folder, "-o", str(tmp_path / "a.json"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["warnings"] == ["cancelled"]
@@ -129,22 +129,22 @@ def test_what_is_strange_about_a_clip_is_said_by_encode_and_written_by_tokenize(
 
 
 @pytest.mark.parametrize(("level", "is_reported"), [(0.05, False), (0.02, True)])  # 26 and 34 dB
-def test_channels_that_cancel_are_reported_from_thirty_decibels_on(level, is_reported):
-    sound = np.concatenate([SOUND * (1 + level), SOUND * (level - 1)], 1)
-    assert ("cancelled" in audio.decode(float_wav(sound)).warnings) == is_reported
+def test_cancelling_channels_are_reported_from_thirty_decibels_on(level, is_reported):
+    clip = np.concatenate([VOICE * (1 + level), VOICE * (level - 1)], 1)
+    assert ("cancelled" in audio.decode(float_wav(clip)).warnings) == is_reported
 
 
 @pytest.fixture
 def apertus(model, tmp_path):
-    """The model, with a feature extractor that scales each clip to a peak of -3 dBFS."""
+    """Return the model with a feature extractor that scales each clip to a peak of -3 dBFS."""
     shutil.copytree(model.folder, tmp_path / "apertus")
     path = tmp_path / "apertus" / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "normalize_audio": True, "target_peak_dB_FS": -3}))
     return str(tmp_path / "apertus")
 
 
-def test_the_peak_level_of_a_model_counts_in_every_command(model, apertus, tmp_path, monkeypatch, capsys):
-    quiet = (0.02 * SOUND).astype(np.float32)
+def test_the_peak_level_of_a_model_applies_in_every_command(model, apertus, tmp_path, monkeypatch, capsys):
+    quiet = (0.02 * VOICE).astype(np.float32)
     (tmp_path / "a.wav").write_bytes(float_wav(quiet))
     scaled = quiet[:, 0] / np.abs(quiet).max() * np.float32(10 ** (-3 / 20))
     codes = codes_alone(model, scaled)
@@ -172,12 +172,15 @@ def test_the_peak_level_of_a_model_counts_in_every_command(model, apertus, tmp_p
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Sound in a folder, behind a link, in a format that may not be readable, and other things."""
+    """
+    Return a folder with audio files, one of them behind a link and one of a format that may be unreadable, and other
+    files.
+    """
     corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
     (corpus / "deep").mkdir(parents=True)
     elsewhere.mkdir()
-    (corpus / "deep" / "A.WAV").write_bytes(wav(SOUND))
-    (elsewhere / "b.wav").write_bytes(wav(SOUND))
+    (corpus / "deep" / "A.WAV").write_bytes(wav(VOICE))
+    (elsewhere / "b.wav").write_bytes(wav(VOICE))
     (corpus / "linked").symlink_to(elsewhere)
     (corpus / "deep" / "circle").symlink_to(corpus)
     (corpus / "talk.m4a").write_bytes(b"\0\0\0\x18ftypM4A \0\0\0\0no more of it")
@@ -191,7 +194,7 @@ FOUND = ["deep/A.WAV", "linked/b.wav", "talk.m4a"]
 PASSED_OVER = "passed over 3 other files (.wav 2, .txt 1)"
 
 
-def test_one_finder_follows_links_and_names_what_it_passes_over(corpus):
+def test_the_file_finder_follows_links_and_names_skipped_files(corpus):
     found = find_files(corpus, audio.SUFFIXES)
     assert [os.path.relpath(file, corpus) for file in found.files] == FOUND
     assert [os.path.relpath(file, corpus) for file in found.passed_over] == ["gone.wav", "notes.txt", "pipe.wav"]
@@ -199,7 +202,7 @@ def test_one_finder_follows_links_and_names_what_it_passes_over(corpus):
 
 
 @pytest.mark.parametrize("command", ["encode", "reconstruct", "tokenize"])
-def test_commands_agree_on_what_a_folder_holds(command, corpus, model, tmp_path, capsys):
+def test_commands_agree_on_the_audio_files_of_a_folder(command, corpus, model, tmp_path, capsys):
     assert main([command, str(corpus), "-m", model.folder, "-o", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
     assert "talk.m4a: failed: " in err and PASSED_OVER in err
@@ -212,7 +215,7 @@ def test_commands_agree_on_what_a_folder_holds(command, corpus, model, tmp_path,
         assert names == {"deep/A", "linked/b"}
 
 
-def test_training_and_evaluation_agree_with_them(corpus, model, capsys, caplog):
+def test_training_and_evaluation_find_the_same_files(corpus, model, capsys, caplog):
     assert [os.path.relpath(clip, corpus) for clip in open_clips(corpus)] == FOUND
     assert PASSED_OVER in caplog.text
     line = [
@@ -233,32 +236,40 @@ def test_training_and_evaluation_agree_with_them(corpus, model, capsys, caplog):
     assert PASSED_OVER in captured.err and "talk.m4a" in captured.err
 
 
-@pytest.mark.parametrize("line", [["encode", "", "-o", "x"], ["encode", "a.wav", "-o", ""], ["tokenize", "", "-o", "x"],
-                                  ["tokenize", "a.wav", "-o", ""], ["encode", "a.wav", "", "-o", "x"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["encode", "", "-o", "x"],
+        ["encode", "a.wav", "-o", ""],
+        ["tokenize", "", "-o", "x"],
+        ["tokenize", "a.wav", "-o", ""],
+        ["encode", "a.wav", "", "-o", "x"],
+    ],
+)
 def test_an_empty_argument_is_not_the_current_folder(line, model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.wav").write_bytes(wav(SOUND))
+    (tmp_path / "a.wav").write_bytes(wav(VOICE))
     assert main([*line, "-m", model.folder]) == 2
     assert "Got an empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
 
 
-def test_a_list_may_name_files_whose_names_are_no_utf8(model, tmp_path):
+def test_a_list_may_contain_file_names_that_are_not_utf8(model, tmp_path):
     name = os.fsdecode(b"caf\xe9.wav")
-    (tmp_path / name).write_bytes(wav(SOUND))
+    (tmp_path / name).write_bytes(wav(VOICE))
     (tmp_path / "list.csv").write_bytes(b"path,speaker\ncaf\xe9.wav,anna\n")
     tokenize(tmp_path / "list.csv", model.folder, tmp_path / "out", TokenizeOptions(num_processes=1))
     (row,) = rows_of(tmp_path / "out").values()
     assert row["id"] == r"caf\xe9.wav" and row["speaker"] == "anna"
-    assert row["audio_codes"] == codes_alone(model, quantized(SOUND)[:, 0])
+    assert row["audio_codes"] == codes_alone(model, quantized(VOICE)[:, 0])
 
 
-def test_a_cut_file_gives_exit_code_1_and_the_codes_of_what_is_left(model, tmp_path, capsys):
-    (tmp_path / "a.wav").write_bytes(wav(SOUND)[:-2000])
+def test_a_truncated_file_gives_exit_code_1_and_the_codes_of_the_remaining_audio(model, tmp_path, capsys):
+    (tmp_path / "a.wav").write_bytes(wav(VOICE)[:-2000])
     line = ["encode", str(tmp_path / "a.wav"), "-m", model.folder, "-o", str(tmp_path / "a.json"), "--json"]
     assert main(line) == 1
     assert json.loads(capsys.readouterr().out)["kind"] == "truncated"
-    assert TokenFile.load(tmp_path / "a.json").num_samples == len(SOUND) - 1000
+    assert TokenFile.load(tmp_path / "a.json").num_samples == len(VOICE) - 1000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,12 +286,16 @@ def write_tar(path, members: dict[str, bytes]):
     return path
 
 
-def test_names_in_shards_may_hold_dots(model, tmp_path):
+def test_names_in_shards_may_contain_dots(model, tmp_path):
     members = {
-        "Track 2.0 (clean).wav": wav(SOUND), "Track 2.1 (clean).wav": wav(0.5 * SOUND), "Track 2.0 (clean).json": b"{}",
-        "talk1_1.10-1.19.wav": wav(SOUND), "talk1_1.10-1.19.json": b"[1]", "talk1_1.10-1.19.words.txt": b"hello",
+        "Track 2.0 (clean).wav": wav(VOICE),
+        "Track 2.1 (clean).wav": wav(0.5 * VOICE),
+        "Track 2.0 (clean).json": b"{}",
+        "talk1_1.10-1.19.wav": wav(VOICE),
+        "talk1_1.10-1.19.json": b"[1]",
+        "talk1_1.10-1.19.words.txt": b"hello",
         "README.md": b"of no clip",
-    }  # fmt: skip
+    }
     result = tokenize(
         write_tar(tmp_path / "s.tar", members), model.folder, tmp_path / "out", TokenizeOptions(num_processes=1)
     )
@@ -291,8 +306,8 @@ def test_names_in_shards_may_hold_dots(model, tmp_path):
     assert result.passed_over == ["s.tar/README.md"]
 
 
-def test_webdatasets_rule_is_an_option(model, tmp_path):
-    members = {"a.close.wav": wav(SOUND), "a.json": b"{}"}
+def test_the_key_rule_of_webdataset_is_an_option(model, tmp_path):
+    members = {"a.close.wav": wav(VOICE), "a.json": b"{}"}
     write_tar(tmp_path / "s.tar", members)
     assert main(["tokenize", str(tmp_path / "s.tar"), "-m", model.folder, "-o", str(tmp_path / "out"), "--tar-names",
                  "webdataset", "--num-processes", "1"]) == 0  # fmt: skip
@@ -309,7 +324,7 @@ def test_webdatasets_rule_is_an_option(model, tmp_path):
 
 
 def rows_of_a_dataset():
-    good = [float(x) for x in SOUND[:, 0]]
+    good = [float(x) for x in VOICE[:, 0]]
     return datasets.Dataset.from_dict(
         {
             "audio": [
@@ -343,24 +358,24 @@ def test_a_saved_dataset_with_hostile_json_is_refused_in_one_line(content, tmp_p
 def test_bad_rows_fail_alone_in_every_format_of_a_dataset(format, model):
     rows = tokenize_dataset(rows_of_a_dataset().with_format(format), model.folder).with_format(None)
     assert list(rows["failure_kind"]) == KINDS and list(rows["text"]) == list("abcdefg")
-    assert rows["audio_codes"][0] == codes_alone(model, SOUND[:, 0])
+    assert rows["audio_codes"][0] == codes_alone(model, VOICE[:, 0])
 
 
 @pytest.mark.parametrize("format", [None, "arrow", "numpy"])
 def test_bad_rows_fail_alone_in_bulk(format, model, tmp_path):
     tokenize(rows_of_a_dataset().with_format(format), model.folder, tmp_path / "out", TokenizeOptions(num_processes=1))
     assert failures_of(tmp_path / "out") == {f"{n:09d}": kind for n, kind in enumerate(KINDS) if kind}
-    assert codes_of(tmp_path / "out")["000000000"] == codes_alone(model, SOUND[:, 0])
+    assert codes_of(tmp_path / "out")["000000000"] == codes_alone(model, VOICE[:, 0])
 
 
-def test_any_exception_of_reading_a_clip_is_that_clips_failure(model, tmp_path, monkeypatch):
+def test_any_exception_while_reading_a_clip_is_a_failure_of_that_clip(model, tmp_path, monkeypatch):
     for name in "abc":
         (tmp_path / "in").mkdir(exist_ok=True)
-        (tmp_path / "in" / f"{name}.wav").write_bytes(wav(SOUND))
+        (tmp_path / "in" / f"{name}.wav").write_bytes(wav(VOICE))
     read = sources.FileSource.read
 
-    def unlucky(self, place):
-        return {"b.wav": lambda: 1 / 0, "c.wav": lambda: {}["key"]}.get(place[0][-5:], lambda: read(self, place))()
+    def unlucky(self, locator):
+        return {"b.wav": lambda: 1 / 0, "c.wav": lambda: {}["key"]}.get(locator[0][-5:], lambda: read(self, locator))()
 
     monkeypatch.setattr(sources.FileSource, "read", unlucky)
     result = tokenize(tmp_path / "in", model.folder, tmp_path / "out", TokenizeOptions(num_processes=1))
@@ -377,17 +392,17 @@ def test_a_clip_that_the_model_refuses_fails_alone(model, tmp_path, monkeypatch)
         return encode(self, input_values, *arguments, **options)
 
     monkeypatch.setattr(type(model.encoder_model), "encode", strict)
-    clips = {"a": SOUND, "b": SOUND * 0.99 / np.abs(SOUND).max(), "c": SOUND}
-    for name, sound in clips.items():
-        soundfile.write(tmp_path / f"{name}.wav", sound, RATE, subtype="FLOAT")
+    clips = {"a": VOICE, "b": VOICE * 0.99 / np.abs(VOICE).max(), "c": VOICE}
+    for name, clip in clips.items():
+        soundfile.write(tmp_path / f"{name}.wav", clip, RATE, subtype="FLOAT")
     tokenize(f"{tmp_path}/*.wav", model.folder, tmp_path / "out", TokenizeOptions(num_processes=1))
     assert failures_of(tmp_path / "out") == {"b.wav": "not-finite"}
     assert rows_of(tmp_path / "out").keys() == {"a.wav", "c.wav"}
 
 
 def test_clips_longer_than_the_limit_fail(model, tmp_path):
-    (tmp_path / "short.wav").write_bytes(wav(SOUND[:1000]))
-    (tmp_path / "long.wav").write_bytes(wav(SOUND))
+    (tmp_path / "short.wav").write_bytes(wav(VOICE[:1000]))
+    (tmp_path / "long.wav").write_bytes(wav(VOICE))
     line = [
         "tokenize",
         f"{tmp_path}/*.wav",
@@ -404,21 +419,21 @@ def test_clips_longer_than_the_limit_fail(model, tmp_path):
         AudioTokenizer(model.folder, max_clip_seconds=0)
 
 
-def test_kinds_survive_the_way_between_processes():
+def test_failure_kinds_survive_pickling_between_processes():
     import pickle
 
     error = pickle.loads(pickle.dumps(AudioError("why", "empty")))
     assert (str(error), error.kind) == ("why", "empty")
 
 
-def test_every_kind_is_in_the_documentation():
+def test_every_failure_kind_is_documented():
     text = (ROOT / "docs" / "bulk.md").read_text()
     for kind in (*FAILURE_KINDS, *WARNING_KINDS):
         assert f"`{kind}`" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Formats that libsndfile does not know
+# Formats that libsndfile cannot read
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -464,7 +479,7 @@ def test_without_torchcodec_the_pipe_to_type_is_named(tmp_path, monkeypatch, mod
 
 
 class LongChunk(io.RawIOBase):
-    """A WAV header whose LIST chunk has 4 GiB, and then its samples."""
+    """A WAV header whose LIST chunk has 4 GiB, followed by its samples."""
 
     def __init__(self, start: bytes, num_zeros: int, end: bytes):
         self.parts, self.num_zeros, self.zeros = [io.BytesIO(start), io.BytesIO(end)], num_zeros, bytes(2**20)
@@ -483,26 +498,26 @@ class LongChunk(io.RawIOBase):
 def test_a_chunk_of_four_gigabytes_in_a_pipe_takes_no_memory():
     import tracemalloc
 
-    whole = wav(SOUND)
+    whole = wav(VOICE)
     start = whole[:36] + b"LIST" + (2**32 - 16).to_bytes(4, "little")
     tracemalloc.start()
     samples = np.concatenate(list(pipes.read_audio(LongChunk(start, 2**32 - 16, whole[36:]))))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    np.testing.assert_array_equal(samples, quantized(SOUND)[:, 0])
+    np.testing.assert_array_equal(samples, quantized(VOICE)[:, 0])
     assert peak < 8 * 2**20
 
 
 @pytest.mark.parametrize("rate", [0, 1, 999, 768001, 10**30, -24000])
-def test_raw_samples_of_no_real_rate_are_refused(rate):
+def test_raw_samples_of_an_invalid_rate_are_refused(rate):
     with pytest.raises(AudioError, match="expected a whole number from 1,000 to 768,000 Hz"):
         next(pipes.read_audio(io.BytesIO(bytes(1000)), raw_rate=rate))
 
 
 @pytest.mark.parametrize("format", ["FLAC", "OGG", "MP3", "GSM"])
-def test_other_formats_come_through_a_pipe_too(format, tmp_path):
+def test_other_formats_can_be_piped_too(format, tmp_path):
     options = {"format": "WAV", "subtype": "GSM610", "rate": 8000} if format == "GSM" else {"format": format}
-    content = encoded(SOUND, **options)
+    content = encoded(VOICE, **options)
     (tmp_path / "a").write_bytes(content)
     stream = io.BufferedReader(io.BytesIO(content))
     np.testing.assert_array_equal(np.concatenate(list(pipes.read_audio(stream))), audio.load(tmp_path / "a"))
@@ -531,20 +546,20 @@ class Ended:
 @pytest.mark.parametrize(
     ("exit_code", "had_begun", "message"),
     [
-        (worker_processes.UNGUARDED, False, 'outside of `if __name__ == "__main__":`'),
-        (1, False, "before it began"),
+        (worker_processes.UNGUARDED_EXIT_CODE, False, 'outside of `if __name__ == "__main__":`'),
+        (1, False, "before it started"),
         (1, True, "memory"),
         (-9, False, "killed by signal 9"),
     ],
 )
-def test_how_a_worker_ended_is_told(exit_code, had_begun, message):
-    assert message in str(worker_processes._ended(Ended(exit_code), had_begun, "use fewer processes"))
+def test_the_exit_status_of_a_worker_is_reported(exit_code, had_begun, message):
+    assert message in str(worker_processes._worker_error(Ended(exit_code), had_begun, "use fewer processes"))
 
 
 @pytest.mark.slow
-def test_a_script_without_a_guard_is_told_the_line_that_it_lacks(model, tmp_path):
+def test_a_script_without_a_main_guard_is_refused_with_the_missing_line(model, tmp_path):
     for name in "ab":
-        (tmp_path / f"{name}.wav").write_bytes(wav(SOUND))
+        (tmp_path / f"{name}.wav").write_bytes(wav(VOICE))
     script = tmp_path / "script.py"
     script.write_text(
         f"from wavtokenizer_hf.bulk import TokenizeOptions, tokenize\n"
@@ -556,7 +571,7 @@ def test_a_script_without_a_guard_is_told_the_line_that_it_lacks(model, tmp_path
     assert run.stderr.count("Traceback") == 1 and "memory" not in run.stderr
 
 
-def test_integers_in_float_files_are_reported_with_their_peak(caplog, tmp_path):
-    (tmp_path / "a.wav").write_bytes(float_wav(integers(SOUND, 16).astype(np.float32)))
+def test_float_files_of_integer_samples_are_reported_with_their_peak(caplog, tmp_path):
+    (tmp_path / "a.wav").write_bytes(float_wav(integers(VOICE, 16).astype(np.float32)))
     audio.load(tmp_path / "a.wav")
     assert "out-of-range: the largest sample is" in caplog.text and "divide them" in caplog.text

@@ -1,6 +1,4 @@
-"""
-Manifests of segments and Lhotse Shar as sources of `tokenize`: the codes that each part gets as a file of its own.
-"""
+"""Manifests of segments and Lhotse Shar as sources of `tokenize`: each segment gets the codes of a separate file."""
 
 import gzip
 import io
@@ -24,23 +22,23 @@ from wavtokenizer_hf.bulk.sources import open_source, segments
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, one_thread):
-    """A tiny model and two recordings, one of them in stereo."""
-    place = tmp_path_factory.mktemp("segments")
-    save_model(tiny(), place / "model")
+def workspace(tmp_path_factory, one_thread):
+    """Return a folder with a tiny model and two recordings, one of them in stereo."""
+    workspace = tmp_path_factory.mktemp("segments")
+    save_model(tiny(), workspace / "model")
     random = np.random.default_rng(0)
-    soundfile.write(place / "talk.wav", random.uniform(-0.9, 0.9, 48_000), 24_000, subtype="FLOAT")
-    soundfile.write(place / "stereo.wav", random.uniform(-0.9, 0.9, (16_000, 2)), 16_000, subtype="FLOAT")
-    return place
+    soundfile.write(workspace / "talk.wav", random.uniform(-0.9, 0.9, 48_000), 24_000, subtype="FLOAT")
+    soundfile.write(workspace / "stereo.wav", random.uniform(-0.9, 0.9, (16_000, 2)), 16_000, subtype="FLOAT")
+    return workspace
 
 
-def run(place, source, output, **options):
-    return tokenize(source, str(place / "model"), output, TokenizeOptions(num_processes=1, **options))
+def run(workspace, source, output, **options):
+    return tokenize(source, str(workspace / "model"), output, TokenizeOptions(num_processes=1, **options))
 
 
-def write_manifest(place, rows, name="list.jsonl"):
-    (place / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return place / name
+def write_manifest(workspace, rows, name="list.jsonl"):
+    (workspace / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return workspace / name
 
 
 ROWS = [
@@ -50,7 +48,7 @@ ROWS = [
 ]
 
 
-def test_segments_get_the_codes_of_a_file_of_their_own_and_a_recording_is_read_once(place, tmp_path, monkeypatch):
+def test_segments_get_the_codes_of_a_separate_file_and_each_recording_is_read_once(workspace, tmp_path, monkeypatch):
     real, read = segments.audio.read_channels, []
 
     def counted(path):
@@ -58,12 +56,12 @@ def test_segments_get_the_codes_of_a_file_of_their_own_and_a_recording_is_read_o
         return real(path)
 
     monkeypatch.setattr(segments.audio, "read_channels", counted)
-    run(place, write_manifest(place, ROWS), tmp_path / "out", num_readers=1)
-    assert sorted(read) == [str(place / "stereo.wav"), str(place / "talk.wav")]
+    run(workspace, write_manifest(workspace, ROWS), tmp_path / "out", num_readers=1)
+    assert sorted(read) == [str(workspace / "stereo.wav"), str(workspace / "talk.wav")]
     monkeypatch.undo()
     files = {}
     for row in ROWS:
-        samples, rate = soundfile.read(place / row["audio"], dtype="float32")
+        samples, rate = soundfile.read(workspace / row["audio"], dtype="float32")
         part = samples[round(row["start"] * rate) :][: round(row["duration"] * rate)]
         path = tmp_path / f"{row['text']}.wav"
         soundfile.write(path, part, rate, subtype="FLOAT")
@@ -75,14 +73,14 @@ def test_segments_get_the_codes_of_a_file_of_their_own_and_a_recording_is_read_o
     assert found["talk.wav#1.25+0.5"]["start"] == 1.25 and found["talk.wav#1.25+0.5"]["duration"] == 0.5
 
 
-def test_several_readers_read_each_recording_once(place, monkeypatch):
+def test_several_readers_read_each_recording_once(workspace, monkeypatch):
     rows = [
         {"audio": f"{number}.wav", "start": position / 10, "duration": 0.1}
         for position in range(10)
         for number in range(4)
     ]
     for number in range(4):
-        soundfile.write(place / f"{number}.wav", np.zeros(24_000), 24_000)
+        soundfile.write(workspace / f"{number}.wav", np.zeros(24_000), 24_000)
     real, read = segments.audio.read_channels, []
 
     def slow(path):
@@ -91,43 +89,43 @@ def test_several_readers_read_each_recording_once(place, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(segments.audio, "read_channels", slow)
-    source = open_source(write_manifest(place, rows, "many.jsonl"))
+    source = open_source(write_manifest(workspace, rows, "many.jsonl"))
     with ThreadPoolExecutor(4) as readers:
         clips = list(readers.map(source.read, [item.locator for item in source.items]))
     assert {len(clip.samples) for clip in clips} == {2_400}
-    assert sorted(read) == [str(place / f"{number}.wav") for number in range(4)]
+    assert sorted(read) == [str(workspace / f"{number}.wav") for number in range(4)]
 
 
-def test_a_channel_can_be_chosen_and_opposite_phase_is_said(place, tmp_path):
+def test_a_channel_can_be_selected_and_opposite_phase_is_reported(workspace, tmp_path):
     samples = np.sin(np.arange(24_000) / 9).astype(np.float32)
-    soundfile.write(place / "opposite.wav", np.stack([samples, -samples], axis=1), 24_000, subtype="FLOAT")
+    soundfile.write(workspace / "opposite.wav", np.stack([samples, -samples], axis=1), 24_000, subtype="FLOAT")
     soundfile.write(tmp_path / "left.wav", samples[6_000:18_000], 24_000, subtype="FLOAT")
-    manifest = write_manifest(place, [{"audio": "opposite.wav", "start": 0.25, "duration": 0.5}], "opposite.jsonl")
-    run(place, manifest, tmp_path / "mean")
+    manifest = write_manifest(workspace, [{"audio": "opposite.wav", "start": 0.25, "duration": 0.5}], "opposite.jsonl")
+    run(workspace, manifest, tmp_path / "mean")
     (mean,) = rows_of(tmp_path / "mean").values()
     assert mean["warnings"] == ["cancelled"]
-    run(place, manifest, tmp_path / "left", channel="left")
+    run(workspace, manifest, tmp_path / "left", channel="left")
     (left,) = rows_of(tmp_path / "left").values()
     assert left["audio_codes"] == codes_alone(tiny(), {"": tmp_path / "left.wav"})[""] and not left["warnings"]
 
 
-def test_a_segment_beyond_its_recording_is_listed_and_a_bad_row_refused(place, tmp_path):
+def test_a_segment_beyond_its_recording_is_listed_and_a_bad_row_refused(workspace, tmp_path):
     rows = [*ROWS, {"audio": "talk.wav", "start": 1.9, "duration": 0.5, "text": "d"}]
-    result = run(place, write_manifest(place, rows, "long.jsonl"), tmp_path / "out")
+    result = run(workspace, write_manifest(workspace, rows, "long.jsonl"), tmp_path / "out")
     (failure,) = result.failures.values()
     assert "ends after" in failure.reason and "which has 2 s" in failure.reason
     assert failure.kind == "truncated" and result.total.num_clips == 3
     for bad in ({"start": -1, "duration": 1}, {"start": 0, "duration": 0}, {"start": "x", "duration": 1}):
-        manifest = write_manifest(place, [{"audio": "talk.wav", **bad}], "bad.jsonl")
+        manifest = write_manifest(workspace, [{"audio": "talk.wav", **bad}], "bad.jsonl")
         with pytest.raises(ValueError, match=r"Row 1 has .* expected seconds"):
-            run(place, manifest, tmp_path / "bad")
+            run(workspace, manifest, tmp_path / "bad")
 
 
-def test_lhotse_shar_gives_the_codes_of_its_cuts(place, tmp_path):
+def test_lhotse_shar_cuts_get_their_codes(workspace, tmp_path):
     lhotse = pytest.importorskip("lhotse", reason="pip install lhotse")
     from lhotse.shar import SharWriter
 
-    files = {"talk": place / "talk.wav", "stereo": place / "stereo.wav"}
+    files = {"talk": workspace / "talk.wav", "stereo": workspace / "stereo.wav"}
     shar = tmp_path / "shar"
     shar.mkdir()
     with SharWriter(str(shar), fields={"recording": "flac"}, shard_size=1) as writer:
@@ -140,7 +138,7 @@ def test_lhotse_shar_gives_the_codes_of_its_cuts(place, tmp_path):
     assert len(list(shar.glob("cuts.*"))) == 2
     source = open_source(shar)
     assert {source.file(item.locator) for item in source.items} == {str(path) for path in shar.glob("recording.*.tar")}
-    run(place, shar, tmp_path / "out")
+    run(workspace, shar, tmp_path / "out")
     found = rows_of(tmp_path / "out")
     for name in files:  # as FLAC of 16 bits, which lhotse wrote
         (tar,) = [path for path in shar.glob("recording.*.tar") if name.encode() in path.read_bytes()]
@@ -156,29 +154,29 @@ def test_lhotse_shar_gives_the_codes_of_its_cuts(place, tmp_path):
         assert found[name]["audio_codes"] == expected[name] and found[name]["text"] == f"text of {name}"
 
 
-def test_a_recording_that_would_take_too_much_memory_fails_before_it_is_read(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(audio, "LARGEST_WHOLE", 150_000)  # talk.wav needs 192,000 bytes, stereo.wav 128,000
-    result = run(place, write_manifest(place, ROWS, "large.jsonl"), tmp_path / "out")
+def test_a_recording_that_would_take_too_much_memory_fails_before_it_is_read(workspace, tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "MAX_DECODED_BYTES", 150_000)  # talk.wav needs 192,000 bytes, stereo.wav 128,000
+    result = run(workspace, write_manifest(workspace, ROWS, "large.jsonl"), tmp_path / "out")
     assert {failure.kind for failure in result.failures.values()} == {"memory"} and len(result.failures) == 2
     assert set(rows_of(tmp_path / "out")) == {"stereo.wav#0+1"}
 
 
 @pytest.mark.parametrize("times", [{"start": 1e305}, {"duration": 1e305}])
-def test_times_beyond_all_measure_are_beyond_the_recording(times, place, tmp_path):
+def test_huge_times_are_beyond_the_recording(times, workspace, tmp_path):
     row = {"audio": "talk.wav", "start": 0, "duration": 0.1, **times}
-    (failure,) = run(place, write_manifest(place, [row], "huge.jsonl"), tmp_path / "out").failures.values()
+    (failure,) = run(workspace, write_manifest(workspace, [row], "huge.jsonl"), tmp_path / "out").failures.values()
     assert failure.kind == "truncated" and "ends after" in failure.reason
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Lhotse Shar that others wrote
+# Lhotse Shar written by other programs
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def write_shar(folder, contents: dict[str, tuple[bytes, dict]]):
     """
-    Shar of recordings as they are, each with its rate, channels and number of samples, as `audio_format="original"`
-    gives it.
+    Write recordings to Shar unchanged, each with its rate, channels and number of samples, as
+    `audio_format="original"` does.
     """
     folder.mkdir()
     lines = []
@@ -214,7 +212,7 @@ SHAR_FILES = (
 )
 
 
-def test_awkward_files_in_shar_give_what_they_give_as_files(place, tmp_path):
+def test_awkward_files_give_the_same_result_in_shar_and_as_files(workspace, tmp_path):
     pytest.importorskip("lhotse", reason="pip install lhotse")
     contents, files, kinds, warnings = {}, {}, {}, {}
     for case in cases():
@@ -231,16 +229,16 @@ def test_awkward_files_in_shar_give_what_they_give_as_files(place, tmp_path):
             kinds[id] = case.kind
         contents[id] = (case.content, facts)
     assert len(files) == 4 and len(kinds) == 2
-    result = run(place, write_shar(tmp_path / "shar", contents), tmp_path / "out")
+    result = run(workspace, write_shar(tmp_path / "shar", contents), tmp_path / "out")
     found = rows_of(tmp_path / "out")
     assert {id: failure.kind for id, failure in result.failures.items()} == kinds
     assert {id: row["audio_codes"] for id, row in found.items()} == codes_alone(tiny(), files)
     assert {id: row["warnings"] for id, row in found.items()} == warnings
 
 
-def test_files_beside_shar_are_counted_and_a_damaged_shard_fails_alone(place, tmp_path):
+def test_files_beside_shar_are_counted_and_a_damaged_shard_fails_alone(workspace, tmp_path):
     pytest.importorskip("lhotse", reason="pip install lhotse")
-    content = (place / "talk.wav").read_bytes()
+    content = (workspace / "talk.wav").read_bytes()
     shar = write_shar(tmp_path / "shar", {"a": (content, {"rate": 24_000, "num_samples": 48_000, "channels": 1})})
     for kind in ("cuts", "recording"):
         (whole,) = shar.glob(f"{kind}.*")
@@ -249,7 +247,7 @@ def test_files_beside_shar_are_counted_and_a_damaged_shard_fails_alone(place, tm
     (shar / "cuts.000001.jsonl.gz").write_bytes(gzip.compress(cuts))
     (shar / "recording.000001.tar").write_bytes(b"no tar")
     (shar / "cover.jpg").touch()
-    result = run(place, shar, tmp_path / "out")
+    result = run(workspace, shar, tmp_path / "out")
     assert [path.rsplit("/", 1)[-1] for path in result.passed_over] == ["cover.jpg"]
     assert {id: failure.kind for id, failure in result.failures.items()} == {"b": "unreadable"}
     assert not re.search("0x[0-9a-f]{6}", result.failures["b"].reason)
@@ -258,7 +256,7 @@ def test_files_beside_shar_are_counted_and_a_damaged_shard_fails_alone(place, tm
 
 HOSTILE_CUTS = {
     "cut": gzip.compress(b'{"id": "a"}\n' * 100)[:-12],
-    "flipped": bytes(byte ^ (255 * (place == 12)) for place, byte in enumerate(gzip.compress(b'{"id": "a"}\n' * 100))),
+    "flipped": bytes(byte ^ (255 * (index == 12)) for index, byte in enumerate(gzip.compress(b'{"id": "a"}\n' * 100))),
     "a list": gzip.compress(b"[1]\n"),
     "nested deep": gzip.compress(b"[" * 100_000),
     "a number as id": gzip.compress(b'{"id": 3}\n'),

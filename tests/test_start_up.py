@@ -1,4 +1,4 @@
-"""Imports that wait until something needs them: the package, its command line, and the Auto classes in spite of it."""
+"""Lazy imports of the package and its command line, with Auto classes that work all the same."""
 
 import os
 import resource
@@ -39,7 +39,7 @@ ARGUMENTS = [
 ]
 
 
-def test_help_and_wrong_arguments_import_nothing_heavy():
+def test_help_and_wrong_arguments_import_no_heavy_packages():
     code = f"""
 import io, sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -60,7 +60,7 @@ for arguments, expected in {ARGUMENTS}:
 
 def test_help_takes_less_than_0_3_seconds():
     """
-    Of processor time, which other programs on the machine hardly change. With torch and transformers it would be 3 s.
+    Processor time, which other programs on the machine hardly change. With torch and transformers it would be 3 s.
     """
 
     def seconds() -> float:
@@ -72,7 +72,7 @@ def test_help_takes_less_than_0_3_seconds():
     assert min(seconds() for _ in range(5)) < 0.3
 
 
-FIRST_IMPORTS = [  # all other tests import this package first
+FIRST_IMPORTS = [  # not covered elsewhere: all other tests import this package first
     "from transformers import AutoModel; import wavtokenizer_hf",
     "import wavtokenizer_hf.modeling_wavtokenizer_batching",
 ]
@@ -80,7 +80,7 @@ FIRST_IMPORTS = [  # all other tests import this package first
 
 def check_first_imports(imports: list[str]) -> None:
     """
-    Run each line in a process that has imported torch and nothing of transformers: ours must be registered afterwards.
+    Run each line in a process that imported torch but not transformers. Our classes must be registered afterwards.
     """
     code = f"""
 import os, sys, torch, huggingface_hub
@@ -104,18 +104,18 @@ for line in {imports}:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
-def test_the_auto_classes_give_ours_whatever_is_imported_first():
+def test_the_auto_classes_return_ours_for_every_import_order():
     check_first_imports(FIRST_IMPORTS)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_every_module_of_the_core_can_be_the_first_import():
-    """A module that waits for transformers must not be met half imported."""
+    """A module that waits for transformers must never be seen half imported."""
     check_first_imports([f"import wavtokenizer_hf.{name}" for name in (*CORE, "native_upgrade")])
 
 
-def test_a_module_that_is_only_looked_for_has_a_whole_loader():
+def test_a_module_found_but_not_imported_has_a_complete_loader():
     code = """
 import importlib.util, sys
 import wavtokenizer_hf
@@ -127,7 +127,7 @@ assert spec.submodule_search_locations and "transformers" not in sys.modules
     assert result.returncode == 0, result.stderr
 
 
-def test_the_interface_is_complete():
+def test_the_public_names_are_complete():
     for name in wavtokenizer_hf.__all__:
         assert getattr(wavtokenizer_hf, name) is not None
     assert set(wavtokenizer_hf.__all__) <= set(dir(wavtokenizer_hf))

@@ -1,7 +1,7 @@
-"""A stranger's first hour: a fresh clone, an empty environment, and the commands of README and docs alone.
+"""The first hour of a new user: a fresh clone, an empty environment, and only the commands of README and docs.
 
-The steps take their commands from the pages, so a step that needs more than they say fails here. Needs git, make and
-pip's index. It installs everything anew, which takes minutes and some gigabytes.
+The steps take their commands from the pages, so a step fails if it needs more than they state. The test needs git,
+make and pip's index. It installs everything again, which takes minutes and some gigabytes.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ WITHOUT_THE_PACKAGE = "import sys\nsys.modules['wavtokenizer_hf'] = None\n"
 
 
 class Stranger:
-    """A shell in a folder, beside a clone, with a cache of the Hub and no network to it."""
+    """A shell in a folder next to a clone, with a Hub cache and no network access to the Hub."""
 
     def __init__(self, folder: Path):
         self.clone, self.work, self.times = folder / "clone", folder / "work", {}
@@ -66,7 +66,7 @@ class Stranger:
         return self.clone / name
 
     def command(self, page: str, beginning: str) -> str:
-        """The command of a page that begins so."""
+        """Return the command of a page that begins with this text."""
         lines = "\n".join(blocks(self.page(page), "sh")).splitlines()
         (found, *_) = [line for line in lines if line.startswith(beginning)]
         return found
@@ -74,7 +74,7 @@ class Stranger:
 
 def fill_cache(cache: Path, folder: Path) -> None:
     """
-    What downloads would leave there: a small checkpoint with the name of a published one, and a folder of native
+    Write the cache entries of downloads: a small checkpoint with the name of a published one, and a folder of native
     files.
     """
     checkpoint = folder / "WavTokenizer_small_320_24k_4096.ckpt"
@@ -119,7 +119,7 @@ def ask_page(address: str, clip: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_the_pages_lead_from_a_clone_to_a_trained_model_and_a_page(tmp_path):
+def test_the_documented_commands_lead_from_a_clone_to_a_trained_model_and_a_demo_page(tmp_path):
     stranger = Stranger(tmp_path)
     fill_cache(stranger.cache, tmp_path)
     with stranger.step("clone"):

@@ -1,4 +1,4 @@
-"""Converted folders become files of the original again: its names, shapes and bits."""
+"""Converted folders become files of the reference implementation again, with its names, shapes and bits."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from wavtokenizer_hf.conversion.to_original import main, to_original
 
 
 ROOT = FIXTURES.parent.parent
-# the encoder that the original's code has built in, and as little as possible of the rest
+# the encoder that the reference implementation hard-codes, with the smallest possible decoder
 FIELDS = {
     "codebook_size": 16,
     "decoder_hidden_size": 32,
@@ -36,7 +36,7 @@ FIELDS = {
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A small folder as conversion writes it, for 75 codes per second."""
+    """Return a small converted folder for 75 codes per second."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("small") / "codec"
     WavTokenizerModel(WavTokenizerConfig(upsampling_ratios=[8, 5, 4, 2], **FIELDS)).save_pretrained(folder)
@@ -46,13 +46,15 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def written(small, tmp_path_factory):
-    """What becomes of it."""
+    """Return the folder of files written from it."""
     return to_original(small, tmp_path_factory.mktemp("original") / "files")
 
 
 @pytest.fixture(scope="module")
 def back(folders, tmp_path_factory):
-    """rate -> what becomes of the folder of that published shape; written on first use."""
+    """
+    Return a function: rate -> files written from the folder of that published shape. They are written on first use.
+    """
     parent, checkpoints = tmp_path_factory.mktemp("back"), {}
 
     def back(rate: int) -> Path:
@@ -75,32 +77,32 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 @BOTH_RATES
-def test_kept_tensors_equal_the_source_bit_for_bit_and_all_names_and_shapes_are_the_originals(checkpoints, back, rate):
+def test_tensors_round_trip_bit_for_bit_with_the_reference_names_and_shapes(checkpoints, back, rate):
     source, tensors = read(checkpoints(rate)), read(back(rate))
     manifest = json.loads((REFERENCE / f"manifest_{rate}.json").read_text())
     assert {name: list(tensor.shape) for name, tensor in tensors.items()} == manifest
-    kept = [name for name in source if "encodec.decoder" not in name and name != "head.istft.window"]
-    assert len(kept) > 200
-    assert [name for name in kept if not same_bits(tensors[name], source[name])] == []
+    converted = [name for name in source if "encodec.decoder" not in name and name != "head.istft.window"]
+    assert len(converted) > 200
+    assert [name for name in converted if not same_bits(tensors[name], source[name])] == []
     # the fixture's window is computed in float64
     torch.testing.assert_close(tensors["head.istft.window"], source["head.istft.window"], rtol=0, atol=1e-6)
 
 
-def test_conversion_makes_the_same_folder_of_it(small, written, tmp_path):
+def test_converting_the_written_file_gives_the_same_folder(small, written, tmp_path):
     first = convert(written, tmp_path / "first", config=written.with_suffix(".yaml"))
     again = convert(to_original(first, tmp_path / "back"), tmp_path / "again")
     for file in first.iterdir():
-        if file.name != "README.md":  # it names the file that it was made of
+        if file.name != "README.md":  # the card names the source file
             assert (again / file.name).read_bytes() == file.read_bytes(), file.name
     assert (first / "model.safetensors").read_bytes() == (small / "model.safetensors").read_bytes()
 
 
 @BOTH_RATES
-def test_the_yaml_file_says_what_the_originals_does(back, rate):
+def test_the_yaml_file_matches_the_reference_yaml(back, rate):
     model = yaml.safe_load(back(rate).with_suffix(".yaml").read_text())["model"]["init_args"]
     values = {part: model[part]["init_args"] for part in ("feature_extractor", "backbone", "head")}
     hop = {75: 320, 40: 600}[rate]
-    # as in the original's configs/
+    # as in configs/ of the reference implementation
     assert values == {
         "feature_extractor": {
             "encodec_model": "encodec_24khz",
@@ -136,14 +138,15 @@ def test_the_file_holds_dictionaries_tensors_and_plain_values_with_the_weights_a
 
 
 def test_no_two_tensors_share_memory(written):
-    """safetensors, which the GGUF converters write before they go on, refuses tensors that do."""
+    """The GGUF converters first write safetensors, which refuses tensors that share memory."""
     tensors = read(written)
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == len(tensors)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    assert written.stat().st_size < size + 500 * len(tensors)  # names and alignment, and no second copy
+    # room for names and alignment, but not for a second copy
+    assert written.stat().st_size < size + 500 * len(tensors)
 
 
-def test_the_decoder_that_is_never_used_is_silent_and_finite(written):
+def test_the_unused_decoder_is_silent_and_finite(written):
     tensors = {name: tensor for name, tensor in read(written).items() if "encodec.decoder." in name}
     convolutions = [name for name in tensors if name.endswith("weight_v")]
     assert len(convolutions) == 2 + 4 * 4  # first, last, and four in each of four stages
@@ -153,10 +156,10 @@ def test_the_decoder_that_is_never_used_is_silent_and_finite(written):
         assert (weight == 0).all()
 
 
-@pytest.mark.slow  # they are larger than the model
-def test_discriminators_go_back_and_come_again(small, tmp_path):
+@pytest.mark.slow  # discriminators are larger than the model
+def test_discriminators_round_trip(small, tmp_path):
     manifest = json.loads((REFERENCE / "manifest_discriminators.json").read_text())
-    tensors = {name: torch.full(shape, float(place)) for place, (name, shape) in enumerate(manifest.items(), 1)}
+    tensors = {name: torch.full(shape, float(number)) for number, (name, shape) in enumerate(manifest.items(), 1)}
     folder = tmp_path / "codec"
     folder.mkdir()
     for file in small.iterdir():
@@ -189,12 +192,12 @@ def test_weights_in_bfloat16_become_float32_of_the_same_value(small, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"), [("hidden_size", 256), ("kernel_size", 5), ("num_lstm_layers", 1), ("norm_eps", 1e-5)]
 )
-def test_a_shape_that_the_originals_code_cannot_build_is_refused(field, value, tmp_path):
+def test_a_shape_that_the_reference_implementation_cannot_build_is_refused(field, value, tmp_path):
     fields = {**FIELDS, field: value}
     if field == "hidden_size":
         fields["codebook_dim"] = value
     WavTokenizerModel(WavTokenizerConfig(**fields)).save_pretrained(tmp_path / "codec")
-    with pytest.raises(ValueError, match=f"Got {field}={value}; the original's code has"):
+    with pytest.raises(ValueError, match=f"Got {field}={value}; the reference implementation hard-codes"):
         to_original(tmp_path / "codec", tmp_path / "back")
     assert os.listdir(tmp_path) == ["codec"]
 
@@ -209,7 +212,7 @@ def test_the_command_line_writes_the_same_files(small, written, tmp_path, capsys
     assert command_line(refused) == 2 and "Got --average with --to-original" in capsys.readouterr().err
 
 
-def test_what_is_no_folder_of_a_model_is_refused_in_one_line(tmp_path, capsys):
+def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path, capsys):
     assert main([str(tmp_path), "--output", str(tmp_path / "back")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path} has no config.json")
 
@@ -220,12 +223,12 @@ def test_a_damaged_file_is_refused_in_one_line(name, small, tmp_path, capsys):
     shutil.copytree(small, folder)
     (folder / name).write_bytes((small / "model.safetensors").read_bytes()[:-100])
     assert main([str(folder), "--output", str(tmp_path / "back")]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]  # behind transformers' progress bars
-    assert said.startswith(f"error: The weights in {folder} cannot be read") and "again" in said
+    error = capsys.readouterr().err.splitlines()[-1]  # after transformers' progress bars
+    assert error.startswith(f"error: The weights in {folder} cannot be read") and "again" in error
     assert os.listdir(tmp_path) == ["codec"]
 
 
-def test_an_output_that_exists_is_left_alone(small, tmp_path, capsys):
+def test_an_existing_output_is_left_alone(small, tmp_path, capsys):
     (tmp_path / "mine").write_text("mine")
     assert main([str(small), "--output", str(tmp_path)]) == 2
     assert "exists and is not an empty folder" in capsys.readouterr().err
@@ -236,7 +239,7 @@ def test_an_output_that_exists_is_left_alone(small, tmp_path, capsys):
 @pytest.mark.skipif(
     "WAVTOKENIZER_ORIGINAL" not in os.environ, reason="set it to a checkout of jishengpeng/WavTokenizer"
 )
-def test_the_original_itself_loads_the_files_and_gives_its_codes(back, rate, monkeypatch):
+def test_the_reference_implementation_loads_the_files_and_gives_its_codes(back, rate, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import formula
     from original import encode, load_original
@@ -255,9 +258,10 @@ def test_the_original_itself_loads_the_files_and_gives_its_codes(back, rate, mon
 
 @pytest.mark.slow
 @pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="set it to a checkout of ggml-org/llama.cpp")
-def test_llama_cpps_converters_make_gguf_of_it(back):
+def test_llama_cpps_converters_produce_gguf_from_the_written_file(back):
     """
-    The commands of docs/onnx.md. Every tensor of the result is one of the model, which llama.cpp's own reader says.
+    The commands are those of docs/onnx.md. llama.cpp's own reader confirms that every tensor of the result is one of
+    the model.
     """
     checkout, checkpoint = Path(os.environ["LLAMA_CPP"]), back(75)
     gguf = checkpoint.parent / "wavtokenizer.gguf"
@@ -266,13 +270,21 @@ def test_llama_cpps_converters_make_gguf_of_it(back):
         ["convert_hf_to_gguf.py", checkpoint.parent, "--outfile", gguf, "--outtype", "f32"],
     ):
         subprocess.run([sys.executable, checkout / command[0], *command[1:]], check=True)
-    script = "import gguf, hashlib, sys; print(*(hashlib.sha256(t.data).hexdigest() for t in gguf.GGUFReader(sys.argv[1]).tensors))"
+    script = (
+        "import gguf, hashlib, sys; "
+        "print(*(hashlib.sha256(t.data).hexdigest() for t in gguf.GGUFReader(sys.argv[1]).tensors))"
+    )
     run = subprocess.run(
         [sys.executable, "-c", script, gguf],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout / "gguf-py"), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True, check=True, text=True,
-    )  # fmt: skip
-    # of norms with one row per bandwidth, llama.cpp takes the first, as decoding does
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(checkout / "gguf-py"), os.environ.get("PYTHONPATH", "")]),
+        },
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    # llama.cpp uses the first row of norms with one row per bandwidth, as decoding does
     tensors = [
         part for tensor in read(checkpoint).values() for part in (tensor, tensor[0] if tensor.ndim == 2 else tensor)
     ]

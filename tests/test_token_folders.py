@@ -1,4 +1,4 @@
-"""Token folders of `tokenize` as an input: what they hold, their audio, and how good it is."""
+"""Token folders of `tokenize` as input: their content, their audio, and its quality."""
 
 import csv
 import json
@@ -21,68 +21,70 @@ from wavtokenizer_hf.cli import main
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, one_thread):
-    """A tiny model, three clips, and their tokens."""
-    place = tmp_path_factory.mktemp("place")
-    save_model(tiny(), place / "model")
+def workspace(tmp_path_factory, one_thread):
+    """Return a folder with a tiny model, three clips, and their tokens."""
+    workspace = tmp_path_factory.mktemp("workspace")
+    save_model(tiny(), workspace / "model")
     random = np.random.default_rng(0)
     for number in range(3):
-        path = place / "clips" / "ab"[number % 2] / f"{number}.wav"
+        path = workspace / "clips" / "ab"[number % 2] / f"{number}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, random.uniform(-0.5, 0.5, 9_600 + 7 * number), 24_000, subtype="FLOAT")
-    tokenize(place / "clips", str(place / "model"), place / "tokens", TokenizeOptions(num_processes=1))
-    return place
+    tokenize(workspace / "clips", str(workspace / "model"), workspace / "tokens", TokenizeOptions(num_processes=1))
+    return workspace
 
 
 @torch.inference_mode()
-def expected_audio(place, id: str) -> np.ndarray:
-    """What the model makes of a clip, encoded and decoded in memory."""
-    model = WavTokenizerModel.from_pretrained(place / "model").eval()
-    samples = soundfile.read(place / "clips" / id, dtype="float32")[0]
+def expected_audio(workspace, id: str) -> np.ndarray:
+    """Return a clip encoded and decoded by the model in memory."""
+    model = WavTokenizerModel.from_pretrained(workspace / "model").eval()
+    samples = soundfile.read(workspace / "clips" / id, dtype="float32")[0]
     codes = model.encode(torch.from_numpy(samples)[None, None]).audio_codes
     return model.decode(codes).audio_values[0, 0, : len(samples)].numpy()
 
 
-def test_decode_takes_a_clip_by_its_id(place, tmp_path):
-    command = ["decode", str(place / "tokens"), "-m", str(place / "model"), "--id", "b/1.wav"]
+def test_decode_accepts_a_clip_id(workspace, tmp_path):
+    command = ["decode", str(workspace / "tokens"), "-m", str(workspace / "model"), "--id", "b/1.wav"]
     assert main([*command, "-o", str(tmp_path / "one.wav")]) == 0
     found, rate = soundfile.read(tmp_path / "one.wav")
     assert rate == 24_000
-    np.testing.assert_allclose(found, expected_audio(place, "b/1.wav").clip(-1, 1), atol=1e-4)  # 16 bits
+    np.testing.assert_allclose(found, expected_audio(workspace, "b/1.wav").clip(-1, 1), atol=1e-4)  # 16 bits
 
 
-def test_decode_takes_a_whole_token_folder_and_mirrors_its_ids(place, tmp_path):
-    assert main(["decode", str(place / "tokens"), "-m", str(place / "model"), "-o", str(tmp_path / "all")]) == 0
+def test_decode_accepts_a_whole_token_folder_and_mirrors_its_ids(workspace, tmp_path):
+    assert (
+        main(["decode", str(workspace / "tokens"), "-m", str(workspace / "model"), "-o", str(tmp_path / "all")]) == 0
+    )
     files = {path.relative_to(tmp_path / "all").as_posix() for path in (tmp_path / "all").rglob("*.wav")}
     assert files == {"a/0.wav", "a/2.wav", "b/1.wav"}
     for id in files:
         found = soundfile.read(tmp_path / "all" / id)[0]
-        np.testing.assert_allclose(found, expected_audio(place, id).clip(-1, 1), atol=1e-4)
+        np.testing.assert_allclose(found, expected_audio(workspace, id).clip(-1, 1), atol=1e-4)
 
 
-def test_info_says_what_a_token_folder_holds(place, capsys):
-    assert main(["info", str(place / "tokens"), "--json"]) == 0
+def test_info_describes_a_token_folder(workspace, capsys):
+    assert main(["info", str(workspace / "tokens"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     samples = [9_600, 9_607, 9_614]
     assert facts["num_clips"] == 3 and facts["num_tokens"] == sum(-(-size // 16) for size in samples)
     assert facts["hours"] == pytest.approx(sum(samples) / 24_000 / 3600) and facts["complete"] is True
-    model = WavTokenizerModel.from_pretrained(place / "model")
+    model = WavTokenizerModel.from_pretrained(workspace / "model")
     assert facts["codebook_fingerprint"] == model.codebook_fingerprint and "audio_codes" in facts["columns"]
 
 
-def test_evaluate_measures_the_tokens_as_it_measures_the_model(place, tmp_path):
+def test_evaluating_tokens_gives_the_same_values_as_evaluating_the_model(workspace, tmp_path):
     options = [
         "--audio",
-        str(place / "clips"),
+        str(workspace / "clips"),
         "-m",
-        str(place / "model"),
+        str(workspace / "model"),
         "--metrics",
         "mel_distance",
         "--num-workers",
         "0",
     ]
     assert main(["evaluate", *options, "-o", str(tmp_path / "model")]) == 0
-    assert main(["evaluate", *options, "--tokens", str(place / "tokens"), "-o", str(tmp_path / "tokens")]) == 0
+    assert main(["evaluate", *options, "--tokens", str(workspace / "tokens"), "-o", str(tmp_path / "tokens")]) == 0
     tables = []
     for name in ("model", "tokens"):
         with (tmp_path / name / "files.csv").open(newline="") as file:
@@ -104,33 +106,44 @@ def test_evaluate_measures_the_tokens_as_it_measures_the_model(place, tmp_path):
         (["{other}", "-o", "x"], "were made with the codebook 0123456789abcdef"),
     ],
 )
-def test_what_cannot_be_decoded_is_refused(place, tmp_path, monkeypatch, capsys, arguments, message):
+def test_invalid_decode_arguments_are_refused(workspace, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     write_token_folder(tmp_path / "other", 2)
-    names = {"tokens": place / "tokens", "clips": place / "clips", "other": tmp_path / "other"}
-    assert main(["decode", *(text.format(**names) for text in arguments), "-m", str(place / "model")]) == 2
+    names = {"tokens": workspace / "tokens", "clips": workspace / "clips", "other": tmp_path / "other"}
+    assert main(["decode", *(text.format(**names) for text in arguments), "-m", str(workspace / "model")]) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 @pytest.mark.parametrize("kind", ["link", "hard link"])
-def test_a_part_of_the_folder_is_no_output(kind, place, tmp_path, capsys):
-    shutil.copytree(place / "tokens", tmp_path / "tokens")
+def test_a_file_of_the_token_folder_is_not_accepted_as_output(kind, workspace, tmp_path, capsys):
+    shutil.copytree(workspace / "tokens", tmp_path / "tokens")
     part, target = next((tmp_path / "tokens" / "data").glob("*.parquet")), tmp_path / "x.wav"
     before = part.read_bytes()
     target.symlink_to(part) if kind == "link" else target.hardlink_to(part)
-    command = ["decode", str(tmp_path / "tokens"), "-m", str(place / "model"), "--id", "b/1.wav", "-o", str(target)]
+    command = [
+        "decode",
+        str(tmp_path / "tokens"),
+        "-m",
+        str(workspace / "model"),
+        "--id",
+        "b/1.wav",
+        "-o",
+        str(target),
+    ]
     assert main(command) == 2
     assert "would overwrite the input" in capsys.readouterr().err and part.read_bytes() == before
 
 
-def test_an_id_that_leads_out_of_the_output_is_refused(place, tmp_path, capsys):
+def test_an_id_that_escapes_the_output_folder_is_refused(workspace, tmp_path, capsys):
     folder = tmp_path / "tokens"
-    write_token_folder(folder, 1, fingerprint=WavTokenizerModel.from_pretrained(place / "model").codebook_fingerprint)
+    write_token_folder(
+        folder, 1, fingerprint=WavTokenizerModel.from_pretrained(workspace / "model").codebook_fingerprint
+    )
     path = next((folder / "data").glob("*.parquet"))
     table = parquet.read_table(path)
     parquet.write_table(table.set_column(0, "id", pyarrow.array(["../../evil.wav"])), path)
-    assert main(["decode", str(folder), "-m", str(place / "model"), "-o", str(tmp_path / "out" / "deep")]) == 2
+    assert main(["decode", str(folder), "-m", str(workspace / "model"), "-o", str(tmp_path / "out" / "deep")]) == 2
     assert "leads out of the output folder" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.wav"))
 
@@ -167,7 +180,7 @@ def manifest(text):
 
 
 def column(name, value, kind=None):
-    """Every row with another value, as a faulty program would leave it."""
+    """Return a function that replaces a column by one value in every row, as a faulty program would."""
 
     def damage(folder):
         with parquet.ParquetFile(one_part(folder)) as file:
@@ -194,18 +207,18 @@ DAMAGES = {
 }  # fmt: skip
 
 
-READ_BY = {  # where not every command reads the column
+READ_BY = {  # not every command reads this column
     "a length of null": ("export", "info"),
     "ids of null": ("decode", "evaluate"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_a_damaged_token_folder_is_refused_in_one_line_by_every_command(case, place, tmp_path, capsys):
+def test_a_damaged_token_folder_is_refused_in_one_line_by_every_command(case, workspace, tmp_path, capsys):
     damage, message = DAMAGES[case]
-    shutil.copytree(place / "tokens", tmp_path / "tokens")
+    shutil.copytree(workspace / "tokens", tmp_path / "tokens")
     damage(tmp_path / "tokens")
-    folder, model, clips = str(tmp_path / "tokens"), str(place / "model"), str(place / "clips")
+    folder, model, clips = str(tmp_path / "tokens"), str(workspace / "model"), str(workspace / "clips")
     commands = {
         "decode": [folder, "-m", model, "-o", str(tmp_path / "decoded")],
         "evaluate": ["--audio", clips, "-m", model, "--tokens", folder, "--metrics", "si_sdr", "--num-workers", "0"],
@@ -221,13 +234,13 @@ def test_a_damaged_token_folder_is_refused_in_one_line_by_every_command(case, pl
 
 
 @pytest.mark.parametrize(("name", "value"), [("hop_length", 32), ("sampling_rate", 8000)])
-def test_tokens_of_another_rate_are_refused(name, value, place, tmp_path, capsys):
-    shutil.copytree(place / "tokens", tmp_path / "tokens")
+def test_tokens_of_another_rate_are_refused(name, value, workspace, tmp_path, capsys):
+    shutil.copytree(workspace / "tokens", tmp_path / "tokens")
     setting(name, value)(tmp_path / "tokens")
-    line = ["-m", str(place / "model")]
+    line = ["-m", str(workspace / "model")]
     assert main(["decode", str(tmp_path / "tokens"), *line, "-o", str(tmp_path / "out")]) == 2
     assert f"have {name}={value}, and the model has" in capsys.readouterr().err
-    assert main(["evaluate", "--audio", str(place / "clips"), "--tokens", str(tmp_path / "tokens"), *line]) == 2
+    assert main(["evaluate", "--audio", str(workspace / "clips"), "--tokens", str(tmp_path / "tokens"), *line]) == 2
     assert f"have {name}={value}, and the model has" in capsys.readouterr().err
 
 
@@ -240,10 +253,10 @@ def test_tokens_of_another_rate_are_refused(name, value, place, tmp_path, capsys
         (column("codebook_fingerprint", "f" * 16), "the codebook ffffffffffffffff"),
     ],
 )
-def test_a_row_that_does_not_fit_together_has_no_audio_and_is_not_exported(damage, message, place, tmp_path, capsys):
-    shutil.copytree(place / "tokens", tmp_path / "tokens")
+def test_an_inconsistent_row_is_neither_decoded_nor_exported(damage, message, workspace, tmp_path, capsys):
+    shutil.copytree(workspace / "tokens", tmp_path / "tokens")
     damage(tmp_path / "tokens")
-    line, clips = ["-m", str(place / "model")], str(place / "clips")
+    line, clips = ["-m", str(workspace / "model")], str(workspace / "clips")
     assert main(["decode", str(tmp_path / "tokens"), *line, "-o", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.count(message) >= 3 and not list(tmp_path.rglob("*.wav"))
     evaluate = ["evaluate", "--audio", clips, "--tokens", str(tmp_path / "tokens"), *line, "--metrics", "si_sdr"]

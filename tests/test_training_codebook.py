@@ -1,4 +1,6 @@
-"""Codebook learning against the original's values, against hand calculations, and the faults that it must not have."""
+"""
+Codebook learning against the reference implementation and hand calculations, and the faults that it must not have.
+"""
 
 import json
 
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from conftest import REFERENCE, tiny_config
 
 from wavtokenizer_hf.modeling_wavtokenizer import WavTokenizerQuantizer
-from wavtokenizer_hf.training.codebook import CodebookLearner, usage_figures
+from wavtokenizer_hf.training.codebook import CodebookLearner, usage_metrics
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,18 +19,18 @@ EXPECTED = json.loads((REFERENCE / "training_losses.json").read_text())
 
 
 def quantizer(entries: torch.Tensor, counts: torch.Tensor | float = 1.0) -> WavTokenizerQuantizer:
-    """A quantizer with these entries (K, D), each chosen this often."""
-    made = WavTokenizerQuantizer(
+    """Return a quantizer with these entries (K, D), each chosen `counts` times."""
+    quantizer = WavTokenizerQuantizer(
         tiny_config(codebook_size=len(entries), codebook_dim=entries.shape[1], hidden_size=entries.shape[1])
     )
-    made.codebook.embed.copy_(entries)
-    made.codebook.cluster_size.copy_(torch.as_tensor(counts).expand(len(entries)))
-    made.codebook.embed_avg.copy_(entries * made.codebook.cluster_size[:, None])
-    made.codebook.inited.fill_(1)
-    return made
+    quantizer.codebook.embed.copy_(entries)
+    quantizer.codebook.cluster_size.copy_(torch.as_tensor(counts).expand(len(entries)))
+    quantizer.codebook.embed_avg.copy_(entries * quantizer.codebook.cluster_size[:, None])
+    quantizer.codebook.inited.fill_(1)
+    return quantizer
 
 
-def test_moving_averages_equal_the_originals():
+def test_moving_averages_equal_the_reference_implementation():
     import formula
 
     entries = torch.from_numpy(formula.fill("ema.embed.weight_v", (64, 512)))
@@ -50,7 +52,7 @@ def test_moving_averages_equal_the_originals():
 
 
 def test_a_replaced_entry_is_a_latent_and_stays_replaced():
-    # the original overwrites it by the moving average in the same step
+    # the reference implementation overwrites it with the moving average in the same step
     trained = quantizer(torch.tensor([[0.0, 0.0], [100.0, 100.0]]), torch.tensor([10.0, 0.1]))
     learner = CodebookLearner(trained, dead_code_threshold=0.1)
     torch.manual_seed(0)
@@ -92,7 +94,7 @@ def test_restarts_lift_utilization():
     assert shares[-1] == 1.0
 
 
-def test_kmeans_finds_clusters_that_are_there():
+def test_kmeans_finds_existing_clusters():
     torch.manual_seed(0)
     centres = 20 * torch.eye(8)
     latents = (centres[:, None] + 0.1 * torch.randn(8, 50, 8)).flatten(0, 1)[torch.randperm(400)]
@@ -108,7 +110,7 @@ def test_kmeans_finds_clusters_that_are_there():
     )
 
 
-def test_kmeans_gives_the_means_of_what_is_nearest():
+def test_kmeans_centers_are_the_means_of_their_nearest_latents():
     torch.manual_seed(0)
     latents = torch.randn(500, 3)
     trained = quantizer(torch.zeros(10, 3))
@@ -120,7 +122,7 @@ def test_kmeans_gives_the_means_of_what_is_nearest():
 
 
 def test_kmeans_does_not_hold_all_distances_at_once():
-    # the original makes a tensor of latents x entries x dimensions; here not even latents x entries is made
+    # the reference implementation allocates latents x entries x dimensions; here not even latents x entries
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         numbers = 0
 
@@ -145,8 +147,8 @@ def test_kmeans_with_fewer_latents_than_entries_still_starts():
     assert len(trained.codebook.embed.unique(dim=0)) > 1
 
 
-def test_usage_figures_are_share_and_exponential_of_entropy():
-    figures = usage_figures(torch.tensor([1.0, 1.0, 2.0, 0.0]))
-    assert figures["utilization"] == 0.75
-    assert figures["perplexity"] == pytest.approx(2**1.5)  # entropy of (1/4, 1/4, 1/2): 1.5 bits
-    assert usage_figures(torch.full((8,), 3.0))["perplexity"] == pytest.approx(8)
+def test_usage_metrics_are_utilization_and_exponential_of_entropy():
+    metrics = usage_metrics(torch.tensor([1.0, 1.0, 2.0, 0.0]))
+    assert metrics["utilization"] == 0.75
+    assert metrics["perplexity"] == pytest.approx(2**1.5)  # entropy of (1/4, 1/4, 1/2): 1.5 bits
+    assert usage_metrics(torch.full((8,), 3.0))["perplexity"] == pytest.approx(8)

@@ -1,4 +1,4 @@
-"""What training sees: the same for a seed however the run is cut into workers, processes and resumptions."""
+"""Training data: the same for a seed, for any number of workers, processes and resumptions."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from wavtokenizer_hf.training.data import (
     EndlessBatches,
     Segments,
     cut_segment,
-    one_warning_of_a_kind,
+    log_each_kind_once,
     open_clips,
     read_clip,
     training_batches,
@@ -59,7 +59,7 @@ def test_arrays_of_another_rate_are_resampled_as_files_are(tmp_path):
     np.testing.assert_array_equal(samples, read_clip([tmp_path / "a.wav"], 0, RATE))
 
 
-def test_datasets_that_are_no_row_of_clips_are_refused(tmp_path):
+def test_datasets_that_are_not_sequences_of_clips_are_refused(tmp_path):
     dataset = datasets.Dataset.from_dict({"audio": ["a.wav"]})
     splits = datasets.DatasetDict({"train": dataset, "test": dataset})
     splits.save_to_disk(tmp_path / "saved")
@@ -76,7 +76,7 @@ def test_datasets_that_are_no_row_of_clips_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["nowhere", "empty", "empty.txt"])
-def test_empty_data_is_an_error_that_names_it(source, tmp_path):
+def test_empty_data_raises_an_error_that_names_it(source, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match=source):
@@ -84,8 +84,11 @@ def test_empty_data_is_an_error_that_names_it(source, tmp_path):
 
 
 def test_every_epoch_takes_every_clip_once_in_another_order():
-    places = [place for batch in itertools.islice(EndlessBatches(10, 4, seed=0), 5) for place in batch]
-    first, second = [index for epoch, index in places if epoch == 0], [index for epoch, index in places if epoch == 1]
+    positions = [position for batch in itertools.islice(EndlessBatches(10, 4, seed=0), 5) for position in batch]
+    first, second = (
+        [index for epoch, index in positions if epoch == 0],
+        [index for epoch, index in positions if epoch == 1],
+    )
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
 
@@ -96,7 +99,7 @@ def test_processes_take_equal_parts_of_the_joint_batch():
     assert [left + right for left, right in zip(*parts, strict=True)] == joint
 
 
-def test_a_resumed_run_sees_what_it_would_have_seen(tmp_path):
+def test_a_resumed_run_sees_the_same_data_as_an_uninterrupted_one(tmp_path):
     folder = write_clips(tmp_path)
     whole, rest = batches(folder, 5), batches(folder, 2, start=3)
     for expected, got in zip(whole[3:], rest, strict=True):
@@ -104,7 +107,7 @@ def test_a_resumed_run_sees_what_it_would_have_seen(tmp_path):
     assert not torch.equal(whole[0].audio, whole[3].audio)
 
 
-def test_workers_change_nothing(tmp_path):
+def test_the_number_of_workers_does_not_change_the_data(tmp_path):
     folder = write_clips(tmp_path)
     for alone, helped in zip(batches(folder, 3), batches(folder, 3, num_workers=2), strict=True):
         assert torch.equal(alone.audio, helped.audio)
@@ -150,7 +153,7 @@ def test_a_corrupt_clip_is_skipped_named_and_replaced(tmp_path):
     assert (len(validation.audio), len(validation.skipped)) == (3, 1)
 
 
-def test_nothing_but_corrupt_clips_is_an_error(tmp_path):
+def test_only_corrupt_clips_raise_an_error(tmp_path):
     (tmp_path / "broken.wav").write_bytes(b"RIFF and nothing more")
     clips = open_clips(tmp_path)
     with pytest.raises(ValueError, match=r"broken\.wav"):
@@ -159,15 +162,15 @@ def test_nothing_but_corrupt_clips_is_an_error(tmp_path):
         validation_clips(tmp_path, 2400, RATE, most=10)
 
 
-def test_a_stereo_corpus_is_mentioned_once(tmp_path, caplog):
+def test_a_stereo_corpus_is_logged_once(tmp_path, caplog):
     for index in range(3):
         soundfile.write(tmp_path / f"{index}.wav", np.full((4800, 2), 0.1), RATE)
-    with one_warning_of_a_kind():
+    with log_each_kind_once():
         batches(tmp_path, 3)
     assert sum("channels" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_a_list_of_training_data_is_split_at_line_ends_alone(tmp_path):
+def test_a_list_of_training_data_is_split_only_at_line_ends(tmp_path):
     names = ["a\u2028b.wav", "c\x85d.wav", "e\x0cf.wav"]
     (tmp_path / "list.txt").write_bytes("\r\n".join(names).encode())
     assert open_clips(tmp_path / "list.txt") == [str(tmp_path / name) for name in names]

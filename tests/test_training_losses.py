@@ -1,4 +1,4 @@
-"""Discriminators and losses against the original's values on the formula's weights."""
+"""Discriminators and losses against values of the reference implementation, with weights by formula."""
 
 import json
 import math
@@ -19,20 +19,20 @@ from wavtokenizer_hf.training.losses import (
     MelScalesLoss,
     adversarial_losses,
     discriminator_losses,
-    total,
     used_discriminators,
+    weighted_sum,
 )
 from wavtokenizer_hf.training.settings import WEIGHTS
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TOLERANCE = 1e-4  # relative: sums of float32 products in another order than the original's
+TOLERANCE = 1e-4  # relative: sums of float32 products in another order than the reference implementation
 EXPECTED = json.loads((REFERENCE / "training_losses.json").read_text())
 
 
 def signals() -> tuple[torch.Tensor, torch.Tensor]:
-    """Real and made audio (2, 12000) of the reference."""
+    """Return the real and the generated audio (2, 12000) of the golden data."""
     import formula
 
     speechlike, chirp, noise, clipped = (
@@ -43,7 +43,9 @@ def signals() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def judged():
-    """What the full-size discriminators, loaded by the original's names, say of the reference's audio."""
+    """
+    Return the outputs of the full-size discriminators, loaded by reference names, for the audio of the golden data.
+    """
     import formula
 
     manifest = json.loads((REFERENCE / "manifest_discriminators.json").read_text())
@@ -56,12 +58,12 @@ def judged():
         return tuple(discriminators(audio, bandwidth_id=0) for audio in signals())
 
 
-def test_discriminator_losses_equal_the_originals(judged):
+def test_discriminator_losses_equal_the_reference_implementation(judged):
     for name, loss in discriminator_losses(*judged).items():
         assert loss.item() == pytest.approx(EXPECTED[f"{name}/discriminator_loss"], rel=TOLERANCE)
 
 
-def test_adversarial_and_feature_losses_equal_the_originals(judged):
+def test_adversarial_and_feature_losses_equal_the_reference_implementation(judged):
     losses = adversarial_losses(*judged)
     for name in ("multi_period", "multi_resolution", "dac"):
         assert losses[name].item() == pytest.approx(EXPECTED[f"{name}/generator_loss"], rel=TOLERANCE)
@@ -69,7 +71,7 @@ def test_adversarial_and_feature_losses_equal_the_originals(judged):
         assert features == pytest.approx(EXPECTED[f"{name}/feature_matching_loss"], rel=TOLERANCE)
 
 
-def test_scores_and_feature_maps_are_the_originals(judged):
+def test_scores_and_feature_maps_equal_the_reference_implementation(judged):
     for name in ("multi_period", "multi_resolution"):
         judgements = judged[0][name]
         assert [list(judgement.scores.shape) for judgement in judgements] == EXPECTED[f"{name}/score_shapes"]
@@ -79,20 +81,20 @@ def test_scores_and_feature_maps_are_the_originals(judged):
         assert means == pytest.approx(EXPECTED[f"{name}/real_score_means"], abs=1e-4)
 
 
-# Half of the reference's batch is a pure chirp, whose upper bands hold nothing but the rounding of the FFT; their
-# logarithm differs by 6e-4 between the instruction sets that MKL picks by processor. With the one that the reference
-# was computed with, the value is the same to 2e-7, as the slow test shows.
+# Half of the golden batch is a pure chirp, whose upper bands hold only rounding errors of the FFT. Their logarithm
+# differs by 6e-4 between the instruction sets that MKL selects by processor. With the instruction set of the golden
+# value, the loss is equal within 2e-7, as the slow test shows.
 
 
-def test_mel_loss_equals_the_originals_but_for_the_rounding_of_the_fft():
-    real, made = signals()
-    assert MelLoss()(made, real).item() == pytest.approx(EXPECTED["mel_loss"], rel=2e-3)
+def test_mel_loss_equals_the_reference_up_to_fft_rounding():
+    real, fake = signals()
+    assert MelLoss()(fake, real).item() == pytest.approx(EXPECTED["mel_loss"], rel=2e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs MKL's FFT")
-def test_mel_loss_equals_the_originals_with_its_fft():
-    # Intel's variable is read when MKL is loaded, hence a process of its own
+def test_mel_loss_equals_the_reference_with_its_fft():
+    # MKL reads Intel's variable when it is loaded, so this needs a separate process
     code = (
         "import test_training_losses as t; from wavtokenizer_hf.training.losses import MelLoss;"
         "real, made = t.signals(); print(MelLoss()(made, real).item())"
@@ -106,7 +108,7 @@ def test_mel_loss_equals_the_originals_with_its_fft():
 @pytest.mark.parametrize(
     ("n_fft", "hop_length", "num_mels"), [(1024, 256, 100), (256, 64, 20), (512, 128, 40), (2048, 512, 160)]
 )
-def test_mel_magnitudes_are_those_of_a_float64_calculation_by_hand(n_fft, hop_length, num_mels):
+def test_mel_magnitudes_equal_a_float64_hand_calculation(n_fft, hop_length, num_mels):
     real, _ = signals()
     signal = real[0].double().numpy()
     padded = np.pad(signal, n_fft // 2, mode="reflect")
@@ -124,17 +126,17 @@ def test_mel_magnitudes_are_those_of_a_float64_calculation_by_hand(n_fft, hop_le
     np.testing.assert_allclose(got, expected, atol=1e-3)  # logarithms of float32 sums
 
 
-def test_the_loss_of_other_scales_is_the_mean_of_their_mel_losses_and_none_has_an_empty_band():
-    real, made = signals()
+def test_the_multi_scale_loss_is_the_mean_of_mel_losses_without_empty_bands():
+    real, fake = signals()
     loss = MelScalesLoss()
     sizes = [(scale.log_mel.n_fft, scale.log_mel.hop_length, len(scale.log_mel.filters)) for scale in loss.scales]
     assert sizes == [(256, 64, 20), (512, 128, 40), (2048, 512, 160)] and 1024 not in MEL_SCALES
     assert all((scale.log_mel.filters > 0).any(dim=1).all() for scale in loss.scales)
-    each = [MelLoss(24000, *size)(made, real) for size in sizes]
-    assert loss(made, real).item() == pytest.approx(sum(each).item() / 3, rel=1e-6)
+    each = [MelLoss(24000, *size)(fake, real) for size in sizes]
+    assert loss(fake, real).item() == pytest.approx(sum(each).item() / 3, rel=1e-6)
 
 
-def test_each_discriminator_hears_the_bandwidth_id_but_dac():
+def test_each_discriminator_except_dac_uses_the_bandwidth_id():
     torch.manual_seed(0)
     discriminators = Discriminators(scale=1 / 16)
     with torch.no_grad():
@@ -159,30 +161,30 @@ def test_dac_discriminator_ignores_level_and_offset():
 
 def test_total_weighs_each_loss_by_its_name():
     ones = {name: torch.ones(()) for name in WEIGHTS}
-    assert total(ones, WEIGHTS).item() == 45 + 1000 + 6
-    with pytest.raises(KeyError):  # a loss without a weight is not dropped in silence
-        total({"unheard_of": torch.ones(())}, WEIGHTS)
+    assert weighted_sum(ones, WEIGHTS).item() == 45 + 1000 + 6
+    with pytest.raises(KeyError):  # a loss without a weight is not dropped silently
+        weighted_sum({"unheard_of": torch.ones(())}, WEIGHTS)
 
 
-def test_a_discriminator_without_weight_is_not_made():
+def test_a_discriminator_without_weight_is_not_created():
     weights = {**WEIGHTS, "dac": 0, "dac_features": 0, "multi_period": 0}
     names = used_discriminators(weights)
     assert names == ("multi_period", "multi_resolution")
     assert not hasattr(Discriminators(scale=1 / 16, names=names), "dac")
 
 
-def test_the_frequency_loss_sees_a_pitch_that_mel_losses_hardly_do_and_no_absolute_phase():
-    time = torch.arange(4 * 24000) / 24000  # long, since the ends are mirrored
+def test_the_frequency_loss_sees_pitch_better_than_mel_losses_and_ignores_absolute_phase():
+    time = torch.arange(4 * 24000) / 24000  # a long signal, since the ends are mirrored
 
     def sine(hertz, level=0.3, phase=0.0):
         return level * torch.sin(2 * torch.pi * (hertz * time + phase))[None]
 
     loss, low = InstantaneousFrequencyLoss(), sine(220)
-    assert loss(low, low).item() == pytest.approx(0, abs=1e-3)  # but for a constant that keeps gradients finite
+    assert loss(low, low).item() == pytest.approx(0, abs=1e-3)  # up to a constant that keeps gradients finite
     assert loss(sine(220, phase=0.25), low).item() < 0.1
     assert loss(-low, low).item() < 1e-3
-    # 10 Hz apart the phase moves by 0.335 rad more in a hop of 128 samples, and by 0.670 in one of 256; magnitudes
-    # differ, too
+    # 10 Hz apart the phase moves by 0.335 rad more in a hop of 128 samples, and by 0.670 in one of 256.
+    # Magnitudes differ too.
     expected = (2 * math.sin(0.335 / 2) + 2 * math.sin(0.670 / 2)) / 2
     assert expected < loss(sine(230), low).item() < 1.5 * expected
     assert loss(low + sine(5000, level=0.1), low).item() < 0.1

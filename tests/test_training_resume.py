@@ -1,4 +1,4 @@
-"""What a training run leaves behind, and how it resumes: after a kill, a full disk, a damaged checkpoint."""
+"""The files of a training run, and resuming it: after a kill, a full disk, or a damaged checkpoint."""
 
 import os
 import resource
@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import TINY, tiny_settings, write_clips
 from training_runs import (  # noqa: F401
+    clips,
     finished,
-    sound,
     started,
     without_rehearsal,
 )
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a run leaves behind
+# Files of a run
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -71,7 +71,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_pat
         "train_data": str(folder / "clips"),
         "validation_data": str(folder / "validation"),
         "output": str(tmp_path / "run"),
-        # the checkpoint, after two, holds discriminators that have learned, and their optimizer's state
+        # the checkpoint after two steps holds trained discriminators and their optimizer state
         "mel_only_steps": 1,
     }
 
@@ -103,14 +103,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_pat
             )
 
 
-def test_resuming_with_other_settings_says_which(finished):
+def test_resuming_with_other_settings_names_them(finished):
     _, folder = finished
     with pytest.raises(ValueError, match=r"batch_size was 2 and is now 3; learning_rate was 0\.001 and is now 0\.01"):
         train(tiny_settings(folder, mel_only_steps=1, batch_size=3, learning_rate=0.01, log_every=7, resume=True))
 
 
-def test_resuming_with_a_folder_that_has_grown_is_refused(tmp_path):
-    # another number of clips is another order of clips
+def test_resuming_with_added_training_data_is_refused(tmp_path):
+    # another number of clips gives another order of clips
     train(tiny_settings(tmp_path, steps=1, mel_only_steps=1))
     write_clips(tmp_path / "clips", count=7)
     with pytest.raises(ValueError, match="clips were 6 and are now 7"):
@@ -133,16 +133,16 @@ def test_a_resumed_run_may_be_longer_and_follows_the_longer_cosine(tmp_path):
         train(tiny_settings(tmp_path, steps=3, mel_only_steps=1, resume=True))
 
 
-def test_a_finished_run_leaves_curves_and_samples_to_hear(finished):
+def test_a_finished_run_writes_curves_and_audio_samples(finished):
     _, folder = finished
     picture = (folder / "run" / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
-    real, made = (soundfile.read(folder / "run" / "samples" / f"clip_0_{name}.wav") for name in ("real", "made"))
-    assert len(real[0]) == len(made[0]) == 2400 and real[1] == 24000
+    real, fake = (soundfile.read(folder / "run" / "samples" / f"clip_0_{name}.wav") for name in ("real", "made"))
+    assert len(real[0]) == len(fake[0]) == 2400 and real[1] == 24000
     assert abs(abs(real[0]).max() - 10 ** (-3 / 20)) < 1e-3  # the validation clip at -3 dBFS
 
 
-def test_a_model_that_is_trained_further_is_validated_before_the_first_step(finished, tmp_path):
+def test_a_fine_tuned_model_is_validated_before_the_first_step(finished, tmp_path):
     _, folder = finished
     train(tiny_settings(tmp_path, model=str(folder / "run" / "last"), config={}, steps=1))
     log = EventAccumulator(str(tmp_path / "run" / "log")).Reload()
@@ -152,25 +152,25 @@ def test_a_model_that_is_trained_further_is_validated_before_the_first_step(fini
     ] == [2, 4]
 
 
-def test_the_choice_of_the_codebook_is_announced(tmp_path, capsys):
+def test_the_choice_of_the_codebook_is_logged(tmp_path, capsys):
     train(tiny_settings(tmp_path, steps=1))
     assert "choosing 64 codebook entries by k-means from 600 latents" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("validation", ["clips", "clips/part", "."])
-def test_training_on_what_validates_is_refused(validation, tmp_path):
+def test_training_on_validation_data_is_refused(validation, tmp_path):
     write_clips(tmp_path / "clips")
     write_clips(tmp_path / "clips" / "part")
     changes = {"validation_data": str(tmp_path / validation)}
-    if validation == ".":  # around the training clips: the same sound once more
+    if validation == ".":  # a folder around the training clips, with the same audio again
         changes = {"validation_data": str(tmp_path / "clips"), "train_data": str(tmp_path / "." / "clips")}
-    with pytest.raises(ValueError, match="would hear what it is judged by"):
+    with pytest.raises(ValueError, match="validation clips would be trained on"):
         train(tiny_settings(tmp_path, **changes))
     assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What can go wrong
+# Failures
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -182,23 +182,23 @@ def test_settings_given_as_tuples_can_be_resumed(tmp_path):
 
 def test_a_run_does_not_overwrite_another(finished):
     _, folder = finished
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already holds a run"):
         train(tiny_settings(folder))
 
 
-def test_a_run_does_not_overwrite_the_best_model_of_one_whose_state_is_gone(tmp_path):
+def test_a_run_does_not_overwrite_the_best_model_of_a_run_without_state(tmp_path):
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "model.safetensors").write_bytes(b"of the user")
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already holds a run"):
         state_module.check_output(tiny_settings(tmp_path), tmp_path)
 
 
-def test_resuming_nothing_is_an_error(tmp_path):
+def test_resuming_without_a_checkpoint_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no state of training"):
         train(tiny_settings(tmp_path, resume=True))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     def poisoned(state, batches):
         return train_step(state, [audio * (float("nan") if state.step == 2 else 1) for audio in batches])
 
@@ -210,23 +210,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     assert read_state(tmp_path / "run" / "last")[0]["step"] == 2
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_even_where_its_gradients_are(tmp_path, sound):
+def test_a_non_finite_loss_stops_the_run_even_with_finite_gradients(tmp_path, clips):
     state = started(tiny_settings(tmp_path, mel_only_steps=4))
-    state.mel_loss = lambda made, real: 0 * made.sum() + float("nan")  # the gradient of |x| is 0 where x is NaN
+    state.mel_loss = lambda fake, real: 0 * fake.sum() + float("nan")  # the gradient of |x| is 0 where x is NaN
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
     with pytest.raises(ValueError, match=r"Step 1: .*not finite.*mel nan"):
-        train_step(state, [sound])
+        train_step(state, [clips])
     assert all(torch.equal(before[name], tensor) for name, tensor in state.model.state_dict().items())
 
 
-def test_a_disk_that_fills_leaves_the_last_checkpoint_intact(tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint_intact(tmp_path):
     state = started(tiny_settings(tmp_path))
     output = tmp_path / "run"
     save(state, output, improved=True)
     before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
     state.step += 1
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # no file can grow beyond, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # limits the size of files, as on a full disk
     try:
         with pytest.raises(OSError, match="intact"):
             save(state, output, improved=True)
@@ -249,7 +249,9 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
 
 @pytest.fixture(scope="module")
 def two_checkpoints(tmp_path_factory):
-    """A run with last/ after step 2, with discriminators, and previous/ after step 1; and a state to restore into."""
+    """
+    Return a run with last/ after step 2, with discriminators, and previous/ after step 1; and a state to restore into.
+    """
     folder = tmp_path_factory.mktemp("two")
     settings = {"steps": 2, "mel_only_steps": 1, "validate_every": 1}
     train(tiny_settings(folder, **settings))
@@ -285,7 +287,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_it_in_one_line(
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one_in_one_line(
     damage, two_checkpoints, tmp_path, caplog, monkeypatch
 ):
     folder, state = two_checkpoints
@@ -306,7 +308,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_it_in_one_line(
         "log",
         "previous",
     ]
-    save(state, tmp_path / "run", improved=False)  # what was good stays beside it
+    save(state, tmp_path / "run", improved=False)  # the intact checkpoint stays beside it
     assert (
         read_state(tmp_path / "run" / "last")[0]["step"] == read_state(tmp_path / "run" / "previous")[0]["step"] == 1
     )
@@ -318,19 +320,19 @@ def test_two_damaged_checkpoints_are_refused_in_one_line(two_checkpoints, tmp_pa
     shutil.copytree(folder / "run", tmp_path / "run")
     for name in ("last", "previous"):
         _cut(tmp_path / "run" / name / "model.safetensors")
-    with pytest.raises(ValueError, match=r"no checkpoint in .* to go on from: .*last.*previous") as error:
+    with pytest.raises(ValueError, match=r"no checkpoint in .* to resume from: .*last.*previous") as error:
         restore(state, tmp_path / "run")
     assert "\n" not in str(error.value)
     assert (tmp_path / "run" / "last").is_dir()
 
 
-def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, caplog, capfd):
+def test_an_unwritable_log_gives_one_warning(tmp_path, caplog, capfd):
     log = Log(tmp_path / "log", 24000, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
     try:
         for step in range(200):
-            log.figures({f"loss/{number}": 0.5 for number in range(10)}, step)
+            log.scalars({f"loss/{number}": 0.5 for number in range(10)}, step)
         log.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -344,7 +346,7 @@ def test_a_segment_too_short_for_the_losses_spectrograms_is_refused(tmp_path):
         train(tiny_settings(tmp_path, segment_seconds=0.04))
 
 
-def test_clips_that_are_all_shorter_than_a_segment_are_warned_of(tmp_path, caplog):
+def test_a_warning_is_given_if_all_clips_are_shorter_than_a_segment(tmp_path, caplog):
     train(tiny_settings(tmp_path, steps=1, segment_seconds=0.5))
     assert "shorter than segment_seconds=0.5" in caplog.text
 

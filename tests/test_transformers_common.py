@@ -1,7 +1,7 @@
-"""transformers' own common tests, the ones that every model in transformers must pass, run on our classes.
+"""transformers' common tests, which every model in transformers must pass, run on our classes.
 
-The mixins are in transformers' source archive only, not in the package that pip installs; `make test` unpacks them
-into the environment. So the installed version of transformers decides which tests there are.
+The mixins are only in transformers' source archive, not in the package that pip installs. `make test` unpacks them
+into the environment. So the installed version of transformers decides which tests exist.
 """
 
 import sys
@@ -26,7 +26,7 @@ if not (Path(sys.prefix) / "transformers_tests" / "test_modeling_common.py").is_
         f"transformers' common tests are not in {sys.prefix}/transformers_tests; `make test` puts them there",
         allow_module_level=True,
     )
-sys.path.append(sys.prefix)  # last, so that nothing in the environment's root can hide a real package
+sys.path.append(sys.prefix)  # last, so that no file in the environment's root can hide a real package
 
 
 def _stand_in(module_name: str, class_name: str) -> None:
@@ -35,9 +35,9 @@ def _stand_in(module_name: str, class_name: str) -> None:
     sys.modules.setdefault(module_name, module)
 
 
-# The source archive has the files of transformers' tests folder but not its sub-folders, and test_modeling_common.py
-# imports a class from each of these two (transformers 5.23.0). Empty classes do: the first would add tests of
-# torch.export, the second is only looked for among the bases of models that have generate().
+# The source archive has the files of transformers' tests folder but not its sub-folders. test_modeling_common.py
+# imports a class from each of these two (transformers 5.23.0). Empty classes suffice: the first would add tests of
+# torch.export, and the second is only looked up among the bases of models that have generate().
 _stand_in("transformers_tests.exporters.test_export", "ExportTesterMixin")
 _stand_in("transformers_tests.generation.test_utils", "GenerationTesterMixin")
 
@@ -50,8 +50,10 @@ from transformers_tests.test_sequence_feature_extraction_common import (
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Tensors of this size gain nothing from a second thread, and where other processes want the cores too, threads
-    wait for each other: two runs at once on two cores took 20 s each with one thread and 190 s each with two."""
+    """
+    Use one thread: tensors of this size gain nothing from a second, and on busy cores threads wait for each other. Two
+    runs at once on two cores took 20 s each with one thread and 190 s each with two.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -64,7 +66,7 @@ def one_thread():
 
 
 class ModelTester:
-    """What the mixin calls a model tester: a tiny config, and a batch of noise whose second row is padded."""
+    """The mixin's model tester: a tiny config, and a batch of noise whose second row is padded."""
 
     batch_size = 2
     is_training = False  # the models compute no loss
@@ -74,7 +76,7 @@ class ModelTester:
         num_samples = 10 * config.hop_length + 5  # so that the last frame is not full
         padding_mask = torch.ones(self.batch_size, num_samples, dtype=torch.int32, device=torch_device)
         padding_mask[1, -40:] = 0
-        # Loud, since a codebook that no training has spread out gives audio in [-1, 1] one and the same code.
+        # Loud, since an untrained codebook gives all audio in [-1, 1] the same code.
         noise = torch.randn(self.batch_size, 1, num_samples, generator=torch.Generator().manual_seed(0))
         input_values = (100 * noise).to(torch_device)
         return config, {"input_values": input_values, "padding_mask": padding_mask}
@@ -87,8 +89,8 @@ class CommonModelTests(ModelTesterMixin):
 
     def setUp(self):
         self.model_tester = ModelTester()
-        # Some tests look at base models only and ask this table of transformers' own models which ones those are;
-        # without our names they would pass having looked at nothing.
+        # Some tests cover only base models, and look them up in this table of transformers' own models. Without our
+        # names they would pass without testing anything.
         ours = {"wavtokenizer": ("WavTokenizerModel", "WavTokenizerEncoderModel")}
         names = patch.object(
             test_modeling_common, "MODEL_MAPPING_NAMES", {**test_modeling_common.MODEL_MAPPING_NAMES, **ours}
@@ -97,12 +99,12 @@ class CommonModelTests(ModelTesterMixin):
         self.addCleanup(names.stop)
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
-        # Some tests ask every model for these by the way, also where they compare something else.
+        # Some tests request these of every model, even where they compare something else.
         inputs_dict = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
         return {k: v for k, v in inputs_dict.items() if k not in ("output_hidden_states", "output_attentions")}
 
     def test_inputs_give_more_than_one_code(self):
-        # Not one of the mixin's: were all codes equal, its comparisons of outputs would say little.
+        # Not a test of the mixin: if all codes were equal, its comparisons of outputs would prove little.
         for model_class in self.all_model_classes:
             config, inputs_dict = self.model_tester.prepare_config_and_inputs_for_common()
             model = model_class(config).to(torch_device).eval()
@@ -110,14 +112,14 @@ class CommonModelTests(ModelTesterMixin):
                 self.assertGreater(model(**inputs_dict).audio_codes.unique().numel(), 1)
 
     def test_init_weights_can_init_buffers(self):
-        # The mixin takes buffers for constants and wants to find those of the constructor again. Ours are, but for the
-        # codebook, which is random; drawn as zeros here, it must be written all the same.
+        # The mixin treats buffers as constants and expects those of the constructor. Ours are constant except for the
+        # codebook, which is random. Here it is initialised with zeros, and must still be written.
         with patch.object(init, "kaiming_uniform_", lambda tensor, **kwargs: init.zeros_(tensor)):
             super().test_init_weights_can_init_buffers()
 
     def test_model_outputs_equivalence(self):
-        # The mixin's own version subtracts the two outputs for its message even where they agree, which torch refuses
-        # for a mask of booleans, and it asks for hidden states.
+        # The mixin's own version subtracts the two outputs for its message even if they agree. torch refuses that for
+        # a boolean mask. It also requests hidden states.
         for model_class in self.all_model_classes:
             config, inputs_dict = self.model_tester.prepare_config_and_inputs_for_common()
             model = model_class(config).to(torch_device).eval()
@@ -152,8 +154,7 @@ class WavTokenizerModelTest(CommonModelTests, unittest.TestCase):
 
     def test_an_encoders_folder_is_refused(self):
         # Two of the mixin's tests load the base model's folder into the whole model, whose other weights are then
-        # random.
-        # We refuse that, since a random decoder makes noise.
+        # random. We refuse that, since a random decoder generates noise.
         with tempfile.TemporaryDirectory() as folder:
             WavTokenizerEncoderModel(tiny_config().encoder_config).save_pretrained(folder)
             with self.assertRaisesRegex(ValueError, "holds an encoder only"):
@@ -179,7 +180,7 @@ class WavTokenizerEncoderModelTest(CommonModelTests, unittest.TestCase):
 
 
 class FeatureExtractionTester:
-    """What the mixin calls a feature extraction tester: arguments, and clips of growing length."""
+    """The mixin's feature extraction tester: arguments, and clips of growing length."""
 
     batch_size = 4
     feature_size = 1

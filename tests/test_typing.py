@@ -1,4 +1,4 @@
-"""Annotations of the package, as type checkers and editors of users see them."""
+"""The package's annotations, as type checkers and editors of users see them."""
 
 import importlib
 import inspect
@@ -30,12 +30,12 @@ follow_imports = silent
 """
 
 
-def test_the_package_says_that_it_has_annotations():
+def test_the_package_declares_its_annotations():
     assert (Path(wavtokenizer_hf.__file__).parent / "py.typed").is_file()  # PEP 561
 
 
 def functions(name: str):
-    """The function of that name, or the public methods and properties that its class defines."""
+    """Return the function of that name, or the public methods and properties that its class defines."""
     module, _, attribute = name.rpartition(".")
     value = getattr(importlib.import_module(module), attribute)
     if not inspect.isclass(value):
@@ -62,7 +62,9 @@ def test_every_documented_function_has_annotations(name):
 
 @pytest.mark.slow  # mypy reads all of torch and transformers, which takes a minute or two
 def test_a_strict_type_checker_accepts_a_users_program(tmp_path):
-    """With mypy's own settings, as a user has them. `make lint` checks the same program with ours."""
+    """
+    Use mypy's default settings, like a user. `make lint` checks the same program with the settings of this repository.
+    """
     client = ROOT / "tests/fixtures/typed_client.py"
     (tmp_path / "mypy.ini").write_text(SETTINGS_OF_A_USER)
     command = [sys.executable, "-m", "mypy", "--config-file", tmp_path / "mypy.ini", "--cache-dir", tmp_path, client]

@@ -1,4 +1,4 @@
-"""`upgrade`: a native WavTokenizer, alone or inside Apertus 1.5, becomes ours with its own tensors."""
+"""`upgrade` converts a native WavTokenizer, alone or within Apertus 1.5, to our class with the same tensors."""
 
 import copy
 
@@ -24,12 +24,12 @@ native = pytest.importorskip(
     "transformers.models.wavtokenizer.modeling_wavtokenizer", reason="transformers < 5.24 has no WavTokenizer"
 )
 OURS = {"WavTokenizerModel": WavTokenizerModel, "WavTokenizerEncoderModel": WavTokenizerEncoderModel}
-AUDIO_TOKEN_OFFSET = 262344  # of Apertus 1.5
+AUDIO_TOKEN_OFFSET = 262344  # the level of Apertus 1.5
 
 
 @pytest.fixture
 def native_model(tiny_model, tmp_path):
-    """The tiny model in a native class of this name."""
+    """Return a function: name of a native class -> the tiny model in that class."""
 
     def load(name: str, **arguments) -> nn.Module:
         tiny_model.save_pretrained(tmp_path / "tiny")
@@ -70,7 +70,7 @@ def test_a_native_model_becomes_ours_with_its_own_tensors(native_model, tiny_mod
         torch.testing.assert_close(got.audio_values, expected.audio_values, atol=1e-5, rtol=1e-4)
 
 
-def test_what_is_upgraded_is_saved_and_loaded_as_ours(native_model, tiny_model, tmp_path):
+def test_an_upgraded_model_is_saved_and_loaded_as_ours(native_model, tiny_model, tmp_path):
     for name, model_class in OURS.items():
         upgrade(native_model(name)).save_pretrained(tmp_path / name)
         loaded = AutoModel.from_pretrained(tmp_path / name)
@@ -79,28 +79,28 @@ def test_what_is_upgraded_is_saved_and_loaded_as_ours(native_model, tiny_model, 
         assert torch.equal(loaded.eval().encode(audio).audio_codes, tiny_model.encode(audio).audio_codes)
 
 
-def test_a_model_in_bfloat16_keeps_its_dtype_but_where_ours_computes_in_float32(native_model, caplog):
+def test_a_model_in_bfloat16_keeps_its_dtype_except_for_float32_modules(native_model, caplog):
     model = native_model("WavTokenizerModel").to(torch.bfloat16)
     expected = WavTokenizerModel(upgrade(native_model("WavTokenizerModel")).config).to(torch.bfloat16)
     ours = upgrade(model)
-    assert "is in torch.bfloat16, so its weights are rounded" in caplog.text
+    assert "is in torch.bfloat16. Its weights are rounded" in caplog.text
     before, dtypes = model.state_dict(), {key: tensor.dtype for key, tensor in expected.state_dict().items()}
     assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
     for key, tensor in ours.state_dict().items():
         assert tensor.dtype == dtypes[key], key
         assert torch.equal(tensor, before[key].to(tensor.dtype)), key
         assert (tensor.data_ptr() == before[key].data_ptr()) == (tensor.dtype == torch.bfloat16), key
-    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}  # it stays what it was
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}  # it is unchanged
     assert ours(torch.randn(1, 1, 400)).audio_values.isfinite().all()
 
 
-def test_ours_is_left_as_it_is(tiny_model):
+def test_our_own_model_is_left_unchanged(tiny_model):
     assert upgrade(tiny_model) is tiny_model
     holder = nn.ModuleDict({"codec": tiny_model})
     assert upgrade(holder) is holder and holder["codec"] is tiny_model
 
 
-def test_one_that_hangs_in_two_places_stays_one(native_model):
+def test_a_codec_shared_by_two_modules_stays_shared(native_model):
     model = native_model("WavTokenizerModel")
     holder = nn.ModuleDict({"a": model, "b": nn.ModuleList([model])})
     upgrade(holder)
@@ -113,18 +113,18 @@ def test_one_that_hangs_in_two_places_stays_one(native_model):
         (
             nn.Linear(1, 1),
             ValueError,
-            r"Linear, which holds no WavTokenizer of transformers \d[^,]* Pass a WavTokenizerModel or",
+            r"Linear, which contains no WavTokenizer of transformers \d[^,]* Pass a WavTokenizerModel or",
         ),
-        (nn.Sequential(nn.Linear(1, 1)), ValueError, "Sequential, which holds no WavTokenizer"),
+        (nn.Sequential(nn.Linear(1, 1)), ValueError, "Sequential, which contains no WavTokenizer"),
         ("a/name", TypeError, "Got str, expected a model. Load it first"),
     ],
 )
-def test_a_model_that_holds_none_is_refused(model, error, message):
+def test_a_model_without_a_codec_is_refused(model, error, message):
     with pytest.raises(error, match=message):
         upgrade(model)
 
 
-def test_a_native_model_that_is_not_built_here_is_refused_and_left_in_place(native_model):
+def test_an_unsupported_native_model_is_refused_and_left_unchanged(native_model):
     fields = {**native_model("WavTokenizerModel").config.to_dict(), "use_causal_conv": True}
     config = native.WavTokenizerConfig(**fields)
     holder = nn.ModuleDict({"good": native_model("WavTokenizerModel"), "causal": native.WavTokenizerModel(config)})
@@ -133,7 +133,7 @@ def test_a_native_model_that_is_not_built_here_is_refused_and_left_in_place(nati
     assert type(holder["good"]) is native.WavTokenizerModel
 
 
-def test_weights_that_are_elsewhere_are_refused(native_model):
+def test_offloaded_weights_are_refused(native_model):
     model = native_model("WavTokenizerModel")
     model.head.to("meta")
     with pytest.raises(ValueError, match=r"offloaded or spread over devices \(cpu, meta\). Load it on one device"):
@@ -147,7 +147,7 @@ def test_weights_that_are_elsewhere_are_refused(native_model):
 
 @pytest.fixture
 def apertus(native_model):
-    """A tiny Apertus 1.5 of random weights with the native encoder of the tiny model."""
+    """Return a tiny Apertus 1.5 of random weights with the native encoder of the tiny model."""
     from transformers import Apertus1p5Config, Apertus1p5ForConditionalGeneration
 
     encoder = native_model("WavTokenizerEncoderModel")
@@ -170,11 +170,11 @@ def apertus(native_model):
     return model
 
 
-def test_the_tokens_of_apertus_are_ours_and_those_of_bulk_work(apertus, tiny_model, tmp_path):
-    """get_audio_tokens, before and after `upgrade` = our codes + 262344 = rows of bulk tokenization as ids."""
+def test_the_audio_tokens_of_apertus_equal_ours_and_those_of_bulk_tokenization(apertus, tiny_model, tmp_path):
+    """get_audio_tokens, before and after `upgrade` = our codes + 262344 = rows of bulk tokenization as token ids."""
     random = np.random.default_rng(0)
     clips = {f"{n}.wav": random.uniform(-0.3, 0.3, n).astype(np.float32) for n in (100, 1, 333, 16 * 40)}
-    extractor = WavTokenizerFeatureExtractor(hop_length=16, normalize_audio=True)  # as Apertus has it
+    extractor = WavTokenizerFeatureExtractor(hop_length=16, normalize_audio=True)  # as in Apertus
     inputs = extractor(list(clips.values()), sampling_rate=24000, return_tensors="pt")
     vocabulary = AudioVocabulary(AUDIO_TOKEN_OFFSET, codebook_size=64)
 
@@ -223,7 +223,7 @@ def test_an_upgraded_apertus_computes_and_saves_as_before(apertus, tmp_path):
     assert tokens[0] == tokens[1]
 
 
-def test_the_processor_of_apertus_takes_our_extractor_for_the_native_one(tmp_path):
+def test_the_processor_of_apertus_accepts_our_feature_extractor(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Apertus1p5Processor, AutoFeatureExtractor, PreTrainedTokenizerFast
     from transformers.image_processing_base import ImageProcessingMixin
@@ -234,14 +234,14 @@ def test_the_processor_of_apertus_takes_our_extractor_for_the_native_one(tmp_pat
     class NoImages(ImageProcessingMixin):  # the real one needs torchvision
         pass
 
-    marks = {f"{name}_token": f"<|{name}|>" for name in (
+    special_tokens = {f"{name}_token": f"<|{name}|>" for name in (
         "image", "audio", "boi", "eoi", "image_wrapper", "eol", "boa", "eoa"
     )}  # fmt: skip
-    words = ["<unk>", "<pad>", "hello", *marks.values()]
+    words = ["<unk>", "<pad>", "hello", *special_tokens.values()]
     text = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     text.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=text, unk_token="<unk>", pad_token="<pad>", extra_special_tokens=marks
+        tokenizer_object=text, unk_token="<unk>", pad_token="<pad>", extra_special_tokens=special_tokens
     )
     clips = [np.random.default_rng(n).uniform(-0.3, 0.3, n).astype(np.float32) for n in (100, 40)]
     outputs = []

@@ -1,4 +1,4 @@
-"""The versions that constraints.txt pins: one of each package for each Python, and all of them can be installed."""
+"""The versions in constraints.txt: each package is pinned once for each Python, and all of them can be installed."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def test_every_package_is_pinned_once_for_every_python(version):
 
 
 def interpreter(version: str) -> str | None:
-    """A Python of this version: the one that runs, one on the path, or one of pyenv's."""
+    """Return a Python of this version: the running one, one on the path, or one of pyenv's."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
     found = (sys.executable, shutil.which(f"python{version}"), *map(str, pyenv.glob(f"{version}.*/bin/python")))
     for path in filter(None, found):
@@ -40,7 +40,7 @@ def interpreter(version: str) -> str | None:
 @pytest.mark.slow
 @pytest.mark.parametrize("version", PYTHONS)
 def test_the_pinned_versions_can_be_installed(version):
-    """Asks the package index, and downloads nothing but what it must to resolve."""
+    """Ask the package index, and download only the files that pip needs to resolve versions."""
     if (python := interpreter(version)) is None:
         pytest.skip(f"there is no Python {version} here")
     process = subprocess.run(

@@ -1,4 +1,4 @@
-"""Helpers of the tests of training: a few audio clips, and settings of a run that takes seconds."""
+"""Helpers for tests of training: a few audio clips, and settings of a run that takes seconds."""
 
 from pathlib import Path
 from unittest import mock
@@ -59,8 +59,8 @@ def tiny_settings(folder: Path, **changes) -> Settings:
 
 
 def train_by_plain_descent(folder: Path, output: Path, **changes) -> None:
-    """Train so that rounding hardly changes the result, to compare one process with several."""
-    # not AdamW: it divides by the size of gradients, which amplifies rounding where they are tiny
+    """Train with settings under which rounding hardly changes the result, to compare one process with several."""
+    # not AdamW: it divides by the size of gradients, which amplifies rounding of tiny ones
     descent = mock.patch(
         "wavtokenizer_hf.training.state._adamw",
         lambda module, learning_rate: torch.optim.SGD(module.parameters(), 1e-3),

@@ -1,4 +1,4 @@
-"""What the tests of the training loop share: audio, a state whose codebook has begun, a finished run."""
+"""Shared fixtures for tests of the training loop: audio, a state with an initialised codebook, a finished run."""
 
 import pytest
 import torch
@@ -12,21 +12,21 @@ from wavtokenizer_hf.training.state import build
 @pytest.fixture(autouse=True)
 def without_rehearsal(request, monkeypatch):
     """
-    Only tests of memory, and those of other processes, make the small steps that estimate it: they take as long as a
-    tiny run.
+    Skip the memory estimate except in tests of memory: its trial steps take as long as a tiny run. Other processes
+    still make it.
     """
     if "memory" not in request.node.name:
         monkeypatch.setattr(loop, "check_memory", lambda state, length: None)
 
 
 @pytest.fixture
-def sound() -> torch.Tensor:
+def clips() -> torch.Tensor:
     torch.manual_seed(0)
     return 0.3 * torch.randn(2, 1, 2400)
 
 
 def started(settings: Settings):
-    """A state whose codebook has begun, as after k-means."""
+    """Return a state whose codebook is initialised, as after k-means."""
     state = build(settings)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -37,6 +37,6 @@ def started(settings: Settings):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of four steps, three of them with discriminators, and the folder that it left behind."""
+    """Return a run of four steps, three of them with discriminators, and its output folder."""
     folder = tmp_path_factory.mktemp("finished")
     return train(tiny_settings(folder, mel_only_steps=1, num_logged_clips=1)), folder

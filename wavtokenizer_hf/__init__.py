@@ -1,7 +1,7 @@
 """WavTokenizer for Hugging Face: 24 kHz audio to one stream of 40 or 75 codes per second, and back.
 
-The import is light: torch and transformers are imported when something of them is used. The Auto classes of
-transformers give the classes of this package as soon as both packages are imported, in whatever order.
+Importing the package is fast: torch and transformers are imported on first use. The Auto classes of transformers know
+the classes of this package as soon as both packages are imported, in either order.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = {  # where each name of the interface is defined
+_MODULES = {  # public name -> module that defines it
     "DecoderState": "modeling_wavtokenizer_windows",
     "EncoderState": "modeling_wavtokenizer_encoder",
     "WavTokenizerConfig": "configuration_wavtokenizer",
@@ -50,26 +50,26 @@ if not TYPE_CHECKING:  # to a type checker every name would exist, and be Any
 def bundled_model() -> Path:
     """Return the folder of the small model that comes with this package: 24 kHz, 75 codes/s.
 
-    It is made for demos, tests and teaching. Do not train a language model on its codes. README.md in the folder has
-    its figures.
+    It is meant for demos, tests and teaching. Do not train a language model on its codes. README.md in the folder
+    lists its measured quality.
     """
     return Path(__file__).parent / "bundled"
 
 
 def _register() -> None:
-    """Register the Auto classes of this package."""
+    """Register the classes of this package with the Auto classes of transformers."""
     from .auto_classes import register  # imports torch
 
     register()
 
 
-_REGISTERED = (
+_CORE_MODULES = (  # those that `_register` imports
     "auto_classes",
     "configuration_wavtokenizer",
     "feature_extraction_wavtokenizer",
     "modeling_wavtokenizer",
 )
-_PARTS = (
+_MODELING_SUFFIXES = (  # of the modules modeling_wavtokenizer_*
     "batching",
     "cpu",
     "encoder",
@@ -78,13 +78,13 @@ _PARTS = (
     "precision",
     "typing",
     "windows",
-)  # of modeling_wavtokenizer
+)
 after_import(
     "transformers",
     _register,
     dependents=[
-        *(f"{__name__}.{module}" for module in (*_REGISTERED, "native_upgrade")),
-        *(f"{__name__}.modeling_wavtokenizer_{part}" for part in _PARTS),
+        *(f"{__name__}.{module}" for module in (*_CORE_MODULES, "native_upgrade")),
+        *(f"{__name__}.modeling_wavtokenizer_{suffix}" for suffix in _MODELING_SUFFIXES),
     ],
 )
 

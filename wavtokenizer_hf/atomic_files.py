@@ -1,8 +1,7 @@
-"""Output files and folders that are whole or absent. Every file that this package writes goes through here.
+"""Write files and folders atomically. All modules of this package write files through this one.
 
 A file is written under a temporary name beside its target, flushed to disk, and renamed. The temporary name is
-`.HOST-PID-RANDOM.partial`: it belongs to one process, fits wherever a name of 100 bytes fits, and is never a user's
-file.
+`.HOST-PID-RANDOM.partial`. It is unique to one process and has at most 100 bytes.
 """
 
 import errno
@@ -20,30 +19,31 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-LEFTOVER_SECONDS = 3600  # a temporary file that was written to since is never taken for a leftover
+LEFTOVER_SECONDS = 3600  # a temporary file that was modified more recently is never a leftover
 
-# what fsync answers on file systems that cannot do it (SMB, FUSE, some network mounts)
+# errors of fsync on file systems without it (SMB, FUSE, some network mounts)
 _NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, prefix: str = ".") -> Iterator[Path]:
-    """
-    Yield a temporary path to write to, and put that file in the place of `path` when the block ends without an error.
+    """Yield a temporary path to write to. Rename that file to `path` when the block ends without an error.
 
-    A link is followed: what it points to is replaced. A device, a pipe (FIFO) or a descriptor such as /dev/stdout is
-    written into, from a temporary file that is complete. A file that is replaced keeps its permissions.
+    Symbolic links are followed: the file that they point to is replaced. The new file keeps the permissions of the
+    old one. A device, a pipe (FIFO) or a descriptor such as /dev/stdout is not replaced: the complete temporary file
+    is copied into it.
 
     Args:
         path: Target file. Its folder must exist.
-        prefix: Beginning of the temporary name, for owners that recognize their own leftovers.
+        prefix: Prefix of the temporary name, for callers that clean up their own leftovers.
 
     Yields:
-        Path of an empty temporary file, created by this call (O_EXCL). It is gone when the block has ended in any way.
+        Path of an empty temporary file, created by this call (O_EXCL). It is removed however the block ends.
 
     Raises:
-        IsADirectoryError, PermissionError: The target is a folder, or a file that may not be written.
-        OSError: The file cannot be created, flushed or renamed. The target is then as it was.
+        IsADirectoryError: The target is a folder.
+        PermissionError: The target is read-only.
+        OSError: The file cannot be created, flushed or renamed. The target is unchanged.
     """
     path = Path(path)
     if is_stream(path):
@@ -61,13 +61,13 @@ def atomic_write(path: str | os.PathLike, prefix: str = ".") -> Iterator[Path]:
         return
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"Cannot write {path}: there is no folder {target.parent}. Make it first.")
+        raise FileNotFoundError(f"Cannot write {path}: there is no folder {target.parent}. Create it first.")
     if target.is_dir():
         raise IsADirectoryError(f"Cannot write {path}: it is a folder, expected a file. Name a file in it.")
     if target.exists() and not os.access(target, os.W_OK):
         raise PermissionError(f"Cannot write {path}: it is read-only. Change its permissions, or name another file.")
     partial = target.with_name(_temporary_name(prefix))
-    try:  # SIGTERM may raise as soon as the file is there
+    try:  # a handler of SIGTERM may raise as soon as the file exists
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield partial
         fsync(partial)  # a full disk or quota may be reported only here
@@ -80,7 +80,7 @@ def atomic_write(path: str | os.PathLike, prefix: str = ".") -> Iterator[Path]:
 
 
 def write_bytes(path: str | os.PathLike, content: bytes, prefix: str = ".") -> Path:
-    """Write a file at once, see `atomic_write`. Raises OSError, which names the file."""
+    """Write a file atomically, see `atomic_write`. Raises OSError with the path in the message."""
     path = Path(path)
     with atomic_write(path, prefix) as partial:
         try:
@@ -91,24 +91,23 @@ def write_bytes(path: str | os.PathLike, content: bytes, prefix: str = ".") -> P
 
 
 def write_text(path: str | os.PathLike, text: str, prefix: str = ".") -> Path:
-    """Write a UTF-8 file at once, see `atomic_write`. Line ends stay as they are."""
+    """Write a UTF-8 text file atomically, see `atomic_write`. Newlines are not translated."""
     return write_bytes(path, text.encode("utf-8"), prefix)
 
 
 @contextmanager
 def atomic_folder(folder: Path, previous: Path | None = None) -> Iterator[Path]:
-    """
-    Yield a new folder beside `folder` to fill, and put it in its place when the block ends without an error.
+    """Yield a temporary folder to fill. Rename it to `folder` when the block ends without an error.
 
-    An empty folder is replaced. One that holds anything is renamed to `previous` first, and what was at `previous` is
-    removed; without `previous` the block's result is refused. A kill between the two renames leaves `previous` alone.
+    An empty `folder` is replaced. A `folder` with content is renamed to `previous` first, which replaces an earlier
+    `previous`. If the process is killed between these two renames, only `previous` remains.
 
     Args:
-        folder: Target.
-        previous: Where the folder that is replaced goes.
+        folder: Target folder. Its parents are created if missing.
+        previous: New path of a replaced folder. None: a folder with content is not replaced.
 
     Raises:
-        OSError: It cannot be written, or the target is not an empty folder. The target is then as it was.
+        OSError: The folder cannot be written, or it has content and `previous` is None. The target is unchanged.
     """
     new_parents = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -129,20 +128,18 @@ def atomic_folder(folder: Path, previous: Path | None = None) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in new_parents:
-            with suppress(OSError):  # not made, or another program has put something in it
+            with suppress(OSError):  # it was not created, or another program wrote to it
                 parent.rmdir()
         raise
 
 
 def cannot_write(path: str | os.PathLike, error: OSError) -> OSError:
-    """Return an error that names the file that the user asked for, and not the temporary one."""
+    """Return an error with the path that the user gave, instead of the temporary one."""
     return OSError(f"Cannot write {path}: {error.strerror or error}")
 
 
 def is_stream(path: str | os.PathLike) -> bool:
-    """
-    Whether a path names something to write into rather than to replace: a device, a pipe, a socket, a descriptor.
-    """
+    """Return whether to write into a path rather than replace it: a device, pipe, socket or descriptor."""
     if _is_descriptor(path):
         return True
     try:
@@ -153,34 +150,34 @@ def is_stream(path: str | os.PathLike) -> bool:
 
 
 def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """
-    Raise ValueError if a file to be written is one of the inputs, under whatever name: links and hard links count.
+    """Raise ValueError if an output is one of the inputs, also through symbolic or hard links.
 
     Args:
-        outputs: Files to be written; those that do not exist yet are no input.
-        inputs: Files that are read.
+        outputs: Files to be written. They need not exist.
+        inputs: Files to be read.
     """
-    names = {_identity(path): path for path in inputs}
+    inputs_by_identity = {_identity(path): path for path in inputs}
     for path in outputs:
-        same = names.get(_identity(path))
-        if same is not None and os.path.isfile(path):
+        same_file = inputs_by_identity.get(_identity(path))
+        if same_file is not None and os.path.isfile(path):
             raise ValueError(
-                f"The output {path} would overwrite the input {same}, which is the same file. Name another output."
+                f"The output {path} would overwrite the input {same_file}, which is the same file. Name another "
+                "output."
             )
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files and folders in `folder` that processes of this machine left when they were killed."""
+    """Remove temporary files and folders that killed processes of this machine left in `folder`."""
     host = re.escape(_host())
     with suppress(OSError):
         for path in folder.iterdir():
-            found = re.fullmatch(rf"\..*{host}-(\d+)-[0-9a-f]{{8}}\.partial", path.name)
-            if found and not _is_running(int(found[1])) and _is_old(path):
+            match = re.fullmatch(rf"\..*{host}-(\d+)-[0-9a-f]{{8}}\.partial", path.name)
+            if match and not _is_running(int(match[1])) and _is_old(path):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:
-    """Flush a file to disk. Raises OSError where data was lost, and not where the file system has no fsync."""
+    """Flush a file to disk. Raises OSError if data was lost, but not if the file system has no fsync."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -192,8 +189,8 @@ def fsync(path: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush a rename to disk where the file system can do that. A failure loses at most the rename in a power cut."""
-    with suppress(OSError):  # Windows opens no folders; SMB and FUSE mounts answer EINVAL
+    """Flush a rename to disk, where the file system supports it. Without it, a power cut may undo the rename."""
+    with suppress(OSError):  # Windows cannot open folders, and SMB and FUSE mounts return EINVAL
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -202,7 +199,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def _identity(path: Path) -> tuple:
-    """Equal for two names of one file. Some network mounts number no files; there the resolved path must do."""
+    """Return a key that is equal for all names of a file: its inode, or its resolved path on mounts without inodes."""
     try:
         status = os.stat(path)
         if status.st_ino:
@@ -225,12 +222,12 @@ def _is_descriptor(path: str | os.PathLike) -> bool:
 
 
 def _open_stream(path: Path) -> BinaryIO:
-    # O_APPEND: the file behind /dev/stdout may hold what was written before; no O_TRUNC and no O_CREAT
+    # O_APPEND without O_TRUNC and O_CREAT, since the file behind /dev/stdout may hold earlier output
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb")
 
 
 def _is_running(pid: int) -> bool:
-    if os.name != "posix":  # there is no harmless signal elsewhere: os.kill would end the process
+    if os.name != "posix":  # elsewhere os.kill with signal 0 would end the process
         return True
     try:
         os.kill(pid, 0)

@@ -1,8 +1,11 @@
-"""Sound files: the only place that reads or writes them; pipes.py does so for streams. Needs the extra `audio`
-(soundfile, soxr).
+"""Read and write audio files. Needs the extra `audio` (soundfile, soxr).
 
-`audio_decoders.py` holds the decoders, `audio_containers.py` what headers promise, `audio_errors.py` the kinds of
-failures.
+All other modules read and write audio through this one. See also:
+
+- `pipes.py`: audio on standard input and output
+- `audio_decoders.py`: decoders
+- `audio_containers.py`: file headers
+- `audio_errors.py`: kinds of failures and warnings
 """
 
 import logging
@@ -20,8 +23,7 @@ from numpy.typing import ArrayLike
 from transformers import audio_utils
 
 from .atomic_files import atomic_write, cannot_write
-from .audio_decoders import LARGEST_WHOLE, open_decoder, torchcodec_decoder
-from .audio_decoders import reason as _reason
+from .audio_decoders import MAX_DECODED_BYTES, decoder_message, open_decoder, torchcodec_decoder
 from .audio_decoders import soundfile_module as soundfile_module
 from .audio_errors import MAX_CLIP_SECONDS, AudioError, TruncatedAudioError, check_channel
 from .find_files import SUFFIXES as SUFFIXES
@@ -31,17 +33,17 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("soundfile", "torchcodec", "torchaudio")
 
-SAMPLING_RATES = (1000, 768000)
-"""Hz that are taken for real: a header that says less or more is damaged, and resampling it would take gigabytes."""
+MIN_SAMPLING_RATE, MAX_SAMPLING_RATE = 1000, 768000
+"""Accepted sampling rates in Hz. Others mean a damaged header, and resampling them would take gigabytes."""
 
-CANCELLED_DB = 30
-"""How far the mean of the channels may lie below them."""
+CANCELLATION_DB = 30
+"""Warn if the mean of the channels is this many dB below the channels."""
 
-LARGEST_SAMPLE = 8.0
-"""What lies beyond is reported: integers in a float file, most likely."""
+WARNING_PEAK = 8.0
+"""Warn about samples beyond this magnitude. Most likely a float file holds integers."""
 
-NO_SAMPLE = 1e10
-"""What lies beyond is refused: no format has such numbers, and they overflow in the model."""
+MAX_PEAK = 1e10
+"""Refuse samples beyond this magnitude. No audio format has them, and they overflow in the model."""
 
 
 def load(
@@ -51,28 +53,32 @@ def load(
     channel: str | int = "mean",
     max_seconds: float | None = None,
 ) -> np.ndarray:
-    """Reads a sound file as mono audio at `sampling_rate`, to the same samples as transformers' `load_audio`.
+    """Load an audio file as mono audio at `sampling_rate`.
 
-    Several channels are averaged, and a warning says so; other rates are resampled, and a log line (INFO) says so. A
-    mean in which the channels cancel each other, digital silence and samples beyond ±8 give a warning each.
+    The samples equal those of transformers' `load_audio`. Channels are averaged, with a warning. Other sampling rates
+    are resampled, with a log line (INFO). There is a warning each for channels that cancel out in their mean, for
+    digital silence, and for samples beyond ±8.
 
     Args:
-        path: a local file.
-        sampling_rate: Hz of what is returned.
-        backend: `"soundfile"` (decodes with soundfile, or with torchcodec what that does not know; resamples with
-            soxr), or where those are installed `"torchcodec"` (decodes and resamples by FFmpeg) or `"torchaudio"`
-            (needs transformers 5.23). The three resample differently, so for equal codes use one throughout.
-        channel: `"mean"`, `"left"`, `"right"` or the number of a channel, from 0.
-        max_seconds: longer audio is refused, before it is read if its header says so.
+        path: Local audio file.
+        sampling_rate: Sampling rate of the result, in Hz.
+        backend: Library that decodes and resamples. The backends resample differently, so use one of them throughout
+            for reproducible codes.
+
+            - `"soundfile"`: soundfile decodes, or torchcodec if soundfile does not know the format. soxr resamples.
+            - `"torchcodec"`: FFmpeg decodes and resamples. Needs torchcodec.
+            - `"torchaudio"`: Needs torchaudio and transformers 5.23.
+        channel: `"mean"`, `"left"`, `"right"` or the index of a channel, from 0.
+        max_seconds: Maximum length in seconds. Longer audio is refused, before decoding if the header has the length.
 
     Returns:
         float32 array of shape (T,), nominally in [-1, 1].
 
     Raises:
-        FileNotFoundError: there is no such file.
-        AudioError: a ValueError with a `kind` (see `audio_errors.FAILURE_KINDS`): the file is not sound, is damaged or
-            cut off, holds no samples or some that are not finite, is too long, or lacks the channel.
-        ImportError: the backend is not installed.
+        FileNotFoundError: The file does not exist.
+        AudioError: The file is not audio, is damaged or truncated, holds no samples or non-finite ones, is too long,
+            or lacks the channel. It is a ValueError with a `kind`, see `audio_errors.FAILURE_KINDS`.
+        ImportError: The backend is not installed.
     """
     path = Path(path)
     if backend not in BACKENDS:
@@ -92,24 +98,23 @@ def read_blocks(
     channel: str | int = "mean",
     on_warnings: Callable[[dict[str, str]], None] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Reads a sound file block by block: joined, the very samples of `load`, in memory that does not grow with the
-    file.
+    """Read an audio file block by block, in constant memory. The concatenated blocks equal the samples of `load`.
 
     Args:
-        path: Local file.
-        sampling_rate: Hz of the blocks.
-        block_seconds: Approximate length of a block. Resampled blocks vary a little.
-        channel: `"mean"`, `"left"`, `"right"` or the number of a channel, from 0.
-        on_warnings: Function that gets the warnings of the file, kind -> text, after its last block.
+        path: Local audio file.
+        sampling_rate: Sampling rate of the blocks, in Hz.
+        block_seconds: Approximate length of a block, in seconds. Resampled blocks vary a little.
+        channel: `"mean"`, `"left"`, `"right"` or the index of a channel, from 0.
+        on_warnings: Function called after the last block with the warnings of the file, a dict kind -> text.
 
     Yields:
         float32 arrays of shape (n,), n > 0.
 
     Raises:
-        FileNotFoundError: There is no such file. All errors are raised when the blocks are read.
-        AudioError: The file is not audio, is damaged, holds no samples or some that are not finite, or lacks the
-            channel. A file that is damaged later on fails there. A truncated file gives all that is left, and then
-            TruncatedAudioError.
+        FileNotFoundError: The file does not exist. All errors are raised while the blocks are read.
+        AudioError: The file is not audio, is damaged, holds no samples or non-finite ones, or lacks the channel. The
+            blocks before the damage come first.
+        TruncatedAudioError: The file ends early. All blocks up to there come first.
     """
     with AudioReader(Path(path), sampling_rate, channel) as reader:
         try:
@@ -121,10 +126,10 @@ def read_blocks(
 
 
 def seconds(path: str | os.PathLike) -> float:
-    """Return the length of an audio file in seconds, by its header, or by decoding it if the header has no length.
+    """Return the length of an audio file in seconds. It is decoded only if its header has no length.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         AudioError: The file is not audio, is damaged or truncated, or holds no samples.
     """
     with AudioReader(Path(path)) as reader:
@@ -135,9 +140,13 @@ def seconds(path: str | os.PathLike) -> float:
 
 @dataclass
 class AudioClip:
-    """Mono audio (T,), float32, and what it was made of: the rate in Hz and the number of channels of its source.
+    """Mono audio of one clip, and properties of its source.
 
-    `warnings` maps kinds (`audio_errors.WARNING_KINDS`) to a text each.
+    Args:
+        audio: float32 array of shape (T,).
+        source_sampling_rate: Sampling rate of the source, in Hz.
+        source_channels: Number of channels of the source.
+        warnings: Warnings about the clip, kind (see `audio_errors.WARNING_KINDS`) -> text.
     """
 
     audio: np.ndarray
@@ -148,7 +157,13 @@ class AudioClip:
 
 @dataclass
 class Channels:
-    """Audio as its source has it: samples (T', C), float32, at `sampling_rate` Hz. `name` is for messages."""
+    """All channels of a clip, at the sampling rate of its source.
+
+    Args:
+        samples: float32 array of shape (T', C).
+        sampling_rate: Sampling rate of the samples, in Hz.
+        name: Name of the clip in messages.
+    """
 
     samples: np.ndarray
     sampling_rate: int
@@ -156,9 +171,15 @@ class Channels:
 
 
 def read_channels(source: str | os.PathLike | bytes, name: str | None = None) -> Channels:
-    """Read an audio file, or the content of one, with all its channels, at its own rate.
+    """Read all channels of an audio file at its own sampling rate.
 
-    Raises AudioError and OSError, as `load` does, also for more than `LARGEST_WHOLE` bytes of samples.
+    Args:
+        source: Local audio file, or the content of one.
+        name: Name of the audio in messages. Default: the path, or "the content".
+
+    Raises:
+        AudioError: As in `load`, or the samples take more than `MAX_DECODED_BYTES`.
+        OSError: The file cannot be read.
     """
     with AudioReader(source, name=name, quiet=True) as reader:
         rate, frame_size = reader.source_sampling_rate, 4 * reader.source_channels
@@ -177,22 +198,20 @@ def decode(
     channel: str | int = "mean",
     max_seconds: float | None = None,
 ) -> AudioClip:
-    """Reads sound as `load` does with soundfile, to the same samples, and says in the result what `load` says in the
-    log.
+    """Decode audio as `load` does with the soundfile backend, and return the warnings instead of logging them.
 
     Args:
-        source: Local file, or the content of one.
-        sampling_rate: Hz of the result.
-        channel: `"mean"`, `"left"`, `"right"` or the number of a channel, from 0.
-        max_seconds: Longest audio that is read. Longer audio is refused, before it is read if its header gives the
-            length.
+        source: Local audio file, or the content of one.
+        sampling_rate: Sampling rate of the result, in Hz.
+        channel: `"mean"`, `"left"`, `"right"` or the index of a channel, from 0.
+        max_seconds: Maximum length in seconds. Longer audio is refused, before decoding if the header has the length.
 
     Returns:
-        `AudioClip`: float32 audio (T,), nominally in [-1, 1], with rate and channels of its source, and warnings.
+        `AudioClip`: float32 audio (T,), nominally in [-1, 1], with warnings and properties of the source.
 
     Raises:
         AudioError: The audio is damaged, truncated, empty, not finite or too long, or lacks the channel; see `kind`.
-        OSError: the file cannot be read.
+        OSError: The file cannot be read.
         ImportError: soundfile or soxr is missing.
     """
     with AudioReader(source, sampling_rate, channel, max_seconds, quiet=True) as reader:
@@ -203,29 +222,28 @@ def decode(
 def load_clip(
     value: Any, sampling_rate: int, channel: str | int = "mean", max_seconds: float | None = MAX_CLIP_SECONDS
 ) -> AudioClip:
-    """
-    Reads a clip as a dataset or another source gives it, to the samples of `load`; arrays are resampled likewise.
+    """Load a clip from a dataset row, path, bytes or array. The samples equal those of `load`.
 
     Args:
         value: Path, content of an audio file, row of an Audio column of the datasets library (decoded or not), or
-            `Channels`.
-        sampling_rate: Hz of the result.
-        channel: `"mean"`, `"left"`, `"right"` or the number of a channel, from 0.
-        max_seconds: Longest audio that is read; longer audio is refused. None: no limit.
+            `Channels`. Arrays are resampled as files are.
+        sampling_rate: Sampling rate of the result, in Hz.
+        channel: `"mean"`, `"left"`, `"right"` or the index of a channel, from 0.
+        max_seconds: Maximum length in seconds. Longer audio is refused. None: no limit.
 
     Returns:
-        `AudioClip`: float32 audio (T,), nominally in [-1, 1], with rate and channels of its source, and warnings.
+        `AudioClip`: float32 audio (T,), nominally in [-1, 1], with warnings and properties of the source.
 
     Raises:
-        AudioError: it is not sound, or is refused for another reason of `audio_errors.FAILURE_KINDS`.
-        OSError: its file cannot be read.
+        AudioError: The value is not audio, or is refused for another reason of `audio_errors.FAILURE_KINDS`.
+        OSError: The file cannot be read.
     """
     if isinstance(value, Channels):
         _check_seconds(len(value.samples) / value.sampling_rate, max_seconds, value.name)
-        return mono(value.samples, value.sampling_rate, sampling_rate, channel, value.name)
-    if hasattr(value, "as_py"):  # a scalar of pyarrow, in the format "arrow" of datasets
+        return _mono_clip(value.samples, value.sampling_rate, sampling_rate, channel, value.name)
+    if hasattr(value, "as_py"):  # pyarrow scalar, from datasets with format "arrow"
         value = value.as_py()
-    encoded = getattr(value, "_hf_encoded", None)  # what the decoder objects of the datasets library are made of
+    encoded = getattr(value, "_hf_encoded", None)  # path and bytes behind a decoder object of the datasets library
     value = value if encoded is None else encoded
     if isinstance(value, dict) and value.get("array") is not None:
         return _read_array(value["array"], value.get("sampling_rate"), sampling_rate, channel, max_seconds)
@@ -234,7 +252,7 @@ def load_clip(
     value = bytes(value) if isinstance(value, (bytearray, memoryview)) else value
     if not isinstance(value, (str, os.PathLike, bytes)):
         raise AudioError(
-            f"Got {type(value).__name__} as sound, expected a path, bytes, or a row of an Audio column.", "no-audio"
+            f"Got {type(value).__name__} as audio, expected a path, bytes, or a row of an Audio column.", "no-audio"
         )
     return decode(value, sampling_rate, channel, max_seconds)
 
@@ -243,37 +261,37 @@ def _read_array(array: Any, rate: Any, sampling_rate: int, channel: str | int, m
     try:
         samples = np.asarray(array, dtype=np.float32)
     except (TypeError, ValueError) as error:
-        raise AudioError(f"Got an array that holds no numbers: {error}.", "no-audio") from error
+        raise AudioError(f"Got an array that is not numeric: {error}.", "no-audio") from error
     rate = check_sampling_rate(rate, "the array")
     if samples.ndim != 1 or samples.size == 0:
         raise AudioError(
-            f"Got an array of shape {samples.shape}, expected mono audio (T,) with a sample or more.",
+            f"Got an array of shape {samples.shape}, expected mono audio (T,) with at least one sample.",
             "empty" if samples.size == 0 else "no-audio",
         )
     _check_seconds(len(samples) / rate, max_seconds, "The array")
-    return mono(samples[:, None], rate, sampling_rate, channel, "the array")
+    return _mono_clip(samples[:, None], rate, sampling_rate, channel, "the array")
 
 
 class AudioReader:
-    """
-    An opened sound file, or the content of one: every reader of this package is made of it.
+    """Open audio file. All functions of this package that read audio use it.
 
     Args:
-        source: a local file, the content of one, or a seekable binary file.
-        sampling_rate: Hz of what is given.
-        channel: `"mean"`, `"left"`, `"right"` or the number of a channel, from 0.
-        max_seconds: longer audio is refused, before it is read if its header says so.
-        name: for messages. Default: the path, or "the content".
-        quiet: nothing is logged.
+        source: Local audio file, the content of one, or a seekable binary file.
+        sampling_rate: Sampling rate of the result, in Hz.
+        channel: `"mean"`, `"left"`, `"right"` or the index of a channel, from 0.
+        max_seconds: Maximum length in seconds. Longer audio is refused, before decoding if the header has the length.
+        name: Name of the audio in messages. Default: the path, or "the content".
+        quiet: Do not log that the audio is averaged or resampled.
 
     Attributes:
-        source_sampling_rate, source_channels: of the source.
-        source_seconds: its length as its header says, or None.
-        warnings: kind -> text, complete after the last block.
+        source_sampling_rate: Sampling rate of the source, in Hz.
+        source_channels: Number of channels of the source.
+        source_seconds: Length of the source by its header, in seconds, or None.
+        warnings: Warnings, kind -> text. Complete after the last block.
 
     Raises:
-        OSError: the file cannot be read.
-        AudioError: it is refused.
+        OSError: The file cannot be read.
+        AudioError: The audio is refused.
     """
 
     def __init__(
@@ -297,7 +315,7 @@ class AudioReader:
         self.sampling_rate, self._max_seconds = sampling_rate, max_seconds
         try:
             if self._file.seek(0, 2) == 0:
-                raise AudioError(f"Cannot read {self.name} as sound: it is empty (0 bytes).", "empty")
+                raise AudioError(f"Cannot read {self.name} as audio: it is empty (0 bytes).", "empty")
             self._decoder = open_decoder(self._file, self.name, path)
             self.source_sampling_rate = check_sampling_rate(self._decoder.sampling_rate, self.name)
             self.source_channels = self._decoder.num_channels
@@ -310,19 +328,24 @@ class AudioReader:
             self.close()
             raise
         if not quiet:
-            say_what_changes(self.name, self.source_channels, self.source_sampling_rate, sampling_rate, channel)
+            log_conversion(self.name, self.source_channels, self.source_sampling_rate, sampling_rate, channel)
 
     def blocks(self, block_seconds: float = 5.0) -> Iterator[np.ndarray]:
-        """Gives the audio, float32 arrays (n,), n > 0. Raises AudioError; TruncatedAudioError after all that came."""
-        size, count = max(1, round(block_seconds * self.source_sampling_rate)), 0
-        for block in mono_blocks(self._joined(size), self.source_sampling_rate, self.sampling_rate):
-            count += len(block)
+        """Yield mono audio at `sampling_rate`, float32 arrays (n,), n > 0.
+
+        Raises:
+            TruncatedAudioError: The file ends early. All blocks up to there come first.
+            AudioError: The audio is refused for another reason.
+        """
+        block_size, num_samples = max(1, round(block_seconds * self.source_sampling_rate)), 0
+        for block in resample_blocks(self._mono_blocks(block_size), self.source_sampling_rate, self.sampling_rate):
+            num_samples += len(block)
             yield block
-        if count == 0:
-            raise AudioError(f"Got no samples in {self.name}, which holds no samples; expected at least one.", "empty")
+        if num_samples == 0:
+            raise AudioError(f"{self.name} holds no samples, expected at least one.", "empty")
 
     def read(self) -> np.ndarray:
-        """Gives all of the audio, (T,), float32."""
+        """Return the whole audio, float32 (T,). Raises as `blocks` does."""
         return np.concatenate(list(self.blocks()))
 
     @property
@@ -333,34 +356,34 @@ class AudioReader:
         log_warnings(self.name, self.warnings)
 
     def channel_blocks(self) -> Iterator[np.ndarray]:
-        """Gives what the decoder gives: blocks (n, C), float32, at the source's rate. Raises as `blocks` does."""
-        count = 0
+        """Yield all channels at the source's sampling rate, float32 blocks (n, C), n > 0. Raises as `blocks` does."""
+        num_samples = 0
         for block in self._decoder.blocks():
-            count += len(block)
-            self._check_length(count / self.source_sampling_rate)
+            num_samples += len(block)
+            self._check_length(num_samples / self.source_sampling_rate)
             yield block
-        if count == 0:
-            raise AudioError(f"Got no samples in {self.name}, which holds no samples; expected at least one.", "empty")
+        if num_samples == 0:
+            raise AudioError(f"{self.name} holds no samples, expected at least one.", "empty")
 
-    def _joined(self, size: int) -> Iterator[np.ndarray]:
-        """The decoder's blocks, mono, `size` samples at a time. What comes before a cut is given before its error."""
-        pending, length, count, late = [], 0, 0, None
+    def _mono_blocks(self, block_size: int) -> Iterator[np.ndarray]:
+        """Yield mono audio at the source's sampling rate in blocks of `block_size` samples; the last is shorter."""
+        pending, num_pending, num_samples, truncation = [], 0, 0, None
         try:
             for block in self._decoder.blocks():
-                count += len(block)
-                self._check_length(count / self.source_sampling_rate)
+                num_samples += len(block)
+                self._check_length(num_samples / self.source_sampling_rate)
                 pending.append(self._mixer(block))
-                length += len(block)
-                while length >= size:
+                num_pending += len(block)
+                while num_pending >= block_size:
                     joined = np.concatenate(pending)
-                    yield joined[:size]
-                    pending, length = [joined[size:]], length - size
+                    yield joined[:block_size]
+                    pending, num_pending = [joined[block_size:]], num_pending - block_size
         except TruncatedAudioError as error:
-            late = error
-        if length > 0:
+            truncation = error
+        if num_pending > 0:
             yield np.concatenate(pending)
-        if late is not None:
-            raise late
+        if truncation is not None:
+            raise truncation
 
     def _check_length(self, seconds: float) -> None:
         _check_seconds(seconds, self._max_seconds, self.name)
@@ -378,16 +401,15 @@ class AudioReader:
 
 
 class Mixer:
-    """
-    Channels (n, C), float32 -> mono (n,), block by block; keeps what is strange about them in `warnings`.
+    """Mix channels (n, C), float32, to mono (n,), block by block, and collect `warnings` about the samples.
 
     Args:
-        channel: `"mean"`, `"left"`, `"right"` or the number of a channel, from 0.
-        num_channels: C.
-        name: for messages.
+        channel: `"mean"`, `"left"`, `"right"` or the index of a channel, from 0.
+        num_channels: Number of channels C of the blocks.
+        name: Name of the audio in messages.
 
     Raises:
-        AudioError: there is no such channel; when called: samples that are not finite.
+        AudioError: There is no such channel. A call raises it for samples that are not finite.
     """
 
     def __init__(self, channel: str | int, num_channels: int, name: str):
@@ -395,7 +417,7 @@ class Mixer:
         self._name = name
         if self._index is not None and self._index >= num_channels:
             raise AudioError(
-                f"{name} has {num_channels} channels, expected one of number {self._index}.", "no-channel"
+                f"{name} has {num_channels} channels, expected a channel with index {self._index}.", "no-channel"
             )
         self._peak = self._energy = self._channel_energy = 0.0
         self._num_samples = 0
@@ -406,15 +428,15 @@ class Mixer:
         elif self._index is not None:
             mono = channels[:, self._index]
         else:
-            with np.errstate(all="ignore"):  # what is not finite is refused below
+            with np.errstate(all="ignore"):  # non-finite samples are refused below
                 mono = channels.mean(axis=1)
-        is_bad = ~(np.abs(mono) <= NO_SAMPLE)
-        if is_bad.any():
-            first = int(np.flatnonzero(is_bad)[0])
+        is_invalid = ~(np.abs(mono) <= MAX_PEAK)  # NaN too
+        if is_invalid.any():
+            first = int(np.flatnonzero(is_invalid)[0])
             raise AudioError(
-                f"{self._name} holds NaN or infinite samples, or some beyond ±{NO_SAMPLE:g}: the first is "
-                f"{mono[first]:g}, at sample {self._num_samples + first} of its own. Expected finite numbers; repair "
-                "or drop it.",
+                f"{self._name} holds NaN or infinite samples, or some beyond ±{MAX_PEAK:g}: the first is "
+                f"{mono[first]:g}, at sample {self._num_samples + first} of the source. Expected finite numbers. "
+                "Repair or drop it.",
                 "not-finite",
             )
         if channels.shape[1] > 1 and self._index is None:
@@ -427,24 +449,24 @@ class Mixer:
 
     @property
     def warnings(self) -> dict[str, str]:
-        """Kind -> text, of all blocks up to now."""
-        found = {}
-        if self._num_samples > 0 and self._energy * 10 ** (CANCELLED_DB / 10) <= self._channel_energy > 0:
-            how_far = "to silence"
+        """Warnings about all blocks up to now, kind -> text."""
+        texts = {}
+        if self._num_samples > 0 and self._energy * 10 ** (CANCELLATION_DB / 10) <= self._channel_energy > 0:
+            attenuation = "to silence"
             if self._energy > 0:
-                how_far = f"to {10 * math.log10(self._channel_energy / self._energy):.0f} dB below them"
-            found["cancelled"] = (
-                f"the channels cancel each other in their mean, {how_far}; choose one with channel='left' (--channel "
-                "left)"
+                attenuation = f"to {10 * math.log10(self._channel_energy / self._energy):.0f} dB below them"
+            texts["cancelled"] = (
+                f"the channels cancel each other in their mean, {attenuation}; choose one with channel='left' "
+                "(--channel left)"
             )
         elif self._num_samples > 0 and self._peak == 0:
-            found["silent"] = "every sample is zero"
-        if self._peak > LARGEST_SAMPLE:
-            found["out-of-range"] = (
-                f"the largest sample is {self._peak:.5g}, far from [-1, 1]; if it holds integers as floats, divide "
-                "them by their full scale, such as 32768"
+            texts["silent"] = "every sample is zero"
+        if self._peak > WARNING_PEAK:
+            texts["out-of-range"] = (
+                f"the largest sample is {self._peak:.5g}, far from [-1, 1]; if the samples are integers stored as "
+                "floats, divide them by their full scale, such as 32768"
             )
-        return found
+        return texts
 
 
 def _check_seconds(seconds: float, max_seconds: float | None, name: str) -> None:
@@ -457,40 +479,38 @@ def _check_seconds(seconds: float, max_seconds: float | None, name: str) -> None
 
 
 def _check_memory(num_bytes: float, name: str) -> None:
-    if num_bytes > LARGEST_WHOLE:
+    if num_bytes > MAX_DECODED_BYTES:
         raise AudioError(
-            f"{name} would take {num_bytes / 2**30:.0f} GiB of memory, since it is read whole; expected at most "
-            f"{LARGEST_WHOLE / 2**30:.0f}. Cut it.",
+            f"{name} would take {num_bytes / 2**30:.0f} GiB of memory, since it is read at once; expected at most "
+            f"{MAX_DECODED_BYTES / 2**30:.0f}. Cut it.",
             "memory",
         )
 
 
 def check_sampling_rate(rate: Any, name: str) -> int:
-    """The rate in Hz as an integer. Raises AudioError if it is no number, or none that audio has."""
+    """Return the sampling rate in Hz as an integer. Raises AudioError unless it is a whole number in range."""
     try:
         number = int(rate)
     except (TypeError, ValueError, OverflowError):
         number = None
-    if number is None or number != rate or not SAMPLING_RATES[0] <= number <= SAMPLING_RATES[1]:
+    if number is None or number != rate or not MIN_SAMPLING_RATE <= number <= MAX_SAMPLING_RATE:
         raise AudioError(
-            f"{name} has a sampling rate of {rate} Hz, expected a whole number from {SAMPLING_RATES[0]:,} to "
-            f"{SAMPLING_RATES[1]:,} Hz. Its header may be damaged.",
+            f"{name} has a sampling rate of {rate} Hz, expected a whole number from {MIN_SAMPLING_RATE:,} to "
+            f"{MAX_SAMPLING_RATE:,} Hz. Its header may be damaged.",
             "sampling-rate",
         )
     return number
 
 
-def mono(
+def _mono_clip(
     channels: np.ndarray, rate: int, sampling_rate: int, channel: str | int = "mean", name: str = "the clip"
 ) -> AudioClip:
-    """
-    Channels (T', C), float32, at `rate` Hz -> one of them or their mean at `sampling_rate` Hz. Raises AudioError.
-    """
+    """Mix channels (T', C), float32, to mono and resample them from `rate` to `sampling_rate`. Raises AudioError."""
     rate = check_sampling_rate(rate, name)
     mixer = Mixer(channel, channels.shape[1], name)
-    blocks = list(mono_blocks(iter([mixer(channels)] if len(channels) else []), rate, sampling_rate))
+    blocks = list(resample_blocks(iter([mixer(channels)] if len(channels) else []), rate, sampling_rate))
     if not blocks:
-        raise AudioError(f"Got no samples in {name}, expected at least one.", "empty")
+        raise AudioError(f"{name} holds no samples, expected at least one.", "empty")
     return AudioClip(np.concatenate(blocks), rate, channels.shape[1], mixer.warnings)
 
 
@@ -501,23 +521,23 @@ def save(
     subtype: str | None = None,
     format: str | None = None,
 ) -> Path:
-    """Writes mono audio to a sound file, first under a temporary name, so that no half-written file can be met.
+    """Save mono audio to a file. The write is atomic: `path` is never a partial file.
 
     Args:
-        path: where to write; the ending (.wav, .flac, .ogg, .mp3) names the format.
-        audio: numpy array or torch tensor of shape (T,), (1, T) or (1, 1, T), nominally in [-1, 1]. What lies outside
-            is clipped in integer formats, and a warning says how much.
-        sampling_rate: Hz of `audio`.
-        subtype: sample format by soundfile's name; default 16-bit integers where the format has them. `"FLOAT"` in a
-            WAV file keeps every value.
-        format: container by soundfile's name, for a path whose ending says nothing.
+        path: Output file. Its extension (.wav, .flac, .ogg, .mp3) selects the format.
+        audio: Array or tensor of shape (T,), (1, T) or (1, 1, T), nominally in [-1, 1]. Integer formats clip other
+            samples, and a warning counts them.
+        sampling_rate: Sampling rate of `audio`, in Hz.
+        subtype: Sample format, by its soundfile name. Default: 16-bit integers where the format has them. `"FLOAT"`
+            in a WAV file preserves all values.
+        format: File format, by its soundfile name. Needed only if the extension does not determine it.
 
     Returns:
-        `path`.
+        Path of the file, equal to `path`.
 
     Raises:
-        ValueError: audio of another shape, empty or not finite, or an ending that names no format.
-        OSError: the file cannot be written.
+        ValueError: The audio has another shape, is empty or not finite, or the extension names no format.
+        OSError: The file cannot be written.
     """
     if hasattr(audio, "detach"):
         audio = audio.detach().cpu().float().numpy()
@@ -536,28 +556,28 @@ def writing(
 ) -> Iterator[Callable]:
     """Write mono audio block by block: `with writing(path) as write: write(block)`.
 
-    The file gets its name when the `with` block ends without an error and the file reads back with every sample. After
-    an error nothing is left.
+    The file appears at `path` when the `with` block ends without an error, and after a check that all samples were
+    written. An error leaves no file.
 
     Args:
-        path: File to write. Its ending (.wav, .flac, .ogg, .mp3) names the format.
-        sampling_rate: Hz of the audio.
-        subtype: Sample format by soundfile's name. Defaults to 16-bit integers where the format has them.
-        format: Container by soundfile's name, for a path whose ending says nothing.
+        path: Output file. Its extension (.wav, .flac, .ogg, .mp3) selects the format.
+        sampling_rate: Sampling rate of the audio, in Hz.
+        subtype: Sample format, by its soundfile name. Default: 16-bit integers where the format has them.
+        format: File format, by its soundfile name. Needed only if the extension does not determine it.
 
     Yields:
-        Function that takes the next block: float array (n,), n >= 0, nominally in [-1, 1]. Integer formats clip, with
-            a warning.
+        Function that writes the next block: float array (n,), n >= 0, nominally in [-1, 1]. Integer formats clip
+            other samples, with a warning.
 
     Raises:
-        ValueError: Audio that is not finite, no audio at all, or an ending that names no format.
+        ValueError: The audio is not finite, there is none, or the extension names no format.
         OSError: The file cannot be written.
     """
     soundfile = soundfile_module()
     path = Path(path)
     format = format or path.suffix[1:].upper()
     if format not in soundfile.available_formats():
-        raise ValueError(f"Cannot tell the sound format from the ending of {path}; use .wav, .flac, .ogg or .mp3.")
+        raise ValueError(f"Cannot infer the audio format from the extension of {path}; use .wav, .flac, .ogg or .mp3.")
     subtype = subtype or soundfile.default_subtype(format)
     monitor = ClippingMonitor()
 
@@ -566,12 +586,12 @@ def writing(
         try:
             for start in range(0, len(audio), WRITE_SAMPLES):
                 file.write(audio[start : start + WRITE_SAMPLES])
-        except AssertionError as error:  # so SoundFile.write (0.14) says that not all was written
+        except AssertionError as error:  # SoundFile.write (0.14) raises it if not all samples were written
             output.check()
             raise OSError(f"Cannot write {path}: not all samples were written. Is the disk full?") from error
         output.check()
         if format == "WAV" and output.size > MAX_WAV_SIZE:
-            raise ValueError(f"{path} would be longer than a WAV file can be, 4 GiB. Name a .flac or .w64 file.")
+            raise ValueError(f"{path} would exceed 4 GiB, the limit of WAV files. Name a .flac or .w64 file.")
 
     with atomic_write(path) as partial, _CheckedOutput(partial, path) as output:
         try:
@@ -581,18 +601,18 @@ def writing(
             output.check()
             raise OSError(f"Cannot write {path}: {error}") from error
         output.finish()
-        if monitor.size and format != "RAW":  # which has no header to compare
-            _check_written(partial, path, monitor.size)
+        if monitor.num_samples and format != "RAW":  # raw files have no header to check
+            _check_written(partial, path, monitor.num_samples)
     if subtype not in ("FLOAT", "DOUBLE"):
         monitor.warn_of_clipping(str(path))
 
 
 WRITE_SAMPLES = 2**16
-"""Samples per call of libsndfile, whose OGG encoder crashes on millions at once (libsndfile 1.2.2)."""
+"""Samples per call of libsndfile. Its OGG encoder crashes on millions of samples at once (libsndfile 1.2.2)."""
 
 
 class _CheckedOutput:
-    """The file that libsndfile writes to. It keeps the first error: libsndfile ignores errors in OGG, MP3 and FLAC."""
+    """Output file for libsndfile that stores the first write error. libsndfile ignores errors in OGG, MP3 and FLAC."""
 
     def __init__(self, partial: Path, path: Path):
         self._file, self._path = partial.open("r+b"), path
@@ -620,7 +640,7 @@ class _CheckedOutput:
 
     def seek(self, offset: int, whence: int = 0) -> int:
         try:
-            return self._file.seek(offset, whence)  # writes what is buffered
+            return self._file.seek(offset, whence)  # flushes the buffer, which can fail
         except OSError as error:
             self._error = self._error or error
             return -1
@@ -635,49 +655,52 @@ class _CheckedOutput:
             self._error = self._error or error
 
     def check(self) -> None:
-        """Raise the OSError of the first write that failed."""
+        """Raise OSError if a write has failed."""
         if self._error is not None:
             raise cannot_write(self._path, self._error) from self._error
 
     def finish(self) -> None:
-        """Write what is buffered, then check."""
+        """Flush the buffer, then check."""
         self.flush()
         self.check()
 
 
 def _check_written(partial: Path, path: Path, num_samples: int) -> None:
-    """Raise OSError unless the header of the written file can be read and promises every sample."""
+    """Raise OSError unless the header of the written file can be read and has the number of samples."""
     try:
         with soundfile_module().SoundFile(partial) as file:
-            found = file.frames
+            num_written = file.frames
     except soundfile_module().LibsndfileError as error:
-        raise OSError(f"Cannot write {path}: what was written cannot be read back ({_reason(error)}).") from error
-    if found != num_samples:
-        raise OSError(f"Cannot write {path}: {found} of {num_samples} samples can be read back.")
+        raise OSError(
+            f"Cannot write {path}: the written file cannot be read back ({decoder_message(error)})."
+        ) from error
+    if num_written != num_samples:
+        raise OSError(f"Cannot write {path}: {num_written} of {num_samples} samples can be read back.")
 
 
 MAX_WAV_SIZE = 2**32 - 2**16
-"""Bytes; the header of a WAV file counts them in 32 bits, and libsndfile would go on without a word."""
+"""Largest WAV file in bytes. Its header counts them in 32 bits, and libsndfile does not report an overflow."""
 
 
 class ClippingMonitor:
-    """How much of the audio that was written lies outside [-1, 1]."""
+    """Check blocks of audio before they are written, and count the samples outside [-1, 1]."""
 
     def __init__(self) -> None:
-        self.size, self.outside, self.peak = 0, 0, 0.0
+        self.num_samples, self.num_clipped, self.peak = 0, 0, 0.0
 
     def add(self, audio: np.ndarray) -> None:
+        """Count the samples of a block. Raises ValueError unless they are finite floats."""
         _check_finite(audio)
-        self.size += audio.size
-        self.outside += int((np.abs(audio) > 1).sum())
+        self.num_samples += audio.size
+        self.num_clipped += int((np.abs(audio) > 1).sum())
         self.peak = max(self.peak, float(np.abs(audio).max(initial=0)))
 
     def warn_of_clipping(self, name: str) -> None:
-        if self.outside:
+        if self.num_clipped:
             logger.warning(
                 "%s: %d of %d samples lie outside [-1, 1] (peak %.3f) and are clipped; "
                 "audio.save(..., subtype='FLOAT') keeps them in a WAV file",
-                name, self.outside, self.size, self.peak,
+                name, self.num_clipped, self.num_samples, self.peak,
             )  # fmt: skip
 
 
@@ -686,7 +709,8 @@ def _check_finite(audio: np.ndarray) -> None:
         raise ValueError(f"Got audio of dtype {audio.dtype} or with NaN or infinite samples, expected finite floats.")
 
 
-def say_what_changes(name: str, channels: int, rate: int, sampling_rate: int, channel: str | int = "mean") -> None:
+def log_conversion(name: str, channels: int, rate: int, sampling_rate: int, channel: str | int = "mean") -> None:
+    """Log that channels are averaged or that the audio is resampled."""
     if channels > 1 and channel == "mean":
         logger.warning("%s: %d channels, averaged to one", name, channels)
     if rate != sampling_rate:
@@ -694,42 +718,41 @@ def say_what_changes(name: str, channels: int, rate: int, sampling_rate: int, ch
 
 
 def log_warnings(name: str, warnings: dict[str, str]) -> None:
-    """Logs the warnings of a clip, kind -> text."""
+    """Log the warnings of a clip, kind -> text."""
     for kind, text in warnings.items():
-        logger.warning(
-            f"%s: {kind}: %s", name, text
-        )  # one message for each kind, so that a filter can tell them apart
+        # the kind is part of the format string, so that logging filters see one message per kind
+        logger.warning(f"%s: {kind}: %s", name, text)
 
 
-def mono_blocks(blocks: Iterator[np.ndarray], rate: int, sampling_rate: int) -> Iterator[np.ndarray]:
-    """Mono blocks (n,) at `rate` -> blocks (m,), m > 0, float32, at `sampling_rate`.
+def resample_blocks(blocks: Iterator[np.ndarray], rate: int, sampling_rate: int) -> Iterator[np.ndarray]:
+    """Resample mono blocks (n,) from `rate` to `sampling_rate` Hz, to float32 blocks (m,), m > 0.
 
-    Joined, they are what transformers' `load_audio` makes of the whole, for `backend="soundfile"`.
+    The concatenated blocks equal the samples of transformers' `load_audio` with `backend="soundfile"`.
     """
     import soxr
 
     resampler = None if rate == sampling_rate else soxr.ResampleStream(rate, sampling_rate, 1, "float32", "HQ")
-    num_read = num_given = 0
-    cut_off = None
+    num_read = num_yielded = 0
+    truncation = None
     try:
         for block in blocks:
             num_read += len(block)
             block = np.ascontiguousarray(block, dtype=np.float32)
             if resampler is not None:
                 block = resampler.resample_chunk(block)
-            num_given += len(block)
+            num_yielded += len(block)
             if len(block) > 0:
                 yield block
     except TruncatedAudioError as error:
-        cut_off = error
+        truncation = error
     if resampler is not None and num_read > 0:
-        rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-        missing = -(-num_read * sampling_rate // rate) - num_given
-        rest = np.pad(rest, (0, max(0, missing - len(rest))))[:missing]
-        if len(rest) > 0:
-            yield rest
-    if cut_off is not None:
-        raise cut_off
+        tail = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+        num_missing = -(-num_read * sampling_rate // rate) - num_yielded
+        tail = np.pad(tail, (0, max(0, num_missing - len(tail))))[:num_missing]
+        if len(tail) > 0:
+            yield tail
+    if truncation is not None:
+        raise truncation
 
 
 def _open_file(path: Path) -> BinaryIO:
@@ -739,16 +762,18 @@ def _open_file(path: Path) -> BinaryIO:
 
 def _check_file(path: Path) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. Give the path of a sound file.")
+        raise FileNotFoundError(f"There is no file {path}. Give the path of an audio file.")
     if not os.access(path, os.R_OK):
-        raise PermissionError(f"There is no permission to read {path}. Give it, or choose another file.")
+        raise PermissionError(f"There is no permission to read {path}. Grant it, or choose another file.")
 
 
 def _load_by_other_backend(
     path: Path, sampling_rate: int, backend: str, channel: str | int, max_seconds: float | None
 ) -> np.ndarray:
-    """By torchaudio as transformers' `load_audio` does, or by torchcodec with a mean: FFmpeg joins two channels to be
-    louder than that by 3 dB."""
+    """Load audio with torchaudio, as transformers' `load_audio` does, or with torchcodec.
+
+    With torchcodec, channels are averaged here, since FFmpeg's downmix of two channels is 3 dB louder than their mean.
+    """
     _check_file(path)
     if backend == "torchaudio":
         if not hasattr(audio_utils, "_load_audio_soundfile"):  # transformers 5.23
@@ -765,13 +790,13 @@ def _load_by_other_backend(
         else:
             decoder = torchcodec_decoder()(str(path), sample_rate=sampling_rate)
             metadata = decoder.metadata
-            say_what_changes(str(path), metadata.num_channels, metadata.sample_rate, sampling_rate, channel)
+            log_conversion(str(path), metadata.num_channels, metadata.sample_rate, sampling_rate, channel)
             duration = metadata.duration_seconds_from_header
             if max_seconds is not None and duration is not None and duration > max_seconds:
                 raise AudioError(f"{path} lasts {duration:.0f} s, expected at most {max_seconds:g} s.", "too-long")
             audio = decoder.get_all_samples().data.T.numpy()
-    except (RuntimeError, EOFError) as error:  # what the decoders raise for a damaged file
-        raise AudioError(f"Cannot read {path} as sound: {_reason(error)}. The file may be damaged.") from error
+    except (RuntimeError, EOFError) as error:  # the decoders raise these for a damaged file
+        raise AudioError(f"Cannot read {path} as audio: {decoder_message(error)}. The file may be damaged.") from error
     if audio.size == 0:
         raise AudioError(f"{path} holds no samples, expected at least one.", "empty")
     mixer = Mixer(channel, audio.shape[1], str(path))

@@ -1,39 +1,39 @@
-"""Why audio is refused, in words for people and in one word for programs."""
+"""Errors and warnings about audio, each with a machine-readable kind."""
 
 import math
 from typing import Any
 
 
 MAX_CLIP_SECONDS = 6 * 3600.0
-"""How long a clip may be where it is held whole: in bulk work, training and evaluation."""
+"""Maximum length of a clip in seconds, in bulk work, training and evaluation, which hold whole clips in memory."""
 
 FAILURE_KINDS = {
     "unreadable": "not audio, damaged, or in a format that no installed decoder reads",
-    "truncated": "ends before its header says, since it was cut off, or damaged so that decoding ends there",
+    "truncated": "ends earlier than its header says: it was cut off, or decoding stops at damaged data",
     "empty": "holds no samples",
-    "not-finite": "holds NaN, infinite or absurdly large samples, or gives such numbers inside the model",
+    "not-finite": "holds NaN, infinite or absurdly large samples, or produces them inside the model",
     "sampling-rate": "has a sampling rate outside of 1 kHz to 768 kHz, or none",
     "too-long": "is longer than the limit (--max-clip-seconds)",
-    "no-channel": "lacks the channel that was asked for (--channel)",
+    "no-channel": "lacks the requested channel (--channel)",
     "not-found": "the file does not exist",
-    "no-access": "the file may not be read, or reading it failed",
-    "no-audio": "the row of a table or dataset holds nothing that can be audio",
-    "memory": "needs more memory than there is",
+    "no-access": "there is no permission to read the file, or reading it failed",
+    "no-audio": "the row of a table or dataset holds no audio",
+    "memory": "needs more memory than is available",
     "error": "any other exception while the clip was read or encoded",
 }
-"""Machine-readable kinds of failures, and what they mean."""
+"""Kinds of failures, and their meaning."""
 
 WARNING_KINDS = {
     "silent": "every sample is zero",
-    "cancelled": "the mean of the channels is 30 dB or more below them, as with opposite phase (--channel chooses "
-    "one)",
+    "cancelled": "the mean of the channels is 30 dB or more below them, as with opposite phase (choose a channel "
+    "with --channel)",
     "out-of-range": "samples lie beyond ±8, so they are probably integers; full scale is 1",
 }
-"""Machine-readable kinds of warnings about a clip that was read, and what they mean."""
+"""Kinds of warnings about a clip, and their meaning."""
 
 
 class AudioError(ValueError):
-    """Audio that is refused. `kind` is one of `FAILURE_KINDS`."""
+    """Raised for audio that cannot be used. `kind` is one of `FAILURE_KINDS`."""
 
     def __init__(self, message: str, kind: str = "unreadable"):
         super().__init__(message)
@@ -44,14 +44,14 @@ class AudioError(ValueError):
 
 
 class TruncatedAudioError(AudioError):
-    """Audio that ends before its time. Readers that give blocks give everything that came in whole samples first."""
+    """Raised for audio that ends early. Block readers yield all complete samples first."""
 
     def __init__(self, message: str, kind: str = "truncated"):
         super().__init__(message, kind)
 
 
 def failure_kind(error: BaseException) -> str:
-    """The kind, one of `FAILURE_KINDS`, of an exception that reading or encoding a clip raised."""
+    """Return the kind, one of `FAILURE_KINDS`, of an exception from reading or encoding a clip."""
     if isinstance(error, AudioError):
         return error.kind
     if isinstance(error, FileNotFoundError):
@@ -62,7 +62,7 @@ def failure_kind(error: BaseException) -> str:
 
 
 def check_channel(channel: str | int) -> int | None:
-    """The index of a channel as `load` takes it, None for the mean. Raises ValueError for anything else."""
+    """Return the index of a `channel` argument, None for the mean. Raises ValueError for other values."""
     names = {"mean": None, "left": 0, "right": 1}
     if isinstance(channel, str) and channel in names:
         return names[channel]
@@ -74,7 +74,7 @@ def check_channel(channel: str | int) -> int | None:
 
 
 def check_peak(peak_dbfs: float | str) -> None:
-    """Raise ValueError unless this is a peak level in dBFS, at most 0, or `"none"` or `"model"`."""
+    """Raise ValueError unless the value is a peak level in dBFS, at most 0, or `"none"` or `"model"`."""
     is_level = isinstance(peak_dbfs, (int, float)) and -math.inf < peak_dbfs <= 0
     if not is_level and peak_dbfs not in ("none", "model"):
         raise ValueError(f"Got peak_dbfs={peak_dbfs!r}, expected a level of at most 0 dBFS, 'none' or 'model'.")

@@ -1,4 +1,4 @@
-"""Which classes the Auto classes of transformers give, once `wavtokenizer_hf` is imported."""
+"""Register the classes of `wavtokenizer_hf` with the Auto classes of transformers."""
 
 import os
 import warnings
@@ -14,9 +14,7 @@ from .modeling_wavtokenizer import WavTokenizerEncoderModel, WavTokenizerModel
 
 
 def register() -> None:
-    """
-    Make the Auto classes give the classes of this package, in place of those that transformers >= 5.24 has itself.
-    """
+    """Make the Auto classes load the classes of this package, in place of the native ones of transformers >= 5.24."""
     AutoConfig.register("wavtokenizer", WavTokenizerConfig, exist_ok=True)
     AutoConfig.register("wavtokenizer_encoder", WavTokenizerEncoderConfig, exist_ok=True)
     AutoModel.register(WavTokenizerConfig, WavTokenizerModel, exist_ok=True)
@@ -24,12 +22,11 @@ def register() -> None:
     AutoModelForAudioTokenization.register(WavTokenizerConfig, WavTokenizerModel, exist_ok=True)
     for config_class in (WavTokenizerConfig, WavTokenizerEncoderConfig):
         AutoTokenizer.register(config_class, NoTextTokenizer, exist_ok=True)
-    extracted: list[type] = [WavTokenizerConfig, *_configs_with_native_extractor()]
-    for model_config in dict.fromkeys(extracted):
-        _register_feature_extractor(model_config)
+    extractor_configs: list[type] = [WavTokenizerConfig, *_configs_with_native_extractor()]
+    for extractor_config in dict.fromkeys(extractor_configs):
+        _register_feature_extractor(extractor_config)
 
-    # so that save_pretrained writes the code too, and the folder loads with trust_remote_code=True without this
-    # package
+    # save_pretrained copies the code too, so the folder loads with trust_remote_code=True without this package
     WavTokenizerConfig.register_for_auto_class("AutoConfig")
     WavTokenizerEncoderConfig.register_for_auto_class("AutoConfig")
     WavTokenizerModel.register_for_auto_class("AutoModel")
@@ -38,11 +35,11 @@ def register() -> None:
 
 
 class NoTextTokenizer:
-    """Refuse `AutoTokenizer` and the pipelines for text, which else report files that are missing."""
+    """Placeholder that refuses `AutoTokenizer` and text pipelines, which otherwise report missing files."""
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise ValueError: WavTokenizer encodes audio and has no tokenizer of text."""
+        """Raise ValueError: WavTokenizer encodes audio and has no text tokenizer."""
         raise ValueError(
             f"{str(name_or_path)!r} is a WavTokenizer, which encodes audio and has no text tokenizer. AutoTokenizer "
             "and pipeline('feature-extraction') are for text: use AutoFeatureExtractor, AutoModel and model.encode."
@@ -50,21 +47,21 @@ class NoTextTokenizer:
 
 
 def _register_feature_extractor(config_class: type) -> None:
-    # AutoAudioProcessor is to take the place of AutoFeatureExtractor (transformers, pull request 44394)
+    # AutoAudioProcessor will replace AutoFeatureExtractor (transformers, pull request 44394)
     for name in ("AutoFeatureExtractor", "AutoAudioProcessor"):
         auto_class = getattr(transformers, name, None)
         if auto_class is not None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # of the one that is on its way out
+                warnings.simplefilter("ignore", FutureWarning)  # raised by the deprecated class
                 auto_class.register(config_class, WavTokenizerFeatureExtractor, exist_ok=True)
 
 
 def _configs_with_native_extractor() -> list[type]:
-    """Remove the native extractor from transformers' table; return the configs of the models that it is for.
+    """Remove the native extractor from transformers' table and return the config classes of its models.
 
-    AutoFeatureExtractor goes by the class name in preprocessor_config.json and looks for it in this table before it
-    looks among registered classes, so `register` alone never wins. The table is private: where there is none, the
-    native extractor stays. It reads the same fields and gives the same samples.
+    AutoFeatureExtractor looks up the class name of preprocessor_config.json in this table before the registered
+    classes, so `register` alone has no effect. The table is private. If a version of transformers lacks it, the
+    native extractor stays in use. It reads the same fields and returns the same samples.
     """
     try:
         from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES

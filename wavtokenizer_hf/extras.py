@@ -1,6 +1,4 @@
-"""
-Packages of the extras in pyproject.toml. They are imported where they are used, since the core works without them.
-"""
+"""Import the optional packages of the extras in pyproject.toml on first use. The core works without them."""
 
 import sys
 from importlib import import_module
@@ -11,15 +9,14 @@ from .limited_files import one_line
 
 
 def require(name: str, extra: str) -> ModuleType:
-    """
-    Import a module of a package that an extra installs.
+    """Import a module of an optional package.
 
     Args:
         name: Name of the module, such as `pyarrow.parquet`.
-        extra: Extra of wavtokenizer_hf that installs its package.
+        extra: Extra of wavtokenizer_hf that installs the package.
 
     Raises:
-        ImportError: The package is missing or does not import. The message names the extra.
+        ImportError: The package is missing or cannot be imported. The message names the extra.
     """
     try:
         return import_module(name)

@@ -1,7 +1,7 @@
-"""Errors of the Hub's client."""
+"""Errors of huggingface_hub."""
 
 from huggingface_hub.errors import HfHubHTTPError
 
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-"""HTTPError of httpx, or of httpx2 from huggingface_hub 2.4 on. A connection that breaks raises it too."""
+"""HTTPError of httpx, or of httpx2 since huggingface_hub 2.4. Broken connections raise it too."""

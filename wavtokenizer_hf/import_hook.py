@@ -9,14 +9,13 @@ from typing import Any
 
 
 def after_import(name: str, function: Callable[[], None], dependents: Collection[str] = ()) -> None:
-    """
-    Call a function once, as soon as a module has been imported; now, if it is imported already.
+    """Call a function once, as soon as a module has been imported, or at once if it is imported already.
 
     Args:
         name: Module to wait for, such as "transformers".
-        function: Called without arguments, in the thread that imports the module.
-        dependents: Modules that import `name` and that `function` imports. While one of them is being imported,
-            `function` would meet half of it, so the call waits until it is complete.
+        function: Function without arguments. It is called in the thread that imports the module.
+        dependents: Modules that import `name` and that `function` imports. The call waits until they are complete,
+            since `function` must not use a partially imported module.
     """
     if name in sys.modules:
         function()
@@ -27,7 +26,7 @@ def after_import(name: str, function: Callable[[], None], dependents: Collection
 class _Finder(MetaPathFinder):
     def __init__(self, name: str, function: Callable[[], None], dependents: Collection[str]):
         self.name, self.function, self.watched = name, function, {name, *dependents}
-        self.depth = 0  # watched modules that are being imported, one inside the other
+        self.depth = 0  # number of watched modules that are being imported, nested in each other
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -47,13 +46,13 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """The loader of a watched module, which says when the module is complete."""
+    """Loader of a watched module. It notifies the finder when the module is complete."""
 
     def __init__(self, loader: Loader, finder: _Finder):
         self.loader, self.finder = loader, finder
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)  # get_code, is_package and the like, for those who only look for the module
+        return getattr(self.loader, name)  # get_code, is_package and others, for tools that only look the module up
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -61,7 +60,7 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
-        module.__loader__ = self.loader  # for what asks a module for its source or its data
+        module.__loader__ = self.loader  # tools read source and data of a module through its loader
         self.finder.depth += 1
         try:
             self.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""Names of a package that are imported on first use (PEP 562), so that importing the package stays light."""
+"""Import the names of a package on first use (PEP 562), so that importing the package is fast."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -7,19 +7,18 @@ from typing import Any
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """
-    Return `__getattr__` and `__dir__` for a package.
+    """Return `__getattr__` and `__dir__` for a package.
 
     Args:
-        package: Name of the package, its `__name__`.
-        modules: Name -> module of the package that defines it.
+        package: `__name__` of the package.
+        modules: Name to import -> module of the package that defines it.
     """
 
     def get(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(import_module(f".{modules[name]}", package), name)
-        setattr(sys.modules[package], name, value)  # the next time it is found without this function
+        setattr(sys.modules[package], name, value)  # later lookups bypass __getattr__
         return value
 
     def names() -> list[str]:

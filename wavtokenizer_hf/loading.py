@@ -18,7 +18,7 @@ from .modeling_wavtokenizer_typing import Model
 
 
 UNREADABLE = (OSError, ValueError, SafetensorError, RuntimeError, StrictDataclassError, OverflowError, KeyError)
-"""What reading a damaged model raises."""
+"""Exceptions that reading a damaged model raises."""
 
 
 def load_model(
@@ -50,7 +50,7 @@ def load_model(
             source, revision=revision, output_loading_info=True, use_safetensors=True, **arguments
         )
         model, info = cast(tuple[Model, dict[str, Any]], loaded)
-    except UNREADABLE as error:  # not every message names the model
+    except UNREADABLE as error:  # few of the messages name the model
         raise ValueError(f"Cannot load the model {name!r}: {one_line(_reason(error))}") from error
     if info["missing_keys"]:  # transformers would fill them with random numbers
         missing = ", ".join(sorted(info["missing_keys"])[:3])
@@ -67,18 +67,17 @@ def load_feature_extractor(
     name: str | os.PathLike, revision: str | None, config: WavTokenizerConfig, peak_dbfs: float | str = "model"
 ) -> WavTokenizerFeatureExtractor:
     """
-    Load the feature extractor beside a model, which may scale clips to a peak. A folder may lack it: then nothing is
-    scaled.
+    Load the feature extractor of a model. For a folder without preprocessor_config.json, return one without scaling.
 
     Args:
         name: `bundled`, the name of a published checkpoint, a folder, or OWNER/NAME on the Hub.
         revision: Branch, tag or commit on the Hub. Default: main.
         config: Config of the model.
-        peak_dbfs: Peak level that clips are scaled to, in dBFS, at most 0. `"none"`: no scaling. Default: as the file
-            says.
+        peak_dbfs: Peak level that clips are scaled to, in dBFS, at most 0. `"none"`: no scaling. Default: the setting
+            of preprocessor_config.json.
 
     Raises:
-        ValueError: It cannot be loaded, a value in it makes no sense, or it is for another sampling rate than the
+        ValueError: The feature extractor cannot be loaded, has an invalid value, or has another sampling rate than the
             model.
     """
     check_peak(peak_dbfs)
@@ -104,20 +103,20 @@ def _read_feature_extractor(
         raise ValueError(f"Cannot load the feature extractor of {name!r}: {one_line(_reason(error))}") from error
     if feature_extractor.sampling_rate != config.sampling_rate:
         raise ValueError(
-            f"The model {name!r} is for {config.sampling_rate} Hz, and its preprocessor_config.json says "
-            f"{feature_extractor.sampling_rate} Hz. Correct the wrong one."
+            f"The model {name!r} has a sampling rate of {config.sampling_rate} Hz, and its preprocessor_config.json "
+            f"has {feature_extractor.sampling_rate} Hz. Correct the wrong one."
         )
     return feature_extractor
 
 
 def target_peak(feature_extractor: WavTokenizerFeatureExtractor) -> float | None:
-    """The level in dBFS that clips are scaled to, or None if they are not."""
+    """Return the peak level in dBFS that clips are scaled to, or None for no scaling."""
     return feature_extractor.target_peak_dB_FS if feature_extractor.normalize_audio else None
 
 
 def check_files(model_class: type[PreTrainedModel], source: str, revision: str = "main") -> None:
     """
-    Check config.json and the header of the weights before memory is taken for a model.
+    Check config.json and the header of the weights before a model is allocated.
 
     Args:
         model_class: As in `load_model`.
@@ -125,12 +124,13 @@ def check_files(model_class: type[PreTrainedModel], source: str, revision: str =
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: A file is damaged, has more layers than tensors, or tensors of integers or of another shape.
-        OSError: A file cannot be had.
+        ValueError: A file is damaged, the config has more layers than there are tensors, or a tensor holds integers or
+            has another shape than the config gives.
+        OSError: A file cannot be read or fetched.
     """
     path = _file(source, "config.json", revision)
     if path is None:
-        return  # from_pretrained says it, and what there is instead
+        return  # from_pretrained raises the error, and lists the files that exist
     read_json_object(path)
     tensors = _headers(source, revision)
     if not tensors:
@@ -140,26 +140,25 @@ def check_files(model_class: type[PreTrainedModel], source: str, revision: str =
     for field in ("num_lstm_layers", "num_residual_layers", "decoder_num_layers"):
         if getattr(config, field) > len(tensors):
             raise ValueError(
-                f"config.json has {field}={getattr(config, field)}, and the weights hold {len(tensors)} tensors in "
-                "all."
+                f"config.json has {field}={getattr(config, field)}, and the weights hold only {len(tensors)} tensors."
             )
-    with torch.device("meta"):  # shapes without memory
+    with torch.device("meta"):  # computes shapes without allocating memory
         expected = model_class(config).state_dict()
     for name, tensor in expected.items():
-        # the weights of a whole model serve the encoder alone, and the other way round
+        # an encoder loads from the weights of a whole model, and the other way round
         names = (name, f"encoder_model.{name}", name.removeprefix("encoder_model."))
-        found = next((tensors[name] for name in names if name in tensors), None)
-        if found is None:
-            continue  # reported as missing after loading, which knows older names
-        dtype, shape = found
+        dtype_and_shape = next((tensors[name] for name in names if name in tensors), None)
+        if dtype_and_shape is None:
+            continue  # `load_model` reports missing tensors, after transformers has mapped older names
+        dtype, shape = dtype_and_shape
         if shape != tuple(tensor.shape):
-            raise ValueError(f"{name} has the shape {shape}, and config.json makes it {tuple(tensor.shape)}.")
+            raise ValueError(f"{name} has the shape {shape}, and config.json gives {tuple(tensor.shape)}.")
         if tensor.is_floating_point() and dtype not in FLOAT_DTYPES:
             raise ValueError(f"{name} holds numbers of type {dtype}, expected floats ({', '.join(FLOAT_DTYPES)}).")
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:
-    """Raise ValueError if a weight or buffer holds NaN or infinite numbers, whose codes would look valid."""
+    """Raise ValueError if a weight or buffer holds NaN or infinite numbers, because their codes would look valid."""
     for tensor_name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
@@ -170,7 +169,7 @@ def check_finite(model: torch.nn.Module, name: str) -> None:
 
 
 def _headers(source: str, revision: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of every tensor of a model's safetensors files; empty if it has none."""
+    """Return the type and shape of every tensor in the safetensors files of a model; empty if it has none."""
     files = [_file(source, "model.safetensors", revision)]
     if files == [None]:
         index = _file(source, "model.safetensors.index.json", revision)
@@ -179,21 +178,21 @@ def _headers(source: str, revision: str) -> dict[str, tuple[str, tuple[int, ...]
         weight_map = read_json_object(index, max_bytes=MAX_HEADER_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise ValueError(f"{index} has no weight_map of file names.")
-        if strange := next((file for file in weight_map.values() if os.path.basename(file) != file), None):
-            raise ValueError(f"{index} names {strange!r}, expected files beside it.")
+        if outside := next((file for file in weight_map.values() if os.path.basename(file) != file), None):
+            raise ValueError(f"{index} names {outside!r}, expected files beside it.")
         files = [_file(source, file, revision) for file in sorted(set(weight_map.values()))]
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    headers: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in filter(None, files):
         tensors, _ = read_safetensors_header(file)
-        found |= {name: (dtype, shape) for name, (dtype, shape, _, _) in tensors.items()}
-    return found
+        headers |= {name: (dtype, shape) for name, (dtype, shape, _, _) in tensors.items()}
+    return headers
 
 
 def _file(source: str, name: str, revision: str) -> str | None:
-    """Path of one file of a model, None if it has no such file."""
+    """Return the path of one file of a model, or None if it has no such file."""
     return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
 
 
 def _reason(error: Exception) -> BaseException:
-    # the configuration's own message, without the name of the validator around it
+    # the cause is the config's own message; huggingface_hub wraps it with the name of the validator
     return error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error

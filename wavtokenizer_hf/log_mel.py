@@ -1,4 +1,4 @@
-"""Log-mel spectrograms: the mel loss of training, and the mel distance and mel-cepstral distortion of evaluation."""
+"""Log-mel spectrograms, for the mel loss in training, and mel distance and mel-cepstral distortion in evaluation."""
 
 import torch
 from torch import nn
@@ -6,13 +6,14 @@ from transformers.audio_utils import mel_filter_bank
 
 
 class LogMel(nn.Module):
-    """
-    Natural logarithm of mel magnitudes, as in the published training objective. Magnitudes below 1e-7 count as 1e-7.
+    """Log-mel spectrogram of the published training objective.
+
+    The logarithm is natural, and magnitudes below 1e-7 count as 1e-7.
 
     Args:
         sampling_rate: Sampling rate of the audio, in Hz.
         n_fft: Window size, in samples.
-        hop_length: Samples from one frame to the next.
+        hop_length: Hop between frames, in samples.
         num_mels: Number of mel bands from 0 Hz to half the sampling rate.
     """
 
@@ -31,6 +32,6 @@ class LogMel(nn.Module):
         with torch.autocast(audio.device.type, enabled=False):
             spectrum = torch.stft(audio.float(), self.n_fft, self.hop_length, window=self.window, return_complex=True)
             magnitudes = spectrum.abs()
-            # the order of a product decides its last bits in clips of under 12 frames; metrics keep theirs
+            # for clips of under 12 frames, the order of this product changes the last bits; keep metrics reproducible
             mel = (magnitudes.T @ self.filters.T.contiguous()).T if audio.ndim == 1 else self.filters @ magnitudes
             return mel.clamp(min=1e-7).log()

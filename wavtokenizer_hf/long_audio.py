@@ -1,4 +1,4 @@
-"""Streams: blocks of audio -> the codes of the whole clip, and blocks of codes -> audio."""
+"""Streaming: encode audio block by block, and decode codes block by block, in constant memory."""
 
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -16,11 +16,11 @@ from .modeling_wavtokenizer_windows import DecoderState, decode_chunk, window_fr
 
 
 class EncodeStream:
-    """
-    Encode audio as it arrives, from a file read in blocks, a microphone or a socket.
+    """Encode audio as it arrives, such as a file read in blocks, a microphone or a socket.
 
-    The codes are those of the whole audio, for blocks of any size. A code comes out `delay` samples after its own
-    first sample, when all audio that it depends on has arrived. Memory does not grow with the length of the stream.
+    The codes equal those of the whole audio, for blocks of any size. A code is returned at most `delay` samples after
+    its first sample, when all audio that it depends on has arrived. Memory use does not depend on the length of the
+    stream.
 
     ```python
     stream = EncodeStream(model)
@@ -32,8 +32,8 @@ class EncodeStream:
     Args:
         model (`WavTokenizerModel` or `WavTokenizerEncoderModel`): Model, in eval mode. One model can serve many
             streams.
-        state (`EncoderState`, *optional*): State of another stream (its attribute `state`), to continue from. It is
-            small and can be pickled.
+        state (`EncoderState`, *optional*): State to resume from: the attribute `state` of another stream. It is small
+            and can be pickled.
     """
 
     def __init__(self, model: WavTokenizerModel | WavTokenizerEncoderModel, state: EncoderState | None = None):
@@ -43,24 +43,23 @@ class EncodeStream:
 
     @property
     def delay(self) -> int:
-        """Number of samples from the first sample of a code to the last one that it depends on, at most."""
+        """Maximum number of samples from the first sample of a code to the last sample that it depends on."""
         encoder = self.encoder_model.encoder
         return (1 + encoder.right_context + encoder.output_context) * encoder.hop_length
 
     def push(self, audio: torch.Tensor | ArrayLike, sampling_rate: int | None = None) -> torch.Tensor:
-        """
-        Take the next samples and return the codes that are complete with them.
+        """Encode the next samples and return the codes that they complete.
 
         Args:
             audio: Float array or tensor of shape (n,), n >= 0, at the model's sampling rate, nominally in [-1, 1]. Any
-                float dtype; it is computed in float32.
-            sampling_rate: Hz of `audio`, which is compared with that of the model. Defaults to no check.
+                float dtype, converted to float32.
+            sampling_rate: Sampling rate of `audio` in Hz, to be checked against the model's. Default: no check.
 
         Returns:
             `(m,)` int64 codes in [0, K), m >= 0, on the CPU.
 
         Raises:
-            ValueError: Audio of another shape or dtype, at another rate or not finite, or a stream that has been
+            ValueError: The audio has another shape, dtype or sampling rate or is not finite, or the stream has been
                 flushed.
         """
         expected = self.encoder_model.config.sampling_rate
@@ -74,13 +73,13 @@ class EncodeStream:
         return self._continue(audio, final=False)
 
     def flush(self) -> torch.Tensor:
-        """End the stream and return the codes that are left.
+        """End the stream and return the remaining codes.
 
         Returns:
-            `(m,)` codes, m >= 0, on the CPU. The audio ends here, so these codes are those of the whole clip's end.
+            `(m,)` int64 codes in [0, K), m >= 0, on the CPU. They equal the last codes of the whole audio.
 
         Raises:
-            ValueError: The stream was flushed before.
+            ValueError: The stream has been flushed before.
         """
         self._check_open()
         if self.state.audio is None:
@@ -105,32 +104,32 @@ class EncodeStream:
 
 
 class DecodeStream:
-    """
-    Decode codes as they arrive, from a language model that is still generating, a file or a socket.
+    """Decode codes as they arrive, such as from a language model that is generating, a file or a socket.
 
-    The audio is that of `model.decode(..., window_seconds=..., overlap_seconds=...)` for all codes, for blocks of any
-    size. It comes out when a window is full, except for the overlap, which is faded into the next window. A shorter
-    window gives audio earlier, a longer one is closer to exact decoding. Memory does not grow with the length of the
-    stream.
+    The audio equals that of `model.decode(..., window_seconds=..., overlap_seconds=...)` for all codes, for blocks of
+    any size. It is returned when a window is complete, except for the overlap, which is cross-faded with the next
+    window. A shorter window returns audio earlier, a longer one is closer to exact decoding. Memory use does not
+    depend on the length of the stream.
 
     ```python
     stream = DecodeStream(model)
-    for codes in generated:  # any number at a time
+    for codes in generated:  # arrays of any length
         play(stream.push(codes))
     play(stream.flush())
     ```
 
     Args:
         model (`WavTokenizerModel`): Model, in eval mode. One model can serve many streams.
-        window_seconds (`float`, defaults to 3.0): Length of a window.
-        overlap_seconds (`float`, defaults to 0.25): Overlap of two windows, at most half a window.
+        window_seconds (`float`, defaults to 3.0): Length of a window, in seconds.
+        overlap_seconds (`float`, defaults to 0.25): Overlap of two windows, in seconds, at most half a window.
         bandwidth_id (`int`, defaults to 0): Row of the adaptive norms' tables, in [0, config.adanorm_num_embeddings).
             The reference implementation always decodes with 0.
-        state (`DecoderState`, *optional*): State of another stream with the same settings (its attribute `state`), to
-            continue from. It is small and can be pickled.
+        state (`DecoderState`, *optional*): State to resume from: the attribute `state` of another stream with the same
+            settings. It is small and can be pickled.
 
     Raises:
-        ValueError: A window shorter than a frame or than twice the overlap, or a `bandwidth_id` that the model lacks.
+        ValueError: The window is shorter than a frame or than twice the overlap, or the model lacks the
+            `bandwidth_id`.
     """
 
     def __init__(
@@ -150,12 +149,11 @@ class DecodeStream:
 
     @property
     def delay(self) -> int:
-        """Number of codes that have to arrive before the first audio comes out."""
+        """Number of codes that have to arrive before the first audio is returned."""
         return self._window[0]
 
     def push(self, audio_codes: torch.Tensor | ArrayLike) -> torch.Tensor:
-        """
-        Take the next codes and return the audio that is complete with them.
+        """Decode the next codes and return the audio that they complete.
 
         Args:
             audio_codes: Integer array, list or tensor of shape (n,), n >= 0, in [0, K).
@@ -164,7 +162,7 @@ class DecodeStream:
             `(m,)` float32 audio at the model's sampling rate, m >= 0, on the CPU.
 
         Raises:
-            ValueError: Codes of another shape or dtype or outside [0, K), or a stream that has been flushed.
+            ValueError: The codes have another shape or dtype or are outside [0, K), or the stream has been flushed.
         """
         if not isinstance(audio_codes, torch.Tensor):
             audio_codes = torch.as_tensor(audio_codes, device="cpu")
@@ -177,13 +175,13 @@ class DecodeStream:
         return self._continue(audio_codes, final=False)
 
     def flush(self) -> torch.Tensor:
-        """End the stream and return the audio that is left.
+        """End the stream and return the remaining audio.
 
         Returns:
             `(m,)` float32 audio at the model's sampling rate, m >= 0, on the CPU.
 
         Raises:
-            ValueError: The stream was flushed before.
+            ValueError: The stream has been flushed before.
         """
         audio_values = self._continue(torch.zeros(1, 1, 0, dtype=torch.long, device="cpu"), final=True)
         self._flushed = True
@@ -200,18 +198,17 @@ class DecodeStream:
 
 
 def scale_to_peak(blocks: Iterable[np.ndarray], peak_level: float | None) -> Iterator[np.ndarray]:
-    """
-    Scale blocks of audio so that the largest sample of all gets a level, as the feature extractor does.
+    """Scale blocks of audio to a peak level, as the feature extractor does.
 
-    The peak is known only at the end, so the audio waits in a temporary file, 4 bytes per sample, up to 64 MiB of it
-    in memory.
+    The peak is known only at the end, so the audio is buffered: in memory up to 64 MiB, then in a temporary file
+    (4 bytes per sample).
 
     Args:
-        blocks: Blocks of audio, float32, (n,).
-        peak_level: Peak level in dBFS. None: no scaling.
+        blocks: Blocks of float32 audio, (n,).
+        peak_level: Peak level of the whole audio, in dBFS. None: no scaling.
 
     Yields:
-        The same blocks, scaled.
+        Scaled blocks, of the same lengths.
     """
     if peak_level is None:
         yield from blocks

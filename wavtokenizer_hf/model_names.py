@@ -1,7 +1,7 @@
 """Find a model by its name: `bundled`, a published checkpoint, a folder, or OWNER/NAME on the Hub.
 
 A published checkpoint is converted on first use. The converted folder stays in the assets cache of huggingface_hub
-(HF_ASSETS_CACHE, by default below HF_HOME), where it is found without the network from then on.
+(HF_ASSETS_CACHE, by default below HF_HOME). Later uses need no network.
 """
 
 import difflib
@@ -18,11 +18,11 @@ from .progress import shown_progress
 
 def find_model(name: str | os.PathLike, revision: str | None = None) -> str:
     """
-    Return what `from_pretrained` loads: a folder, or a name on the Hub.
+    Return the folder or the name on the Hub that `from_pretrained` takes.
 
     Args:
         name: `bundled`, the name of a published checkpoint (see `wavtokenizer checkpoints`), a folder, or OWNER/NAME
-            on the Hub. A folder goes before a published checkpoint of the same name.
+            on the Hub. A folder has precedence over a published checkpoint of the same name.
         revision: Branch, tag or commit of a published checkpoint's repository. Default: main.
 
     Raises:
@@ -49,12 +49,12 @@ def find_model(name: str | os.PathLike, revision: str | None = None) -> str:
 
 
 def find_torch_model(name: str | os.PathLike, revision: str | None = None) -> str:
-    """Return the same as `find_model`. Raise ValueError for a folder that `export-model` wrote, too."""
+    """Return the same as `find_model`. Also raises ValueError for a folder that `export-model` wrote."""
     folder = find_model(name, revision)
     if is_exported(folder):
         raise ValueError(
-            f"{os.fspath(name)} is a folder of ONNX files, which `wavtokenizer encode`, `decode` and `reconstruct` "
-            "run. Everything else, such as bulk work, needs the torch model that was exported. Pass that model."
+            f"{os.fspath(name)} is a folder of ONNX files. Only `wavtokenizer encode`, `decode` and `reconstruct` run "
+            "them; everything else needs the torch model. Pass the model that was exported."
         )
     return folder
 
@@ -67,14 +67,14 @@ def is_exported(folder: str | os.PathLike) -> bool:
 
 
 def published_names() -> list[str]:
-    """Names of the published checkpoints."""
+    """Return the names of the published checkpoints."""
     from .conversion.published import table
 
     return list(table())
 
 
 def converted_folder(name: str, revision: str | None = None) -> Path:
-    """Folder in the cache where the converted copy of a published checkpoint is, or will be."""
+    """Return the cache folder of the converted copy of a published checkpoint, which need not exist."""
     from huggingface_hub import constants
 
     folder = name if revision is None else f"{name}@{revision.replace('/', '--')}"
@@ -85,14 +85,14 @@ def converted_model(name: str, revision: str | None = None) -> Path:
     """
     Return the folder of a published checkpoint; download, verify and convert it first if it is not in the cache.
 
-    Standard error says in two lines what is done. Processes that need the same checkpoint wait for the one that
-    converts it.
+    Standard error reports the download and the result. If several processes need the same checkpoint, one converts it
+    and the others wait.
 
     Raises:
-        ValueError: It cannot be downloaded, is not the published checkpoint, or the cache cannot be written.
+        ValueError: The checkpoint cannot be downloaded or verified, or the cache cannot be written.
     """
     folder = converted_folder(name, revision)
-    if (folder / "config.json").is_file():  # folders appear complete or not at all
+    if (folder / "config.json").is_file():  # the folder is complete, because it appears at once
         return folder
 
     from huggingface_hub import constants
@@ -111,18 +111,18 @@ def converted_model(name: str, revision: str | None = None) -> Path:
             raise ValueError(
                 f"Cannot load the model {name!r}: the cache {folder.parent} cannot be written "
                 f"({error.strerror or error}). Set HF_HOME to another folder, or run `wavtokenizer convert "
-                f"--checkpoint {name} -o FOLDER` and give FOLDER."
+                f"--checkpoint {name} -o FOLDER` and pass FOLDER as the model."
             ) from error
-        if (folder / "config.json").is_file():  # another process was first
+        if (folder / "config.json").is_file():  # another process converted it
             return folder
         if published.repository is not None and not constants.HF_HUB_OFFLINE:
-            where = f"{published.file} of {published.repository}"
-            print(f"{name}: first use: downloading {where}, then converting it", file=sys.stderr)
+            source = f"{published.file} of {published.repository}"
+            print(f"{name}: first use: downloading {source}, then converting it", file=sys.stderr)
         try:
             path = download(published, revision)
-            with redirect_stdout(StringIO()), shown_progress("steps") as show:  # without the report of `convert`
+            with redirect_stdout(StringIO()), shown_progress("steps") as show:  # hides the report of `convert`
                 convert(path, folder, published=published, on_progress=show)
         except (OSError, ValueError) as error:
             raise ValueError(f"Cannot load the model {name!r}: {one_line(error)}") from error
-        print(f"{name}: verified and converted; from now on it is loaded from {folder}", file=sys.stderr)
+        print(f"{name}: verified and converted. It is loaded from {folder} from now on", file=sys.stderr)
     return folder

@@ -1,4 +1,4 @@
-"""Pipes: sound and codes on standard input and output, as they come. Sound needs the extra `audio`."""
+"""Stream audio and codes through standard input and output. Audio needs the extra `audio` (soundfile, soxr)."""
 
 import logging
 import shutil
@@ -20,7 +20,7 @@ from .audio_errors import AudioError, TruncatedAudioError
 logger = logging.getLogger(__name__)
 
 RAW = "16-bit little-endian integers, mono"
-"""Raw samples in pipes, in both directions: what `arecord -f S16_LE`, `ffmpeg -f s16le` and `sox -t s16` mean."""
+"""Format of raw samples, as in `arecord -f S16_LE`, `ffmpeg -f s16le` and `sox -t s16`."""
 
 
 def read_audio(
@@ -30,80 +30,87 @@ def read_audio(
     channel: str | int = "mean",
     on_warnings: Callable[[dict[str, str]], None] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Reads a stream of sound: a WAV file, whose header need not know its length, or raw samples, as they come.
+    """Read mono audio from a stream: a WAV file or raw samples, block by block as they arrive.
 
-    Other formats that `audio.load` knows, compressed WAV among them, are kept in a temporary file and read when the
-    stream has ended. Several channels are averaged and other rates resampled, as by `audio.load`.
+    The header of the WAV file may lack its length. Other formats that `audio.load` reads, such as compressed WAV, are
+    copied to a temporary file first and decoded when the stream ends. Channels are averaged and other sampling rates
+    resampled, as in `audio.load`.
 
     Args:
-        stream: a buffered binary stream, as `sys.stdin.buffer`.
-        sampling_rate: Hz of what is given.
-        raw_rate: if given, the stream has no header and holds `RAW` samples at this rate.
-        channel, on_warnings: as in `audio.read_blocks`.
+        stream: Buffered binary stream, such as `sys.stdin.buffer`.
+        sampling_rate: Sampling rate of the blocks, in Hz.
+        raw_rate: Sampling rate in Hz of a stream of `RAW` samples without a header. None: the stream has a header.
+        channel: `"mean"`, `"left"`, `"right"` or the index of a channel, from 0.
+        on_warnings: Function called after the last block with the warnings of the stream, a dict kind -> text.
 
     Yields:
-        float32 arrays of shape (n,), n > 0: what has come since the last one, at most 64 KiB of the stream.
+        float32 arrays of shape (n,), n > 0: the audio since the last block, from at most 64 KiB of the stream.
 
     Raises:
-        AudioError: the stream is not sound, of a sample format that is not known, holds no samples or some that are
-            not finite, or has a rate outside of 1 kHz to 768 kHz.
-        TruncatedAudioError: the stream ended within a sample, or before its header says; after all that came was given.
+        AudioError: The stream is not audio, has an unknown sample format or a sampling rate outside of 1 kHz to
+            768 kHz, or holds no samples or non-finite ones.
+        TruncatedAudioError: The stream ends within a sample, or earlier than its header says. All blocks up to there
+            come first.
     """
     if raw_rate is not None:
         rate = audio.check_sampling_rate(raw_rate, "The raw stream (--raw)")
-        form = _WavFormat(rate, 1, "PCM_16", None)
+        wav_format = _WavFormat(rate, 1, "PCM_16", None)
     else:
         start = stream.read(12)
-        header = _read_wav_header(stream, start) if _begins_wav(start) else start
+        header = _read_wav_header(stream, start) if _is_wav(start) else start
         if not isinstance(header, _WavFormat):
-            yield from _read_from_file(stream, header, sampling_rate, channel, on_warnings)
+            yield from _read_from_temporary_file(stream, header, sampling_rate, channel, on_warnings)
             return
-        form = header
-        rate = audio.check_sampling_rate(form.sampling_rate, "The WAV file on standard input")
-    mixer = audio.Mixer(channel, form.num_channels, "standard input")
-    audio.say_what_changes("standard input", form.num_channels, rate, sampling_rate, channel)
-    empty = True
+        wav_format = header
+        rate = audio.check_sampling_rate(wav_format.sampling_rate, "The WAV file on standard input")
+    mixer = audio.Mixer(channel, wav_format.num_channels, "standard input")
+    audio.log_conversion("standard input", wav_format.num_channels, rate, sampling_rate, channel)
+    is_empty = True
     try:
-        for block in audio.mono_blocks(map(mixer, _sample_blocks(stream, form)), rate, sampling_rate):
-            empty = False
+        for block in audio.resample_blocks(map(mixer, _read_samples(stream, wav_format)), rate, sampling_rate):
+            is_empty = False
             yield block
     finally:
         audio.log_warnings("standard input", mixer.warnings)
         if on_warnings is not None:
             on_warnings(mixer.warnings)
-    if empty:
+    if is_empty:
         raise AudioError("The stream holds no samples, expected at least one.", "empty")
 
 
-_KNOWN_STARTS = (
+_KNOWN_SIGNATURES = (
     b"fLaC", b"OggS", b"FORM", b".snd", b"caff", b"riff", b"RIFX", b"RF64", b"ID3", b"NIST", b"Creative Voi", b"#!AMR",
     b"\x1aE\xdf\xa3",
 )  # fmt: skip
 
 
-def _begins_wav(start: bytes) -> bool:
-    """Whether it is a WAV file. Raises AudioError for what is no audio of any kind, which may never end."""
+def _is_wav(start: bytes) -> bool:
+    """Return whether a stream that starts with these 12 bytes is WAV, or False for other known audio formats.
+
+    Raises:
+        AudioError: It is no known audio format. Such a stream may never end, so it is not copied to a file.
+    """
     if start[:4] == b"RIFF" and start[8:] == b"WAVE":
         return True
     is_mpeg = len(start) > 1 and start[0] == 0xFF and start[1] >= 0xE0
-    if start.startswith(_KNOWN_STARTS) or start[4:8] == b"ftyp" or is_mpeg:
+    if start.startswith(_KNOWN_SIGNATURES) or start[4:8] == b"ftyp" or is_mpeg:
         return False
     if start:
         raise AudioError(
-            f"Standard input begins with {start[:4]!r}, expected a WAV file. Convert it on the way, for example with "
-            "`ffmpeg -i FILE -f wav -`, or say with --raw RATE that it holds raw samples."
+            f"Standard input begins with {start[:4]!r}, expected a WAV file. Convert it in the pipe, for example with "
+            "`ffmpeg -i FILE -f wav -`, or pass --raw RATE if it holds raw samples."
         )
     raise AudioError("Standard input is empty, expected a WAV file, or raw samples and --raw RATE.", "empty")
 
 
-def _read_from_file(
+def _read_from_temporary_file(
     stream: BinaryIO,
     start: bytes,
     sampling_rate: int,
     channel: str | int,
     on_warnings: Callable[[dict[str, str]], None] | None,
 ) -> Iterator[np.ndarray]:
-    """What is no plain WAV: decoders of other formats look at the end of a file before its beginning."""
+    """Copy the stream to a temporary file and read that, since decoders need a seekable file."""
     with tempfile.TemporaryFile() as file:
         file.write(start)
         shutil.copyfileobj(stream, file)
@@ -120,24 +127,31 @@ def _read_from_file(
 def audio_writer(
     stream: BinaryIO, sampling_rate: int = 24000, num_samples: int | None = None, raw: bool = False
 ) -> Iterator[Callable]:
-    """`audio.writing` to a stream, as `sys.stdout.buffer`: a 16-bit WAV file, or `RAW` samples without a header.
+    """Write mono audio to a stream, block by block: a 16-bit WAV file, or `RAW` samples without a header.
 
     Args:
-        stream: takes the bytes; flushed after every block.
-        sampling_rate: Hz of the audio.
-        num_samples: how many will come, if that is known; without it the header says "unknown", as ffmpeg's does.
-        raw: no header.
+        stream: Binary stream, such as `sys.stdout.buffer`. It is flushed after every block.
+        sampling_rate: Sampling rate of the audio, in Hz.
+        num_samples: Total number of samples, if known. None: the header has an unknown length, as ffmpeg writes it.
+        raw: Write no header.
+
+    Yields:
+        Function that writes the next block: float array (n,), nominally in [-1, 1]. Other samples are clipped, with a
+            warning.
+
+    Raises:
+        ValueError: Raised by the function for audio that is not finite.
     """
     soundfile = audio.soundfile_module()
     monitor = audio.ClippingMonitor()
-    has_header = raw
+    header_done = raw
 
     def write(samples: np.ndarray) -> None:
-        nonlocal has_header
+        nonlocal header_done
         monitor.add(samples)
-        if not has_header:  # only now: what is refused before the first sample leaves no trace in the stream
+        if not header_done:  # not before the first samples, so that an earlier error leaves the stream empty
             stream.write(_wav_header(sampling_rate, num_samples))
-            has_header = True
+            header_done = True
         content = BytesIO()
         soundfile.write(content, samples, sampling_rate, subtype="PCM_16", format="RAW", endian="LITTLE")
         stream.write(content.getvalue())
@@ -148,40 +162,48 @@ def audio_writer(
 
 
 def read_codes(stream: Any, start: bytes = b"") -> Iterator[np.ndarray]:
-    """Reads numbers between white space as they come, after `start`, which was read before: int64 arrays (n,), n > 0.
+    """Read whitespace-separated codes from a text stream as they arrive.
 
-    Raises ValueError for anything but numbers.
+    Args:
+        stream: Buffered binary stream, such as `sys.stdin.buffer`.
+        start: Beginning of the stream that has been read already.
+
+    Yields:
+        int64 arrays of shape (n,), n > 0.
+
+    Raises:
+        ValueError: The stream holds anything but numbers.
     """
-    rest = start
-    while new := stream.read1(2**16):
-        rest += new
-        numbers = rest.split()
-        rest = b"" if rest[-1:].isspace() else numbers.pop()  # more of its digits may come
+    pending = start
+    while received := stream.read1(2**16):
+        pending += received
+        numbers = pending.split()
+        pending = b"" if pending[-1:].isspace() else numbers.pop()  # the last number may lack digits
         if numbers:
-            yield _codes(numbers)
-        if rest:
-            _codes([rest])  # what is no number is refused at once
-    if numbers := rest.split():
-        yield _codes(numbers)
-        logger.warning("standard input: no end of line after the last code, %s; it may be cut off", int(numbers[-1]))
+            yield _parse_codes(numbers)
+        if pending:
+            _parse_codes([pending])  # refuse an invalid number at once
+    if numbers := pending.split():
+        yield _parse_codes(numbers)
+        logger.warning("standard input: no newline after the last code, %s; it may be truncated", int(numbers[-1]))
 
 
-def _codes(numbers: list[bytes]) -> np.ndarray:
-    if strange := next((number for number in numbers if len(number) > 20 or not number.isdigit()), None):
-        raise ValueError(f"Standard input does not hold codes: got {strange[:20]!r}. Expected one number a line.")
+def _parse_codes(numbers: list[bytes]) -> np.ndarray:
+    if invalid := next((number for number in numbers if len(number) > 20 or not number.isdigit()), None):
+        raise ValueError(f"Standard input does not hold codes: got {invalid[:20]!r}. Expected one number per line.")
     try:
         return np.array([int(number) for number in numbers], np.int64)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"Standard input does not hold codes: {error}. Expected one number a line.") from error
+        raise ValueError(f"Standard input does not hold codes: {error}. Expected one number per line.") from error
 
 
 def write_codes(stream: BinaryIO, audio_codes: np.ndarray) -> None:
-    """Writes codes (n,) as `read_codes` reads them, one a line, at once."""
+    """Write codes (n,) as text, one per line, and flush the stream. `read_codes` reads them."""
     stream.write("".join(f"{code}\n" for code in audio_codes.tolist()).encode())
     stream.flush()
 
 
-_WAV_SUBTYPES = {  # (format tag, bits) -> soundfile's name of the sample format
+_WAV_SUBTYPES = {  # (format tag, bits per sample) -> sample format, by its soundfile name
     (1, 8): "PCM_U8",
     (1, 16): "PCM_16",
     (1, 24): "PCM_24",
@@ -192,85 +214,99 @@ _WAV_SUBTYPES = {  # (format tag, bits) -> soundfile's name of the sample format
     (7, 8): "ULAW",
 }
 _SAMPLE_SIZES = {"PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ALAW": 1, "ULAW": 1}
-_LARGEST_KEPT = 2**16  # bytes of a chunk that are kept: more of them hold nothing that is needed
+_MAX_CHUNK_BYTES = 2**16  # larger chunks before the samples are skipped, since no decoder needs them
 
 
 @dataclass
 class _WavFormat:
-    """Of a WAV stream: Hz, channels, soundfile's name of the sample format, and bytes of samples, None if unknown."""
+    """Sample format of a WAV stream.
+
+    Args:
+        sampling_rate: Sampling rate, in Hz.
+        num_channels: Number of channels.
+        subtype: Sample format, by its soundfile name.
+        num_bytes: Bytes of samples, or None if the header lacks the length.
+    """
 
     sampling_rate: int
     num_channels: int
     subtype: str
-    size: int | None
+    num_bytes: int | None
 
 
 def _read_wav_header(stream: BinaryIO, start: bytes) -> "_WavFormat | bytes":
-    """Reads up to the first sample. Gives the format, or all that was read if libsndfile has to decode it.
+    """Read the WAV header, up to the first sample.
 
-    libsndfile cannot do the first: it takes the size that a pipe's header gives at its word, and drops half a sample.
+    libsndfile cannot stream plain samples: it trusts the size in a pipe's header and drops half a sample.
+
+    Returns:
+        Format of plain samples, or the bytes read so far if libsndfile has to decode the samples.
     """
-    form, kept = None, [start]
+    fmt_chunk, header_parts = None, [start]
     while True:
-        head = stream.read(8)
-        kept.append(head)
-        if len(head) < 8:
+        chunk_header = stream.read(8)
+        header_parts.append(chunk_header)
+        if len(chunk_header) < 8:
             raise AudioError("The WAV file on standard input ends before its samples begin.", "truncated")
-        name, size = struct.unpack("<4sI", head)
+        name, size = struct.unpack("<4sI", chunk_header)
         if name == b"data":
             break
-        body = stream.read(min(size + size % 2, _LARGEST_KEPT))  # chunks are padded to even lengths
-        kept.append(body)
+        content = stream.read(min(size + size % 2, _MAX_CHUNK_BYTES))  # chunks are padded to even lengths
+        header_parts.append(content)
         if name == b"fmt " and size >= 16:
-            form = body
-        left = size + size % 2 - len(body)
-        if left > 0:  # no decoder needs it
-            kept[-2:] = []
-        while left > 0 and (skipped := stream.read(min(left, 2**20))):
-            left -= len(skipped)
-    if form is None or len(form) < 16:
-        raise AudioError("The WAV file on standard input does not say its sample format before its samples.")
-    tag, channels, rate, _, _, bits = struct.unpack("<HHIIHH", form[:16])
-    if tag == 0xFFFE and len(form) >= 26:  # "extensible": the tag proper stands further on
-        (tag,) = struct.unpack("<H", form[24:26])
+            fmt_chunk = content
+        bytes_left = size + size % 2 - len(content)
+        if bytes_left > 0:
+            header_parts[-2:] = []
+        while bytes_left > 0 and (skipped := stream.read(min(bytes_left, 2**20))):
+            bytes_left -= len(skipped)
+    if fmt_chunk is None or len(fmt_chunk) < 16:
+        raise AudioError("The WAV file on standard input has no sample format before its samples.")
+    tag, channels, rate, _, _, bits = struct.unpack("<HHIIHH", fmt_chunk[:16])
+    if tag == 0xFFFE and len(fmt_chunk) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the actual tag is in the extension
+        (tag,) = struct.unpack("<H", fmt_chunk[24:26])
     if channels == 0:
         raise AudioError("The WAV file on standard input has 0 channels, expected at least one.")
     is_plain = (tag, bits) in _WAV_SUBTYPES
-    if not is_plain or struct.unpack("<H", form[12:14])[0] != channels * _SAMPLE_SIZES[_WAV_SUBTYPES[tag, bits]]:
-        return b"".join(kept)
+    if not is_plain or struct.unpack("<H", fmt_chunk[12:14])[0] != channels * _SAMPLE_SIZES[_WAV_SUBTYPES[tag, bits]]:
+        return b"".join(header_parts)
     return _WavFormat(rate, channels, _WAV_SUBTYPES[tag, bits], None if size == 0 or size >= UNKNOWN_SIZE else size)
 
 
-def _sample_blocks(stream: Any, form: _WavFormat) -> Iterator[np.ndarray]:
-    """Samples as they come, (n, channels) float32, n > 0."""
-    rate, channels, subtype, size = form.sampling_rate, form.num_channels, form.subtype, form.size
-    frame_size, left, rest, num_bytes = _SAMPLE_SIZES[subtype] * channels, size, b"", 0
-    while left is None or left > 0:
-        new = stream.read1(2**16 if left is None else min(2**16, left))
-        if not new:
+def _read_samples(stream: Any, wav_format: _WavFormat) -> Iterator[np.ndarray]:
+    """Yield samples as they arrive, (n, channels) float32, n > 0."""
+    rate, channels, subtype = wav_format.sampling_rate, wav_format.num_channels, wav_format.subtype
+    promised = wav_format.num_bytes
+    frame_size, bytes_left, pending, num_bytes = _SAMPLE_SIZES[subtype] * channels, promised, b"", 0
+    while bytes_left is None or bytes_left > 0:
+        received = stream.read1(2**16 if bytes_left is None else min(2**16, bytes_left))
+        if not received:
             break
-        left = None if left is None else left - len(new)
-        rest, num_bytes = rest + new, num_bytes + len(new)
-        whole = len(rest) - len(rest) % frame_size
-        if whole > 0:
-            samples, rest = BytesIO(rest[:whole]), rest[whole:]
+        bytes_left = None if bytes_left is None else bytes_left - len(received)
+        pending, num_bytes = pending + received, num_bytes + len(received)
+        complete = len(pending) - len(pending) % frame_size
+        if complete > 0:
+            samples, pending = BytesIO(pending[:complete]), pending[complete:]
             yield audio.soundfile_module().read(
                 samples, samplerate=rate, channels=channels, subtype=subtype, format="RAW", endian="LITTLE",
                 dtype="float32", always_2d=True,
             )[0]  # fmt: skip
-    is_padding = size is None and rest == b"\0" and num_bytes % 2 == 0  # WAV chunks of odd length end in a zero
-    if rest and not is_padding:
-        raise TruncatedAudioError(f"The stream ends within a sample: {len(rest)} of its {frame_size} bytes came.")
-    if left and size is not None:
+    is_padding = promised is None and pending == b"\0" and num_bytes % 2 == 0  # odd WAV chunks end in a zero byte
+    if pending and not is_padding:
+        raise TruncatedAudioError(f"The stream ends within a sample, after {len(pending)} of its {frame_size} bytes.")
+    if bytes_left and promised is not None:
         raise TruncatedAudioError(
-            f"The stream ends early: {size - left} of the {size} bytes of samples in its header came."
+            f"The stream ends early, after {promised - bytes_left} of the {promised} bytes of samples in its header."
         )
 
 
 def _wav_header(sampling_rate: int, num_samples: int | None) -> bytes:
-    """Header of a mono 16-bit WAV file, of unknown length if `num_samples` is None or more than it can say."""
+    """Return the header of a mono 16-bit WAV file.
+
+    Its length is unknown if `num_samples` is None or exceeds the limit of WAV.
+    """
     unknown = 0xFFFFFFFF
     size = unknown if num_samples is None or 2 * num_samples > audio.MAX_WAV_SIZE else 2 * num_samples
     riff_size = unknown if size == unknown else size + 36
-    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sampling_rate, 2 * sampling_rate, 2, 16)
-    return struct.pack("<4sI4s", b"RIFF", riff_size, b"WAVE") + form + struct.pack("<4sI", b"data", size)
+    fmt_chunk = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sampling_rate, 2 * sampling_rate, 2, 16)
+    return struct.pack("<4sI4s", b"RIFF", riff_size, b"WAVE") + fmt_chunk + struct.pack("<4sI", b"data", size)

@@ -1,4 +1,4 @@
-"""Pictures of what the codec does. Needs the extra `audio` (matplotlib)."""
+"""Plot spectrograms and codes. Needs the extra `audio` (matplotlib)."""
 
 import os
 from io import BytesIO
@@ -20,24 +20,29 @@ def plot_reconstruction(
     title: str = "",
     format: str | None = None,
 ) -> Path:
-    """Writes a picture of three parts on one time axis: spectrogram of the original, tokens, spectrogram after
-    decoding.
+    """
+    Plot the spectrogram of the original, the codes, and the spectrogram of the reconstruction on one time axis.
 
     Args:
-        path: where to write; the ending (.png, .svg, .pdf) names the format.
-        original, reconstruction: audio of shape (T,).
-        audio_codes: codes of shape (L,).
-        sampling_rate: Hz.
-        title: a line above the picture.
-        format: `png`, `svg` or `pdf`, for a path whose ending says nothing.
+        path: File to write. Its extension (.png, .svg, .pdf) names the format.
+        original: Audio of shape (T,).
+        reconstruction: Audio of shape (T,).
+        audio_codes: Codes of shape (L,).
+        sampling_rate: Sampling rate of the audio, in Hz.
+        title: Title of the figure.
+        format: `png`, `svg` or `pdf`, for a path whose extension names no format.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        OSError: The file cannot be written.
     """
     figure = new_figure((10, 7))
     seconds = len(original) / sampling_rate
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
     for axes, audio, name in ((top, original, "original"), (bottom, reconstruction, "reconstruction")):
-        level = _decibels(audio)
+        spectrogram = _decibels(audio)
         image = axes.imshow(
-            level,
+            spectrogram,
             origin="lower",
             aspect="auto",
             extent=(0, seconds, 0, sampling_rate / 2000),
@@ -57,7 +62,7 @@ def plot_reconstruction(
 
 def spectrogram_png(audio: np.ndarray, max_width: int = 1000) -> bytes:
     """
-    Return the spectrogram of a clip as a PNG picture without axes: time to the right, 0 Hz at the bottom.
+    Return the spectrogram of a clip as a PNG image without axes, with time to the right and 0 Hz at the bottom.
 
     Args:
         audio: Audio of shape (T,).
@@ -67,22 +72,29 @@ def spectrogram_png(audio: np.ndarray, max_width: int = 1000) -> bytes:
         ImportError: matplotlib is missing.
     """
     imsave = require("matplotlib.image", "audio").imsave
-    level = _decibels(audio, step=max(256, -(-len(audio) // max_width)))
-    level = level[:-1].reshape(256, 2, -1).max(1)  # 256 rows of 47 Hz at 24 kHz
+    spectrogram = _decibels(audio, step=max(256, -(-len(audio) // max_width)))
+    spectrogram = spectrogram[:-1].reshape(256, 2, -1).max(1)  # 256 rows of 47 Hz at 24 kHz
     file = BytesIO()
-    imsave(file, level, origin="lower", vmin=-80, vmax=0, cmap="magma", format="png")
+    imsave(file, spectrogram, origin="lower", vmin=-80, vmax=0, cmap="magma", format="png")
     return file.getvalue()
 
 
 def new_figure(size: tuple[float, float]) -> Any:
     """Return an empty matplotlib figure of this width and height in inches. Raises ImportError without matplotlib."""
-    # not pyplot: no window, no state
+    # pyplot would open windows and keep global state
     return require("matplotlib.figure", "audio").Figure(figsize=size, layout="constrained")
 
 
 def save_figure(figure: Any, path: str | os.PathLike, format: str | None = None) -> Path:
-    """
-    Write a matplotlib figure at once. The ending of `path` names the format unless `format` does. Raises OSError.
+    """Write a matplotlib figure. The file appears when it is complete.
+
+    Args:
+        figure: Figure to write.
+        path: File to write.
+        format: Format by matplotlib's name. Defaults to the extension of `path`, or png.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     path = Path(path)
     with atomic_write(path) as partial:
@@ -94,7 +106,7 @@ def save_figure(figure: Any, path: str | os.PathLike, format: str | None = None)
 
 
 def _decibels(audio: np.ndarray, size: int = 1024, step: int = 256) -> np.ndarray:
-    """Magnitude spectrogram (size / 2 + 1, frames) in dB below its largest value."""
+    """Return the magnitude spectrogram (size / 2 + 1, frames) in dB relative to its largest value, at least -120."""
     audio = np.pad(audio, size // 2)
     frames = np.lib.stride_tricks.sliding_window_view(audio, size)[::step] * np.hanning(size)
     magnitude = np.abs(np.fft.rfft(frames)).T

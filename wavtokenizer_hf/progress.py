@@ -1,4 +1,4 @@
-"""Progress of long work, with the time left, on standard error."""
+"""Show the progress of long-running work, with the remaining time, on standard error."""
 
 import sys
 import threading
@@ -10,15 +10,14 @@ from typing import Any, ClassVar, TextIO
 
 
 DELAY_SECONDS = 2  # shorter work shows nothing
-LINE_SECONDS = 30  # between two lines where standard error is no terminal
+LINE_SECONDS = 30  # interval between lines if standard error is not a terminal
 
 
 class Progress:
-    """
-    Show how far work is: a bar on a terminal, else a line every 30 seconds. Work under two seconds shows nothing.
+    """Show progress as a bar on a terminal, else as a line every 30 seconds. Work under two seconds shows nothing.
 
-    A thread keeps it up to date, so that a single long step shows its elapsed time too. Of several that are open at
-    once, all have a bar on a terminal, and only the outermost writes lines.
+    A thread updates the display, so the elapsed time also advances during a single long step. If several are open,
+    each has a bar on a terminal, and only the outermost one prints lines.
 
     ```python
     with Progress(len(files), "files") as progress:
@@ -28,18 +27,18 @@ class Progress:
     ```
 
     Args:
-        total: Amount of work, in units.
-        unit: Name of the units, in the plural.
-        initial: What was done before, as in a resumed run.
-        shown: Show nothing if False.
+        total: Total amount of work, in units.
+        unit: Plural name of the unit.
+        initial: Amount of work that an earlier run has done.
+        shown: Whether to show anything.
     """
 
     _open: ClassVar[list["Progress"]] = []
 
     def __init__(self, total: float, unit: str, initial: float = 0, shown: bool = True):
         self.total, self.unit, self.initial, self.done = total, unit, initial, initial
-        self.figures: dict[str, str] = {}
-        self._bar: Any = None  # tqdm, which has no types
+        self.metrics: dict[str, str] = {}
+        self._bar: Any = None  # tqdm has no type annotations
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
         self._started = time.monotonic()
@@ -68,19 +67,19 @@ class Progress:
         self.close()
 
     def update(self, amount: float = 1) -> None:
-        """Count work that was done since the last call."""
+        """Add an amount of finished work."""
         self.done += amount
         if self._bar is not None:
             self._bar.update(amount)
 
-    def show_figures(self, figures: dict[str, str]) -> None:
-        """Show names and values beside the progress, such as losses."""
-        self.figures = figures
+    def show_metrics(self, metrics: dict[str, str]) -> None:
+        """Show metrics beside the progress, such as losses, name -> formatted value."""
+        self.metrics = metrics
         if self._bar is not None:
-            self._bar.set_postfix(figures, refresh=False)
+            self._bar.set_postfix(metrics, refresh=False)
 
     def close(self) -> None:
-        """Stop, and remove the bar."""
+        """Stop the updates and remove the bar."""
         if self._thread is None:
             return
         self._closed.set()
@@ -91,13 +90,13 @@ class Progress:
             self._bar.close()
 
     def line(self, seconds: float) -> str:
-        """The line after so many seconds of work."""
-        new = self.done - self.initial
-        left = "unknown time"
-        if new > 0:
-            left = str(timedelta(seconds=round(max(0, self.total - self.done) * seconds / new)))
-        figures = "".join(f", {name} {value}" for name, value in self.figures.items())
-        return f"{self.done:,.0f} of {self.total:,.0f} {self.unit}, about {left} left{figures}"
+        """Return the progress as a line of text, after `seconds` of work."""
+        done_in_this_run = self.done - self.initial
+        time_left = "unknown time"
+        if done_in_this_run > 0:
+            time_left = str(timedelta(seconds=round(max(0, self.total - self.done) * seconds / done_in_this_run)))
+        metrics = "".join(f", {name} {value}" for name, value in self.metrics.items())
+        return f"{self.done:,.0f} of {self.total:,.0f} {self.unit}, about {time_left} left{metrics}"
 
     def _show(self) -> None:
         while not self._closed.wait(DELAY_SECONDS if self._on_terminal else LINE_SECONDS):
@@ -109,13 +108,13 @@ class Progress:
 
 @contextmanager
 def shown_progress(unit: str) -> Iterator[Callable[[float, float], None]]:
-    """Yield a function that shows progress; it takes the amount that is done and the total, first before any work."""
+    """Yield a function `show(done, total)` that shows progress. Call it once before any work, and after each step."""
     with ExitStack() as stack:
         progress = None
 
         def show(done: float, total: float) -> None:
             nonlocal progress
-            if progress is None:  # the first call says what an earlier run did
+            if progress is None:  # at the first call, `done` is the work of an earlier run
                 progress = stack.enter_context(Progress(total, unit, done))
             progress.update(done - progress.done)
 
@@ -123,7 +122,12 @@ def shown_progress(unit: str) -> Iterator[Callable[[float, float], None]]:
 
 
 def write(text: str, file: TextIO | None = None) -> None:
-    """Print a line above the bars that are shown. `file`: default standard output."""
+    """Print a line above the progress bars.
+
+    Args:
+        text: Line to print.
+        file: Stream to print to. Default: standard output.
+    """
     if any(progress._bar is not None for progress in Progress._open):
         from tqdm import tqdm
 

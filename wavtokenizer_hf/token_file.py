@@ -1,4 +1,4 @@
-"""Token files: the codes of one clip, with the codebook fingerprint and length that decoding needs."""
+"""Token files: the codes of one clip, with the length and codebook fingerprint for decoding."""
 
 import json
 import os
@@ -26,15 +26,15 @@ from .limited_files import (
 
 @dataclass
 class TokenFile:
-    """The codes of one clip and where they come from.
+    """Codes of one clip, and the model that made them.
 
     Args:
         audio_codes: Integers of shape (L,), each in [0, 65536). Stored as uint16.
         model: Name or folder of the model, as the user gave it.
         codebook_fingerprint: Fingerprint of the model's codebook.
-        sampling_rate: Sample rate of the audio, in Hz.
+        sampling_rate: Sampling rate of the audio, in Hz.
         hop_length: Samples per code.
-        num_samples: Samples of the clip. The last code may cover more.
+        num_samples: Number of samples of the clip. The last code may cover more.
     """
 
     audio_codes: np.ndarray
@@ -52,7 +52,7 @@ class TokenFile:
             )
         if codes.min() < 0 or codes.max() > MAX_CODE:
             raise ValueError(f"Got codes from {codes.min()} to {codes.max()}, expected 0 to {MAX_CODE}.")
-        for name in NUMBERS:
+        for name in INTEGER_FIELDS:
             if not 1 <= getattr(self, name) < 2**63:
                 raise ValueError(
                     f"Got {name}={str(getattr(self, name))[:50]}, expected at least 1 and less than 2**63."
@@ -65,22 +65,33 @@ class TokenFile:
         self.audio_codes = codes.astype(np.uint16)
 
     def save(self, path: str | os.PathLike, format: str | None = None) -> Path:
-        """Writes the file under a temporary name first; `format` is by default what the ending of `path` says.
+        """Save the token file atomically.
 
-        `safetensors` (`audio_codes` uint16 (L,), the rest as metadata) and `json` keep everything; `npy` and `txt`
-        (one number a line) keep the codes alone. Raises ValueError for another format.
+        Args:
+            path: Output file.
+            format: `"safetensors"` (`audio_codes` as uint16 (L,), the other fields as metadata) or `"json"`, which
+                store all fields, or `"npy"` or `"txt"` (one number per line), which store the codes only. Default: the
+                extension of `path`.
+
+        Raises:
+            ValueError: The format is not one of these, or the file would exceed `MAX_BYTES`.
+            OSError: The file cannot be written.
         """
         path = Path(path)
         return write_bytes(path, self.to_bytes(format or path.suffix[1:]))
 
     def to_bytes(self, format: str) -> bytes:
-        """The content of a file of that format: `safetensors`, `json`, `npy` or `txt`.
+        """Return the content of a token file, see `save`.
 
-        Raises ValueError for another format, or for more than `MAX_BYTES`, which could not be read again.
+        Args:
+            format: `"safetensors"`, `"json"`, `"npy"` or `"txt"`.
+
+        Raises:
+            ValueError: The format is not one of these, or the content exceeds `MAX_BYTES`, the limit of `load`.
         """
         content = self._to_bytes(format)
         if len(content) > MAX_BYTES:
-            raise ValueError(f"The clip makes {len(content)} bytes of {format}, expected at most {MAX_BYTES}. Cut it.")
+            raise ValueError(f"The clip needs {len(content)} bytes as {format}, expected at most {MAX_BYTES}. Cut it.")
         return content
 
     def _to_bytes(self, format: str) -> bytes:
@@ -94,11 +105,11 @@ class TokenFile:
             buffer = BytesIO()
             np.save(buffer, self.audio_codes)
             return buffer.getvalue()
-        raise ValueError(f"Got the token format {format!r}, expected one of {', '.join(FORMATS)}.")
+        raise ValueError(f"Got the token format {format!r}, expected one of {', '.join(TOKEN_FORMATS)}.")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "TokenFile":
-        """Read a `.safetensors` or `.json` token file. Raises ValueError for anything else."""
+        """Load a `.safetensors` or `.json` token file. Raises ValueError if it is not one."""
         path = Path(path)
         try:
             return cls.from_bytes(read_file(path, MAX_BYTES), "json" if path.suffix == ".json" else "safetensors")
@@ -107,7 +118,7 @@ class TokenFile:
 
     @classmethod
     def from_bytes(cls, content: bytes, format: str) -> "TokenFile":
-        """The content of a token file, `safetensors` or `json`. Raises ValueError for anything else."""
+        """Parse the content of a token file, `"safetensors"` or `"json"`. Raises ValueError if it is invalid."""
         if format == "json":
             fields = parse_json(content)
             if not isinstance(fields, dict):
@@ -117,19 +128,20 @@ class TokenFile:
             tensors, fields = parse_safetensors_header(content, len(content))
             codes = _codes_of_safetensors(content, tensors)
             fields = {
-                name: int(value) if name in NUMBERS and value.isdecimal() else value for name, value in fields.items()
+                name: int(value) if name in INTEGER_FIELDS and value.isdecimal() else value
+                for name, value in fields.items()
             }
-        kinds = {"model": str, "codebook_fingerprint": str, **dict.fromkeys(NUMBERS, int)}
-        for name, kind in kinds.items():
+        field_types = {"model": str, "codebook_fingerprint": str, **dict.fromkeys(INTEGER_FIELDS, int)}
+        for name, field_type in field_types.items():
             if name not in fields:
                 raise ValueError(f"it lacks {name!r}")
-            if type(fields[name]) is not kind:
-                expected = "text" if kind is str else "an integer"
+            if type(fields[name]) is not field_type:
+                expected = "text" if field_type is str else "an integer"
                 raise ValueError(f"its {name} is {str(fields[name])[:100]!r}, expected {expected}")
-        return cls(codes, **{name: fields[name] for name in kinds})
+        return cls(codes, **{name: fields[name] for name in field_types})
 
     def check_rate(self, config: Any) -> None:
-        """Raise ValueError unless the codes have the sampling rate and the samples per code of a model's config."""
+        """Raise ValueError unless `sampling_rate` and `hop_length` equal those of a model's config."""
         for name in ("sampling_rate", "hop_length"):
             if getattr(self, name) != getattr(config, name):
                 raise ValueError(
@@ -143,22 +155,19 @@ class TokenFile:
         return fields
 
 
-FORMATS = TOKEN_FORMATS
-
 MAX_CODE = 2**16 - 1
 
-
 MAX_BYTES = 2**28
-"""Largest token file: 500 hours at 75 codes per second as safetensors, 150 hours as JSON."""
+"""Maximum size of a token file: 500 hours at 75 codes per second as safetensors, 150 hours as JSON."""
 
-NUMBERS = ("sampling_rate", "hop_length", "num_samples")
+INTEGER_FIELDS = ("sampling_rate", "hop_length", "num_samples")
 
 
 def _codes_of_json(values: Any) -> np.ndarray:
     if values is None:
         raise ValueError("it lacks 'audio_codes'")
     if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise ValueError("its audio_codes are no list of integers")
+        raise ValueError("its audio_codes are not a list of integers")
     try:
         return np.array(values, np.int64)
     except OverflowError as error:
@@ -168,18 +177,19 @@ def _codes_of_json(values: Any) -> np.ndarray:
 def _codes_of_safetensors(content: bytes, tensors: dict) -> np.ndarray:
     if "audio_codes" not in tensors:
         raise ValueError("it lacks 'audio_codes'")
-    name, shape, start, end = tensors["audio_codes"]
-    if name[0] not in "UI" or len(shape) != 1:
+    dtype, shape, start, end = tensors["audio_codes"]
+    if dtype[0] not in "UI" or len(shape) != 1:
         raise ValueError(
-            f"its audio_codes have the type {name} and the shape {shape}, expected integers of shape (L,)"
+            f"its audio_codes have the type {dtype} and the shape {shape}, expected integers of shape (L,)"
         )
-    return np.frombuffer(content[start:end], f"<{name[0].lower()}{DTYPE_BITS[name] // 8}")
+    return np.frombuffer(content[start:end], f"<{dtype[0].lower()}{DTYPE_BITS[dtype] // 8}")
 
 
 def load_bare_codes(path: str | os.PathLike) -> np.ndarray:
-    """Read the codes of a `.npy` or `.txt` file, which say nothing of the model that made them: integers (L,).
+    """Load codes, int64 (L,), from a `.npy` or `.txt` file. Such a file does not record the model.
 
-    Raises ValueError if the file holds anything else.
+    Raises:
+        ValueError: The file holds anything but codes.
     """
     path = Path(path)
     try:
@@ -189,7 +199,7 @@ def load_bare_codes(path: str | os.PathLike) -> np.ndarray:
 
 
 def bare_codes_from_bytes(content: bytes, format: str) -> np.ndarray:
-    """The content of a `npy` or `txt` file -> integers (L,). Raises ValueError if it holds anything else."""
+    """Parse codes, int64 (L,), from the content of a `.npy` or `.txt` file. Raises ValueError for other content."""
     codes = parse_npy(content) if format == "npy" else _codes_of_text(content)
     if codes.ndim != 1 or codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
         raise ValueError(f"it is an array of shape {codes.shape}, dtype {codes.dtype}; expected integers (L,).")
@@ -199,8 +209,8 @@ def bare_codes_from_bytes(content: bytes, format: str) -> np.ndarray:
 
 
 def _codes_of_text(content: bytes) -> np.ndarray:
-    if strange := content.translate(None, b"0123456789 \t\r\n"):
-        raise ValueError(f"it holds {strange[:20]!r}, expected numbers between white space")
+    if invalid := content.translate(None, b"0123456789 \t\r\n"):
+        raise ValueError(f"it holds {invalid[:20]!r}, expected numbers separated by whitespace")
     try:
         return np.array(content.split(), np.int64)
     except (ValueError, OverflowError) as error:
@@ -208,15 +218,15 @@ def _codes_of_text(content: bytes) -> np.ndarray:
 
 
 def read_tokens(stream: BinaryIO, format: str, start: bytes = b"") -> bytes:
-    """Read a token file from a stream to its end, after `start`. Raises ValueError beyond `MAX_BYTES`."""
+    """Read a token file from a stream, after `start`, which was read before. Raises ValueError beyond `MAX_BYTES`."""
     if format == "safetensors":
         start += stream.read(8 - len(start))
-        safetensors_header_size(start, MAX_BYTES)  # an endless stream of other things is refused here
+        safetensors_header_size(start, MAX_BYTES)  # refuse an endless stream of other data
     return read_stream(stream, MAX_BYTES, start)
 
 
-def format_of(start: bytes) -> str:
-    """Which of the formats begins with these two bytes. A safetensors file begins with the length of its header."""
+def detect_format(start: bytes) -> str:
+    """Return the format of a token file from its first two bytes. safetensors begins with the size of the header."""
     if start[:1] == b"{":
         return "json"
     if start == b"\x93N":

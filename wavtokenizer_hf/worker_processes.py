@@ -1,6 +1,4 @@
-"""
-Worker processes of bulk work, exports and evaluation. They end with the process that started them, however it ends.
-"""
+"""Worker processes for bulk work, exports and evaluation. They end when the process that started them ends."""
 
 import multiprocessing
 import os
@@ -13,31 +11,30 @@ from types import FrameType
 from typing import Any
 
 
-UNGUARDED = 87  # exit code of a worker that ran the script that started it
+UNGUARDED_EXIT_CODE = 87  # exit code of a worker that ran its parent's script again
 GUARD = 'if __name__ == "__main__":'
 
 Work = Callable[[Any, Callable[[Any], None]], None]
-"""Function of a worker: takes a job, and a function to which it reports what it has done."""
+"""Function that does a job in a worker. Its arguments are the job and a function that sends a report."""
 
 
 def stop_in_unguarded_script() -> None:
-    """
-    End this process if it is a worker that runs the script which started it, instead of only importing it.
+    """End this process if it is a worker that is importing its parent's script.
 
-    A spawned process imports the main script under the name `__mp_main__`. Whatever that script does outside of
-    `if __name__ == "__main__":` it would do again, and workers would start workers.
+    A spawned process imports the main script under the name `__mp_main__`. That runs all code outside of
+    `if __name__ == "__main__":` again, so workers would start workers.
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__") == "__mp_main__" and frame.f_code.co_name == "<module>":
-            sys.exit(UNGUARDED)
+            sys.exit(UNGUARDED_EXIT_CODE)
         frame = frame.f_back
 
 
 def end_with_parent() -> None:
-    """Make this worker process end as soon as the process that started it is gone."""
+    """Make this worker process end as soon as the process that started it ends."""
     parent = multiprocessing.parent_process()
-    if parent is None:  # this is no worker
+    if parent is None:  # not a worker
         return
 
     def watch() -> None:
@@ -55,49 +52,48 @@ def run_workers(
     preload: str | None = None,
     hint: str = "use fewer processes",
 ) -> None:
-    """
-    Do jobs in worker processes. Each worker takes the next job when it has done one.
+    """Run jobs in worker processes. Each worker takes the next job when it has finished one.
 
     Args:
-        start: Called once in each worker with its number, from 0. Returns the function that does the jobs. It is
-            pickled.
-        jobs: Jobs, which are pickled. None is not a job.
-        on_report: Called in this process with what workers report.
-        num_processes: Number of workers.
-        preload: Module that a server process imports once, before it forks the workers. It must start no threads and
-            use no GPU. Default: each worker is a new process that imports for itself.
-        hint: What to do if a worker was killed, perhaps for want of memory.
+        start: Picklable function, called once in each worker with the worker's index, from 0. Returns the function
+            that does the jobs.
+        jobs: Picklable jobs, none of them None.
+        on_report: Function called in this process with each report of a worker.
+        num_processes: Number of worker processes.
+        preload: Module that a fork server imports once, before it forks the workers. It must not start threads or use
+            a GPU. Default: each worker is spawned and imports its modules itself.
+        hint: Advice in the error message if a worker was killed, perhaps for lack of memory.
 
     Raises:
         ChildProcessError: A worker was killed, or ended by itself.
-        ValueError, OSError, ImportError: Raised in a worker.
+        ValueError, OSError, ImportError: A worker raised it.
     """
-    # not fork: CUDA cannot be forked, and a fork would copy locks that threads of this process hold
+    # not fork: CUDA does not support it, and a fork would copy locks that threads of this process hold
     has_server = preload is not None and "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if has_server else "spawn")
     if has_server:
         context.set_forkserver_preload([preload])
     workers: dict[Connection, Any] = {}
-    begun = set()
-    queue = iter(jobs)
+    started = set()  # connections that have sent a message
+    pending_jobs = iter(jobs)
     try:
         for rank in range(num_processes):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, start, rank), daemon=True)
+            parent_end, worker_end = context.Pipe()
+            process = context.Process(target=_serve, args=(worker_end, start, rank), daemon=True)
             process.start()
-            theirs.close()  # else nobody would notice the end of the other
-            workers[ours] = process
+            worker_end.close()  # so that recv raises EOFError when the worker ends
+            workers[parent_end] = process
         while workers:
-            ready: list[Any] = wait(list(workers))
-            for connection in ready:
+            readable: list[Any] = wait(list(workers))
+            for connection in readable:
                 try:
                     kind, content = connection.recv()
-                    begun.add(connection)
+                    started.add(connection)
                     if kind == "ready":  # for a job
-                        content = next(queue, None)
+                        content = next(pending_jobs, None)
                         connection.send(content)
                 except (EOFError, ConnectionError):
-                    raise _ended(workers[connection], connection in begun, hint) from None
+                    raise _worker_error(workers[connection], connection in started, hint) from None
                 if kind == "error":
                     raise content
                 if kind == "report":
@@ -114,7 +110,7 @@ def run_workers(
 
 def _serve(connection: Connection, start: Callable[[int], Work], rank: int) -> None:
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the keyboard is for the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles keyboard interrupts
     try:
         work = start(rank)
         while True:
@@ -124,29 +120,29 @@ def _serve(connection: Connection, start: Callable[[int], Work], rank: int) -> N
                 return
             work(job, lambda content: connection.send(("report", content)))
     except (EOFError, ConnectionError):
-        return  # the parent is gone
+        return  # the parent has ended
     except (ValueError, OSError, ImportError) as error:
-        # as the plain kind of error: one with arguments of its own may not survive pickling
-        kind = next(kind for kind in (OSError, ImportError, ValueError) if isinstance(error, kind))
-        connection.send(("error", kind(str(error))))
+        # send the base class, since a subclass with other arguments may not survive pickling
+        base_class = next(kind for kind in (OSError, ImportError, ValueError) if isinstance(error, kind))
+        connection.send(("error", base_class(str(error))))
 
 
-def _ended(process: Any, had_begun: bool, hint: str) -> ChildProcessError:
-    """The error for a worker that ended before its jobs were done."""
+def _worker_error(process: Any, had_started: bool, hint: str) -> ChildProcessError:
+    """Return the error for a worker that ended before its jobs were done."""
     process.join(timeout=10)
     exit_code = process.exitcode or 0
-    if exit_code == UNGUARDED:
+    if exit_code == UNGUARDED_EXIT_CODE:
         return ChildProcessError(
             f"The script starts workers outside of `{GUARD}`, and each worker runs the script again. Put the call "
             "below that line, or use num_processes=1."
         )
-    how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with {exit_code}"
-    if not had_begun and exit_code > 0:
+    outcome = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
+    if not had_started and exit_code > 0:
         return ChildProcessError(
-            f"A worker process {how} before it began; what it says stands above. If the script that starts it does "
-            f"so outside of `{GUARD}`, put the call below that line."
+            f"A worker process {outcome} before it started; see its output above. If the script starts workers "
+            f"outside of `{GUARD}`, put the call below that line."
         )
     return ChildProcessError(
-        f"A worker process {how}; if the machine has run out of memory, {hint}. What is finished stays valid; run "
+        f"A worker process {outcome}; if the machine has run out of memory, {hint}. Finished files stay valid; run "
         "again to go on."
     )

@@ -1,19 +1,20 @@
-"""A language model that speaks, in one command from nothing to sound.
+"""Train a language model that speaks, from scratch and in one command.
 
-    python examples/audio_lm/make.py --output audio_lm                      # the whole, on two cores
-    python examples/audio_lm/make.py --output small_try --quick             # every step of it, in minutes
+    python examples/audio_lm/make.py --output audio_lm                      # everything, on two cores
+    python examples/audio_lm/make.py --output small_try --quick             # every step, in minutes
 
-espeak-ng speaks sentences of a small grammar (sentences.py), bulk work turns the sound into codes, and a Llama of a
-few million weights learns from scratch to write the codes of a text. Then it speaks sentences that it never heard. In
-the output folder:
+espeak-ng speaks sentences of a small grammar (sentences.py). Bulk tokenization turns the audio into codes. A Llama
+with a few million weights learns from scratch to generate the codes of a text. Then it speaks held-out sentences. The
+output folder holds:
 
-    said.wav, said.png      one of them, as it was streamed, and espeak-ng's own of the same text above it
-    spoken/                 all of them
-    result.json             loss and entropy on held-out sentences, lengths, and how many were recognized
-    language_model/         the model with its tokenizer
-    speech/, tokens/, run/  the sound, its codes, and the run
+    said.wav, said.png      one of these sentences as a stream, and its spectrogram below that of espeak-ng's audio
+    spoken/                 audio of all of these sentences
+    result.json             loss and entropy on held-out sentences, lengths, and number of recognized sentences
+    language_model/         model and tokenizer
+    speech/, tokens/, run/  training audio, its codes, and the training run
 
-Interrupted, the same command goes on where it was. Needs espeak-ng and the extras `training`, `bulk` and `evaluation`.
+Runs are resumable: after an interruption, run the same command again. Needs espeak-ng and the extras `training`,
+`bulk` and `evaluation`.
 """
 
 import argparse
@@ -56,7 +57,7 @@ from wavtokenizer_hf.llm import (
 
 @dataclass
 class Size:
-    """What `--quick` makes smaller."""
+    """Sizes of data, model and training. `--quick` uses smaller ones."""
 
     sentences: int = 4000
     validation: int = 200
@@ -85,14 +86,12 @@ SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 50}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for all that is made")
-    parser.add_argument("--model", help="the WavTokenizer: a folder or a name on the Hub (default: the bundled one)")
-    parser.add_argument("--steps", type=int, help=f"of training (default {Size.steps})")
-    parser.add_argument("--seed", type=int, default=0, help="of the sentences, the weights and what is spoken")
-    parser.add_argument(
-        "--bf16", action="store_true", help="train in bfloat16, where GPU or processor are faster with it"
-    )
-    parser.add_argument("--quick", action="store_true", help="a small try")
+    parser.add_argument("--output", type=Path, required=True, help="output folder")
+    parser.add_argument("--model", help="WavTokenizer: folder, or name on the Hub (default: the bundled model)")
+    parser.add_argument("--steps", type=int, help=f"training steps (default {Size.steps})")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sentences, weights and sampling (default 0)")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16, where the hardware is faster with it")
+    parser.add_argument("--quick", action="store_true", help="run every step with small sizes")
     arguments = parser.parse_args()
     size = QUICK if arguments.quick else Size()
     size.steps = arguments.steps or size.steps
@@ -112,7 +111,7 @@ def main() -> None:
     tokenizer.save_pretrained(output / "language_model")
 
     result = {"steps": size.steps, "codebook_fingerprint": codec.codebook_fingerprint}
-    result |= validate(language_model, vocabulary, packed(tokens["validation"], rows, size, tokenizer))
+    result |= validate(language_model, vocabulary, pack_rows(tokens["validation"], rows, size, tokenizer))
     result |= speak(output, language_model, codec, tokenizer, rows, tokens["spoken"])
     result |= stream(output, language_model, codec, tokenizer, rows, tokens["spoken"])
     (output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -125,15 +124,16 @@ def main() -> None:
 
 
 def make_speech(folder: Path, size: Size, seed: int) -> dict[str, str]:
-    """espeak-ng's speech, one voice at one rate. Returns the text of each file, by its path below the folder."""
+    """Write espeak-ng's speech, in one voice and rate. Return the texts by the path of their file in the folder."""
     counts = {"train": size.sentences, "validation": size.validation, "spoken": size.spoken}
-    every = sentences(sum(counts.values()), seed)
+    all_sentences = sentences(sum(counts.values()), seed)
     texts, start = {}, 0
     for split, count in counts.items():
         (folder / split).mkdir(parents=True, exist_ok=True)
-        texts |= {f"{split}/{place:05d}.wav": text for place, text in enumerate(every[start : start + count])}
+        split_sentences = all_sentences[start : start + count]
+        texts |= {f"{split}/{index:05d}.wav": text for index, text in enumerate(split_sentences)}
         start += count
-    keep_texts(folder, texts)
+    save_texts(folder, texts)
 
     def say(name: str) -> None:
         if not (folder / name).exists():
@@ -145,17 +145,20 @@ def make_speech(folder: Path, size: Size, seed: int) -> dict[str, str]:
         with ThreadPoolExecutor() as threads:
             list(threads.map(say, texts))
     except FileNotFoundError as error:
-        raise SystemExit("There is no program espeak-ng. Install it, as with: apt-get install espeak-ng") from error
+        raise SystemExit(
+            "The program espeak-ng is missing. Install it, for example: apt-get install espeak-ng"
+        ) from error
     return texts
 
 
-def keep_texts(folder: Path, texts: dict[str, str]) -> None:
-    """Writes down what is said in the folder. What there is must be of the same texts: others have the same names."""
+def save_texts(folder: Path, texts: dict[str, str]) -> None:
+    """Save the texts of the audio files. Exit if the folder has audio of other texts, since names are the same."""
     path = folder / "texts.json"
     same = json.loads(path.read_text()) == texts if path.exists() else not any(folder.rglob("*.wav"))
     if not same:
         raise SystemExit(
-            f"{folder} has speech of other sentences, as of another --seed or of --quick. Choose another --output."
+            f"{folder} has speech of other sentences, for example of another --seed or of --quick. Choose another "
+            "--output."
         )
     partial = folder / "texts.json.partial"
     partial.write_text(json.dumps(texts, indent=1) + "\n")
@@ -163,7 +166,7 @@ def keep_texts(folder: Path, texts: dict[str, str]) -> None:
 
 
 def read_tokens(folder: Path, texts: dict[str, str]) -> datasets.DatasetDict:
-    """What bulk work wrote, with the text of each clip, in the splits that the clips' folders name."""
+    """Read the token folder, add the text of each clip, and split it by the folders of the clips."""
     dataset = datasets.load_dataset(str(folder), split="train", cache_dir=str(folder.parent / "cache"))
     dataset = dataset.select_columns(["id", "audio_codes", "duration", "codebook_fingerprint"]).sort("id")
     dataset = dataset.add_column("text", [texts[name] for name in dataset["id"]])
@@ -174,7 +177,7 @@ def read_tokens(folder: Path, texts: dict[str, str]) -> datasets.DatasetDict:
 
 
 def make_tokenizer(texts) -> PreTrainedTokenizerFast:
-    """One token for each letter."""
+    """Return a tokenizer with one token per letter."""
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     vocabulary = [*special.values(), *sorted(set("".join(texts)))]
     tokenizer = Tokenizer(models.WordLevel({token: id for id, token in enumerate(vocabulary)}, unk_token="<unk>"))
@@ -183,7 +186,7 @@ def make_tokenizer(texts) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
 
 
-def packed(dataset: datasets.Dataset, rows: TrainingRows, size: Size, tokenizer) -> datasets.Dataset:
+def pack_rows(dataset: datasets.Dataset, rows: TrainingRows, size: Size, tokenizer) -> datasets.Dataset:
     examples = dataset.map(rows, batched=True, remove_columns=dataset.column_names)
     pack = PackedRows(size.row_size, tokenizer.pad_token_id)
     return examples.map(pack, batched=True, batch_size=1000, remove_columns=examples.column_names)
@@ -219,7 +222,7 @@ def train(
         weight_decay=0.1,
         adam_beta2=0.95,
         bf16=bf16,
-        use_cpu=not torch.accelerator.is_available(),  # said in so many words, else bf16 wants a GPU
+        use_cpu=not torch.accelerator.is_available(),  # explicit, else bf16 requires a GPU
         eval_strategy="steps",
         eval_steps=max(1, size.steps // 10),
         save_steps=max(1, size.steps // 10),
@@ -230,28 +233,28 @@ def train(
     trainer = Trainer(
         model=LlamaForCausalLM(config),
         args=settings,
-        train_dataset=packed(tokens["train"], rows, size, tokenizer),
-        eval_dataset=packed(tokens["validation"], rows, size, tokenizer),
+        train_dataset=pack_rows(tokens["train"], rows, size, tokenizer),
+        eval_dataset=pack_rows(tokens["validation"], rows, size, tokenizer),
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
-    trainer.model.config.use_cache = True  # which Trainer switched off, and generation wants
+    trainer.model.config.use_cache = True  # Trainer switched it off, and generation needs it
     return trainer.model.eval()
 
 
 @torch.inference_mode()
 def validate(model: LlamaForCausalLM, vocabulary: AudioVocabulary, dataset: datasets.Dataset) -> dict:
-    """Loss per code on held-out sentences, and the entropy of those very codes without any context, both in nats."""
-    total, every = 0.0, []
+    """Return the loss per code on held-out sentences, and the entropy of these codes without context, both in nats."""
+    total, all_labels = 0.0, []
     for row in dataset:
         batch = {name: value.to(model.device) for name, value in default_data_collator([row]).items()}
         labels = batch.pop("labels")[0, 1:]
-        codes = vocabulary.is_audio(labels)
+        is_code = vocabulary.is_audio(labels)
         logits = model(**batch, use_cache=False).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits[codes], labels[codes], reduction="sum").item()
-        every.append(labels[codes].cpu().numpy())
-    counts = np.unique(np.concatenate(every), return_counts=True)[1]
+        total += torch.nn.functional.cross_entropy(logits[is_code], labels[is_code], reduction="sum").item()
+        all_labels.append(labels[is_code].cpu().numpy())
+    counts = np.unique(np.concatenate(all_labels), return_counts=True)[1]
     shares = counts / counts.sum()
     entropy = -(shares * np.log(shares)).sum()
     print(
@@ -266,9 +269,10 @@ def validate(model: LlamaForCausalLM, vocabulary: AudioVocabulary, dataset: data
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def longest(text: str, codec: WavTokenizerModel) -> int:
-    """
-    Codes after which a span is ended. A letter took espeak-ng 0.06 s on average and 0.08 s at most; this leaves room.
+def max_num_codes(text: str, codec: WavTokenizerModel) -> int:
+    """Return the maximum length of an audio span in codes.
+
+    espeak-ng needs 0.06 s per letter on average and 0.08 s at most; this allows 0.15 s.
     """
     return math.ceil(0.15 * len(text) * codec.config.frame_rate)
 
@@ -281,44 +285,46 @@ def speak(
     rows: TrainingRows,
     spoken: datasets.Dataset,
 ) -> dict:
-    """All held-out texts in one batch: their sound, how long it is, and whether it is recognized by it."""
+    """Speak all held-out texts in one batch. Return lengths relative to espeak-ng, and the number recognized."""
     prompts = [rows.prompt({"text": text}) for text in spoken["text"]]
     batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
-    most = max(longest(text, codec) for text in spoken["text"])
-    arguments = span_arguments(rows.vocabulary, tokenizer, max_codes=most)
-    written = model.generate(**batch, **arguments, **SAMPLING, max_new_tokens=most + 1)
-    spans = [rows.vocabulary.find_spans(row)[0][0] for row in written]
-    sounds = [sound.numpy() for sound in decode_spans(codec, rows.vocabulary, spans)]
+    max_codes = max(max_num_codes(text, codec) for text in spoken["text"])
+    arguments = span_arguments(rows.vocabulary, tokenizer, max_codes=max_codes)
+    generated = model.generate(**batch, **arguments, **SAMPLING, max_new_tokens=max_codes + 1)
+    spans = [rows.vocabulary.find_spans(row)[0][0] for row in generated]
+    waveforms = [waveform.numpy() for waveform in decode_spans(codec, rows.vocabulary, spans)]
     (output / "spoken").mkdir(exist_ok=True)
-    for name, sound in zip(spoken["id"], sounds, strict=True):
-        audio.save(output / "spoken" / Path(name).name, sound, codec.config.sampling_rate)
-    truths = [audio.load(output / "speech" / name, codec.config.sampling_rate) for name in spoken["id"]]
-    ratios = [len(sound) / len(truth) for sound, truth in zip(sounds, truths, strict=True)]
+    for name, waveform in zip(spoken["id"], waveforms, strict=True):
+        audio.save(output / "spoken" / Path(name).name, waveform, codec.config.sampling_rate)
+    references = [audio.load(output / "speech" / name, codec.config.sampling_rate) for name in spoken["id"]]
+    ratios = [len(waveform) / len(reference) for waveform, reference in zip(waveforms, references, strict=True)]
     return {
         "length_over_espeak": {"mean": float(np.mean(ratios)), "least": min(ratios), "most": max(ratios)},
-        "recognized": recognized(sounds, truths, codec.config.sampling_rate),
-        "spoken": len(sounds),
+        "recognized": count_recognized(waveforms, references, codec.config.sampling_rate),
+        "spoken": len(waveforms),
     }
 
 
-def recognized(sounds: list[np.ndarray], truths: list[np.ndarray], sampling_rate: int) -> int:
-    """How many sounds are nearer to espeak-ng's sound of their own text than to that of any other.
+def count_recognized(waveforms: list[np.ndarray], references: list[np.ndarray], sampling_rate: int) -> int:
+    """Count the waveforms that are nearer to espeak-ng's audio of their own text than to that of any other text.
 
-    Near by dynamic time warping of cepstra: no speech recognizer, but it needs no weights.
+    The distance is dynamic time warping of cepstra. Unlike a speech recognizer, it needs no weights.
     """
     import librosa
 
-    def cepstra(sound: np.ndarray) -> np.ndarray:
-        found = librosa.feature.mfcc(y=sound, sr=sampling_rate, n_mfcc=13, hop_length=sampling_rate // 50)[1:]
-        return (found - found.mean(1, keepdims=True)) / (found.std(1, keepdims=True) + 1e-6)
+    def compute_cepstra(waveform: np.ndarray) -> np.ndarray:
+        mfcc = librosa.feature.mfcc(y=waveform, sr=sampling_rate, n_mfcc=13, hop_length=sampling_rate // 50)[1:]
+        return (mfcc - mfcc.mean(1, keepdims=True)) / (mfcc.std(1, keepdims=True) + 1e-6)
 
-    def distance(one: np.ndarray, other: np.ndarray) -> float:
-        costs, path = librosa.sequence.dtw(one, other)
+    def distance(left: np.ndarray, right: np.ndarray) -> float:
+        costs, path = librosa.sequence.dtw(left, right)
         return costs[-1, -1] / len(path)
 
-    wanted = [cepstra(truth) for truth in truths]
-    nearest = [int(np.argmin([distance(cepstra(sound), truth) for truth in wanted])) for sound in sounds]
-    return sum(place == near for place, near in enumerate(nearest))
+    targets = [compute_cepstra(reference) for reference in references]
+    nearest = [
+        int(np.argmin([distance(compute_cepstra(waveform), target) for target in targets])) for waveform in waveforms
+    ]
+    return sum(index == nearest_index for index, nearest_index in enumerate(nearest))
 
 
 def stream(
@@ -329,40 +335,42 @@ def stream(
     rows: TrainingRows,
     spoken: datasets.Dataset,
 ) -> dict:
-    """The first held-out text once more, as sound that is written while it is generated."""
+    """Speak the first held-out text again, as a stream that is written while it is generated."""
     text, name = spoken["text"][0], spoken["id"][0]
-    arguments = span_arguments(rows.vocabulary, tokenizer, max_codes=longest(text, codec))
+    arguments = span_arguments(rows.vocabulary, tokenizer, max_codes=max_num_codes(text, codec))
     prompt = torch.tensor([rows.prompt({"text": text})], device=model.device)
-    pieces, started, first = [], time.perf_counter(), None
+    blocks, started, first = [], time.perf_counter(), None
     with audio.writing(output / "said.wav", codec.config.sampling_rate) as write:
-        for sound in stream_audio(
-            model, codec, rows.vocabulary, input_ids=prompt, attention_mask=torch.ones_like(prompt), **arguments, **SAMPLING,
+        for block in stream_audio(
+            model, codec, rows.vocabulary,
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), **arguments, **SAMPLING,
             max_new_tokens=arguments["logits_processor"][0].max_codes + 1,
         ):  # fmt: skip
             first = first or time.perf_counter() - started
-            write(sound.numpy())
-            pieces.append(sound.numpy())
+            write(block.numpy())
+            blocks.append(block.numpy())
     seconds = time.perf_counter() - started
-    said = np.concatenate(pieces)
-    truth = audio.load(output / "speech" / name, codec.config.sampling_rate)
-    draw(output / "said.png", text, {"espeak-ng": truth, "the language model": said}, codec.config.sampling_rate)
+    said = np.concatenate(blocks)
+    reference = audio.load(output / "speech" / name, codec.config.sampling_rate)
+    draw(output / "said.png", text, {"espeak-ng": reference, "the language model": said}, codec.config.sampling_rate)
     return {
         "said": text,
         "said_seconds": len(said) / codec.config.sampling_rate,
-        "espeak_seconds": len(truth) / codec.config.sampling_rate,
+        "espeak_seconds": len(reference) / codec.config.sampling_rate,
         "seconds_to_first_sound": first,
         "real_time_factor": seconds * codec.config.sampling_rate / len(said),
     }
 
 
-def draw(path: Path, title: str, sounds: dict[str, np.ndarray], sampling_rate: int) -> None:
-    """Spectrograms of several sounds, one above the other, on one time axis."""
+def draw(path: Path, title: str, waveforms: dict[str, np.ndarray], sampling_rate: int) -> None:
+    """Draw the spectrograms of several waveforms above each other, on one time axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5), layout="constrained")
-    for axes, (name, sound) in zip(figure.subplots(len(sounds), 1, sharex=True), sounds.items(), strict=True):
-        floor = 1e-6 * np.random.default_rng(0).standard_normal(len(sound))  # exact silence has no logarithm
-        axes.specgram(sound + floor, NFFT=1024, noverlap=768, Fs=sampling_rate, vmin=-150, vmax=-40, cmap="magma")
+    panels = figure.subplots(len(waveforms), 1, sharex=True)
+    for axes, (name, waveform) in zip(panels, waveforms.items(), strict=True):
+        noise = 1e-6 * np.random.default_rng(0).standard_normal(len(waveform))  # digital silence has no logarithm
+        axes.specgram(waveform + noise, NFFT=1024, noverlap=768, Fs=sampling_rate, vmin=-150, vmax=-40, cmap="magma")
         axes.set(title=name, ylabel="Hz", facecolor="black")
     axes.set(xlabel="seconds")
     figure.suptitle(title)

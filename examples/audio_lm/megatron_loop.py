@@ -1,9 +1,8 @@
-"""Train a language model on a Megatron file, read with Megatron Core's own reader, in a plain loop of torch.
+"""Train a language model in a plain torch loop on a Megatron file, read by Megatron Core's own reader.
 
 pip install megatron-core
 wavtokenizer export tokens/ --format megatron --tokenizer llm-with-audio --loss-mask --output megatron/
-python examples/audio_lm/megatron_loop.py --language_model llm-with-audio --tokens megatron/ --output trained --steps
-1000
+python examples/audio_lm/megatron_loop.py --language_model llm-with-audio --tokens megatron/ --output trained
 """
 
 import argparse
@@ -24,8 +23,7 @@ NO_LOSS = -100
 
 
 class MegatronRows(Dataset):
-    """
-    Sequences of a Megatron file: `input_ids` and `labels`, int64 (L,). Labels are -100 where loss_mask.bin has a 0.
+    """Sequences of a Megatron file: `input_ids` and `labels`, int64 (L,). Labels are -100 where loss_mask.bin has a 0.
 
     Args:
         folder: Folder that `wavtokenizer export --format megatron` wrote.
@@ -43,12 +41,12 @@ class MegatronRows(Dataset):
         input_ids = torch.from_numpy(self.tokens[index].astype(np.int64))
         if self.loss_mask is None:
             return {"input_ids": input_ids, "labels": input_ids}
-        carries_loss = torch.from_numpy(self.loss_mask[index] == 1)
-        return {"input_ids": input_ids, "labels": input_ids.where(carries_loss, NO_LOSS)}
+        has_loss = torch.from_numpy(self.loss_mask[index] == 1)
+        return {"input_ids": input_ids, "labels": input_ids.where(has_loss, NO_LOSS)}
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Pad on the right: (B, L) each."""
+    """Pad rows on the right, and return tensors (B, L)."""
     input_ids = pad_sequence([row["input_ids"] for row in rows], batch_first=True)
     labels = pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=NO_LOSS)
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
@@ -57,7 +55,7 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def train(model, rows: MegatronRows, steps: int, batch_size: int, learning_rate: float) -> list[float]:
-    """Train the model, and return the loss of each step."""
+    """Train the model. Return the loss of each step."""
     loader = DataLoader(rows, batch_size, shuffle=True, collate_fn=collate)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate)
     losses = []
@@ -73,13 +71,13 @@ def train(model, rows: MegatronRows, steps: int, batch_size: int, learning_rate:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--language_model", required=True, help="folder, or name on the Hub, of a model that has the codes"
+        "--language_model", required=True, help="folder or Hub name of a model whose vocabulary has the codes"
     )
     parser.add_argument("--tokens", type=Path, required=True, help="folder of the Megatron file")
     parser.add_argument("--output", required=True, help="folder for the trained model")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--steps", type=int, default=1000, help="training steps (default 1000)")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences per batch (default 8)")
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="default 1e-4")
     arguments = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(arguments.language_model).train()
     load_vocabulary(arguments.tokens / "vocabulary.json").check_model(model)

@@ -1,6 +1,4 @@
-"""
-What is said: sentences of one simple grammar. Those that are held out are made of words that training hears elsewhere.
-"""
+"""Generate sentences of a simple grammar. Held-out sentences use words that occur in training sentences."""
 
 import random
 
@@ -29,14 +27,16 @@ ADJECTIVES = [
     "lonely",
     "happy",
 ]
-NOUNS = ["dog", "baker", "river", "teacher", "sailor", "garden", "window", "engine", "mountain", "children", "doctor", "piano",
-         "letter", "kitchen", "farmer", "bridge", "market", "forest", "painter", "storm"]  # fmt: skip
+NOUNS = [
+    "dog", "baker", "river", "teacher", "sailor", "garden", "window", "engine", "mountain", "children",
+    "doctor", "piano", "letter", "kitchen", "farmer", "bridge", "market", "forest", "painter", "storm",
+]  # fmt: skip
 VERBS = ["follows", "watches", "finds", "remembers", "carries", "paints", "hears", "opens", "leaves", "loves"]
 ENDINGS = ["again", "without a sound", "near the water", "before breakfast", "with both hands", "for a long time"]
 
 
 def sentence(generator: random.Random) -> str:
-    """As `today the old baker follows a river again`: small letters and blanks only."""
+    """Return a sentence of lowercase letters and spaces, such as "today the old baker follows a river again"."""
     words = [f"the {generator.choice(ADJECTIVES)} {generator.choice(NOUNS)} {generator.choice(VERBS)}"]
     words.append(f"{generator.choice(['the', 'a'])} {generator.choice(NOUNS)}")
     if generator.random() < 0.5:
@@ -47,8 +47,8 @@ def sentence(generator: random.Random) -> str:
 
 
 def sentences(count: int, seed: int) -> list[str]:
-    """So many different ones, the same for the same seed."""
-    generator, found = random.Random(seed), {}
-    while len(found) < count:
-        found[sentence(generator)] = None
-    return list(found)
+    """Return `count` different sentences. The same seed gives the same sentences."""
+    generator, unique_sentences = random.Random(seed), {}
+    while len(unique_sentences) < count:
+        unique_sentences[sentence(generator)] = None
+    return list(unique_sentences)

@@ -1,11 +1,10 @@
-"""Train a language model on a token folder that is read as a stream: no prepared copy is written, and no folder is too
-large.
+"""Train a language model on a token folder that is read as a stream, without a prepared copy.
 
-    python examples/audio_lm/stream.py --language_model llm-with-audio --tokens tokens/ --output_dir trained
-    --max_steps 1000
+    python examples/audio_lm/stream.py --language_model llm-with-audio --tokens tokens/ \\
+        --output_dir trained --max_steps 1000
 
-`--language_model` is a model whose tokenizer has the codes, as `AudioVocabulary.add_to` makes it. It learns to
-continue audio. Every argument of transformers' TrainingArguments is one of this program.
+The tokenizer of `--language_model` must have the codes, for example from `AudioVocabulary.add_to`. The model learns to
+continue audio. The program also takes every argument of transformers' TrainingArguments.
 """
 
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from wavtokenizer_hf.llm import AudioVocabulary, Template, TrainingRows
 
 @dataclass
 class Arguments:
-    language_model: str = field(metadata={"help": "folder, or name on the Hub, of a model that has the codes"})
+    language_model: str = field(metadata={"help": "folder or Hub name of a model whose vocabulary has the codes"})
     tokens: str = field(metadata={"help": "output folder of `wavtokenizer tokenize`"})
 
 
@@ -38,7 +37,7 @@ def main(arguments: Arguments, settings: TrainingArguments) -> Trainer:
     stream = stream.shuffle(settings.seed, buffer_size=1000).map(
         rows, batched=True, remove_columns=stream.column_names
     )
-    collator = DataCollatorForSeq2Seq(tokenizer)  # pads ids and labels
+    collator = DataCollatorForSeq2Seq(tokenizer)  # pads input ids and labels
     trainer = Trainer(model, settings, collator, train_dataset=stream, processing_class=tokenizer)
     trainer.train()
     trainer.save_model()

@@ -1,21 +1,19 @@
-"""The bundled model, in one command from nothing to its card.
+"""Train the bundled model from scratch, evaluate it and write its card, in one command.
 
-    python examples/bundled_model/make.py --output bundled_model                      # the whole
-    python examples/bundled_model/make.py --output more --model bundled --steps 5000  # from the weights in the
-                                                                                      repository on
-    python examples/bundled_model/make.py --output small_try --quick                  # every step of it in about two
-                                                                                      minutes
+    python examples/bundled_model/make.py --output bundled_model                      # everything
+    python examples/bundled_model/make.py --output more --model bundled --steps 5000  # further training
+    python examples/bundled_model/make.py --output small_try --quick                  # all steps, in two minutes
 
-It downloads recorded sound (recordings.py) and makes synthetic sound (sound.py), trains on both with recipe.yaml,
-measures the model on recorded utterances of speakers that were held out and on synthetic ones, draws the curves, and
-writes the card from what was measured. In the output folder:
+It downloads recordings (recordings.py), generates synthetic audio (sound.py), and trains on both with recipe.yaml. It
+evaluates the model on recorded utterances of held-out speakers and on synthetic ones. Then it draws the curves, and
+writes the card from the measured values. The output folder holds:
 
-    model/          the last checkpoint with its card as README.md: what becomes wavtokenizer_hf/bundled
-    curves.csv, curves.png, report_voices/, report_synthetic/    what training and evaluation found
-    sound/, run/    the sound, and the run with its TensorBoard log
+    model/          last checkpoint, with its card as README.md; it becomes wavtokenizer_hf/bundled
+    curves.csv, curves.png, report_voices/, report_synthetic/    results of training and evaluation
+    sound/, run/    audio, and the training run with its TensorBoard log
 
-Interrupted, the same command goes on where it was. Needs espeak-ng and the extras `training` and `evaluation`; for
-recorded sound also apt-get, dpkg and ffmpeg (Debian or Ubuntu). `--sound synthetic` does without.
+Runs are resumable: after an interruption, run the same command again. Needs espeak-ng and the extras `training` and
+`evaluation`. Recordings also need apt-get, dpkg and ffmpeg (Debian or Ubuntu); `--sound synthetic` does not.
 """
 
 import argparse
@@ -48,150 +46,148 @@ HERE = Path(__file__).parent
 
 RECIPE = HERE / "recipe.yaml"
 QUICK = {"steps": 20, "continuous_steps": 5, "kmeans_iterations": 5, "validate_every": 10, "log_every": 10}
-SYNTHETIC_SHARE = 0.3  # of the clips of training, where there are recordings; with less, synthetic speech gets worse
-MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-"""Tells glibc to keep memory that it once got. Else every step of training gives it back and asks for it again, at one
-page fault for every 4 kB; see benchmarks/training.py."""
+SYNTHETIC_SHARE = 0.3  # share of the training clips if there are recordings; with less, synthetic speech gets worse
+MALLOC_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+"""Makes glibc keep freed memory. Otherwise every training step returns it to the kernel and requests it again, with a
+page fault per 4 kB; see benchmarks/training.py."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for all that is made")
+    parser.add_argument("--output", type=Path, required=True, help="output folder")
     parser.add_argument(
         "--sound",
         choices=("recorded", "synthetic"),
         default="recorded",
-        help="recorded: human voices and music of Debian packages, and synthetic sound; synthetic: that alone",
+        help="recorded: voices and music of Debian packages, and synthetic audio; synthetic: synthetic audio only",
     )
-    parser.add_argument("--hours", type=float, default=1.2, help="of synthetic sound to train on (default 1.2)")
-    parser.add_argument("--model", help="folder of a model to start from, or `bundled` (default: random weights)")
-    parser.add_argument("--steps", type=int, help="of training; default: the recipe's")
-    parser.add_argument("--seed", type=int, default=0, help="of the sound and of training (default 0)")
+    parser.add_argument("--hours", type=float, default=1.2, help="hours of synthetic training audio (default 1.2)")
+    parser.add_argument("--model", help="model folder to start from, or `bundled` (default: random weights)")
+    parser.add_argument("--steps", type=int, help="training steps (default: those of the recipe)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of audio and training (default 0)")
     parser.add_argument(
-        "--quick", action="store_true", help="a small try: 0.02 hours of synthetic sound alone, 20 steps"
+        "--quick", action="store_true", help="run every step with 0.02 hours of synthetic audio, 20 steps"
     )
     arguments = parser.parse_args()
     hours = 0.02 if arguments.quick else arguments.hours
-    changes = dict(QUICK) if arguments.quick else {}
+    overrides = dict(QUICK) if arguments.quick else {}
     if arguments.model is not None:
-        changes |= {"model": arguments.model, "continuous_steps": 0}
+        overrides |= {"model": arguments.model, "continuous_steps": 0}
     if arguments.steps is not None:
-        changes["steps"] = arguments.steps
+        overrides["steps"] = arguments.steps
     output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
 
     kind = "synthetic" if arguments.quick else arguments.sound
-    facts = make_sound(output / "sound", kind, hours, arguments.seed)
-    settings = train(output, {**changes, "seed": arguments.seed})
+    facts = make_audio(output / "sound", kind, hours, arguments.seed)
+    settings = train(output, {**overrides, "seed": arguments.seed})
     model = WavTokenizerModel.from_pretrained(output / "run" / "last").eval()
-    reports = measure_all(output, model)
+    results = measure_all(output, model)
     points = read_curves(output / "run" / "log")
     write_curves(output, points)
-    write_model(output, card(settings, facts, model, reports, points))
+    write_model(output, make_card(settings, facts, model, results, points))
     print(f"\n{output / 'model'} is ready.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The steps
+# Steps
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_sound(folder: Path, kind: str, hours: float, seed: int) -> dict:
-    """
-    Makes training, validation and held-out clips once; returns what they were made of, which sound.json remembers.
-    """
-    asked = {"sound": kind, "hours": hours, "seed": seed, "espeak_ng": sound.espeak_version()}
-    remembered = folder / "sound.json"
-    if remembered.exists():
-        facts = json.loads(remembered.read_text())
-        if {name: facts[name] for name in asked} != asked:
-            raise SystemExit(f"{folder} was made with {facts}, and now {asked} is asked for. Choose another output.")
+def make_audio(folder: Path, kind: str, hours: float, seed: int) -> dict:
+    """Create training, validation and held-out clips once. Return the facts about them, which sound.json stores."""
+    requested = {"sound": kind, "hours": hours, "seed": seed, "espeak_ng": sound.espeak_version()}
+    facts_file = folder / "sound.json"
+    if facts_file.exists():
+        facts = json.loads(facts_file.read_text())
+        if {name: facts[name] for name in requested} != requested:
+            raise SystemExit(f"{folder} was made with {facts}, but {requested} is requested. Choose another --output.")
         return facts
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
     workers = os.cpu_count() or 1
-    facts = dict(asked)
+    facts = dict(requested)
     if kind == "recorded":
         facts |= recordings.summary(recordings.make_recordings(folder, seed, workers))
     sound.make_held_out(folder / "held_out_synthetic", seed)
     sound.make_clips(folder / "validation", min(hours, 0.05), seed, "validation", workers)
     sound.make_clips(folder / "training_synthetic", hours, seed, "training", workers)
     write_training_list(folder)
-    partial = remembered.with_suffix(".partial")
+    partial = facts_file.with_suffix(".partial")
     partial.write_text(json.dumps(facts))
-    os.replace(partial, remembered)
+    os.replace(partial, facts_file)
     return facts
 
 
 def write_training_list(folder: Path) -> None:
-    """Lists the clips of training. Synthetic ones are repeated until they are SYNTHETIC_SHARE of all."""
+    """Write the list of training clips. Synthetic clips are repeated up to SYNTHETIC_SHARE of all clips."""
     recorded, synthetic = (sorted(folder.glob(f"{name}/*.wav")) for name in ("training", "training_synthetic"))
-    wanted = round(len(recorded) * SYNTHETIC_SHARE / (1 - SYNTHETIC_SHARE)) or len(synthetic)
-    clips = [*recorded, *itertools.islice(itertools.cycle(synthetic), wanted)]
+    num_synthetic = round(len(recorded) * SYNTHETIC_SHARE / (1 - SYNTHETIC_SHARE)) or len(synthetic)
+    clips = [*recorded, *itertools.islice(itertools.cycle(synthetic), num_synthetic)]
     (folder / "training.txt").write_text("".join(f"{clip.relative_to(folder)}\n" for clip in clips), encoding="utf-8")
 
 
-def train(output: Path, changes: dict) -> Settings:
-    """`wavtokenizer train` in a process of its own, whose memory glibc keeps; goes on from a run that is there."""
+def train(output: Path, overrides: dict) -> Settings:
+    """Run or resume `wavtokenizer train` in its own process, with glibc settings. Return the training settings."""
     run = output / "run"
-    changes |= {
+    overrides |= {
         "train_data": str(output / "sound" / "training.txt"),
         "validation_data": str(output / "sound" / "validation"),
         "output": str(run),
     }
     command = [sys.executable, "-m", "wavtokenizer_hf", "train", str(RECIPE)]
-    command += [f"--{name}={value}" for name, value in changes.items()]
-    if (run / "last").exists() or (run / "previous").exists():  # the latter after a kill between two renames
+    command += [f"--{name}={value}" for name, value in overrides.items()]
+    if (run / "last").exists() or (run / "previous").exists():  # a kill between two renames leaves `previous`
         command.append("--resume")
-    subprocess.run(command, check=True, env={**os.environ, **MEMORY})
-    return Settings.load(str(RECIPE), changes)
+    subprocess.run(command, check=True, env={**os.environ, **MALLOC_ENVIRONMENT})
+    return Settings.load(str(RECIPE), overrides)
 
 
 METRICS = ["pesq_wb", "stoi", "estoi", "si_sdr", "mel_distance", "stft_distance", "mcd"]
 PITCH_METRICS = ["f0_error", "voicing_f1"]
 CREPE = "tiny"
-"""The full CREPE takes half a minute on a CPU core for a second of sound."""
+"""The full CREPE model takes half a minute on a CPU core for a second of audio."""
 
 
 @dataclass
-class Measured:
-    """What one held-out set said of the model."""
+class HeldOutResult:
+    """Results of the model on one held-out set."""
 
     report: Report
-    agreement: float  # share of codes that a second pass gives again
+    agreement: float  # share of codes that stay the same after decoding and encoding again
 
 
-def measure_all(output: Path, model: WavTokenizerModel) -> dict[str, Measured]:
-    """Measures the model on each held-out set that there is, by its name."""
+def measure_all(output: Path, model: WavTokenizerModel) -> dict[str, HeldOutResult]:
+    """Evaluate the model on each existing held-out set. Return the results by the name of the set."""
     folders = {name: output / "sound" / f"held_out_{name}" for name in ("voices", "synthetic")}
     return {
         name: measure(folder, output / f"report_{name}", model) for name, folder in folders.items() if folder.is_dir()
     }
 
 
-def measure(held_out: Path, output: Path, model: WavTokenizerModel, name: str = "bundled model") -> Measured:
-    """Measures a model on the clips of a folder; the report is saved in `output`."""
+def measure(held_out: Path, output: Path, model: WavTokenizerModel, name: str = "bundled model") -> HeldOutResult:
+    """Evaluate a model on the clips of a folder, and save the report in `output`."""
     files = sorted(held_out.iterdir())
     report = evaluate(
         [(file, Path(file.name)) for file in files],
         [Model(name, model)],
-        metrics=[each for each in METRICS + PITCH_METRICS if unavailable_reason(each) is None],
+        metrics=[metric for metric in METRICS + PITCH_METRICS if unavailable_reason(metric) is None],
         num_workers=os.cpu_count() or 1,
         crepe=CREPE,
     )
     report.save(output)
-    shutil.rmtree(output / "worst", ignore_errors=True)  # other people's voices: kept out of the repository
+    shutil.rmtree(output / "worst", ignore_errors=True)  # do not publish other people's voices
     (output / "worst.md").unlink(missing_ok=True)
     print(report.table())
-    same = count = 0
+    num_same = num_codes = 0
     for file in files:
         waveform = torch.from_numpy(audio.load(file, model.config.sampling_rate))[None, None]
         with torch.inference_mode():
             first = model.encode(waveform).audio_codes
             second = model.encode(model.decode(first).audio_values[..., : waveform.shape[-1]]).audio_codes
-        same += int((first == second).sum())
-        count += first.numel()
-    print(f"encode, decode, encode: {same} of {count} codes are the same")
-    return Measured(report, same / count)
+        num_same += int((first == second).sum())
+        num_codes += first.numel()
+    print(f"encode, decode, encode: {num_same} of {num_codes} codes are the same")
+    return HeldOutResult(report, num_same / num_codes)
 
 
 CURVES = {
@@ -204,22 +200,20 @@ CURVES = {
 
 
 def read_curves(log: Path) -> list[dict[str, float]]:
-    """
-    One point for each validation: step, hours of training so far without interruptions, and the figures of CURVES.
-    """
+    """Return a point for each validation: step, hours of training without interruptions, and the values of CURVES."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(log), size_guidance={"scalars": 0}).Reload()
     times = sorted((event.step, event.wall_time) for event in events.Scalars("loss/mel"))
     gaps = [later - earlier for (_, earlier), (_, later) in itertools.pairwise(times)]
-    usual = sorted(gaps)[len(gaps) // 2] if gaps else 0.0
+    median_gap = sorted(gaps)[len(gaps) // 2] if gaps else 0.0
     hours, elapsed = {times[0][0]: 0.0}, 0.0
     for (step, _), gap in zip(times[1:], gaps, strict=True):
-        elapsed += gap if gap < 10 * usual + 60 else usual  # a run that was resumed did not train in between
+        elapsed += gap if gap < 10 * median_gap + 60 else median_gap  # a long gap is an interruption
         hours[step] = elapsed / 3600
-    found = {name: {event.step: event.value for event in events.Scalars(name)} for name in CURVES}
-    steps = [step for step in found["validation/mel"] if step in hours]
-    return [{"step": step, "hours": hours[step], **{name: found[name][step] for name in CURVES}} for step in steps]
+    values = {name: {event.step: event.value for event in events.Scalars(name)} for name in CURVES}
+    steps = [step for step in values["validation/mel"] if step in hours]
+    return [{"step": step, "hours": hours[step], **{name: values[name][step] for name in CURVES}} for step in steps]
 
 
 def write_curves(output: Path, points: list[dict[str, float]]) -> None:
@@ -242,19 +236,19 @@ def write_curves(output: Path, points: list[dict[str, float]]) -> None:
     os.replace(output / "curves.partial", output / "curves.png")
 
 
-def card(settings: Settings, facts: dict, model: WavTokenizerModel, measured: dict, points: list[dict]) -> str:
-    """The card, every number of which was measured or set in this run."""
+def make_card(settings: Settings, facts: dict, model: WavTokenizerModel, results: dict, points: list[dict]) -> str:
+    """Return the card. All its numbers were measured or set in this run."""
     threads = torch.get_num_threads()
-    used = used_discriminators(settings.loss_weights)
+    discriminators = used_discriminators(settings.loss_weights)
     template = string.Template((HERE / "card.md").read_text(encoding="utf-8"))
     return template.substitute(
-        measured="\n\n".join(_table(name, each) for name, each in measured.items()),
+        measured="\n\n".join(_metrics_table(name, result) for name, result in results.items()),
         codebook_size=model.config.codebook_size,
         frame_rate=f"{model.config.frame_rate:g}",
         bit_rate=f"{model.config.bit_rate:g}",
         parameters=f"{model.num_parameters() / 1e6:.2f}",
         fingerprint=model.codebook_fingerprint,
-        sound=_sound(facts),
+        recordings=_describe_recordings(facts),
         languages=len(texts.TRAINING_WORDS),
         variants=len(texts.TRAINING_VARIANTS),
         hours=f"{facts['hours']:g}",
@@ -262,7 +256,9 @@ def card(settings: Settings, facts: dict, model: WavTokenizerModel, measured: di
         seed=settings.seed,
         start=f" from {settings.model}" if settings.model else "",
         steps=settings.steps,
-        discriminators=f"{', '.join(used)} from step {settings.mel_only_steps} on" if used else "none",
+        discriminators=f"{', '.join(discriminators)} from step {settings.mel_only_steps} on"
+        if discriminators
+        else "none",
         training_hours=f"{points[-1]['hours']:.2f}",
         device=torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -272,41 +268,41 @@ def card(settings: Settings, facts: dict, model: WavTokenizerModel, measured: di
     )
 
 
-SETS = {
+SET_DESCRIPTIONS = {
     "voices": "recorded utterances of human speakers that were not in training:",
     "synthetic": "utterances of espeak-ng. The sentences and voice variants were not in training, nor were half of "
     "the languages:",
 }
 
 
-def _table(name: str, measured: Measured) -> str:
-    """One held-out set's part of the card."""
-    report = measured.report.to_dict()
-    result = report["systems"][0]
-    lines = [f"On {report['num_files']} {SETS[name]}", "", "| | |", "|---|---|"]
-    for metric, figure in result["metrics"].items():
-        if figure["mean"] is None or metric.startswith("codebook"):
+def _metrics_table(name: str, result: HeldOutResult) -> str:
+    """Return the section of one held-out set for the card."""
+    report = result.report.to_dict()
+    system = report["systems"][0]
+    lines = [f"On {report['num_files']} {SET_DESCRIPTIONS[name]}", "", "| | |", "|---|---|"]
+    for metric, value in system["metrics"].items():
+        if value["mean"] is None or metric.startswith("codebook"):
             continue
         unit = f" {report['units'][metric]}" if report["units"][metric] else ""
-        low = f" ({figure['low']:.3f} to {figure['high']:.3f})" if figure["low"] is not None else ""
-        lines.append(f"| {ALL_METRICS[metric].title} | {figure['mean']:.3f}{unit}{low} |")
-    codes = result["all_codes"]
+        interval = f" ({value['low']:.3f} to {value['high']:.3f})" if value["low"] is not None else ""
+        lines.append(f"| {ALL_METRICS[metric].title} | {value['mean']:.3f}{unit}{interval} |")
+    codes = system["all_codes"]
     lines += [
         "",
         f"All {codes['num_codes']} codes together use {codes['num_used']} entries "
-        f"({codes['codebook_utilization']:.1%}). When the decoded audio is encoded again, {measured.agreement:.1%} "
+        f"({codes['codebook_utilization']:.1%}). When the decoded audio is encoded again, {result.agreement:.1%} "
         "of the codes are the same.",
     ]
     return "\n".join(lines)
 
 
-def _sound(facts: dict) -> str:
-    """What recorded sound the model heard, for the card."""
+def _describe_recordings(facts: dict) -> str:
+    """Return the description of the training recordings for the card."""
     if facts["sound"] != "recorded":
         return "It was trained on no recordings."
-    heard = [package for package in recordings.PACKAGES if package.name in facts["packages"]]
-    rows = "\n".join(f"| {package.name} | {package.licence} |" for package in heard)
-    music = " and music" if any(package.music for package in heard) else ""
+    packages = [package for package in recordings.PACKAGES if package.name in facts["packages"]]
+    rows = "\n".join(f"| {package.name} | {package.licence} |" for package in packages)
+    music = " and music" if any(package.music for package in packages) else ""
     return (
         f"{facts['training_hours']:.1f} hours of recordings of {facts['training_speakers']} human voices (counted by "
         f"package and language){music}, from Debian packages. {facts['held_out_speakers']} voices were held out. The "
@@ -316,10 +312,10 @@ def _sound(facts: dict) -> str:
 
 
 def write_model(output: Path, text: str) -> None:
-    """The last checkpoint and its card, beside it first, then in its place; without the code, which it lies beside.
+    """Write the last checkpoint and its card to model/, without code, since the package has the code.
 
-    Not the best by the validation score: that counts the commitment loss, which grows while codes become easier to
-    tell apart.
+    The last checkpoint is used, not the one with the best validation score. The score includes the commitment loss,
+    which grows while codes become easier to distinguish.
     """
     partial, model = output / "model.partial", output / "model"
     shutil.rmtree(partial, ignore_errors=True)
@@ -327,7 +323,7 @@ def write_model(output: Path, text: str) -> None:
     shutil.copy(output / "run" / "last" / "model.safetensors", partial)
     for name in ("config.json", "preprocessor_config.json"):
         values = json.loads((output / "run" / "last" / name).read_text())
-        del values["auto_map"]  # where the code would be
+        del values["auto_map"]  # names code files that are not in this folder
         (partial / name).write_text(json.dumps(values, indent=2) + "\n")
     (partial / "README.md").write_text(text, encoding="utf-8")
     shutil.rmtree(model, ignore_errors=True)

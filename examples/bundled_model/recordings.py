@@ -1,8 +1,7 @@
-"""The recorded sound that the bundled model is trained on: human speech and music out of Debian's packages, split by
-speaker.
+"""Collect recorded audio for the bundled model: human speech and music from Debian packages, split by speaker.
 
-`make_recordings` downloads the packages by name (apt-get, no root), unpacks them (dpkg -x), and writes 24 kHz clips to
-training/, validation/ and held_out_voices/. No sound of a held-out speaker is in the other two.
+`make_recordings` downloads the packages by name (apt-get, without root), unpacks them (dpkg -x), and writes 24 kHz
+clips to training/, validation/ and held_out_voices/. Held-out speakers are in held_out_voices/ only.
 """
 
 import re
@@ -26,11 +25,11 @@ from wavtokenizer_hf import audio
 
 @dataclass(frozen=True)
 class Package:
-    """A Debian package with recorded sound."""
+    """Debian package with recorded audio."""
 
     name: str
-    licence: str  # of the sound, by the package's copyright file
-    pattern: str  # regular expression of the paths to take; its group names the speaker after `prefix`
+    licence: str  # licence of the audio, by the package's copyright file
+    pattern: str  # regular expression of the paths to use; `prefix` and its group make up the speaker's name
     prefix: str = ""
     music: bool = False
 
@@ -45,102 +44,94 @@ PACKAGES = (
     Package("tuxpaint-stamps-default", "GPL-2", r".*_desc_([a-z]+)\.ogg", "tuxpaint_"),
     Package("hedgewars-data", "GPL-2", r".*/Data/(Music)/.*\.ogg", "hedgewars_", music=True),
 )
-"""
-What is taken. Other sound of these packages is left out: effects, and hedgewars's voices, which are under the GFDL.
-"""
+"""Packages to use. Their other audio is left out: effects, and the voices of hedgewars, which are under the GFDL."""
 
 HELD_OUT_SPEAKERS = ("it_IT_m_Carlo", "fr_CA_f_June")
 HELD_OUT_LANGUAGES = ("da", "lt")
-"""Of the last three packages of speech: nobody who speaks in one of them under these names is in training, since the
-same volunteer may have recorded for several programs."""
+"""Languages held out in klettres, ktuberling and tuxpaint, since a volunteer may have recorded for several of them."""
 HELD_OUT_COUNTS = {"it_IT_m_Carlo": 90, "fr_CA_f_June": 60, "da": 40, "lt": 40}  # utterances to evaluate on
 HELD_OUT_SECONDS = (1.0, 8.0)
-LOWEST_RATE = 16000  # Hz of a file: some are telephone sound
-MUSIC_SECONDS = 60  # of a piece, so that music stays a small part
+MIN_SAMPLING_RATE = 16000  # Hz; some files have telephone quality
+MUSIC_SECONDS = 60  # of each music file, so that music stays a small part
 VALIDATION_SHARE = 0.01
-SHORTEST, LONGEST = (
-    0.35,
-    4.0,
-)  # seconds of a training clip; longer recordings are cut, since training reads whole clips
-EDGE_SECONDS = 0.12  # of silence that is left at either end
-AUGMENTED_SHARE = 0.6  # of the training recordings have a changed copy beside them
+# seconds of a training clip; longer recordings are cut, since training reads whole clips
+MIN_SECONDS, MAX_SECONDS = 0.35, 4.0
+EDGE_SECONDS = 0.12  # silence to keep at each end
+AUGMENTED_SHARE = 0.6  # share of the training recordings that also have an augmented copy
 
 
 def make_recordings(folder: Path, seed: int, num_workers: int) -> dict:
     """
-    Writes training/, validation/ and held_out_voices/ below `folder`.
+    Write training/, validation/ and held_out_voices/ in `folder`.
 
     Returns:
-        What was taken: by speaker, seconds, number of files and the package.
+        Speaker -> package, number of files, and seconds.
 
     Raises:
-        RuntimeError: no apt-get, dpkg or ffmpeg, or a package cannot be downloaded; the message says which.
+        RuntimeError: apt-get, dpkg or ffmpeg is missing, or a package cannot be downloaded or has no audio.
     """
     check_programs()
-    for part in ("training", "validation", "held_out_voices"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    taken: dict[str, dict] = {}
+    for split in ("training", "validation", "held_out_voices"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+    speakers: dict[str, dict] = {}
     for package in PACKAGES:
         with tempfile.TemporaryDirectory(dir=folder) as unpacked:
             unpack(package.name, Path(unpacked))
-            files = list(find(package, Path(unpacked)))
+            files = list(find_files(package, Path(unpacked)))
             if not files:
-                raise RuntimeError(f"The package {package.name} has no sound where it used to be ({package.pattern}).")
-            work = partial(_write, folder, seed, package.music)
+                raise RuntimeError(
+                    f"The package {package.name} has no audio at the expected paths ({package.pattern})."
+                )
+            write = partial(_write_recording, folder, seed, package.music)
             with ProcessPoolExecutor(num_workers) as executor:
-                made = executor.map(work, *zip(*files, strict=True), chunksize=16)
-                for (_, speaker, _), seconds in zip(
-                    files, tqdm(made, total=len(files), desc=package.name), strict=True
-                ):
-                    entry = taken.setdefault(speaker, {"package": package.name, "files": 0, "seconds": 0.0})
+                durations = executor.map(write, *zip(*files, strict=True), chunksize=16)
+                durations = tqdm(durations, total=len(files), desc=package.name)
+                for (_, speaker, _), seconds in zip(files, durations, strict=True):
+                    entry = speakers.setdefault(speaker, {"package": package.name, "files": 0, "seconds": 0.0})
                     entry["files"] += seconds > 0
                     entry["seconds"] = round(entry["seconds"] + seconds, 2)
     choose_held_out(folder / "held_out_voices", seed)
-    return taken
+    return speakers
 
 
 def check_programs() -> None:
-    """Raises RuntimeError if a program that is needed is missing."""
+    """Raise RuntimeError if a required program is missing."""
     for program, use in (("apt-get", "downloads"), ("dpkg", "unpacks"), ("ffmpeg", "decodes G.722 of")):
         if shutil.which(program) is None:
             raise RuntimeError(
-                f"There is no program {program}, which {use} the packages of recorded sound. Install it, or train on "
-                "synthetic sound alone with --sound synthetic."
+                f"The program {program}, which {use} the packages of recordings, is missing. Install it, or train on "
+                "synthetic audio alone with --sound synthetic."
             )
 
 
 def unpack(name: str, folder: Path) -> None:
-    """
-    Downloads one Debian package and unpacks it into `folder`, as any user. Raises RuntimeError if it cannot be had.
-    """
+    """Download a Debian package and unpack it into `folder`, without root. Raise RuntimeError if that fails."""
     command = ["apt-get", "download", "-q", name]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     packages = list(folder.glob("*.deb"))
-    if done.returncode or not packages:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    if result.returncode or not packages:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise RuntimeError(
             f"Cannot download the Debian package {name}: {reason}. Run `apt-get update` first, or train on synthetic "
-            "sound alone with --sound synthetic."
+            "audio alone with --sound synthetic."
         )
     subprocess.run(["dpkg", "-x", str(packages[0]), str(folder)], check=True, capture_output=True)
     packages[0].unlink()
 
 
-def find(package: Package, folder: Path) -> Iterator[tuple[Path, str, str]]:
-    """Path, speaker and a name without slashes of each file to take, in order."""
+def find_files(package: Package, folder: Path) -> Iterator[tuple[Path, str, str]]:
+    """Yield path, speaker and a name without slashes of each audio file to use, in order."""
     for path in sorted(folder.rglob("*")):
-        place = path.relative_to(folder).as_posix()
-        match = re.fullmatch(package.pattern, place)
-        if match and path.is_file() and not path.is_symlink() and path.parent.name != "silence":  # prompts of nothing
-            speaker = package.prefix + match.group(1)
-            name = re.sub(r"[^A-Za-z0-9]+", "-", place.split(f"/{match.group(1)}/", 1)[-1].rsplit(".", 1)[0]).strip(
-                "-"
-            )
-            yield path, speaker, name
+        relative_path = path.relative_to(folder).as_posix()
+        match = re.fullmatch(package.pattern, relative_path)
+        # Asterisk's silence/ has prompts without speech
+        if match and path.is_file() and not path.is_symlink() and path.parent.name != "silence":
+            stem = relative_path.split(f"/{match.group(1)}/", 1)[-1].rsplit(".", 1)[0]
+            yield path, package.prefix + match.group(1), re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-")
 
 
 def group_of(speaker: str) -> str | None:
-    """The key of HELD_OUT_COUNTS under which a speaker is held out; None for those to train on."""
+    """Return the key of HELD_OUT_COUNTS for a held-out speaker, or None for a training speaker."""
     if speaker in HELD_OUT_SPEAKERS:
         return speaker
     language = speaker.rsplit("_", 1)[-1]
@@ -148,9 +139,7 @@ def group_of(speaker: str) -> str | None:
 
 
 def choose_held_out(folder: Path, seed: int) -> None:
-    """
-    Keeps as many utterances of each held-out group as HELD_OUT_COUNTS says, drawn by the seed; the others are deleted.
-    """
+    """Select the number of utterances in HELD_OUT_COUNTS for each group, at random by the seed. Delete the others."""
     groups: dict[str, list[Path]] = {name: [] for name in HELD_OUT_COUNTS}
     for path in sorted(folder.glob("*.flac")):
         groups[group_of(path.name.split("__")[0])].append(path)
@@ -165,8 +154,8 @@ def choose_held_out(folder: Path, seed: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _write(folder: Path, seed: int, music: bool, path: Path, speaker: str, name: str) -> float:
-    """Writes the clips of one recording; returns its seconds, 0 for one that is not taken."""
+def _write_recording(folder: Path, seed: int, music: bool, path: Path, speaker: str, name: str) -> float:
+    """Write the clips of one recording. Return its seconds, or 0 if it is not used."""
     waveform = read(path)
     if waveform is None:
         return 0.0
@@ -177,41 +166,39 @@ def _write(folder: Path, seed: int, music: bool, path: Path, speaker: str, name:
         if HELD_OUT_SECONDS[0] <= seconds <= HELD_OUT_SECONDS[1]:
             soundfile.write(folder / "held_out_voices" / f"{speaker}__{name}.flac", waveform, sound.SAMPLING_RATE)
         return seconds
-    if seconds < SHORTEST or np.abs(waveform).max() < 0.003:
+    if seconds < MIN_SECONDS or np.abs(waveform).max() < 0.003:
         return 0.0
-    part = "validation" if random.random() < VALIDATION_SHARE else "training"
+    split = "validation" if random.random() < VALIDATION_SHARE else "training"
     versions = [("", sound.to_peak(waveform, -3.0))]
-    if part == "training" and random.random() < AUGMENTED_SHARE:
+    if split == "training" and random.random() < AUGMENTED_SHARE:
         versions.append(("_b", augment(waveform, random)))
     for suffix, version in versions:
-        pieces = max(1, round(len(version) / sound.SAMPLING_RATE / LONGEST))
-        for index, piece in enumerate(np.array_split(version, pieces)):
-            # WAV, since training reads each clip again and again
-            audio.save(folder / part / f"{speaker}__{name}{suffix}_{index}.wav", piece, sound.SAMPLING_RATE)
+        num_clips = max(1, round(len(version) / sound.SAMPLING_RATE / MAX_SECONDS))
+        for index, clip in enumerate(np.array_split(version, num_clips)):
+            # WAV, since training reads each clip many times
+            audio.save(folder / split / f"{speaker}__{name}{suffix}_{index}.wav", clip, sound.SAMPLING_RATE)
     return seconds
 
 
 def read(path: Path) -> np.ndarray | None:
-    """Mono waveform (T,) at 24 kHz; None for one of telephone quality or one that cannot be decoded."""
+    """Return a mono waveform (T,) at 24 kHz, or None if the file has telephone quality or cannot be decoded."""
     try:
         if path.suffix == ".g722":
             command = ["ffmpeg", "-v", "error", "-f", "g722", "-i", str(path), "-f", "f32le", "-ac", "1", "-"]
-            waveform, rate = (
-                np.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, "<f4"),
-                16000,
-            )
+            decoded = subprocess.run(command, capture_output=True, check=True).stdout
+            waveform, rate = np.frombuffer(decoded, "<f4"), 16000
         else:
             waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
             waveform = waveform.mean(axis=1)
     except (subprocess.CalledProcessError, soundfile.LibsndfileError):
         return None
-    if rate < LOWEST_RATE or len(waveform) == 0:
+    if rate < MIN_SAMPLING_RATE or len(waveform) == 0:
         return None
     return soxr.resample(waveform, rate, sound.SAMPLING_RATE).astype(np.float32)
 
 
 def trim(waveform: np.ndarray) -> np.ndarray:
-    """The waveform without the silence at its ends: what is 40 dB below the loudest 20 ms, but for a short edge."""
+    """Remove silence at both ends, except a short edge. Silence is 40 dB or more below the loudest 20 ms."""
     frame = sound.SAMPLING_RATE // 50
     count = len(waveform) // frame
     if count == 0:
@@ -223,8 +210,8 @@ def trim(waveform: np.ndarray) -> np.ndarray:
 
 
 def augment(waveform: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """The same words by another voice, through another microphone, in another room."""
-    # speed and pitch together: a speaker with another size of head
+    """Imitate another voice, microphone and room, at random."""
+    # change speed and pitch together, as for a speaker of another size
     factor = 2 ** random.uniform(-0.35, 0.35)
     waveform = soxr.resample(waveform, sound.SAMPLING_RATE * factor, sound.SAMPLING_RATE).astype(np.float32)
     if random.random() < 0.7:
@@ -236,15 +223,15 @@ def augment(waveform: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return sound.to_peak(waveform, -3.0)
 
 
-def summary(taken: dict) -> dict:
-    """Hours to train on and hours held out, and the number of speakers of each, by package and language."""
-    heard = {speaker: entry["seconds"] for speaker, entry in taken.items() if entry["seconds"] > 0}
-    held_out = {speaker for speaker in heard if group_of(speaker)}
-    training = heard.keys() - held_out - {"hedgewars_Music"}
+def summary(speakers: dict) -> dict:
+    """Return hours, numbers of speakers and packages of training and held-out audio, from `make_recordings`."""
+    seconds = {speaker: entry["seconds"] for speaker, entry in speakers.items() if entry["seconds"] > 0}
+    held_out = {speaker for speaker in seconds if group_of(speaker)}
+    training = seconds.keys() - held_out - {"hedgewars_Music"}
     return {
-        "training_hours": round(sum(heard[speaker] for speaker in heard.keys() - held_out) / 3600, 2),
-        "held_out_hours": round(sum(heard[speaker] for speaker in held_out) / 3600, 2),
+        "training_hours": round(sum(seconds[speaker] for speaker in seconds.keys() - held_out) / 3600, 2),
+        "held_out_hours": round(sum(seconds[speaker] for speaker in held_out) / 3600, 2),
         "training_speakers": len(training),
         "held_out_speakers": len(held_out),
-        "packages": sorted({entry["package"] for speaker, entry in taken.items() if speaker in heard}),
+        "packages": sorted({entry["package"] for speaker, entry in speakers.items() if speaker in seconds}),
     }

@@ -1,8 +1,7 @@
-"""The sound that the bundled model is trained on, and the utterances that are held out: all of it made here, from a
-seed.
+"""Generate synthetic audio from a seed: training clips of the bundled model, and held-out utterances.
 
-Speech is espeak-ng's; tones, chords, sweeps and noises are numpy's. The same seed gives the same files with the same
-version of espeak-ng.
+espeak-ng generates speech. numpy generates tones, chords, sweeps and noises. With one version of espeak-ng, the same
+seed gives the same files.
 """
 
 import hashlib
@@ -22,31 +21,33 @@ from wavtokenizer_hf import audio
 
 
 SAMPLING_RATE = 24000
-SHORTEST, LONGEST = 1.0, 2.5  # seconds of a training clip: short, since training decodes a whole clip for each segment
+# seconds of a training clip; short, since training decodes a whole clip for each segment
+MIN_SECONDS, MAX_SECONDS = 1.0, 2.5
 SPEECH_SHARE = 0.85
-SOURCES = 16  # made at a time
+SOURCES_PER_ROUND = 16
 FLOOR_DB = (-75.0, -50.0)
-"""dBFS of the noise under everything. espeak-ng fills its pauses with exact zeros: there a log-mel loss asks for 1e-7
-and nothing else, and would spend the model on silence that no microphone records."""
+"""Range of the noise floor in dBFS. espeak-ng fills pauses with digital silence, which no microphone records. Without
+noise, a log-mel loss would make the model learn such silence exactly, at its limit of 1e-7."""
 
 
 def make_clips(folder: Path, hours: float, seed: int, name: str, num_workers: int) -> None:
-    """Writes clips of 1 to 2.5 s to train or validate on, about `hours` in all; each `name` gives others."""
+    """Write clips of 1 to 2.5 s, about `hours` in total. Each `name`, such as "training", gives other clips."""
     folder.mkdir(parents=True, exist_ok=True)
     seconds, first = 0.0, 0
     with (
         ProcessPoolExecutor(num_workers) as executor,
-        tqdm(total=round(hours * 3600), unit="s", desc=f"sound for {name}") as bar,
+        tqdm(total=round(hours * 3600), unit="s", desc=f"audio for {name}") as progress_bar,
     ):
         while seconds < hours * 3600:
-            for made in executor.map(partial(_write_clips, folder, seed, name), range(first, first + SOURCES)):
-                seconds += made
-                bar.update(round(made))
-            first += SOURCES
+            indices = range(first, first + SOURCES_PER_ROUND)
+            for written_seconds in executor.map(partial(_write_clips, folder, seed, name), indices):
+                seconds += written_seconds
+                progress_bar.update(round(written_seconds))
+            first += SOURCES_PER_ROUND
 
 
 def make_held_out(folder: Path, seed: int) -> None:
-    """Writes 50 utterances, one for each held-out sentence, by voices that training never hears."""
+    """Write 50 utterances, one per held-out sentence, in voices that are not in training."""
     folder.mkdir(parents=True, exist_ok=True)
     for language, sentences in texts.HELD_OUT_SENTENCES.items():
         for index, sentence in enumerate(sentences):
@@ -58,26 +59,27 @@ def make_held_out(folder: Path, seed: int) -> None:
 
 
 def espeak_version() -> str:
-    """Raises FileNotFoundError if espeak-ng is not installed."""
+    """Return the version of espeak-ng. Raise FileNotFoundError if it is not installed."""
     try:
         line = subprocess.run(["espeak-ng", "--version"], capture_output=True, text=True, check=True).stdout
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            "There is no program espeak-ng, which speaks the texts. Install it, as with: apt-get install espeak-ng"
+            "The program espeak-ng, which speaks the texts, is missing. Install it, for example: apt-get install "
+            "espeak-ng"
         ) from error
     return line.split(":")[1].split("Data")[0].strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sources: each gives a waveform (T,) at 24 kHz
+# Sources: each function returns a waveform (T,) at 24 kHz
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def speak(text: str, voice: str, rate: int, pitch: int) -> np.ndarray:
-    """espeak-ng's speech. `rate` in words a minute, `pitch` from 0 to 99."""
+    """Return speech of espeak-ng. `rate` is in words per minute, `pitch` from 0 to 99."""
     command = ["espeak-ng", "-v", voice, "-s", str(rate), "-p", str(pitch), "--stdin", "-w", "/dev/stdout"]
-    spoken = subprocess.run(command, input=text.encode(), capture_output=True, check=True).stdout
-    waveform, sampling_rate = soundfile.read(io.BytesIO(spoken), dtype="float32")
+    wav_bytes = subprocess.run(command, input=text.encode(), capture_output=True, check=True).stdout
+    waveform, sampling_rate = soundfile.read(io.BytesIO(wav_bytes), dtype="float32")
     return soxr.resample(waveform, sampling_rate, SAMPLING_RATE)
 
 
@@ -89,7 +91,7 @@ def random_speech(random: np.random.Generator) -> np.ndarray:
 
 
 def tones(random: np.random.Generator) -> np.ndarray:
-    """A melody of chords: notes of 0.1 to 0.8 s of one to four voices, each with harmonics of its own and a decay."""
+    """Return a melody: notes of 0.1 to 0.8 s with one to four voices. Each voice has its own harmonics and decay."""
     notes = []
     for _ in range(random.integers(5, 12)):
         time = np.arange(int(random.uniform(0.1, 0.8) * SAMPLING_RATE)) / SAMPLING_RATE
@@ -105,7 +107,7 @@ def tones(random: np.random.Generator) -> np.ndarray:
 
 
 def sweep(random: np.random.Generator) -> np.ndarray:
-    """A tone that glides between random pitches, at times with the buzz of a sawtooth."""
+    """Return a tone that glides between random pitches: a sine or a band-limited sawtooth."""
     points = random.integers(3, 8)
     time = np.arange(int(random.uniform(3, 6) * SAMPLING_RATE))
     pitch = np.interp(time, np.linspace(0, len(time), points), 60 * 2 ** random.uniform(0, 6.5, points))
@@ -117,7 +119,7 @@ def sweep(random: np.random.Generator) -> np.ndarray:
 
 
 def noise(random: np.random.Generator, length: int | None = None) -> np.ndarray:
-    """Noise of a random colour whose level comes and goes."""
+    """Return noise with a random spectral slope and a varying level."""
     length = length or int(random.uniform(3, 6) * SAMPLING_RATE)
     spectrum = np.fft.rfft(random.standard_normal(length))
     frequencies = np.fft.rfftfreq(length, 1 / SAMPLING_RATE)
@@ -128,12 +130,12 @@ def noise(random: np.random.Generator, length: int | None = None) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What happens to a source
+# Effects
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def equalize(waveform: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Another microphone: a random smooth gain over frequency, within 12 dB either way."""
+    """Imitate another microphone: apply a random smooth gain over frequency, within ±12 dB."""
     spectrum = np.fft.rfft(waveform)
     octaves = np.log2(np.maximum(np.linspace(0, SAMPLING_RATE / 2, len(spectrum)), 40) / 40)
     gain = np.interp(octaves, np.linspace(0, octaves[-1], 8), np.clip(random.normal(0, 5, 8), -12, 12))
@@ -141,7 +143,7 @@ def equalize(waveform: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def reverberate(waveform: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A small room: noise that decays by 60 dB within 0.1 to 0.5 s, behind the direct sound."""
+    """Imitate a small room: add an echo of noise that decays by 60 dB within 0.1 to 0.5 s."""
     decay = random.uniform(0.1, 0.5)
     time = np.arange(int(decay * SAMPLING_RATE)) / SAMPLING_RATE
     echo = random.standard_normal(len(time)) * 10 ** (-3 * time / decay)
@@ -153,9 +155,7 @@ def reverberate(waveform: np.ndarray, random: np.random.Generator) -> np.ndarray
 
 
 def add_floor(waveform: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """
-    The waveform at full scale, and under it soft noise, falling a little towards high frequencies as a room's does.
-    """
+    """Scale the waveform to full scale, and add soft noise that falls slightly with frequency, as in rooms."""
     floor = noise(random, len(waveform))
     level = 10 ** (random.uniform(*FLOOR_DB) / 20)
     return to_peak(waveform, 0.0) + level * (floor / floor.std() + random.standard_normal(len(floor))).astype(
@@ -168,7 +168,7 @@ def to_peak(waveform: np.ndarray, decibels: float) -> np.ndarray:
 
 
 def mix(waveform: np.ndarray, other: np.ndarray, decibels: float) -> np.ndarray:
-    """Adds another sound, repeated or cut to length, that many decibels below the first."""
+    """Add another waveform, repeated or cut to length, `decibels` below the first."""
     other = np.resize(other, len(waveform))
     return waveform + other * np.float32(waveform.std() / max(other.std(), 1e-9) * 10 ** (-decibels / 20))
 
@@ -179,26 +179,26 @@ def mix(waveform: np.ndarray, other: np.ndarray, decibels: float) -> np.ndarray:
 
 
 def _write_clips(folder: Path, seed: int, name: str, index: int) -> float:
-    """The clips of source number `index`; returns how many seconds were written."""
+    """Write the clips of source number `index`. Return their total seconds."""
     random = generator(seed, name, index)
     waveform = _source(random)
-    written, start = 0, 0
-    while len(waveform) - start >= SHORTEST * SAMPLING_RATE:
-        length = int(random.uniform(SHORTEST, LONGEST) * SAMPLING_RATE)
-        piece = waveform[start : start + length]
-        if len(piece) >= SHORTEST * SAMPLING_RATE:
-            audio.save(folder / f"{index:06d}_{start:07d}.wav", to_peak(piece, -3.0), SAMPLING_RATE)
-            written += len(piece)
+    num_samples, start = 0, 0
+    while len(waveform) - start >= MIN_SECONDS * SAMPLING_RATE:
+        length = int(random.uniform(MIN_SECONDS, MAX_SECONDS) * SAMPLING_RATE)
+        clip = waveform[start : start + length]
+        if len(clip) >= MIN_SECONDS * SAMPLING_RATE:
+            audio.save(folder / f"{index:06d}_{start:07d}.wav", to_peak(clip, -3.0), SAMPLING_RATE)
+            num_samples += len(clip)
         start += length
-    return written / SAMPLING_RATE
+    return num_samples / SAMPLING_RATE
 
 
 def _source(random: np.random.Generator) -> np.ndarray:
     if random.random() < SPEECH_SHARE:
         waveform = random_speech(random)
         if random.random() < 0.25:
-            behind = [noise, tones, sweep, random_speech][random.integers(4)]
-            waveform = mix(waveform, behind(random), random.uniform(5, 35))
+            background = [noise, tones, sweep, random_speech][random.integers(4)]
+            waveform = mix(waveform, background(random), random.uniform(5, 35))
     else:
         waveform = [tones, sweep, noise][random.integers(3)](random)
     if random.random() < 0.6:
@@ -209,5 +209,6 @@ def _source(random: np.random.Generator) -> np.ndarray:
 
 
 def generator(*parts: int | str) -> np.random.Generator:
+    """Return a random generator that is seeded by all `parts`."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))

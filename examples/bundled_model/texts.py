@@ -1,6 +1,6 @@
-"""What the voices say: words to train on, strung together at random, and whole sentences that are held out.
+"""Texts for the voices of espeak-ng: words that are combined at random for training, and held-out sentences.
 
-Languages are by espeak-ng's names. Half of the held-out sentences are in languages that training never hears.
+Languages have espeak-ng's names. Half of the held-out sentences are in languages that are not in training.
 """
 
 import numpy as np
@@ -119,7 +119,7 @@ HELD_OUT_SENTENCES = {
     ],
 }
 
-# espeak-ng's variants of a voice, chosen so that a held-out utterance is never spoken by a voice that training heard
+# voice variants of espeak-ng; no held-out utterance is spoken by a training voice
 TRAINING_VARIANTS = [
     "m1",
     "m2",
@@ -199,7 +199,7 @@ HELD_OUT_VARIANTS = [
 
 
 def random_text(language: str, random: np.random.Generator) -> str:
-    """A few clauses of random words and numbers, with the pauses of commas and stops."""
+    """Return two or three clauses of random words and numbers, with punctuation for pauses."""
     words, clauses = TRAINING_WORDS[language].split(), []
     for _ in range(random.integers(2, 4)):
         clause = random.choice(words, size=random.integers(3, 7)).tolist()

@@ -1,4 +1,4 @@
-"""The page of `wavtokenizer demo` as a Hugging Face Space."""
+"""Run the page of `wavtokenizer demo` as a Hugging Face Space."""
 
 from wavtokenizer_hf.demo import build_page, launch
 

@@ -1,8 +1,8 @@
 """
-Codes of whole corpora. Needs the extra `bulk`.
+Encode whole corpora. Needs the extra `bulk`.
 
-`tokenize` writes a folder of Parquet files, and its runs are resumable. `tokenize_dataset` and `AudioTokenizer` are
-for those who have a dataset of the datasets library.
+`tokenize` writes a folder of Parquet files, and its runs are resumable. `tokenize_dataset` and `AudioTokenizer` take
+a dataset of the datasets library.
 """
 
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .run import tokenize
     from .verification import Verification, verify
 
-_MODULES = {  # where each name is defined; all but options and records import torch
+_MODULES = {  # public name -> module that defines it. All but options and records import torch.
     "AudioDetokenizer": "mapping",
     "AudioTokenizer": "mapping",
     "Result": "records",
@@ -42,5 +42,5 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # to a type checker every name would exist, and be Any
+if not TYPE_CHECKING:  # a type checker would take every name for one that exists, of type Any
     __getattr__, __dir__ = lazy_names(__name__, _MODULES)

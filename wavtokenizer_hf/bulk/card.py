@@ -1,4 +1,4 @@
-"""The dataset card, README.md of the output folder."""
+"""Write the dataset card, README.md of the output folder."""
 
 import re
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from .records import Settings, Summary
 
 GENERATED_MARKER = "<!-- written anew by `wavtokenizer tokenize` for as long as this line is here -->"
 MAX_CARD_BYTES = 2**24
-FROM_SOURCE = ("license", "license_name", "license_link", "language")
-"""Metadata that is taken from the card of the source."""
+SOURCE_METADATA_KEYS = ("license", "license_name", "license_link", "language")
+"""Metadata that is copied from the card of the source."""
 CONFIGS = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/part-*.parquet"}]}]
 
-MEANINGS = {
+COLUMN_DESCRIPTIONS = {
     "id": "name of the clip in its source",
-    "audio_codes": "one code per started {hop_length} samples, each in [0, {codebook_size})",
+    "audio_codes": "one code per {hop_length} samples (the last may cover fewer), each in [0, {codebook_size})",
     "num_samples": "length of the clip at {sampling_rate} Hz; cut decoded audio to it",
     "duration": "length of the clip in seconds",
-    "source_sampling_rate": "sample rate of the source audio in Hz, before resampling",
-    "source_channels": "number of channels of the source audio, before they became one",
+    "source_sampling_rate": "sampling rate of the source audio in Hz, before resampling",
+    "source_channels": "number of channels of the source audio, before mixing",
     "codebook_fingerprint": "fingerprint of the codebook that the codes belong to",
     "source_size": "size in bytes of the file with the clip; null without a file",
     "source_mtime_ns": "time of the last change of that file, in ns since 1970",
@@ -32,7 +32,7 @@ MEANINGS = {
 }
 
 
-def card(
+def render_card(
     settings: Settings, schema: Any, total: Summary, complete: bool, metadata: dict[str, Any] | None = None
 ) -> str:
     """
@@ -43,20 +43,29 @@ def card(
         schema: Schema of the rows (pyarrow).
         total: Totals of the folder.
         complete: Whether every clip of the source has a row or a failure.
-        metadata: Further metadata, such as `license` and `language`. What is not known is left out, and the card says
-            so.
+        metadata: Further metadata, such as `license` and `language`. If one of these two is missing, the card asks
+            the user to add it.
     """
     metadata = metadata or {}
-    facts = vars(settings)
+    values = vars(settings)
+    descriptions = {name: text.format(**values) for name, text in COLUMN_DESCRIPTIONS.items()}
     rows = [
-        f"| `{field.name}` | {field.type} | {MEANINGS.get(field.name, 'column of the source').format(**facts)} |"
+        f"| `{field.name}` | {field.type} | {descriptions.get(field.name, 'column of the source')} |"
         for field in schema
     ]
     hours = total.num_samples / settings.sampling_rate / 3600
     level = settings.target_peak_dB_FS
-    peak = "" if level is None else f", each clip scaled to a peak of {level:g} dBFS"
-    peak += "" if settings.channel == "mean" else f", only channel `{settings.channel}`"
+    processing = "" if level is None else f", each clip scaled to a peak of {level:g} dBFS"
+    processing += "" if settings.channel == "mean" else f", only channel `{settings.channel}`"
     revision = "" if settings.revision is None else f" at revision `{settings.revision}`"
+    summary = (
+        f"{'' if complete else '**Not complete yet.** '}{total.num_clips:,} clips, {hours:,.2f} hours, "
+        f"{total.num_codes:,} codes of [WavTokenizer](https://arxiv.org/abs/2408.16532)."
+    )
+    origin = (
+        f"Source: `{settings.source}`. Model: `{settings.model}`{revision}{processing}. "
+        f"{settings.sampling_rate / settings.hop_length:g} codes per second, codebook"
+    )
     return f"""---
 {_metadata(schema, total, metadata)}
 ---
@@ -64,12 +73,12 @@ def card(
 
 # WavTokenizer codes
 
-{"" if complete else "**Not complete yet.** "}{total.num_clips:,} clips, {hours:,.2f} hours, {total.num_codes:,} codes of [WavTokenizer](https://arxiv.org/abs/2408.16532).
+{summary}
 {total.num_failures:,} clips failed. `failures.jsonl` lists them with the reasons.
 
-Source: `{settings.source}`. Model: `{settings.model}`{revision}{peak}. {settings.sampling_rate / settings.hop_length:g} codes per second, codebook
+{origin}
 fingerprint `{settings.codebook_fingerprint}`. Only this codebook decodes the codes.
-{_missing(metadata)}
+{_missing_metadata(metadata)}
 | column | type | content |
 |---|---|---|
 {chr(10).join(rows)}
@@ -85,30 +94,30 @@ audio = detokenize_dataset(tokens, "{settings.model}")  # refuses a model with a
 
 
 def _metadata(schema: Any, total: Summary, metadata: dict[str, Any]) -> str:
-    """Return the metadata in YAML, without `configs`: those are for the Hub alone, see `add_configs`."""
-    own = {
+    """Return the metadata in YAML. `add_configs` adds the `configs`, which only the Hub needs."""
+    generated = {
         "size_categories": [size_category(total.num_clips)],
         "tags": ["audio", "audio-tokens", "wavtokenizer"],
         **_features(schema),
     }
-    return DatasetCardData(**{**metadata, **own}).to_yaml()
+    return DatasetCardData(**{**metadata, **generated}).to_yaml()
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """Return `dataset_info` with the columns as the Hub writes them; nothing where the datasets library is missing."""
+    """Return `dataset_info` with the columns in the Hub's format, or nothing if datasets is not installed."""
     try:
         from datasets import DatasetInfo, Features
         from datasets.info import DatasetInfosDict
     except ImportError:
         return {}
-    # without splits: load_dataset compares their sizes, and rows may be written after this card
+    # no splits: load_dataset compares their sizes with the data, and a later run may add rows
     data = DatasetCardData()
     DatasetInfosDict(default=DatasetInfo(features=Features.from_arrow_schema(schema))).to_dataset_card_data(data)
     return {"dataset_info": {"features": data.to_dict()["dataset_info"]["features"]}}
 
 
-def _missing(metadata: dict[str, Any]) -> str:
-    """Return a paragraph on what the user should add, or nothing."""
+def _missing_metadata(metadata: dict[str, Any]) -> str:
+    """Return a paragraph that asks the user to add the missing metadata, or nothing."""
     missing = [name for name in ("license", "language") if not metadata.get(name)]
     if not missing:
         return ""
@@ -120,7 +129,7 @@ def _missing(metadata: dict[str, Any]) -> str:
 
 
 def size_category(num_clips: int) -> str:
-    """Return the Hub's name for a number of rows."""
+    """Return the Hub's size category for a number of clips."""
     bounds = {"n<1K": 1e3, "1K<n<10K": 1e4, "10K<n<100K": 1e5, "100K<n<1M": 1e6, "1M<n<10M": 1e7, "10M<n<100M": 1e8}
     bounds |= {"100M<n<1B": 1e9, "1B<n<10B": 1e10, "10B<n<100B": 1e11, "100B<n<1T": 1e12}
     return next((name for name, bound in bounds.items() if num_clips < bound), "n>1T")
@@ -132,7 +141,7 @@ def read_metadata(path: Path, names: Sequence[str] | None = None) -> dict[str, A
 
     Args:
         path: README.md of a folder or repository.
-        names: Names to read. The rest is not parsed: cards of large datasets have megabytes of features.
+        names: Names to read. The rest is not parsed, because cards of large datasets have megabytes of features.
 
     Raises:
         ValueError: The metadata cannot be parsed.
@@ -152,7 +161,9 @@ def read_metadata(path: Path, names: Sequence[str] | None = None) -> dict[str, A
 
 def source_metadata(source: Any, revision: str | None) -> dict[str, Any]:
     """
-    Return licence and language from the card of a source: README.md of its folder or of its dataset on the Hub.
+    Return licence and language from the card of a source.
+
+    The card is README.md of the source's folder, or of its dataset on the Hub.
 
     Args:
         source: Source of `tokenize`.
@@ -162,10 +173,10 @@ def source_metadata(source: Any, revision: str | None) -> dict[str, Any]:
         return {}
     path = Path(source, "README.md") if Path(source).exists() else _card_on_hub(str(source), revision)
     try:
-        found = {} if path is None else read_metadata(path, FROM_SOURCE)
+        metadata = {} if path is None else read_metadata(path, SOURCE_METADATA_KEYS)
     except (OSError, ValueError):
         return {}
-    return {name: found[name] for name in FROM_SOURCE if _is_text(found.get(name))}
+    return {name: metadata[name] for name in SOURCE_METADATA_KEYS if _is_short_text(metadata.get(name))}
 
 
 def _card_on_hub(name: str, revision: str | None) -> Path | None:
@@ -178,17 +189,18 @@ def _card_on_hub(name: str, revision: str | None) -> Path | None:
         return None
 
 
-def _is_text(value: Any) -> bool:
+def _is_short_text(value: Any) -> bool:
+    """Return whether a value is a text of 1 to 200 characters, or a list of such texts that is not empty."""
     values = value if isinstance(value, list) else [value]
     return bool(values) and all(isinstance(each, str) and 0 < len(each) <= 200 for each in values)
 
 
 def add_configs(text: str) -> str:
     """
-    Return a card with `configs`, for the Hub.
+    Add `configs` to the text of a card, for the Hub.
 
-    A folder on this machine goes without: with them, datasets 5.2 takes what it cached for another folder of the same
-    name.
+    The card of a local folder has none. With `configs`, datasets 5.2 would load what it cached for another folder of
+    the same name.
     """
     match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     if match is None or re.search(r"^configs:", match[1], re.MULTILINE):

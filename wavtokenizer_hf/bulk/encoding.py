@@ -1,7 +1,4 @@
-"""
-The work itself, the same whatever drives it: sound is read in threads ahead of the model, and encoded in
-micro-batches.
-"""
+"""Encode clips in one process: threads read audio ahead of the model, which encodes it in micro-batches."""
 
 import ctypes
 import hashlib
@@ -23,9 +20,11 @@ from ..modeling_wavtokenizer import WavTokenizerEncoderModel
 from .records import Failure, Tokens
 
 
-WINDOW = 4
-"""Micro-batches among which clips are sorted by length; as much sound again is read ahead of them. More waste less
-padding and hold more memory."""
+BATCHES_PER_WINDOW = 4
+"""
+Micro-batches per window, within which clips are sorted by length. The threads read one more window ahead. A larger
+number needs less padding and more memory.
+"""
 
 
 def load_encoder(
@@ -34,16 +33,18 @@ def load_encoder(
     device: str | torch.device | None = None,
     peak_dbfs: float | str = "model",
 ) -> tuple[WavTokenizerEncoderModel, WavTokenizerFeatureExtractor]:
-    """Loads the encoder of a model, and the feature extractor beside it, which may scale clips to a peak.
+    """
+    Load the encoder of a model and its feature extractor, which may scale clips to a peak.
 
     Args:
-        model: name on the Hub, folder, or `bundled`.
-        revision: branch, tag or commit on the Hub.
-        device: default: a GPU if there is one.
+        model: Name on the Hub, folder, or `bundled`.
+        revision: Branch, tag or commit on the Hub.
+        device: Device of the encoder. Defaults to the first GPU, or the CPU.
         peak_dbfs: Peak level of clips, as in `loading.load_feature_extractor`.
 
     Raises:
-        ValueError: it cannot be loaded, lacks tensors, has codes that 16 bits cannot hold; or there is no such device.
+        ValueError: The model cannot be loaded, lacks tensors, or has codes that do not fit into 16 bits; or there is
+            no such device.
     """
     encoder = load_model(WavTokenizerEncoderModel, model, revision, device or default_device())
     check_codebook_size(encoder.config)
@@ -59,7 +60,11 @@ def check_codebook_size(config: WavTokenizerConfig) -> None:
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
-    """16 hex digits that tell weights apart: an encoder can be trained on while its codebook stays the same."""
+    """
+    Return a hash of the weights, 16 hex digits.
+
+    The fingerprint of the codebook is not enough: training can change an encoder and leave its codebook as it is.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -68,7 +73,7 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 
 
 def default_device(rank: int = 0) -> str:
-    """The GPU of that number, counted around if there are fewer, or the CPU."""
+    """Return the GPU for the worker of this rank, modulo the number of GPUs, or the CPU if there is none."""
     return f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
@@ -79,10 +84,9 @@ def encode(
     batch_seconds: float,
 ) -> list[np.ndarray | Failure]:
     """
-    Codes (L,), uint16, of each clip (T,), encoded in micro-batches of clips of like lengths.
+    Encode each clip (T,) to codes (L,), uint16. Clips of similar length share a micro-batch.
 
-    A batch for which a device has too little memory, or that the model refuses, is halved; so the one clip at fault
-    fails.
+    If a batch does not fit into memory, or the model refuses it, it is halved until only the clip at fault fails.
     """
     results: list[np.ndarray | Failure] = [Failure("not encoded")] * len(waveforms)
     budget = batch_seconds * encoder.config.sampling_rate
@@ -92,12 +96,13 @@ def encode(
         try:
             codes = _encode_batch(encoder, feature_extractor, [waveforms[index] for index in batch])
         except (RuntimeError, ValueError) as error:
-            is_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # of a CPU
-            if is_memory:
+            # on a CPU, torch raises a plain RuntimeError with this text
+            out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            if out_of_memory:
                 torch.cuda.empty_cache()
             elif isinstance(error, RuntimeError):
                 raise
-            if len(batch) == 1 and is_memory:
+            if len(batch) == 1 and out_of_memory:
                 results[batch[0]] = Failure(f"The device has too little memory for the clip: {error}", "memory")
             elif len(batch) == 1:
                 results[batch[0]] = Failure(
@@ -108,15 +113,17 @@ def encode(
             continue
         finally:
             if encoder.device.type == "cpu":
-                _give_back_memory()
+                _trim_heap()
         for index, clip_codes in zip(batch, codes, strict=True):
             results[index] = clip_codes
     return results
 
 
-def _give_back_memory() -> None:
+def _trim_heap() -> None:
     """
-    Glibc keeps what is freed, and clips of ever new lengths leave ever more holes in it: gigabytes after some hundred.
+    Return freed memory to the operating system, on Linux with glibc.
+
+    glibc keeps freed memory, and clips of ever new lengths fragment it: by gigabytes after some hundred clips.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -124,14 +131,17 @@ def _give_back_memory() -> None:
 
 def micro_batches(lengths: Sequence[int], budget: float) -> list[list[int]]:
     """
-    Return the indices of clips, sorted by length and cut so that a batch, padded to its longest clip, stays within the
-    budget.
+    Group clips of similar length into batches, and return the indices of each batch.
 
-    A clip that is longer than the budget is a batch by itself.
+    A batch, padded to its longest clip, stays within the budget. A clip longer than the budget is a batch by itself.
+
+    Args:
+        lengths: Length of each clip.
+        budget: Largest size of a padded batch, in the unit of `lengths`.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:  # the first is the longest
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:  # its first clip is the longest
             batches[-1].append(index)
         else:
             batches.append([index])
@@ -143,35 +153,37 @@ def _encode_batch(encoder: Any, feature_extractor: Any, waveforms: list[np.ndarr
     inputs = feature_extractor(waveforms, sampling_rate=encoder.config.sampling_rate, return_tensors="pt")
     encoded = encoder.encode(**inputs.to(encoder.device))
     codes, mask = encoded.audio_codes[:, 0].cpu().numpy(), encoded.audio_codes_mask[:, 0].bool().cpu().numpy()
-    return [row[real].astype(np.uint16) for row, real in zip(codes, mask, strict=True)]
+    return [row[is_valid].astype(np.uint16) for row, is_valid in zip(codes, mask, strict=True)]
 
 
 def tokenize_clips(
     encoder: WavTokenizerEncoderModel,
     feature_extractor: WavTokenizerFeatureExtractor,
-    read: Sequence[Callable[[], Any]],
+    readers: Sequence[Callable[[], Any]],
     batch_seconds: float,
     num_readers: int,
     channel: str | int = "mean",
     max_clip_seconds: float = MAX_CLIP_SECONDS,
 ) -> Generator[list[Tokens | Failure], None, None]:
     """
-    Codes of clips, in the order of `read`, a window of them at a time.
+    Encode clips window by window. Yield the results of each window, in the order of `readers`.
 
     Args:
-        read: gives the sound of each clip, as `audio.load_clip` takes it. Whatever it raises is the reason of that
-            clip's failure, but for a package that is missing.
-        batch_seconds: of sound in a micro-batch.
-        num_readers: threads that read, decode and resample ahead of the model.
-        channel: of clips that have several, as `audio.load` takes it.
-        max_clip_seconds: a longer clip fails.
+        encoder: Encoder of the model.
+        feature_extractor: Feature extractor of the model.
+        readers: One function per clip that returns its audio, as `audio.load_clip` takes it. If it raises, the clip
+            fails for that reason. Only an ImportError, for a missing package, is raised here.
+        batch_seconds: Seconds of audio per micro-batch.
+        num_readers: Threads that read, decode and resample ahead of the model.
+        channel: Channel of clips that have several, as in `audio.load`.
+        max_clip_seconds: A longer clip fails.
     """
     sampling_rate = encoder.config.sampling_rate
-    limit = WINDOW * batch_seconds * sampling_rate
+    limit = BATCHES_PER_WINDOW * batch_seconds * sampling_rate
 
-    def read_one(get: Callable[[], Any]) -> audio.AudioClip | Failure:
+    def read_clip(read: Callable[[], Any]) -> audio.AudioClip | Failure:
         try:
-            return audio.load_clip(get(), sampling_rate, channel, max_clip_seconds)
+            return audio.load_clip(read(), sampling_rate, channel, max_clip_seconds)
         except ImportError:
             raise
         except (ValueError, OSError) as error:
@@ -181,47 +193,54 @@ def tokenize_clips(
         except Exception as error:
             return Failure(" ".join(f"{type(error).__name__}: {error}".split()))
 
-    window, size = [], 0
-    with OrderedPrefetcher(read_one, read, limit, num_readers) as sounds:
-        for sound in sounds:
-            window.append(sound)
-            size += _size(sound)
-            if size >= limit:
+    window, window_samples = [], 0
+    with OrderedPrefetcher(read_clip, readers, limit, num_readers) as clips:
+        for clip in clips:
+            window.append(clip)
+            window_samples += _num_samples(clip)
+            if window_samples >= limit:
                 yield _encode_window(encoder, feature_extractor, window, batch_seconds)
-                window, size = [], 0
+                window, window_samples = [], 0
     if window:
         yield _encode_window(encoder, feature_extractor, window, batch_seconds)
 
 
 def _encode_window(encoder: Any, feature_extractor: Any, window: Any, batch_seconds: float) -> list[Tokens | Failure]:
-    good = [sound for sound in window if isinstance(sound, audio.AudioClip)]
-    codes = iter(encode(encoder, feature_extractor, [sound.audio for sound in good], batch_seconds))
+    waveforms = [clip.audio for clip in window if isinstance(clip, audio.AudioClip)]
+    codes = iter(encode(encoder, feature_extractor, waveforms, batch_seconds))
     results = []
-    for sound in window:
-        result = next(codes) if isinstance(sound, audio.AudioClip) else sound
+    for clip in window:
+        result = next(codes) if isinstance(clip, audio.AudioClip) else clip
         if not isinstance(result, Failure):
             result = Tokens(
-                result, len(sound.audio), sound.source_sampling_rate, sound.source_channels, tuple(sound.warnings)
+                result, len(clip.audio), clip.source_sampling_rate, clip.source_channels, tuple(clip.warnings)
             )
         results.append(result)
     return results
 
 
-def _size(sound: audio.AudioClip | Failure) -> int:
-    return 0 if isinstance(sound, Failure) else len(sound.audio)
+def _num_samples(clip: audio.AudioClip | Failure) -> int:
+    return 0 if isinstance(clip, Failure) else len(clip.audio)
 
 
 class OrderedPrefetcher:
-    """Iterates over `work(job)` of each job, in order; threads compute it ahead, until `limit` samples wait to be
-    taken.
+    """
+    Compute `work(job)` ahead in threads, and iterate over the results in the order of the jobs.
 
-    Decoding and resampling leave Python's lock to others, so threads do.
+    Threads are enough, because decoding and resampling release the GIL.
+
+    Args:
+        work: Function that returns a clip, or a failure.
+        jobs: Its arguments, one per clip.
+        limit: Samples of finished clips at which the threads pause.
+        num_threads: Number of threads.
     """
 
     def __init__(self, work: Callable, jobs: Sequence, limit: float, num_threads: int):
         self._work, self._jobs, self._limit = work, jobs, limit
         self._changed = threading.Condition()
-        self._next, self._waiting, self._closed = 0, 0, False
+        self._next, self._closed = 0, False
+        self._waiting = 0  # samples of finished clips that were not taken yet
         self._results: dict[int, Any] = {}
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(num_threads)]
 
@@ -240,18 +259,18 @@ class OrderedPrefetcher:
     def _run(self) -> None:
         while True:
             with self._changed:
-                # jobs are taken in order, so what the reader waits for is never behind what waits for the reader
+                # jobs start in order, so the clip that is needed next started before those that fill the limit
                 self._changed.wait_for(lambda: self._waiting < self._limit or self._closed)
                 if self._closed or self._next == len(self._jobs):
                     return
                 index, self._next = self._next, self._next + 1
             try:
                 result = self._work(self._jobs[index])
-            except BaseException as error:  # goes to whoever takes the result
+            except BaseException as error:  # raised again by __iter__
                 result = error
             with self._changed:
                 self._results[index] = result
-                self._waiting += 0 if isinstance(result, BaseException) else _size(result)
+                self._waiting += 0 if isinstance(result, BaseException) else _num_samples(result)
                 self._changed.notify_all()
 
     def __iter__(self) -> Iterator:
@@ -259,7 +278,7 @@ class OrderedPrefetcher:
             with self._changed:
                 self._changed.wait_for(partial(self._results.__contains__, index))
                 result = self._results.pop(index)
-                self._waiting -= 0 if isinstance(result, BaseException) else _size(result)
+                self._waiting -= 0 if isinstance(result, BaseException) else _num_samples(result)
                 self._changed.notify_all()
             if isinstance(result, BaseException):
                 raise result

@@ -8,22 +8,27 @@ from ..hub_errors import HTTP_ERROR
 from .card import add_configs
 
 
-def prepare(name: str) -> None:
+def create_repo(name: str) -> None:
     """
-    Make the dataset repository if there is none. It is done before the work, so that a name or token that is refused
-    is met early.
+    Create the dataset repository on the Hub if it does not exist.
+
+    `tokenize` calls this before it encodes, so that a wrong name or token is reported early.
     """
     from huggingface_hub import HfApi
 
-    _say_what(name, lambda: HfApi().create_repo(name, repo_type="dataset", exist_ok=True))
+    _call_hub(name, lambda: HfApi().create_repo(name, repo_type="dataset", exist_ok=True))
 
 
-def push(folder: Path, name: str) -> None:
-    """Upload what is finished. Files that are there already are not sent again. The card gets its `configs`."""
+def upload(folder: Path, name: str) -> None:
+    """
+    Upload an output folder, with `configs` added to the card.
+
+    Files that the repository has already are not sent again.
+    """
     from huggingface_hub import HfApi
 
     text = add_configs((folder / "README.md").read_text(encoding="utf-8", errors="surrogateescape"))
-    _say_what(
+    _call_hub(
         name,
         lambda: HfApi().upload_folder(
             repo_id=name,
@@ -33,7 +38,7 @@ def push(folder: Path, name: str) -> None:
             commit_message="Codes by wavtokenizer_hf",
         ),
     )
-    _say_what(
+    _call_hub(
         name,
         lambda: HfApi().upload_file(
             repo_id=name,
@@ -45,7 +50,8 @@ def push(folder: Path, name: str) -> None:
     )
 
 
-def _say_what(name: str, call: Callable[[], Any]) -> None:
+def _call_hub(name: str, call: Callable[[], Any]) -> None:
+    """Call a function of the Hub's client. Raises OSError with the dataset's name if it fails."""
     try:
         call()
     except (OSError, ValueError, HTTP_ERROR) as error:

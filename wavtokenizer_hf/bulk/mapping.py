@@ -27,11 +27,13 @@ from .sources.base import check_column
 from .work import num_cores
 
 
-class _Mapped:
-    """Function for `datasets.Dataset.map`, with one model per process.
+class _MapFunction:
+    """
+    Function for `datasets.Dataset.map`, with one model per process.
 
-    `map` caches by a hash of the pickled object, so the object names the weights: by the commit of a model on the Hub,
-    or by a hash of the weights in a folder and its peak level. A loaded model is pickled with its weights.
+    `map` caches results by a hash of the pickled function, so the function must identify the weights. For a model on
+    the Hub it holds the commit. For a folder it holds a hash of the weights, and the peak level. A loaded model is
+    pickled with its weights.
     """
 
     def __init__(
@@ -42,11 +44,11 @@ class _Mapped:
         feature_extractor: WavTokenizerFeatureExtractor | None = None,
     ):
         self._loaded: tuple[Any, Any] | None = None  # model and feature extractor of this process
-        self.folder_contents: tuple[str, float | None] | None = None
+        self.folder_fingerprint: tuple[str, float | None] | None = None  # hash of the weights, and peak level
         self.model: Any  # a name, or a loaded model
         self.device = device
         if not isinstance(model, (str, os.PathLike)):
-            _check_loaded(model, revision, device, feature_extractor)
+            _check_loaded_model(model, revision, device, feature_extractor)
             self.model, self.revision, self.feature_extractor = model, None, feature_extractor
             self.sampling_rate = model.config.sampling_rate
             return
@@ -65,35 +67,40 @@ class _Mapped:
         if commit is None:
             loaded, feature_extractor = self._load("cpu")
             level = None if feature_extractor is None else target_peak(feature_extractor)
-            self.folder_contents = encoding.weights_fingerprint(loaded), level
+            self.folder_fingerprint = encoding.weights_fingerprint(loaded), level
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None}
 
-    def _ready(self, rank: int | None) -> tuple[Any, Any]:
-        """Return the model and feature extractor of this process. Load them when they are first needed."""
+    def _load_once(self, rank: int | None) -> tuple[Any, Any]:
+        """Return the model and feature extractor of this process. The first call loads them."""
         if self._loaded is None:
-            if _in_child() and not torch.cuda.is_available():
-                # `map` does not say how many processes there are; as many threads in each make them up to 30 times as
-                # slow
+            if _in_child_process() and not torch.cuda.is_available():
+                # `map` does not report the number of processes, and one thread per core in each of them makes them up
+                # to 30 times slower
                 torch.set_num_threads(1)
-            device = self.device or encoding.default_device(_number() if rank is None else rank)
+            device = self.device or encoding.default_device(_process_index() if rank is None else rank)
             if isinstance(self.model, str):
                 self._loaded = self._load(device)
-            else:  # in a child the model is a copy of this process alone
-                moves = _in_child() and self.model.device.type == "cuda"
-                self._loaded = (self.model.to(device) if moves else self.model), self.feature_extractor
+            else:
+                # a child process has its own copy of the model, so moving it affects no other process
+                is_moved = _in_child_process() and self.model.device.type == "cuda"
+                self._loaded = (self.model.to(device) if is_moved else self.model), self.feature_extractor
         return self._loaded
 
     def _load(self, device: str) -> tuple[Any, WavTokenizerFeatureExtractor | None]:
         raise NotImplementedError
 
 
-def _check_loaded(
+def _check_loaded_model(
     model: Any, revision: str | None, device: str | None, feature_extractor: WavTokenizerFeatureExtractor | None
 ) -> None:
     """
-    Raise TypeError or ValueError if a loaded model cannot be used, or was given with arguments for a model by name.
+    Check a loaded model and the arguments passed with it.
+
+    Raises:
+        TypeError: The model is not one of this package.
+        ValueError: The arguments are for a model by name, or the feature extractor has another sampling rate.
     """
     if not isinstance(model, (WavTokenizerModel, WavTokenizerEncoderModel)):
         raise TypeError(
@@ -110,28 +117,33 @@ def _check_loaded(
         )
 
 
-def _number() -> int:
+def _process_index() -> int:
     """
-    Of this process among those of `map(num_proc=...)`, which says it only `with_rank=True`; 0 if there are no others.
+    Return the index of this process among those of `map(num_proc=...)`, or 0 outside of them.
+
+    `map` passes the rank only with `with_rank=True`.
     """
     identity = require("multiprocess", "bulk").current_process()._identity
     return identity[-1] - 1 if identity else 0
 
 
-def _in_child() -> bool:
-    """Whether this is a process of `map(num_proc=...)`, which uses multiprocess, or of multiprocessing."""
+def _in_child_process() -> bool:
+    """Return whether this is a child process of multiprocessing, or of multiprocess (used by `map(num_proc=...)`)."""
     return parent_process() is not None or require("multiprocess", "bulk").parent_process() is not None
 
 
-class AudioTokenizer(_Mapped):
+class AudioTokenizer(_MapFunction):
     """
-    Function for `map` that encodes audio: `dataset.map(AudioTokenizer("bundled"), batched=True, with_rank=True,
-    num_proc=2)`.
+    Function for `map` that encodes audio.
+
+    ```python
+    dataset.map(AudioTokenizer("bundled"), batched=True, with_rank=True, num_proc=2)
+    ```
 
     Each row gets `audio_codes` (list of uint16), `num_samples`, `duration` (seconds), `source_sampling_rate` (Hz),
-    `source_channels`, `codebook_fingerprint`, `warnings` (kinds), `failure` and `failure_kind`. Audio that cannot be
-    read gets no codes, and the reason in `failure`. The kinds are those of `wavtokenizer_hf.audio_errors`.
-    `tokenize_dataset` calls this.
+    `source_channels`, `codebook_fingerprint`, `warnings` (kinds), `failure` and `failure_kind`. A row whose audio
+    cannot be read has no codes, and the reason in `failure`. The kinds are those of `wavtokenizer_hf.audio_errors`.
+    `tokenize_dataset` uses this class.
 
     Args:
         model: Name on the Hub, folder, or `bundled`; or a loaded `WavTokenizerModel` or `WavTokenizerEncoderModel`.
@@ -143,7 +155,7 @@ class AudioTokenizer(_Mapped):
             be read.
         channel: Channel of audio that has several: `"mean"`, `"left"`, `"right"` or a number from 0.
         max_clip_seconds: A longer clip fails.
-        feature_extractor: That of a loaded model. It may scale clips to a peak. Default: no scaling.
+        feature_extractor: Feature extractor of a loaded model, which may scale clips to a peak. Default: no scaling.
     """
 
     def __init__(
@@ -165,9 +177,8 @@ class AudioTokenizer(_Mapped):
         super().__init__(model, revision, device, feature_extractor)
         if not isinstance(self.model, str):
             encoding.check_codebook_size(self.model.config)
-            self.model = getattr(
-                self.model, "encoder_model", self.model
-            )  # a decoder would only make the pickle larger
+            # without the decoder, the pickle is smaller
+            self.model = getattr(self.model, "encoder_model", self.model)
             if feature_extractor is None:
                 config = self.model.config
                 self.feature_extractor = WavTokenizerFeatureExtractor(
@@ -180,21 +191,21 @@ class AudioTokenizer(_Mapped):
         return encoding.load_encoder(self.model, self.revision, device)
 
     def __call__(self, batch: dict[str, Sequence], rank: int | None = None) -> dict[str, list]:
-        encoder, feature_extractor = self._ready(rank)
-        sounds = batch[self.column]
-        read = [partial(sounds.__getitem__, index) for index in range(len(sounds))]
-        num_readers = 1 if _in_child() else num_cores()
+        encoder, feature_extractor = self._load_once(rank)
+        clips = batch[self.column]
+        readers = [partial(clips.__getitem__, index) for index in range(len(clips))]
+        num_readers = 1 if _in_child_process() else num_cores()
         windows = encoding.tokenize_clips(
-            encoder, feature_extractor, read, self.batch_seconds, num_readers, self.channel, self.max_clip_seconds
+            encoder, feature_extractor, readers, self.batch_seconds, num_readers, self.channel, self.max_clip_seconds
         )
-        rows = [self._row(result, encoder.codebook_fingerprint) for window in windows for result in window]
-        return {name: [row[name] for row in rows] for name in _features()}
+        rows = [self._to_row(result, encoder.codebook_fingerprint) for window in windows for result in window]
+        return {name: [row[name] for row in rows] for name in _tokenizer_features()}
 
-    def _row(self, result: Any, codebook_fingerprint: str) -> dict[str, Any]:
+    def _to_row(self, result: Any, codebook_fingerprint: str) -> dict[str, Any]:
         if isinstance(result, Failure):
             if self.on_error == "fail":
                 raise ValueError(result.reason)
-            return {**dict.fromkeys(_features()), "failure": result.reason, "failure_kind": result.kind}
+            return {**dict.fromkeys(_tokenizer_features()), "failure": result.reason, "failure_kind": result.kind}
         return {
             "audio_codes": result.audio_codes,
             "num_samples": result.num_samples,
@@ -208,8 +219,8 @@ class AudioTokenizer(_Mapped):
         }
 
 
-def _features() -> dict[str, Any]:
-    """Return the columns that AudioTokenizer gives, with the types of the datasets library."""
+def _tokenizer_features() -> dict[str, Any]:
+    """Return the columns that AudioTokenizer adds, with their types in the datasets library."""
     datasets, pyarrow = require("datasets", "bulk"), require("pyarrow", "bulk")
     types = {
         "num_samples": "int64",
@@ -247,8 +258,8 @@ def tokenize_dataset(
     """
     Replace the audio column of a dataset by codes.
 
-    Audio is decoded here and not by the dataset, so damaged audio becomes a row with the reason in `failure` and no
-    codes. Other columns are carried along. An `IterableDataset` stays one and is encoded while it is read.
+    This function decodes the audio, not the dataset. So damaged audio becomes a row without codes, with the reason in
+    `failure`. Other columns stay. An `IterableDataset` stays one, and its clips are encoded while it is read.
 
     Args:
         dataset: `datasets.Dataset`, `IterableDataset`, or a dictionary of either.
@@ -259,36 +270,37 @@ def tokenize_dataset(
         device: Device of the model. Defaults to one GPU per process, or the CPU.
         batch_seconds: Seconds of audio per batch.
         batch_size: Rows that are read at once.
-        num_proc: Number of processes, each with its own model; not for an `IterableDataset`. With GPUs they have to be
-            spawned: `multiprocess.set_start_method("spawn")`.
+        num_proc: Number of processes, each with its own model; not for an `IterableDataset`. With GPUs, set
+            `multiprocess.set_start_method("spawn")` first.
         on_error: `"record"` writes the reason into the row, `"fail"` raises ValueError at the first clip that cannot
             be read.
         channel: Channel of audio that has several: `"mean"`, `"left"`, `"right"` or a number from 0.
         max_clip_seconds: A longer clip fails.
-        feature_extractor: That of a loaded model. It may scale clips to a peak. Default: no scaling.
+        feature_extractor: Feature extractor of a loaded model, which may scale clips to a peak. Default: no scaling.
 
     Returns:
         A dataset of the same kind, with the columns of `AudioTokenizer` in place of `column`.
 
     Raises:
-        ValueError: There is no such column, or the dataset has columns with the names of the new ones; the model
-            cannot be loaded; a clip cannot be read, with `on_error="fail"`.
+        ValueError: There is no such column; the dataset has a column with the name of a new one; the model cannot be
+            loaded; or a clip cannot be read, with `on_error="fail"`.
         TypeError: The model is neither a name nor a model of this package.
-        PicklingError: With `num_proc`, a loaded model whose layers were replaced.
+        PicklingError: With `num_proc`, the layers of a loaded model were replaced.
     """
     datasets = require("datasets", "bulk")
     function = AudioTokenizer(
         model, revision, column, device, batch_seconds, on_error, channel, max_clip_seconds, feature_extractor
     )
-    return _map(dataset, function, column, _features(), batch_size, num_proc, {column: datasets.Audio(decode=False)})
+    undecoded = {column: datasets.Audio(decode=False)}
+    return _map_column(dataset, function, column, _tokenizer_features(), batch_size, num_proc, undecoded)
 
 
-class AudioDetokenizer(_Mapped):
+class AudioDetokenizer(_MapFunction):
     """
-    Function for `map` that decodes codes to a column `audio`, FLAC files of 16 bits; the inverse of `AudioTokenizer`.
+    Function for `map` that decodes codes to a column `audio`: the inverse of `AudioTokenizer`.
 
-    Codes of another codebook are refused if the rows have `codebook_fingerprint`. Audio is cut to `num_samples` where
-    a row has it. A row without codes gets no audio.
+    The audio is 16-bit FLAC. If a row has `num_samples`, its audio is cut to that length. A row without codes gets no
+    audio. If the rows have `codebook_fingerprint`, a model with another codebook is refused.
 
     Args:
         model: Name on the Hub, folder, or `bundled`; or a loaded `WavTokenizerModel`.
@@ -313,21 +325,21 @@ class AudioDetokenizer(_Mapped):
         return load_model(WavTokenizerModel, self.model, self.revision, device), None
 
     def __call__(self, batch: dict[str, Sequence], rank: int | None = None) -> dict[str, list]:
-        model, _ = self._ready(rank)
+        model, _ = self._load_once(rank)
         for fingerprint in set(batch.get("codebook_fingerprint", ())) - {None}:
             model.check_codebook_fingerprint(fingerprint)
         rows = list(batch[self.column])
         lengths = batch["num_samples"] if "num_samples" in batch else [None] * len(rows)
-        return {"audio": [self._sound(model, codes, length) for codes, length in zip(rows, lengths, strict=True)]}
+        return {"audio": [self._decode(model, codes, length) for codes, length in zip(rows, lengths, strict=True)]}
 
     @torch.inference_mode()
-    def _sound(self, model: WavTokenizerModel, codes: Any, num_samples: int | None) -> dict[str, Any] | None:
+    def _decode(self, model: WavTokenizerModel, codes: Any, num_samples: int | None) -> dict[str, Any] | None:
         if codes is None:
             return None
         audio_codes = torch.from_numpy(np.asarray(codes).astype(np.int64))[None, None].to(model.device)
-        values = model.decode(audio_codes).audio_values[0, 0, :num_samples]
+        waveform = model.decode(audio_codes).audio_values[0, 0, :num_samples]
         with tempfile.TemporaryDirectory() as folder:
-            path = audio.save(Path(folder, "clip.flac"), values, model.config.sampling_rate)
+            path = audio.save(Path(folder, "clip.flac"), waveform, model.config.sampling_rate)
             return {"bytes": path.read_bytes(), "path": None}
 
 
@@ -342,7 +354,7 @@ def detokenize_dataset(
     num_proc: int | None = None,
 ) -> Any:
     """
-    Replace the codes of a dataset by audio, in an Audio column `audio` at the model's sampling rate.
+    Replace the codes of a dataset by an Audio column `audio` at the model's sampling rate.
 
     Args:
         dataset: Result of `tokenize_dataset`, or the output folder of `tokenize` as `datasets.load_dataset` reads it.
@@ -351,65 +363,86 @@ def detokenize_dataset(
         column: Column of the codes.
         device: Device of the model. Defaults to one GPU per process, or the CPU.
         batch_size: Rows that are read at once.
-        num_proc: Processes, each with a model; not for an `IterableDataset`.
+        num_proc: Number of processes, each with its own model; not for an `IterableDataset`.
 
     Returns:
         A dataset of the same kind, with `audio` in place of `column`.
 
     Raises:
-        ValueError: There is no such column, or an `audio` already; the codes are of another codebook; the model cannot
-            be loaded.
+        ValueError: There is no such column; the dataset has a column `audio` already; another codebook made the codes;
+            or the model cannot be loaded.
         TypeError: The model is neither a name nor a model of this package with a decoder.
     """
     datasets = require("datasets", "bulk")
     function = AudioDetokenizer(model, revision, column, device)
     audio_feature = datasets.Audio(sampling_rate=function.sampling_rate)
-    # as bytes first: what goes into an Audio column as a Python object is encoded anew by torchcodec
-    added = {"audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}}
-    sounds = _map(dataset, function, column, added, batch_size, num_proc, {})
-    if isinstance(sounds, dict):
-        return type(sounds)({name: part.cast_column("audio", audio_feature) for name, part in sounds.items()})
-    return sounds.cast_column("audio", audio_feature)
+    # as bytes first: with an Audio feature, `map` would encode the values again with torchcodec
+    new_features = {"audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}}
+    decoded = _map_column(dataset, function, column, new_features, batch_size, num_proc, {})
+    if isinstance(decoded, dict):
+        return type(decoded)({name: split.cast_column("audio", audio_feature) for name, split in decoded.items()})
+    return decoded.cast_column("audio", audio_feature)
 
 
-def _map(
-    dataset: Any, function: _Mapped, column: str, added: dict, batch_size: int, num_proc: int | None, casts: dict
+def _map_column(
+    dataset: Any,
+    function: _MapFunction,
+    column: str,
+    new_features: dict[str, Any],
+    batch_size: int,
+    num_proc: int | None,
+    casts: dict[str, Any],
 ) -> Any:
-    """`dataset.map` in batches; `column` goes and `added` come, whatever kind of dataset it is."""
+    """
+    Replace a column of a dataset of any kind by the columns that a function returns.
+
+    Args:
+        dataset: `datasets.Dataset`, `IterableDataset`, or a dictionary of either.
+        function: Function for `map`.
+        column: Column to remove.
+        new_features: Name -> type of the columns that the function returns.
+        batch_size: Rows that are read at once.
+        num_proc: Number of processes; None for an `IterableDataset`.
+        casts: Name -> type to which a column is cast first, if it has a type of that class.
+    """
     if isinstance(dataset, dict):
-        one = partial(_map, function=function, column=column, added=added, batch_size=batch_size)
-        return type(dataset)({name: one(part, num_proc=num_proc, casts=casts) for name, part in dataset.items()})
+        return type(dataset)(
+            {
+                name: _map_column(split, function, column, new_features, batch_size, num_proc, casts)
+                for name, split in dataset.items()
+            }
+        )
     streaming = isinstance(dataset, require("datasets", "bulk").IterableDataset)
     if streaming and num_proc is not None:
         raise ValueError(
             f"Got num_proc={num_proc} for an IterableDataset, which is read in one process. Leave it out."
         )
-    features = dataset.features or dataset._resolve_features().features  # a stream may not know its own yet
+    features = dataset.features or dataset._resolve_features().features  # a stream may not have read its features yet
     check_column(list(features), column, "the dataset")
-    taken = sorted((set(features) - {column}) & set(added))
-    if taken:
-        raise ValueError(f"The dataset has a column {taken[0]!r} already. Rename or remove it.")
+    conflicts = sorted((set(features) - {column}) & set(new_features))
+    if conflicts:
+        raise ValueError(f"The dataset has a column {conflicts[0]!r} already. Rename or remove it.")
     for name, feature in casts.items():
         if isinstance(features[name], type(feature)):
             dataset = dataset.cast_column(name, feature)
-    kept = {name: feature for name, feature in features.items() if name != column}
+    other_features = {name: feature for name, feature in features.items() if name != column}
     options = {} if streaming else {"with_rank": True, "num_proc": num_proc}
-    format = _format(dataset)
-    if format is not None:  # in some formats `map` (datasets 5.2) would empty the columns that stay
+    dataset_format = _get_format(dataset)
+    if dataset_format is not None:  # with some formats, `map` (datasets 5.2) would empty the other columns
         dataset = dataset.with_format(None)
     mapped = dataset.map(
         function,
         batched=True,
         batch_size=batch_size,
         remove_columns=[column],
-        features=type(features)({**kept, **added}),
+        features=type(features)({**other_features, **new_features}),
         **options,
     )
-    return mapped if format is None else mapped.with_format(format)
+    return mapped if dataset_format is None else mapped.with_format(dataset_format)
 
 
-def _format(dataset: Any) -> str | None:
-    """The format that `with_format` gave a dataset or a stream of one."""
+def _get_format(dataset: Any) -> str | None:
+    """Return the format that `with_format` set on a `Dataset` or an `IterableDataset`."""
     if hasattr(dataset, "format"):
         return dataset.format["type"]
     formatting = getattr(dataset, "_formatting", None)

@@ -1,4 +1,4 @@
-"""Options of `tokenize`. Imports no torch: the command line checks its arguments before it loads anything."""
+"""Options of `tokenize`. Imports no torch, so that the command line can check its arguments first."""
 
 import math
 import re
@@ -16,7 +16,7 @@ TAR_NAMES = ("ending", "webdataset")
 @dataclass(frozen=True, kw_only=True)
 class TokenizeOptions:
     """
-    Options of `tokenize`: what is read of a source, how clips are encoded, and who does the work.
+    Options of `tokenize`.
 
     Args:
         revision: Branch, tag or commit of the model on the Hub.
@@ -25,33 +25,33 @@ class TokenizeOptions:
         dataset_config: Configuration of a dataset on the Hub.
         dataset_revision: Branch, tag or commit of a dataset on the Hub.
         split: Split of a dataset. Defaults to `train`.
-        tar_names: Where names in tar shards are split: `"ending"`, before the known ending of an audio file, or
-            `"webdataset"`, at the first dot.
+        tar_names: Where names in tar shards are split: `"ending"` splits before the known extension of an audio file,
+            `"webdataset"` at the first dot.
         channel: Channel of clips that have several: `"mean"`, `"left"`, `"right"` or a number from 0.
         max_clip_seconds: A longer clip fails, before it is read if its header gives its length.
-        peak_dbfs: Peak level that each clip is scaled to, in dBFS, at most 0; `"none"`: no scaling. Defaults to what
-            the model's preprocessor_config.json says.
+        peak_dbfs: Peak level that each clip is scaled to, in dBFS, at most 0. `"none"`: no scaling. Defaults to the
+            level in the model's preprocessor_config.json.
         batch_seconds: Seconds of audio per batch, padding included. Memory grows with it.
         device: Device of the models. Defaults to one GPU per process, or the CPU.
         engine: `"processes"` on this machine, or `"ray"`.
-        ray_address: Address of a Ray cluster. All its machines must see source and output under the same paths. By
-            default Ray starts on this machine.
+        ray_address: Address of a Ray cluster. All its machines must see source, model and output under the same paths.
+            By default Ray starts on this machine.
         num_processes: Number of worker processes, each with a model. Default: one per GPU; on a CPU, one per two
             cores; 2 with Ray. Workers are spawned, so a script with several needs `if __name__ == "__main__":`.
         num_readers: Threads per process that read, decode and resample ahead of the model. Defaults to its share of
             the cores.
         part_size: Clips per Parquet file. A crash costs at most one file per process. Default: 2000, or fewer if there
             would be less than four files per process.
-        shard: `(i, n)`: encode only shard i of n, from 0. All shards may write to one folder at the same time.
+        shard: `(i, n)`: encode only the clips of shard i of n, from 0. All shards may write to one folder at once.
         on_error: `"record"` lists a clip that fails and continues, `"fail"` stops at the first one.
         retry_failed: Try clips again that failed in an earlier run.
-        refresh: Encode clips again whose file has another size or time than when it was read.
-        push_to_hub: Name of a dataset on the Hub, to which the folder is uploaded at the end.
-        license: Licence of the dataset for its card, by the Hub's name. Defaults to that of the source's card.
-        language: Codes of the languages for the card, such as `("en", "de")`. Defaults to those of the source's card.
+        refresh: Encode clips again whose file has changed its size or time since it was read.
+        push_to_hub: Name of the dataset on the Hub to upload the folder to at the end.
+        license: Licence for the dataset card, by the Hub's name. Defaults to the licence in the source's card.
+        language: Language codes for the dataset card, such as `("en", "de")`. Defaults to those in the source's card.
 
     Raises:
-        ValueError: A value is not one of those above.
+        ValueError: An option has a value that is not described above.
     """
 
     revision: str | None = None
@@ -96,7 +96,7 @@ class TokenizeOptions:
         for name, value in (("license", self.license), *(("language", code) for code in self.language or ())):
             if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", value):
                 raise ValueError(
-                    f"Got {name}={value!r}, expected a name as the Hub has it, such as 'cc-by-4.0' or 'en'."
+                    f"Got {name}={value!r}, expected a name that the Hub knows, such as 'cc-by-4.0' or 'en'."
                 )
         check_seconds("batch_seconds", self.batch_seconds)
         check_seconds("max_clip_seconds", self.max_clip_seconds)
@@ -105,9 +105,9 @@ class TokenizeOptions:
             raise ValueError(f"Got the shard {index}/{number}, expected i/n with i from 0 to n - 1.")
 
     def card_metadata(self) -> dict[str, str | list[str]]:
-        """Return the metadata of the dataset card that is given here."""
-        given = {"license": self.license, "language": list(self.language or ())}
-        return {name: value for name, value in given.items() if value}
+        """Return the metadata of the dataset card that these options set."""
+        metadata = {"license": self.license, "language": list(self.language or ())}
+        return {name: value for name, value in metadata.items() if value}
 
 
 def check_on_error(on_error: str) -> None:

@@ -1,4 +1,4 @@
-"""The engine for one machine: this process alone, or several that take one Parquet file after another."""
+"""Engine for one machine: encode in this process, or in several that write one Parquet file after another."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -12,9 +12,17 @@ from .sources import Item
 from .work import Job, Worker
 
 
-def run(job: Job, parts: Sequence[Sequence[Item]], on_report: Callable[[Summary], None], num_processes: int) -> None:
+def run(
+    job: Job, items_by_file: Sequence[Sequence[Item]], on_report: Callable[[Summary], None], num_processes: int
+) -> None:
     """
-    Encode the clips of each Parquet file, in this process or in several, each with a model.
+    Encode clips in this process, or in several processes with a model each.
+
+    Args:
+        job: Job of the workers.
+        items_by_file: Clips of each Parquet file.
+        on_report: Called with the counts of the clips that were just encoded.
+        num_processes: Number of processes. 1: this process.
 
     Raises:
         ChildProcessError: A worker was killed.
@@ -22,17 +30,17 @@ def run(job: Job, parts: Sequence[Sequence[Item]], on_report: Callable[[Summary]
     """
     if num_processes == 1:
         worker = Worker(job)
-        for items in parts:
-            worker.make_part(items, on_report)
+        for items in items_by_file:
+            worker.encode_to_file(items, on_report)
         return
     hint = "use fewer processes or fewer seconds in a batch"
-    run_workers(partial(_start, job), parts, on_report, num_processes, hint=hint)
+    run_workers(partial(_start, job), items_by_file, on_report, num_processes, hint=hint)
 
 
 def _start(job: Job, rank: int) -> Work:
     from tqdm import tqdm
 
-    # tqdm's own is one between processes, which Python calls leaked when this one is killed
+    # tqdm's default lock is shared between processes; Python reports it as leaked when a worker is killed
     tqdm.set_lock(threading.RLock())
-    logging.disable_progress_bar()  # "Loading weights", once for each worker
-    return Worker(job, rank).make_part
+    logging.disable_progress_bar()  # else each worker shows "Loading weights"
+    return Worker(job, rank).encode_to_file

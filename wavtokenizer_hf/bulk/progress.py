@@ -1,4 +1,4 @@
-"""Progress of a run: clips, hours of audio, hours per hour, failures, time left."""
+"""Show the progress of a run: clips, hours of audio, hours per hour, failures, time left."""
 
 import time
 
@@ -8,12 +8,12 @@ from .records import Summary
 
 class ClipProgress:
     """
-    Add up what workers report, and show it.
+    Add up the counts that workers report, and show them.
 
     Args:
         num_clips: Number of clips of this run.
         sampling_rate: Sampling rate of the samples that are counted, in Hz.
-        shown: Show nothing if False.
+        shown: Whether to show the progress.
     """
 
     def __init__(self, num_clips: int, sampling_rate: int, shown: bool = True):
@@ -22,11 +22,11 @@ class ClipProgress:
         self.progress = Progress(num_clips, "clips", shown=shown)
 
     def __call__(self, summary: Summary) -> None:
-        """Count what was done since the last call."""
+        """Add the counts of the clips that were encoded since the last call."""
         self.total += summary
         seconds = self.total.num_samples / self.sampling_rate
         speed = seconds / max(time.monotonic() - self.started, 1e-9)
-        self.progress.show_figures(
+        self.progress.show_metrics(
             {
                 "hours of audio": f"{seconds / 3600:,.2f}",
                 "hours per hour": f"{speed:,.1f}",

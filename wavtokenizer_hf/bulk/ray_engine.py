@@ -1,4 +1,4 @@
-"""The engine for clusters: the same workers as actors of Ray Data, which hands them one part at a time."""
+"""Engine for clusters: workers are actors of Ray Data, and each gets the clips of one Parquet file at a time."""
 
 import logging
 import pickle
@@ -10,38 +10,46 @@ from .sources import Item
 from .work import Job, Worker
 
 
-RESTARTS = 3  # of an actor, whose machine may go away; by default Ray would try a clip that kills its actor for ever
+MAX_RESTARTS = 3
+"""
+Restarts of an actor, whose machine may fail. By default, Ray would retry a clip that crashes its actor for ever.
+"""
 
 
 def run(
     job: Job,
-    parts: Sequence[Sequence[Item]],
-    report: Callable[[Summary], None],
+    items_by_file: Sequence[Sequence[Item]],
+    on_report: Callable[[Summary], None],
     num_workers: int,
     address: str | None,
 ) -> None:
     """
-    Makes the parts in `num_workers` actors, with one GPU each where there are GPUs. Reports arrive part by part.
+    Encode clips in Ray actors, with one GPU each if the cluster has GPUs.
 
     Args:
-        address: of a cluster, or `"auto"` for the one that this machine belongs to; None starts Ray here for this run.
+        job: Job of the workers.
+        items_by_file: Clips of each Parquet file.
+        on_report: Called with the counts of each Parquet file when it is written.
+        num_workers: Number of actors.
+        address: Address of a cluster, or `"auto"` for the cluster of this machine. None: start Ray on this machine for
+            this run.
 
     Raises:
-        ValueError, OSError: what was raised in an actor; OSError too if one was killed again and again.
-        ImportError: Ray is not installed.
+        ValueError, OSError: Raised in an actor. OSError also if an actor crashed too often, or Ray cannot be reached.
+        ImportError: Ray, or a package that an actor needs, is not installed.
     """
-    if not parts:
+    if not items_by_file:
         return
     ray = require("ray.data", "ray") and require("ray", "ray")
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports each step of a plan that has one
-    own = not ray.is_initialized()
-    if own:
-        started_here = (
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # else it logs each step of its plan
+    starts_ray = not ray.is_initialized()
+    if starts_ray:
+        local_options = (
             {"num_cpus": num_workers * job.num_readers, "include_dashboard": False} if address is None else {}
         )
         try:
-            # without "local" it would look for a cluster in the environment
-            ray.init(address=address or "local", log_to_driver=False, logging_level="warning", **started_here)
+            # without "local", Ray would look for a cluster in the environment
+            ray.init(address=address or "local", log_to_driver=False, logging_level="warning", **local_options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise OSError(f"Cannot reach a Ray cluster at {address!r}: {error}") from error
     try:
@@ -49,36 +57,38 @@ def run(
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         on_gpu = (job.options.device or "cuda").startswith("cuda") and ray.cluster_resources().get("GPU", 0) > 0
-        # a part of the work is one block, so that a part is what an actor is given, and what is done again if it dies
+        # one block per Parquet file, so that Ray assigns and retries whole files
         dataset = ray.data.from_items(
-            [{"items": pickle.dumps(list(items))} for items in parts], override_num_blocks=len(parts)
+            [{"items": pickle.dumps(list(items))} for items in items_by_file], override_num_blocks=len(items_by_file)
         )
-        made = dataset.map(
+        results = dataset.map(
             _Actor,
             fn_constructor_args=(job,),
             compute=ray.data.ActorPoolStrategy(size=num_workers),
             num_cpus=job.num_readers,
             num_gpus=1 if on_gpu else 0,
-            max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=MAX_RESTARTS,
         )
-        for row in made.iter_rows():
+        for row in results.iter_rows():
             if row["error"]:
                 raise {"ValueError": ValueError, "ImportError": ImportError}.get(row["kind"], OSError)(row["error"])
-            report(Summary(**row["summary"]))
+            on_report(Summary(**row["summary"]))
     except ray.exceptions.RayError as error:
         raise OSError(
-            f"Ray has stopped the work: {' '.join(str(error).split())} What is finished stays valid; run again to go "
-            "on."
+            f"Ray has stopped the work: {' '.join(str(error).split())} Finished files stay valid; run again to go on."
         ) from error
     finally:
-        if own:
+        if starts_ray:
             ray.shutdown()
 
 
 class _Actor:
-    """A worker in a process of Ray's. Errors that are the user's to mend come back as rows: Ray would wrap them, and
-    try again."""
+    """
+    A worker in a Ray process.
+
+    Errors that the user can fix are returned as rows. If they were raised, Ray would wrap them and try again.
+    """
 
     def __init__(self, job: Job):
         self._job = job
@@ -92,8 +102,9 @@ class _Actor:
             total += summary
 
         try:
-            self._worker = self._worker or Worker(self._job)  # Ray shows each actor its own GPU as the first
-            self._worker.make_part(pickle.loads(row["items"]), add)
+            # rank 0 in every actor: an actor sees only its own GPU
+            self._worker = self._worker or Worker(self._job)
+            self._worker.encode_to_file(pickle.loads(row["items"]), add)
         except (ValueError, OSError, ImportError) as error:
             kind = next(kind for kind in (OSError, ImportError, ValueError) if isinstance(error, kind))
             return {"error": str(error), "kind": kind.__name__, "summary": vars(total)}

@@ -1,6 +1,4 @@
-"""
-What bulk work passes on and writes down. Imports no torch, so that the command line, card and sources stay light.
-"""
+"""Dataclasses that the modules of bulk work share. Imports no torch, so that the command line starts fast."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +8,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FORMAT = 4
-"""Version of the output folder; folders with another one are refused."""
+"""Version of the output folder's format. Folders with another version are refused."""
 
 OWN_COLUMNS = (
     "id", "audio_codes", "num_samples", "duration", "source_sampling_rate", "source_channels", "codebook_fingerprint",
@@ -19,27 +17,31 @@ OWN_COLUMNS = (
 """Columns of the output that do not come from the source."""
 
 Stamp = tuple[int | None, int | None]
-"""
-Size in bytes and time of the last change in ns since 1970 of the file that a clip came from; None where there is none.
-"""
+"""Size in bytes of the file with a clip, and time of its last change in ns since 1970; both None without a file."""
 
 NO_FILE: Stamp = (None, None)
 
 
 @dataclass
 class Tokens:
-    """The codes of one clip, and what they were made of."""
+    """The codes of one clip, and facts about its audio."""
 
     audio_codes: "np.ndarray"  # (L,) uint16
-    num_samples: int  # of the clip at the model's sampling rate; the last code may cover more
+    num_samples: int  # length of the clip at the model's sampling rate; the last code may cover more
     source_sampling_rate: int  # Hz
     source_channels: int
-    warnings: tuple[str, ...] = ()  # of audio_errors.WARNING_KINDS
+    warnings: tuple[str, ...] = ()  # a selection of audio_errors.WARNING_KINDS
 
 
 @dataclass
 class Failure:
-    """Why a clip has no codes, for people and in one word of `audio_errors.FAILURE_KINDS`."""
+    """
+    The reason why a clip has no codes.
+
+    Args:
+        reason: Reason in words, for users.
+        kind: One of `audio_errors.FAILURE_KINDS`.
+    """
 
     reason: str
     kind: str = "error"
@@ -47,7 +49,7 @@ class Failure:
 
 @dataclass
 class Settings:
-    """What the rows depend on. A folder holds rows of one kind only."""
+    """Settings that the rows depend on. All rows of a folder have the same settings."""
 
     source: str
     column: str | None
@@ -55,14 +57,14 @@ class Settings:
     dataset_revision: str | None
     split: str | None
     model: str
-    revision: str | None  # the commit, for a model from the Hub
+    revision: str | None  # commit of a model from the Hub
     codebook_fingerprint: str
     encoder_fingerprint: str
     codebook_size: int
     hop_length: int
     sampling_rate: int
     target_peak_dB_FS: float | None  # None: clips are not scaled
-    columns: dict[str, str]  # of the source: name -> type
+    columns: dict[str, str]  # extra columns of the source: name -> type
     format: int = FORMAT
     channel: str = "mean"
     tar_names: str = "ending"
@@ -70,7 +72,7 @@ class Settings:
 
 @dataclass
 class Summary:
-    """Counts of the clips of a Parquet file, or of several."""
+    """Counts over the clips of one or several Parquet files."""
 
     num_clips: int = 0
     num_failures: int = 0
@@ -85,21 +87,21 @@ class Summary:
 @dataclass
 class Result:
     """
-    What an output folder holds after a run of `tokenize`.
+    Result of a run of `tokenize`, and content of its output folder.
 
     Args:
-        total: Counts of all clips in the folder, of all shards and runs.
+        total: Counts over all clips in the folder, for all shards and runs.
         failures: Id of each clip that failed -> its failure, with `reason` and `kind`.
         done_now: Counts of this run.
         seconds: Duration of this run.
-        sampling_rate: Sampling rate of the samples that are counted, in Hz.
-        passed_over: Files, and members of shards, that are no clips.
+        sampling_rate: Sampling rate of the counted samples, in Hz.
+        passed_over: Files of the source, and members of its tar shards, that were skipped because they hold no clip.
         silent: Ids of clips of this run's shard that have neither a row nor a failure. If there are any, this package
             has a bug.
-        changed: Ids of clips of this run's shard whose file has another size or time than when it was read. `refresh`
+        changed: Ids of clips of this run's shard whose file has changed its size or time since it was read. `refresh`
             encodes them again.
         without_source: Ids of clips with a row or a failure that the source does not hold any more, or whose file is
-            gone.
+            missing.
     """
 
     total: Summary

@@ -1,9 +1,8 @@
-"""
-Reads and checks every row of an output folder, against the manifest, against its own digests, and against itself.
-"""
+"""Read and check every row of an output folder."""
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +11,20 @@ from typing import Any
 import numpy as np
 
 from ..extras import require
-from .output import METADATA, digest_of, read_manifest, sha256_of, summary_of
+from .output import METADATA_KEY, digest_of, read_manifest, sha256_of, summary_of
 from .records import FORMAT, OWN_COLUMNS, Summary
 
 
 @dataclass
 class Verification:
-    """What was read, and what is wrong: one line each, empty if all is well."""
+    """
+    Result of `verify`.
+
+    Args:
+        num_files: Number of Parquet files.
+        total: Counts of the rows that were read, and of failures.
+        problems: Problems that were found, one line each. Empty if there are none.
+    """
 
     num_files: int
     total: Summary
@@ -27,13 +33,16 @@ class Verification:
 
 def verify(output: str | os.PathLike) -> Verification:
     """
-    Read all Parquet files of an output folder and check them; nothing is changed.
+    Read and check all Parquet files of an output folder. Nothing is changed.
 
-    Checked are sizes and checksums of the manifest, page checksums, schema, settings, digests of the rows, that codes
-    lie in the codebook, that their number fits the number of samples, that no clip occurs twice, and the totals.
+    The checks: sizes and checksums of the manifest, page checksums, schema, settings, digests of the rows, range and
+    number of the codes, ids without duplicates, and totals.
 
     Args:
-        output: Folder that `tokenize` has written.
+        output: Folder that `tokenize` wrote.
+
+    Returns:
+        `Verification`: what was read, and a line for each problem.
 
     Raises:
         ValueError: There is no such folder, or its manifest is missing or damaged.
@@ -41,48 +50,54 @@ def verify(output: str | os.PathLike) -> Verification:
     """
     folder = Path(output)
     if not (folder / "manifest.json").is_file():
-        raise ValueError(f"{folder} has no manifest.json, expected a folder that `wavtokenizer tokenize` has written.")
+        raise ValueError(f"{folder} has no manifest.json, expected a folder that `wavtokenizer tokenize` wrote.")
     manifest = read_manifest(folder / "manifest.json")
     settings, files = manifest["settings"], manifest["files"]
     if settings.get("format") != FORMAT:
-        raise ValueError(f"{folder} has the format {settings.get('format')}, expected {FORMAT}. Make it anew.")
-    problems, total, seen, failed, schema = [], Summary(), set(), set(), None
+        raise ValueError(
+            f"{folder} has the format {settings.get('format')}, expected {FORMAT}. Write it again to a new folder."
+        )
+    problems: list[str] = []
+    total, schema = Summary(), None
+    seen: set[str] = set()
+    failed: set[str] = set()
     paths = sorted((folder / "data").glob("*.parquet"))
     problems += [
         f"data/{name}: missing, and listed in manifest.json" for name in sorted(files.keys() - {p.name for p in paths})
     ]
     for path in paths:
         name = f"data/{path.name}"
-        wrong: list[str] = []
-        wrong += _file_problems(path, files.get(path.name))
+        file_problems = list(_file_problems(path, files.get(path.name)))
         try:
-            table, part = _read(path)
+            table, metadata = _read(path)
         except (require("pyarrow", "bulk").ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-            problems += [
-                f"{name}: {text}" for text in [*wrong, f"cannot be read: {' '.join(str(error).split())[:300]}"]
-            ]
+            file_problems.append(f"cannot be read: {' '.join(str(error).split())[:300]}")
+            problems += [f"{name}: {problem}" for problem in file_problems]
             continue
-        own = table.schema.remove_metadata()
-        schema = own if schema is None else schema
-        if own != schema or own.names[: len(OWN_COLUMNS)] != list(OWN_COLUMNS):
-            wrong.append(f"has the columns {own.names}, expected {schema.names}")
+        file_schema = table.schema.remove_metadata()
+        schema = file_schema if schema is None else schema
+        if file_schema != schema or file_schema.names[: len(OWN_COLUMNS)] != list(OWN_COLUMNS):
+            file_problems.append(f"has the columns {file_schema.names}, expected {schema.names}")
         else:
-            wrong += _row_problems(table, part, settings)
+            file_problems += _row_problems(table, metadata, settings)
             ids = table["id"].to_pylist()
-            twice = [id for id in ids if id in seen]
-            wrong += [f"holds {twice[0]!r}, which another row has too"] if twice or len(set(ids)) < len(ids) else []
-            seen.update(ids)
-            failed.update(part["failures"])
+            counts = Counter(ids)
+            duplicates = [id for id, count in counts.items() if count > 1 or id in seen]
+            if duplicates:
+                file_problems.append(f"holds {duplicates[0]!r}, which another row has too")
+            seen.update(counts)
+            failed.update(metadata["failures"])
             total += summary_of(table, 0)
-        if files.get(path.name, {}).get("digest") not in (None, part.get("digest")):
-            wrong.append("holds other rows than manifest.json says")
-        problems += [f"{name}: {text}" for text in wrong]
+        if files.get(path.name, {}).get("digest") not in (None, metadata.get("digest")):
+            file_problems.append("holds other rows than manifest.json says")
+        problems += [f"{name}: {problem}" for problem in file_problems]
     total.num_failures = len(failed - seen)
     problems += _total_problems(folder, manifest, total)
     return Verification(len(paths), total, problems)
 
 
 def _file_problems(path: Path, entry: dict[str, Any] | None) -> Iterator[str]:
+    """Compare a file with its entry in the manifest."""
     if entry is None:
         yield "is not in manifest.json; run tokenize again to add it"
         return
@@ -94,28 +109,27 @@ def _file_problems(path: Path, entry: dict[str, Any] | None) -> Iterator[str]:
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
-    """All rows of a part, and its metadata."""
+    """Read the rows and the metadata of a Parquet file."""
     parquet = require("pyarrow.parquet", "bulk")
     with parquet.ParquetFile(path, page_checksum_verification=True) as file:
         table = file.read()
-        part = json.loads((file.schema_arrow.metadata or {}).get(METADATA, b"null"))
-    if (
-        not isinstance(part, dict)
-        or not {"settings", "failures", "failure_stamps", "summary", "digest"} <= part.keys()
-    ):
+        metadata = json.loads((file.schema_arrow.metadata or {}).get(METADATA_KEY, b"null"))
+    keys = {"settings", "failures", "failure_stamps", "summary", "digest"}
+    if not isinstance(metadata, dict) or not keys <= metadata.keys():
         raise ValueError("it has no metadata of this command")
     table.validate(full=True)
-    return table, part
+    return table, metadata
 
 
-def _row_problems(table: Any, part: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+def _row_problems(table: Any, metadata: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+    """Compare the rows of a file with its metadata and with the settings of the folder."""
     compute = require("pyarrow.compute", "bulk")
-    if part["settings"] != settings:
+    if metadata["settings"] != settings:
         yield "was made with other settings than manifest.json says"
-    if part["digest"] != digest_of(table, part):
+    if metadata["digest"] != digest_of(table, metadata):
         yield "has rows that do not fit their digest"
-    if part["summary"] != asdict(summary_of(table, len(part["failures"]))):
-        yield "has other totals in its metadata than its rows"
+    if metadata["summary"] != asdict(summary_of(table, len(metadata["failures"]))):
+        yield "has totals in its metadata that do not fit its rows"
     if any(table[name].null_count for name in ("id", "audio_codes", "num_samples", "codebook_fingerprint")):
         yield "has rows without an id, codes, num_samples or fingerprint"
         return
@@ -133,9 +147,10 @@ def _row_problems(table: Any, part: dict[str, Any], settings: dict[str, Any]) ->
 
 
 def _total_problems(folder: Path, manifest: dict[str, Any], total: Summary) -> Iterator[str]:
+    """Compare the totals in manifest.json and the lines of failures.jsonl with the rows."""
     for name, value in asdict(total).items():
         if manifest.get(name) != value:
-            yield f"manifest.json: {name} is {manifest.get(name)}, and the files have {value}"
+            yield f"manifest.json: {name} is {manifest.get(name)}, but the files have {value}"
     ids: list | None
     try:
         lines = (folder / "failures.jsonl").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""One part after another: what each worker process does, whichever engine drives it."""
+"""Encode clips and write Parquet files, in one worker of any engine."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import torch
 
 from . import encoding
 from .options import TokenizeOptions
-from .output import Output
+from .output import OutputFolder
 from .records import NO_FILE, Failure, Stamp, Summary, Tokens
 from .sources import Item, Source
 
@@ -19,19 +19,19 @@ from .sources import Item, Source
 @dataclass
 class Job:
     """
-    What a worker has to know. It travels to other processes and machines.
+    The job of all workers of a run. It is pickled for other processes and machines.
 
     Args:
-        source: Clips, without their list.
-        output: Output folder, which every worker must see under this name.
+        source: Source of the clips, without its list of clips.
+        output: Output folder. Every worker must see it under the same path.
         model: Name or folder of the model.
-        options: Options of the run, whose `revision` is the commit of a model on the Hub.
-        num_readers: Threads that read, decode and resample ahead of the model.
-        num_threads: Threads of torch in a worker; None leaves them alone.
+        options: Options of the run. For a model on the Hub, `revision` is the commit.
+        num_readers: Threads per worker that read, decode and resample ahead of the model.
+        num_threads: Torch threads per worker. None: torch's default.
     """
 
     source: Source
-    output: Output
+    output: OutputFolder
     model: str
     options: TokenizeOptions
     num_readers: int
@@ -39,11 +39,20 @@ class Job:
 
 
 class Worker:
-    """Holds the model of one process, and makes parts."""
+    """
+    The model of one process, which encodes clips to Parquet files.
+
+    Args:
+        job: Job of all workers.
+        rank: Index of this worker, which chooses its GPU.
+
+    Raises:
+        ValueError: The model is not the one that the run began with, or cannot be loaded.
+    """
 
     def __init__(self, job: Job, rank: int = 0):
         if job.num_threads is not None:
-            # as many as there are cores in each of several processes make them up to 30 times as slow
+            # with one thread per core in each process, several processes are up to 30 times slower
             torch.set_num_threads(job.num_threads)
         self.job = job
         options = job.options
@@ -52,45 +61,50 @@ class Worker:
             job.model, options.revision, device, options.peak_dbfs
         )
         settings = job.output.settings
-        here = self.encoder.codebook_fingerprint, encoding.weights_fingerprint(self.encoder.encoder)
-        if here != (settings.codebook_fingerprint, settings.encoder_fingerprint):
+        codebook, encoder = self.encoder.codebook_fingerprint, encoding.weights_fingerprint(self.encoder.encoder)
+        if (codebook, encoder) != (settings.codebook_fingerprint, settings.encoder_fingerprint):
             raise ValueError(
-                f"The model {job.model!r} has the codebook {here[0]} and the encoder {here[1]} here, and the codebook "
-                f"{settings.codebook_fingerprint} and the encoder {settings.encoder_fingerprint} where the work "
-                "began. It changed meanwhile; begin anew."
+                f"The model {job.model!r} has the codebook {codebook} and the encoder {encoder} in this worker, but "
+                f"the run began with the codebook {settings.codebook_fingerprint} and the encoder "
+                f"{settings.encoder_fingerprint}. The model has changed. Run again with a new output folder."
             )
 
-    def make_part(self, items: Sequence[Item], report: Callable[[Summary], None] = lambda summary: None) -> None:
+    def encode_to_file(
+        self, items: Sequence[Item], on_report: Callable[[Summary], None] = lambda summary: None
+    ) -> None:
         """
-        Encodes these clips and writes their part; tells `report` of each window of them when it is encoded.
+        Encode clips and write their Parquet file.
+
+        Args:
+            items: Clips of the file.
+            on_report: Called with the counts of each window of clips when it is encoded.
 
         Raises:
-            ValueError: a clip failed, if that is to end the work.
-            OSError: the part cannot be written.
+            ValueError: A clip failed, with `on_error="fail"`.
+            OSError: The file cannot be written.
         """
         job = self.job
         results: list[Tokens | Failure] = []
         extra_columns: list[dict[str, Any]] = [{} for _ in items]
         stamps: list[Stamp] = [NO_FILE for _ in items]
 
-        def read(number: int) -> Any:
-            stamps[number] = job.source.stamp(
-                items[number].locator
-            )  # before it is read: a change meanwhile shows later
-            extra_columns[number] = job.source.extra_columns(items[number].locator)
-            return job.source.read(items[number].locator)
+        def read(index: int) -> Any:
+            locator = items[index].locator
+            stamps[index] = job.source.stamp(locator)  # before reading, so that a later run sees a change meanwhile
+            extra_columns[index] = job.source.extra_columns(locator)
+            return job.source.read(locator)
 
-        reads = [partial(read, number) for number in range(len(items))]
+        readers = [partial(read, index) for index in range(len(items))]
         windows = encoding.tokenize_clips(
             self.encoder,
             self.feature_extractor,
-            reads,
+            readers,
             job.options.batch_seconds,
             job.num_readers,
             job.options.channel,
             job.options.max_clip_seconds,
         )
-        with closing(windows):  # ends its threads, whatever ends this
+        with closing(windows):  # stops the reader threads after an error too
             for window in windows:
                 summary = Summary()
                 for item, result in zip(items[len(results) :], window, strict=False):
@@ -103,10 +117,10 @@ class Worker:
                             1, 0, result.num_samples, len(result.audio_codes), int(bool(result.warnings))
                         )
                 results += window
-                report(summary)
-        job.output.write_part([item.id for item in items], results, extra_columns, stamps)
+                on_report(summary)
+        job.output.write_file([item.id for item in items], results, extra_columns, stamps)
 
 
 def num_cores() -> int:
-    """Processors that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

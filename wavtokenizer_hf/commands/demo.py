@@ -1,46 +1,56 @@
 """`wavtokenizer demo`: a page to see and hear the codec."""
 
+import argparse
 import socket
 
 from ..model_names import find_torch_model, published_names
-from .arguments import MODEL_HELP, UsageError, add_command, quiet_transformers
+from .arguments import MODEL_HELP, Commands, UsageError, add_command, quiet_transformers
 
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
-def add(commands) -> None:
-    demo = add_command(commands, "demo", _demo)
-    demo.description += (
-        " Record, upload or choose a clip; hear original and reconstruction; see both spectrograms and the tokens; "
-        "paste tokens back. Nothing leaves this machine, unless --share is given. Needs the extra `demo`."
+def add(commands: Commands) -> None:
+    demo = add_command(
+        commands,
+        "demo",
+        _demo,
+        "Record, upload or choose a clip. Hear the original and the reconstruction, see both spectrograms and the "
+        "tokens, and paste tokens back. No data leaves this machine unless --share is given. Needs the extra `demo`.",
+        example="-m bundled small-speech-75",
     )
     demo.add_argument(
         "-m",
         "--model",
         nargs="+",
         metavar="MODEL",
-        help=f"models to choose from, the first one at the start: {MODEL_HELP}. Default: bundled and all published "
-        "checkpoints; bundled alone where others can open the page",
+        help=f"models to choose from, of which the first is selected: {MODEL_HELP}. Default: bundled and all "
+        "published checkpoints; only bundled if other machines can open the page",
     )
     demo.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: this machine only); 0.0.0.0: all"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, this machine only); 0.0.0.0: all addresses of this machine",
     )
-    demo.add_argument("--port", type=int, default=7860, help="port (default: 7860); 0: any free one")
+    demo.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860); 0: any free port")
     demo.add_argument(
         "--share", action="store_true", help="also open a public address at Gradio's servers, for 7 days"
     )
     demo.add_argument(
-        "--max-seconds", type=float, default=60, metavar="SECONDS", help="longest clip that is taken (default: 60)"
+        "--max-seconds",
+        type=float,
+        default=60,
+        metavar="SECONDS",
+        help="longest clip, in seconds, at most 300 (default: 60)",
     )
 
 
-def _demo(arguments) -> int:
+def _demo(arguments: argparse.Namespace) -> int:
     if not 0 < arguments.max_seconds <= 300:
         raise UsageError(f"Got --max-seconds {arguments.max_seconds:g}, expected more than 0 and at most 300.")
     if not 0 <= arguments.port < 65536:
         raise UsageError(f"Got --port {arguments.port}, expected a number from 0 to 65535.")
-    is_private = arguments.host in LOCAL and not arguments.share
+    is_private = arguments.host in LOCAL_HOSTS and not arguments.share
     models = arguments.model or ["bundled", *(published_names() if is_private else [])]
     for name in arguments.model or ():
         find_torch_model(name)
@@ -55,7 +65,7 @@ def _demo(arguments) -> int:
 
 
 def _free_port(host: str, port: int) -> int:
-    """The port, or a free one for 0. Raises OSError if it cannot be had."""
+    """Return the port, or a free one for 0. Raises OSError if it is not available."""
     try:
         with socket.create_server((host, port)) as server:
             return server.getsockname()[1]

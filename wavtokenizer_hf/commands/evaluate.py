@@ -5,23 +5,32 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..atomic_files import refuse_inputs
 from ..audio_errors import check_channel
 from ..find_files import SUFFIXES
 from ..model_names import find_model
-from .arguments import add_channel, add_command, add_model, load_model
+from .arguments import Commands, add_channel, add_command, add_model, load_model
 from .files import find_sources
 from .token_folders import DecodedTokens
 
 
-def add(commands) -> None:
-    evaluate = add_command(commands, "evaluate", _evaluate)
-    evaluate.description += (
-        " Encodes and decodes each file with MODEL and compares the result with the file. Prints means with 95 % "
-        "intervals, and with --compare or --decoded also the differences, file by file. Files that cannot be read "
-        "and metrics that cannot be computed are listed with the reason and left out of the means. Needs the extra "
-        "`evaluation`."
+if TYPE_CHECKING:
+    from ..evaluation import Model
+    from ..evaluation.run import System
+
+
+def add(commands: Commands) -> None:
+    evaluate = add_command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "Encodes and decodes each file with MODEL and compares the result with the file. Prints means with 95 % "
+        "intervals. With --compare or --decoded it also prints the differences, paired by file. Files that cannot be "
+        "read and metrics that cannot be computed are listed with the reason and left out of the means. Needs the "
+        "extra `evaluation`.",
+        example="-m bundled --audio clips/ -o report/",
     )
     evaluate.add_argument(
         "--audio", nargs="+", required=True, metavar="INPUT", help="audio files, or folders to search for them"
@@ -32,14 +41,13 @@ def add(commands) -> None:
     evaluate.add_argument(
         "--tokens",
         metavar="FOLDER",
-        help="token folder that `wavtokenizer tokenize` made of INPUT: measure what MODEL decodes of it, instead of "
-        "encoding again",
+        help="token folder that `wavtokenizer tokenize` made of INPUT: measure its tokens, decoded by MODEL, instead "
+        "of encoding again",
     )
     evaluate.add_argument(
         "--decoded",
         metavar="FOLDER",
-        help="folder with the output of any other codec: audio files with the names and subfolders of INPUT, in any "
-        "format",
+        help="output of any other codec: folder of audio files with the names and subfolders of INPUT, in any format",
     )
     evaluate.add_argument(
         "-o",
@@ -59,7 +67,7 @@ def add(commands) -> None:
         "--metrics",
         nargs="+",
         metavar="NAME",
-        help="only these metrics, of pesq_wb, stoi, estoi, si_sdr, mel_distance, stft_distance, mcd, visqol, "
+        help="compute only these metrics: pesq_wb, stoi, estoi, si_sdr, mel_distance, stft_distance, mcd, visqol, "
         "f0_error, voicing_f1, dnsmos, speaker_similarity, word_error_rate, utmos. One that cannot run here is an "
         "error",
     )
@@ -67,30 +75,31 @@ def add(commands) -> None:
         "--crepe",
         default="full",
         metavar="SIZE",
-        help="size of the pitch tracker of f0_error and voicing_f1: full (default, as in the paper) or tiny (about "
-        "fifty times as fast on a CPU)",
+        help="size of CREPE, the pitch tracker of f0_error and voicing_f1: full (default, as in the paper) or tiny "
+        "(about fifty times as fast on a CPU)",
     )
     evaluate.add_argument(
         "--asr",
         metavar="MODEL",
-        help="speech recognizer of word_error_rate, by its name or folder for transformers' pipeline; default: "
-        "pocketsphinx, for English",
+        help="speech recognizer of word_error_rate: name or folder for transformers' pipeline (default: pocketsphinx, "
+        "for English)",
     )
     evaluate.add_argument(
         "--utmos",
         metavar="FILE",
-        help="TorchScript of UTMOS, which takes float32 audio (1, samples) at 16 kHz and returns one number. Without "
-        "it UTMOS is reported as not run",
+        help="TorchScript file of UTMOS, which takes float32 audio (1, samples) at 16 kHz and returns one number. "
+        "Without it UTMOS is reported as not run",
     )
     evaluate.add_argument(
         "--num-workers",
         type=int,
         default=os.cpu_count() or 1,
+        metavar="N",
         help="worker processes for the metrics (default: one per core; 0: none). Results do not depend on it",
     )
 
 
-def _model(arguments):
+def _model(arguments: argparse.Namespace) -> "Model":
     from ..evaluation import Model
     from ..loading import load_feature_extractor, target_peak
 
@@ -99,7 +108,7 @@ def _model(arguments):
     return Model(arguments.model, model, target_peak(extractor))
 
 
-def _evaluate(arguments) -> int:
+def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.num_workers < 0:
         raise ValueError(f"Got --num-workers {arguments.num_workers}, expected 0 or more.")
     check_channel(arguments.channel)
@@ -116,20 +125,21 @@ def _evaluate(arguments) -> int:
         inputs += Path(arguments.decoded).rglob("*") if arguments.decoded is not None else []
         outputs = [Path(arguments.output, name) for name in REPORT_FILES]
         refuse_inputs([*outputs, *Path(arguments.output, "worst").glob("*.wav")], inputs)
-    systems = [
+    models = [
         _model(argparse.Namespace(**{**vars(arguments), "model": name, "revision": revision}))
         for name, revision in ((arguments.model, arguments.revision), (arguments.compare, None))
         if name is not None
     ]
+    systems: list[System] = [*models]
     if arguments.tokens is not None:
         if arguments.model is None:
             raise ValueError(f"Got the tokens {arguments.tokens} and no model to decode them. Give --model.")
-        systems[0] = DecodedTokens(arguments.tokens, systems[0].model)
+        systems[0] = DecodedTokens(arguments.tokens, models[0].model)
     if arguments.decoded is not None:
         systems.append(DecodedFolder(arguments.decoded))
     if not systems:
         raise ValueError("Got nothing to measure. Give --model, --decoded, or both.")
-    if arguments.output is not None:  # a folder that cannot be made should stop the work before it begins
+    if arguments.output is not None:  # fails before the work if the folder cannot be created
         Path(arguments.output).mkdir(parents=True, exist_ok=True)
     report = evaluate(
         references,

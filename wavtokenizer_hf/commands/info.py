@@ -1,30 +1,40 @@
 """`wavtokenizer info`: describe a model, a token file or a token folder."""
 
+import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 from ..model_names import find_model, is_exported
-from .arguments import MODEL_HELP, add_command, print_facts, quiet_transformers
+from .arguments import MODEL_HELP, Commands, add_command, print_facts, quiet_transformers
 
 
-def add(commands) -> None:
-    info = add_command(commands, "info", _info)
+def add(commands: Commands) -> None:
+    info = add_command(
+        commands,
+        "info",
+        _info,
+        "Prints the sampling rate, the tokens per second, the codebook fingerprint and more. Tokens and models belong "
+        "together if their fingerprints are equal.",
+        example="bundled",
+    )
     info.add_argument(
         "source",
-        help=f"a model: {MODEL_HELP}; or a folder of export-model, a token file (.safetensors, .json), or a folder "
-        "of tokenize",
+        metavar="SOURCE",
+        help=f"model: {MODEL_HELP}; or folder of `wavtokenizer export-model`, token file (.safetensors, .json), or "
+        "folder of `wavtokenizer tokenize`",
     )
-    info.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    info.add_argument("--revision", help="branch, tag or commit of a model on the Hub (default: main)")
 
 
-def _info(arguments) -> int:
+def _info(arguments: argparse.Namespace) -> int:
     from ..export.token_folder import is_token_folder
 
     if Path(arguments.source).is_file():
         from ..token_file import TokenFile
 
         tokens = TokenFile.load(arguments.source)
-        facts = {
+        facts: dict[str, Any] = {
             "model": tokens.model,
             "codebook_fingerprint": tokens.codebook_fingerprint,
             "num_tokens": len(tokens.audio_codes),
@@ -61,7 +71,7 @@ def _info(arguments) -> int:
     return 0
 
 
-def _exported_facts(path: str) -> dict:
+def _exported_facts(path: str) -> dict[str, Any]:
     from ..export import WavTokenizerOnnx
 
     model = WavTokenizerOnnx(path)
@@ -79,7 +89,7 @@ def _exported_facts(path: str) -> dict:
     }
 
 
-def _folder_facts(path: str) -> dict:
+def _folder_facts(path: str) -> dict[str, Any]:
     from ..export.token_folder import TokenFolder
 
     folder = TokenFolder(path)

@@ -1,5 +1,6 @@
-"""`wavtokenizer tokenize`: a corpus to Parquet."""
+"""`wavtokenizer tokenize`: encode a corpus to Parquet files."""
 
+import argparse
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -8,15 +9,28 @@ from ..bulk.options import TokenizeOptions
 from ..find_files import describe_passed_over
 from ..model_names import find_torch_model
 from ..progress import shown_progress
-from .arguments import MODEL_HELP, UsageError, add_channel, add_command, add_peak, print_facts, quiet_transformers
+from .arguments import (
+    MODEL_HELP,
+    REVISION_HELP,
+    Commands,
+    UsageError,
+    add_channel,
+    add_command,
+    add_peak,
+    print_facts,
+    quiet_transformers,
+)
 
 
-def add(commands) -> None:
-    tokenize = add_command(commands, "tokenize", _tokenize)
-    tokenize.description += (
-        " Runs are resumable: after a crash, or when clips were added to SOURCE, run the same command again. A clip "
-        "that cannot be read is listed in failures.jsonl with the reason. The rows do not depend on the number of "
-        "processes or on the batches. Needs the extra `bulk`."
+def add(commands: Commands) -> None:
+    tokenize = add_command(
+        commands,
+        "tokenize",
+        _tokenize,
+        "After a crash, or when clips were added to SOURCE, run the same command again. A clip that cannot be read is "
+        "listed in failures.jsonl with the reason. The rows do not depend on the number of processes or on the "
+        "batches. Needs the extra `bulk`.",
+        example="corpus/ -m bundled -o tokens/",
     )
     tokenize.add_argument(
         "source",
@@ -26,47 +40,59 @@ def add(commands) -> None:
         "or .csv or .jsonl with further columns); dataset on disk, or its name on the Hub",
     )
     tokenize.add_argument("-m", "--model", help=MODEL_HELP)
-    tokenize.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
+    tokenize.add_argument("--revision", help=REVISION_HELP)
     tokenize.add_argument(
         "-o", "--output", help="folder for the Parquet files (created if missing; resumes an earlier run)"
     )
     tokenize.add_argument(
         "--column",
+        metavar="NAME",
         help="column of the audio, or of the paths in a list (default: audio, and in lists also path or file_name)",
     )
-    tokenize.add_argument("--dataset-config", help="configuration of a dataset on the Hub")
-    tokenize.add_argument("--dataset-revision", help="branch, tag or commit of a dataset on the Hub")
-    tokenize.add_argument("--split", help="split of a dataset (default: train)")
+    tokenize.add_argument("--dataset-config", metavar="NAME", help="configuration of a dataset on the Hub")
+    tokenize.add_argument(
+        "--dataset-revision", metavar="REVISION", help="branch, tag or commit of a dataset on the Hub (default: main)"
+    )
+    tokenize.add_argument("--split", metavar="NAME", help="split of a dataset (default: train)")
     tokenize.add_argument(
         "--device", help="device of the models: cpu, cuda, cuda:1 (default: one GPU per process, or the CPU)"
     )
     tokenize.add_argument(
         "--num-processes",
         type=int,
+        metavar="N",
         help="number of worker processes (default: one per GPU; on CPU, one per two cores; 2 with Ray)",
     )
     tokenize.add_argument(
         "--num-readers",
         type=int,
+        metavar="N",
         help="threads per process that read and resample audio ahead (default: its share of the cores)",
     )
-    tokenize.add_argument("--batch-seconds", type=float, default=120, help="seconds of audio per batch (default: 120)")
+    tokenize.add_argument(
+        "--batch-seconds",
+        type=float,
+        default=120,
+        metavar="SECONDS",
+        help="seconds of audio per batch, padding included (default: 120). Memory grows with it",
+    )
     tokenize.add_argument(
         "--part-size",
         type=int,
+        metavar="N",
         help="clips per Parquet file (default: up to 2000). A crash costs at most one unfinished file per process",
     )
     tokenize.add_argument(
         "--shard",
         default="0/1",
         metavar="I/N",
-        help="do only shard I of N, I from 0 (default: 0/1). All shards may write to one OUTPUT at once",
+        help="encode only shard I of N, from 0 (default: 0/1, all clips). All shards may write to one OUTPUT at once",
     )
     tokenize.add_argument(
         "--on-error",
         choices=("record", "fail"),
         default="record",
-        help="list clips that fail and go on (default), or stop at the first",
+        help="record: list clips that fail and continue (default). fail: stop at the first one",
     )
     add_channel(tokenize)
     add_peak(tokenize)
@@ -75,54 +101,62 @@ def add(commands) -> None:
         type=float,
         default=21600,
         metavar="SECONDS",
-        help="longest clip; a longer one fails (default: 21600, 6 hours)",
+        help="longest clip; longer ones fail (default: 21600, 6 hours)",
     )
     tokenize.add_argument(
         "--tar-names",
         choices=("ending", "webdataset"),
         default="ending",
-        help="split names in tar shards before the extension of the audio file (default), or at the first dot as "
-        "WebDataset does",
+        help="where names in tar shards are split. ending: before the extension of the audio file (default). "
+        "webdataset: at the first dot, as WebDataset does",
     )
     tokenize.add_argument("--retry-failed", action="store_true", help="try clips again that failed in earlier runs")
     tokenize.add_argument(
         "--refresh",
         action="store_true",
-        help="encode clips again whose file changed since (size or time); without this option they are only counted",
+        help="encode clips again if the size or time of their file changed. Without this option they are only counted",
     )
     tokenize.add_argument(
         "--verify",
         metavar="OUTPUT",
-        help="check the OUTPUT of an earlier run (checksums, schema, codes, totals); takes no other argument. Exit "
-        "code 1: something is wrong, one line each",
+        help="only check the OUTPUT of an earlier run (checksums, schema, codes, totals); takes no other argument. "
+        "Problems are printed one per line, with exit code 1",
     )
     tokenize.add_argument(
         "--engine",
         choices=("processes", "ray"),
         default="processes",
-        help="run on this machine (default), or on a Ray cluster",
+        help="processes: run on this machine (default). ray: run on a Ray cluster",
     )
     tokenize.add_argument(
-        "--ray-address", help="address of a Ray cluster, or auto (default: start Ray on this machine)"
+        "--ray-address",
+        metavar="ADDRESS",
+        help="address of a Ray cluster, or auto (default: start Ray on this machine)",
     )
     tokenize.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the number of clips, hours, tokens, sizes and about how long it takes, from a sample of the "
+        help="print the number of clips, hours, tokens, sizes and the expected time, estimated from a sample of the "
         "clips; write nothing",
     )
-    tokenize.add_argument("--push-to-hub", metavar="NAME", help="upload OUTPUT to this dataset on the Hub at the end")
     tokenize.add_argument(
-        "--license", help="licence for the dataset card, by the Hub's name (default: that of the source's card)"
+        "--push-to-hub", metavar="NAME", help="upload OUTPUT to this dataset on the Hub after the last clip"
+    )
+    tokenize.add_argument(
+        "--license",
+        metavar="NAME",
+        help="licence for the dataset card, by its name on the Hub, such as cc-by-4.0 (default: that of the source's "
+        "card)",
     )
     tokenize.add_argument(
         "--language",
         nargs="+",
-        help="codes of the languages for the dataset card (default: those of the source's card)",
+        metavar="CODE",
+        help="language codes for the dataset card, such as en (default: those of the source's card)",
     )
 
 
-def _tokenize(arguments) -> int:
+def _tokenize(arguments: argparse.Namespace) -> int:
     if arguments.verify is not None:
         return _verify(arguments)
     if arguments.model is None:
@@ -167,13 +201,15 @@ def _tokenize(arguments) -> int:
             file=sys.stderr,
         )
     if result.changed:
-        what = "done again" if arguments.refresh else "their rows are kept, --refresh does them again"
+        action = "encoded again" if arguments.refresh else "their rows are kept; --refresh encodes them again"
         print(
-            f"wavtokenizer tokenize: clips whose file changed since: {_some(result.changed)}; {what}", file=sys.stderr
+            f"wavtokenizer tokenize: clips whose file changed: {_summarize_ids(result.changed)}, {action}",
+            file=sys.stderr,
         )
     if result.without_source:
         print(
-            f"wavtokenizer tokenize: clips without a source any more: {_some(result.without_source)}", file=sys.stderr
+            f"wavtokenizer tokenize: clips that are no longer in the source: {_summarize_ids(result.without_source)}",
+            file=sys.stderr,
         )
     if result.passed_over:
         print(f"wavtokenizer tokenize: {describe_passed_over(result.passed_over)}", file=sys.stderr)
@@ -185,7 +221,7 @@ def _tokenize(arguments) -> int:
     return 1 if result.failures or result.silent else 0
 
 
-def _options(arguments) -> TokenizeOptions:
+def _options(arguments: argparse.Namespace) -> TokenizeOptions:
     index, slash, number = arguments.shard.partition("/")
     if not (slash and index.isdecimal() and number.isdecimal()):
         raise UsageError(f"Got --shard {arguments.shard}, expected I/N, for example 0/8.")
@@ -193,7 +229,7 @@ def _options(arguments) -> TokenizeOptions:
     return TokenizeOptions(shard=(int(index), int(number)), **{name: getattr(arguments, name) for name in names})
 
 
-def _verify(arguments) -> int:
+def _verify(arguments: argparse.Namespace) -> int:
     if any(value is not None for value in (arguments.source, arguments.model, arguments.output)):
         raise UsageError("Got SOURCE, --model or --output with --verify OUTPUT, which takes no other argument.")
 
@@ -214,6 +250,6 @@ def _verify(arguments) -> int:
     return 1 if result.problems else 0
 
 
-def _some(ids: list[str]) -> str:
-    """Their number, and the first of them."""
+def _summarize_ids(ids: list[str]) -> str:
+    """Return the number of ids, and the first one."""
     return f"{len(ids)} ({ids[0]}{', …' if len(ids) > 1 else ''})"

@@ -1,29 +1,34 @@
 """`wavtokenizer train`: train a new model, or fine-tune one."""
 
+import argparse
+
 from ..model_names import find_torch_model
 from ..training import settings
-from .arguments import add_command, print_facts, quiet_transformers
+from .arguments import Commands, add_command, print_facts, quiet_transformers
 
 
-def add(commands) -> None:
-    train = add_command(commands, "train", _train)
-    train.description += (
-        " Settings come from a recipe, from the options below, or from both; options go before the recipe. Needed in "
-        "any case: --output, --train-data and --validation-data. On several GPUs: accelerate launch -m "
-        "wavtokenizer_hf train ... Needs the extra `training`."
+def add(commands: Commands) -> None:
+    train = add_command(
+        commands,
+        "train",
+        _train,
+        "Settings come from a recipe, from the options below, or from both; options override the recipe. --output, "
+        "--train-data and --validation-data are always needed. On several GPUs: accelerate launch -m wavtokenizer_hf "
+        "train ... Needs the extra `training`.",
+        example="small_cpu --train-data clips --validation-data other_clips --output run",
     )
     settings.add_arguments(train)
 
 
-def _train(arguments) -> int:
-    wanted = settings.read_arguments(arguments)
-    wanted.model = wanted.model and find_torch_model(wanted.model)
+def _train(arguments: argparse.Namespace) -> int:
+    run_settings = settings.read_arguments(arguments)
+    run_settings.model = run_settings.model and find_torch_model(run_settings.model)
 
     quiet_transformers()
 
     from ..training import train
 
-    state = train(wanted)
+    state = train(run_settings)
     facts = {
         "output": state.settings.output,
         "steps": state.step,

@@ -1,13 +1,13 @@
-"""Audio -> codes -> audio in one pass, of any length, in memory that does not grow with it: what the command line
-does.
+"""Encode and decode audio of any length in one pass, in constant memory.
 
-Everything is an iterator of pieces: audio (n,) float32 arrays at the model's rate, codes (n,) int64 arrays. So a file,
-a pipe and a live source are one case, and what is chained together runs together.
+Audio and codes are iterators of chunks: audio (n,) float32 at the model's rate, codes (n,) int64. So a file, a pipe
+and a live source are one case, and chained steps work chunk by chunk.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -16,34 +16,41 @@ from ..audio_errors import TruncatedAudioError
 from ..long_audio import DecodeStream, EncodeStream
 
 
+if TYPE_CHECKING:
+    from .. import WavTokenizerEncoderModel, WavTokenizerModel
+    from ..export import WavTokenizerOnnx
+    from ..export.wavtokenizer_onnx import DecodeStream as OnnxDecodeStream
+
+Encoder: TypeAlias = "WavTokenizerEncoderModel | WavTokenizerModel | WavTokenizerOnnx"
+Codec: TypeAlias = "WavTokenizerModel | WavTokenizerOnnx"
 WHOLE_SECONDS = 300
-"""A clip up to this length is taken in one piece, as by `model.encode` and `model.decode`."""
+"""Longest clip that is encoded or decoded whole, as by `model.encode` and `model.decode`."""
 
 
 @dataclass
 class Counts:
-    """What has gone through, filled in on the way; complete when the last piece is out.
+    """Counts of one file or stream, complete when its last chunk was yielded.
 
     Args:
-        num_samples: of audio.
-        num_tokens: codes.
-        window_seconds, overlap_seconds: of the windows that the codes were decoded in; None if they were decoded
-            whole.
-        cut_off: set if the audio ended before its time.
-        warnings: kinds of what is strange about the audio.
+        num_samples: Number of audio samples.
+        num_tokens: Number of codes.
+        window_seconds, overlap_seconds: Length and overlap of the windows in which the codes were decoded; None if
+            they were decoded whole.
+        truncation: Error of audio that ended early.
+        warnings: Kinds of the warnings about the audio.
     """
 
     num_samples: int = 0
     num_tokens: int = 0
     window_seconds: float | None = None
     overlap_seconds: float | None = None
-    cut_off: TruncatedAudioError | None = None
+    truncation: TruncatedAudioError | None = None
     warnings: list[str] = field(default_factory=list)
 
     def count_audio(self, blocks: Iterable[np.ndarray], report: Callable[[int], None]) -> Iterator[np.ndarray]:
-        """
-        Pass audio on, and report its length. An early end of it is kept in `cut_off`: what came is still worth its
-        codes.
+        """Pass audio on, and report the length of each block.
+
+        If audio ends early after at least one sample, store the error in `truncation` instead of raising it.
         """
         try:
             for block in blocks:
@@ -53,23 +60,23 @@ class Counts:
         except TruncatedAudioError as error:
             if self.num_samples == 0:
                 raise
-            self.cut_off = error
+            self.truncation = error
 
-    def count_codes(self, pieces: Iterable[np.ndarray], report: Callable[[int], None]) -> Iterator[np.ndarray]:
-        """Pass codes on, and report their number."""
-        for piece in pieces:
-            self.num_tokens += len(piece)
-            yield piece
-            report(len(piece))
+    def count_codes(self, chunks: Iterable[np.ndarray], report: Callable[[int], None]) -> Iterator[np.ndarray]:
+        """Pass codes on, and report the length of each chunk."""
+        for chunk in chunks:
+            self.num_tokens += len(chunk)
+            yield chunk
+            report(len(chunk))
 
 
 @dataclass
 class Windows:
-    """How to decode what is long: see `DecodeStream`.
+    """How long audio is decoded, see `DecodeStream`.
 
     Args:
-        seconds, overlap_seconds: of a window.
-        above_seconds: what is no longer than this is decoded whole.
+        seconds, overlap_seconds: Length and overlap of the windows.
+        above_seconds: Audio up to this length is decoded whole.
     """
 
     seconds: float
@@ -77,18 +84,20 @@ class Windows:
     above_seconds: float
 
 
-def iter_codes(model, blocks: Iterable[np.ndarray], whole_seconds: float = WHOLE_SECONDS) -> Iterator[np.ndarray]:
-    """Audio -> its codes. Audio longer than `whole_seconds` is encoded as it comes, with the same codes.
+def iter_codes(
+    model: Encoder, blocks: Iterable[np.ndarray], whole_seconds: float = WHOLE_SECONDS
+) -> Iterator[np.ndarray]:
+    """Yield the codes of audio. Audio longer than `whole_seconds` is encoded as it arrives, with the same codes.
 
     Raises ValueError if there is no audio.
     """
-    head, blocks, is_all = _begin(blocks, whole_seconds * model.config.sampling_rate)
+    head, blocks, is_all = _split_head(blocks, whole_seconds * model.config.sampling_rate)
     if not head:
         raise ValueError("Got no samples, expected at least one.")
     if is_all:
         yield _encode(model, np.concatenate(head))
         return
-    stream = EncodeStream(model) if _is_torch(model) else model.encode_stream()
+    stream = EncodeStream(model) if isinstance(model, torch.nn.Module) else model.encode_stream()
     for block in chain(head, blocks):
         codes = stream.push(block)
         if len(codes) > 0:
@@ -96,12 +105,12 @@ def iter_codes(model, blocks: Iterable[np.ndarray], whole_seconds: float = WHOLE
     yield np.asarray(stream.flush())
 
 
-def iter_audio(model, codes: Iterable[np.ndarray], windows: Windows, counts: Counts) -> Iterator[np.ndarray]:
-    """Codes -> their audio, `hop_length` samples for each. Sets the windows in `counts` if there are any.
+def iter_audio(model: Codec, codes: Iterable[np.ndarray], windows: Windows, counts: Counts) -> Iterator[np.ndarray]:
+    """Yield the audio of codes, `hop_length` samples for each. Stores the windows in `counts` if any are used.
 
     Raises ValueError if there are no codes.
     """
-    head, codes, is_all = _begin(codes, windows.above_seconds * model.config.frame_rate)
+    head, codes, is_all = _split_head(codes, windows.above_seconds * model.config.frame_rate)
     if not head:
         raise ValueError("Got no codes, expected at least one.")
     if is_all:
@@ -109,37 +118,33 @@ def iter_audio(model, codes: Iterable[np.ndarray], windows: Windows, counts: Cou
         return
     stream = decode_stream(model, windows.seconds, windows.overlap_seconds)
     num_tokens = 0
-    for piece in chain(head, codes):
-        num_tokens += len(piece)
+    for chunk in chain(head, codes):
+        num_tokens += len(chunk)
         if num_tokens > stream.delay:
             counts.window_seconds, counts.overlap_seconds = windows.seconds, windows.overlap_seconds
-        yield np.asarray(stream.push(piece.astype(np.int64)))
+        yield np.asarray(stream.push(chunk.astype(np.int64)))
     yield np.asarray(stream.flush())
 
 
-def _is_torch(model) -> bool:
-    """Whether the model is one of torch, and not an exported one, which takes and gives numpy arrays."""
-    return isinstance(model, torch.nn.Module)
-
-
-def decode_stream(model, seconds: float, overlap_seconds: float):
-    """The stream of either kind of model. Raises ValueError for windows that are none."""
-    stream = DecodeStream if _is_torch(model) else type(model).decode_stream
-    return stream(model, seconds, overlap_seconds)
+def decode_stream(model: Codec, seconds: float, overlap_seconds: float) -> "DecodeStream | OnnxDecodeStream":
+    """Return a stream that decodes in windows. Raises ValueError if the window or the overlap is invalid."""
+    if isinstance(model, torch.nn.Module):
+        return DecodeStream(model, seconds, overlap_seconds)
+    return model.decode_stream(seconds, overlap_seconds)
 
 
 @torch.inference_mode()
-def _encode(model, audio: np.ndarray) -> np.ndarray:
-    """Audio (T,) -> codes (L,)."""
-    if not _is_torch(model):
+def _encode(model: Encoder, audio: np.ndarray) -> np.ndarray:
+    """Encode audio (T,) -> codes (L,)."""
+    if not isinstance(model, torch.nn.Module):
         return model.encode(audio[None, None]).audio_codes[0, 0]
     return model.encode(torch.from_numpy(audio)[None, None].to(model.device)).audio_codes[0, 0].cpu().numpy()
 
 
 @torch.inference_mode()
-def _decode(model, audio_codes: np.ndarray) -> np.ndarray:
-    """Codes (L,) -> audio (L * hop,)."""
-    if not _is_torch(model):
+def _decode(model: Codec, audio_codes: np.ndarray) -> np.ndarray:
+    """Decode codes (L,) -> audio (L * hop_length,)."""
+    if not isinstance(model, torch.nn.Module):
         return model.decode(audio_codes[None, None]).audio_values[0, 0]
     return model.decode(torch.from_numpy(audio_codes)[None, None].to(model.device)).audio_values[0, 0].cpu().numpy()
 
@@ -148,26 +153,27 @@ def cut_to_length(
     blocks: Iterable[np.ndarray], num_samples: Callable[[], int], hop_length: int
 ) -> Iterator[np.ndarray]:
     """
-    Audio of whole codes -> its first `num_samples()` samples, which lie in the last code and may be known at the end
-    only.
+    Yield the first `num_samples()` samples of decoded audio, whose end lies within its last `hop_length` samples.
+
+    `num_samples` is called after the last block, because a stream has no known length before.
     """
-    num_given, held = 0, np.zeros(0, np.float32)
+    num_yielded, held_back = 0, np.zeros(0, np.float32)
     for block in blocks:
-        held = np.concatenate([held, block])
-        ready = held[: max(0, len(held) - hop_length + 1)]
+        held_back = np.concatenate([held_back, block])
+        ready = held_back[: max(0, len(held_back) - hop_length + 1)]
         if len(ready) > 0:
-            num_given, held = num_given + len(ready), held[len(ready) :]
+            num_yielded, held_back = num_yielded + len(ready), held_back[len(ready) :]
             yield ready
-    if num_samples() > num_given:
-        yield held[: num_samples() - num_given]
+    if num_samples() > num_yielded:
+        yield held_back[: num_samples() - num_yielded]
 
 
-def _begin(pieces: Iterable[np.ndarray], size: float) -> tuple[list[np.ndarray], Iterator[np.ndarray], bool]:
-    """The first pieces up to more than `size` numbers, the rest, and whether there is none."""
-    head, length, pieces = [], 0, iter(pieces)
-    for piece in pieces:
-        head.append(piece)
-        length += len(piece)
+def _split_head(chunks: Iterable[np.ndarray], size: float) -> tuple[list[np.ndarray], Iterator[np.ndarray], bool]:
+    """Return chunks until they exceed `size` numbers in all, the remaining ones, and whether none can remain."""
+    head, length, remaining = [], 0, iter(chunks)
+    for chunk in remaining:
+        head.append(chunk)
+        length += len(chunk)
         if length > size:
-            return head, pieces, False
-    return head, pieces, True
+            return head, remaining, False
+    return head, remaining, True

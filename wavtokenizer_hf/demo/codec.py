@@ -1,4 +1,4 @@
-"""What the page does: a clip to tokens and back, and pasted tokens to audio."""
+"""Encode and decode for the page: a clip to tokens and back, and pasted tokens to audio."""
 
 import ast
 import os
@@ -28,14 +28,14 @@ METRICS = {"stoi": "STOI", "pesq_wb": "PESQ"}
 
 @dataclass
 class Result:
-    """What the page shows of a clip.
+    """Everything that the page shows of a clip.
 
     Args:
         tokens: Codes of the clip.
         reconstruction: Decoded audio (T,), float32.
         original: Audio that was encoded (T,), float32; None if tokens were pasted.
-        facts: Name of each figure -> its value, as text.
-        warnings: What is strange about the audio, one sentence each.
+        facts: Name of each fact or metric -> its value, as text.
+        warnings: Warnings about the audio, one sentence each.
     """
 
     tokens: TokenFile
@@ -50,8 +50,8 @@ class Codec:
     Encode and decode for a page that several visitors use at once.
 
     Args:
-        models: Names of models that visitors may choose.
-        any_model: Whether they may also name any other model: a folder of this machine, or a name on the Hub.
+        models: Names of the models that visitors may choose.
+        any_model: Whether visitors may also name any other model: a folder of this machine, or a name on the Hub.
         max_seconds: Longest clip, in seconds.
         device: Device of the models. Default: a GPU if there is one.
     """
@@ -73,7 +73,7 @@ class Codec:
             model_name: Name of the model.
 
         Raises:
-            ValueError, OSError: No clip, a clip that cannot be read or is too long, or a model that cannot be loaded.
+            ValueError, OSError: There is no clip, it cannot be read or is too long, or the model cannot be loaded.
         """
         if path is None:
             raise ValueError("Got no clip. Record, upload or choose one first.")
@@ -99,11 +99,11 @@ class Codec:
         Decode pasted tokens.
 
         Args:
-            text: As in `parse_tokens`.
+            text: Tokens in a form that `parse_tokens` reads.
             model_name: Name of the model.
 
         Raises:
-            ValueError: The text holds no tokens, too many, or those of another codebook; or the model cannot be
+            ValueError: The text holds no tokens, too many, or tokens of another codebook; or the model cannot be
                 loaded.
         """
         fields = parse_tokens(text)
@@ -123,7 +123,7 @@ class Codec:
         return Result(tokens, reconstruction, facts=facts)
 
     def _model(self, name: str | None) -> tuple[WavTokenizerModel, WavTokenizerFeatureExtractor]:
-        """The model of that name, and its feature extractor; the last one stays loaded."""
+        """Return the model of that name and its feature extractor. Only the last one stays loaded."""
         name = (name or "").strip()
         if not name:
             raise ValueError("Got no model. Choose one; bundled is the small model of this package.")
@@ -144,12 +144,12 @@ class Codec:
                     f"The clip is too long: this page takes up to {self.max_seconds:g} s. Cut it, use `wavtokenizer "
                     "reconstruct`, or start the page with a larger --max-seconds."
                 ) from error
-            reason = str(error).replace(str(path), os.path.basename(path))  # the folder is of the server
+            reason = str(error).replace(str(path), os.path.basename(path))  # do not reveal the folder on the server
             raise ValueError(f"{reason} Choose another file.") from error
 
     @torch.inference_mode()
     def _decode(self, model: WavTokenizerModel, tokens: TokenFile) -> tuple[np.ndarray, float]:
-        """Audio (T,) of the tokens, and the seconds that it took."""
+        """Return the decoded audio (T,), and the seconds that decoding took."""
         codes = torch.from_numpy(tokens.audio_codes.astype(np.int64))[None, None].to(self.device)
         started = time.perf_counter()
         decoded = model.decode(codes).audio_values[0, 0, : tokens.num_samples].float().cpu().numpy()
@@ -183,10 +183,10 @@ def parse_tokens(text: str) -> dict:
 
     Args:
         text: A token file in JSON; a row of the Parquet files of `tokenize`, as JSON or as Python prints it; or
-            numbers between spaces, commas or line ends.
+            numbers separated by spaces, commas or line ends.
 
     Returns:
-        `audio_codes`, int64 (L,); where the text has them also `codebook_fingerprint` (str) and `num_samples` (int).
+        `audio_codes`, int64 (L,), and if the text has them, `codebook_fingerprint` (str) and `num_samples` (int).
 
     Raises:
         ValueError: The text is none of these.
@@ -203,11 +203,11 @@ def parse_tokens(text: str) -> dict:
         raise ValueError("Got no list of integers under audio_codes. Paste a whole token file or row.")
     if max(codes) > 65535 or min(codes) < 0:
         raise ValueError(f"Got tokens from {min(codes)} to {max(codes)}, expected numbers from 0 to 65535.")
-    found: dict[str, Any] = {"audio_codes": np.array(codes, np.int64)}
-    for name, kind in (("codebook_fingerprint", str), ("num_samples", int)):
-        if isinstance(fields.get(name), kind):
-            found[name] = fields[name]
-    return found
+    tokens: dict[str, Any] = {"audio_codes": np.array(codes, np.int64)}
+    for name, type_ in (("codebook_fingerprint", str), ("num_samples", int)):
+        if isinstance(fields.get(name), type_):
+            tokens[name] = fields[name]
+    return tokens
 
 
 def _read_object(text: str, expected: str) -> dict:
@@ -215,7 +215,7 @@ def _read_object(text: str, expected: str) -> dict:
         return parse_json(text.encode())
     except ValueError:
         pass
-    # as Python prints a row of datasets, pandas or pyarrow
+    # not JSON: maybe a row of datasets, pandas or pyarrow as Python prints it
     text = re.sub(r"array\(\s*(\[[\d,\s]*\])\s*(?:,\s*dtype=\w+\s*)?\)", r"\1", text)
     try:
         fields = ast.literal_eval(text)
@@ -225,13 +225,13 @@ def _read_object(text: str, expected: str) -> dict:
 
 
 def _read_numbers(text: str, expected: str) -> list[int]:
-    if strange := re.search(r"[^\d\s,;\[\]()]", text):
-        raise ValueError(f"Got {text[strange.start() :][:20]!r} among the tokens, {expected}.")
+    if invalid := re.search(r"[^\d\s,;\[\]()]", text):
+        raise ValueError(f"Got {text[invalid.start() :][:20]!r} among the tokens, {expected}.")
     return [int(number[:20]) for number in re.findall(r"\d+", text)]
 
 
 def _metrics(original: np.ndarray, reconstruction: np.ndarray, sampling_rate: int) -> dict[str, str]:
-    """STOI and PESQ, where their packages are installed and the clip allows them."""
+    """Return STOI and PESQ, if their packages are installed and they can be computed for the clip."""
     names = [name for name in METRICS if unavailable_reason(name) is None]
     if sampling_rate != SAMPLING_RATE or not names:
         return {}

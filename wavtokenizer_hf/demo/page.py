@@ -14,8 +14,8 @@ from .result import SCRIPT, STYLE, message, render
 
 CLIPS = Path(__file__).parent / "clips"
 INTRODUCTION = """# WavTokenizer
-Audio to one stream of 40 or 75 tokens per second, and back. The bundled model is small and sounds rough. Choose a published checkpoint to
-hear what the codec can do."""
+Audio to one stream of 40 or 75 tokens per second, and back. The bundled model is small and sounds rough. Choose a
+published checkpoint to hear what the codec can do."""
 
 
 def build_page(models: Sequence[str] = ("bundled",), any_model: bool = False, max_seconds: float = 60) -> Any:
@@ -23,9 +23,9 @@ def build_page(models: Sequence[str] = ("bundled",), any_model: bool = False, ma
     Return the page, a `gradio.Blocks`.
 
     Args:
-        models: Names of the models to choose from, the first one at the start.
-        any_model: Whether a visitor may also type a folder of this machine or a name on the Hub. Not for pages that
-            strangers can open.
+        models: Names of the models to choose from. The first one is selected.
+        any_model: Whether a visitor may also type a folder of this machine or a name on the Hub. Do not allow this on
+            a public page.
         max_seconds: Longest clip, in seconds.
 
     Raises:
@@ -95,21 +95,24 @@ def launch(
     page: Any, host: str = "127.0.0.1", port: int | None = None, share: bool = False, block: bool = True
 ) -> str:
     """
-    Serve the page, and return its address.
+    Serve the page and return its address.
 
     Args:
         page: Page of `build_page`.
-        host: Address to listen on; 0.0.0.0 for all of this machine.
-        port: Port; None for a free one from 7860 on.
+        host: Address to listen on; 0.0.0.0 for all addresses of this machine.
+        port: Port to listen on; None for the first free one from 7860.
         share: Whether to open a public address at Gradio's servers.
-        block: Wait until the server ends.
+        block: Whether to wait until the server ends.
 
     Raises:
         OSError: The port is in use.
     """
     gradio = require("gradio", "demo")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    fonts = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # Gradio's own come from the network
+    fonts = (
+        ["system-ui", "sans-serif"],
+        ["ui-monospace", "monospace"],
+    )  # Gradio would load its own fonts from the network
     page.launch(
         server_name=host,
         server_port=port,
@@ -125,13 +128,13 @@ def launch(
     if block:
         try:
             page.block_thread()
-        finally:  # also when SIGTERM ends the process, which else waits for the server's thread
+        finally:  # also on SIGTERM: the process would otherwise wait for the server's thread
             page.close(verbose=False)
     return address
 
 
 def _answer(work: Callable[[], Any], name: str) -> tuple[str, str, str]:
-    """Message, result as HTML, and tokens as JSON."""
+    """Return an error message, the result as HTML, and the tokens as JSON. Without an error the message is empty."""
     try:
         result: Result = work()
     except (ValueError, OSError, ImportError, MemoryError) as error:

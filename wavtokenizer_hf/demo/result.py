@@ -1,4 +1,4 @@
-"""A result as HTML: players, spectrograms and tokens with one cursor."""
+"""Render a result as HTML: players, spectrograms and tokens with one cursor."""
 
 import base64
 import html
@@ -23,12 +23,14 @@ STYLE = """
 .wt-tokens span { padding: 0 .2rem; border-radius: 3px; }
 .wt-tokens .wt-now { background: #e8590c; color: #fff; }
 .wt-facts { display: flex; flex-wrap: wrap; gap: .3rem 1.5rem; margin: 0; }
-.wt-facts div { display: flex; gap: .4rem; } .wt-facts dt { opacity: .7; } .wt-facts dd { margin: 0; font-weight: 600; }
+.wt-facts div { display: flex; gap: .4rem; }
+.wt-facts dt { opacity: .7; }
+.wt-facts dd { margin: 0; font-weight: 600; }
 .wt-message { border-left: 4px solid #e03131; padding: .4rem .8rem; margin: 0; }
 .wt-note { border-left: 4px solid #f08c00; padding: .4rem .8rem; margin: 0; }
 """
 
-# Media events do not bubble, so they are caught on their way down. One listener serves all results, old and new.
+# Media events do not bubble, so the listeners use the capture phase. One listener of each serves all results.
 SCRIPT = """
 () => {
   if (window.wavtokenizer) return;
@@ -41,9 +43,9 @@ SCRIPT = """
       line.style.left = 100 * Math.min(1, player.currentTime / seconds) + '%';
     const tokens = result.querySelector('.wt-tokens');
     const now = tokens.children[Math.min(Math.floor(player.currentTime * rate), tokens.children.length - 1)];
-    const before = tokens.querySelector('.wt-now');
-    if (now === before) return;
-    if (before) before.classList.remove('wt-now');
+    const previous = tokens.querySelector('.wt-now');
+    if (now === previous) return;
+    if (previous) previous.classList.remove('wt-now');
     now.classList.add('wt-now');
     tokens.scrollTop = now.offsetTop - tokens.clientHeight / 2;
   };
@@ -70,13 +72,13 @@ SCRIPT = """
   });
   const hint = document.getElementById('wt-record-hint');
   if (hint && !(navigator.mediaDevices && navigator.mediaDevices.getUserMedia))
-    hint.textContent = 'This browser may not record here: open the page on localhost or over https. Uploads work.';
+    hint.textContent = 'The browser cannot record here. Open the page on localhost or over https. Uploads work.';
 }
 """
 
 
 def render(result: Result, name: str) -> str:
-    """Return the HTML of a result. `name` begins the name of the token file to download."""
+    """Return the HTML of a result. The token file to download is called `name`.tokens.json."""
     rate = result.tokens.sampling_rate / result.tokens.hop_length
     seconds = result.tokens.num_samples / result.tokens.sampling_rate
     clips = [("original", result.original), ("reconstruction", result.reconstruction)]
@@ -97,15 +99,16 @@ def render(result: Result, name: str) -> str:
 
 
 def message(text: str) -> str:
-    """Return the HTML of an error."""
+    """Return the HTML of an error message, or an empty string for an empty text."""
     return f'<p class="wt-message" role="alert">{html.escape(text)}</p>' if text else ""
 
 
 def _player(title: str, clip: np.ndarray, sampling_rate: int) -> str:
+    """Return the HTML of one player, with a spectrogram below it."""
     picture = base64.b64encode(spectrogram_png(clip)).decode()
-    sound = base64.b64encode(wav_bytes(clip, sampling_rate)).decode()
+    wav = base64.b64encode(wav_bytes(clip, sampling_rate)).decode()
     return (
-        f'<div><h3>{title}</h3><audio controls class="wt-{title}" src="data:audio/wav;base64,{sound}"></audio>'
+        f'<div><h3>{title}</h3><audio controls class="wt-{title}" src="data:audio/wav;base64,{wav}"></audio>'
         f'<div class="wt-picture"><img alt="Spectrogram of the {title}, 0 to {sampling_rate / 2000:g} kHz" '
         f'src="data:image/png;base64,{picture}"><div class="wt-line"></div></div></div>'
     )

@@ -1,7 +1,7 @@
-"""Measure a codec: how close reconstructions are to the original audio, and how much of the codebook is used.
+"""Measure a codec: quality of reconstructions, and use of the codebook. Needs the extra `evaluation`.
 
 `evaluate` takes audio files and one or more systems: `Model`, or `DecodedFolder` for the output of any other codec. It
-returns a `Report`, which prints as a table and saves as JSON, CSV and pictures. Needs the extra `evaluation`.
+returns a `Report`, which prints a table and saves JSON, CSV and plots.
 """
 
 from .metrics import METRICS

@@ -1,9 +1,8 @@
-"""How far a reconstruction is from its reference: one function per metric, and one table, `METRICS`, that names them
-all.
+"""Metrics of reconstructed audio: one function per metric, and the table `METRICS` of all metrics.
 
-Every metric takes two `Clip`s of equal length and gives a number, or raises with the reason why there is none. Where a
-well-kept package has the metric, it is used. Levels stay as they are: only what a metric's definition normalises (PESQ
-and SI-SDR do) is normalised.
+Every metric takes two `Clip`s of equal length and returns a number, or raises `CannotScoreError` with a reason. A
+metric uses a maintained package if there is one. Only metrics that normalize levels by definition (PESQ and SI-SDR)
+normalize them.
 
 Shape letters: T samples at 24 kHz, N samples at 16 kHz, F frames of 10 ms.
 """
@@ -29,19 +28,21 @@ from ..log_mel import LogMel
 
 
 SAMPLING_RATE = 24000
-"""Hz of the audio that the metrics take."""
+"""Sampling rate in Hz of the audio that the metrics take."""
 
 PESQ_SECONDS = 19
-"""The longest piece that PESQ is given. The ITU's code has tables for 50 utterances and writes past their end at the
-51st (pesq 0.0.4, pesqmod.c, id_searchwindows): a crash, or a wrong score. An utterance and the pause after it take at
-least 0.388 s, so 19 s hold fewer than 50."""
+"""Maximum length of a PESQ segment.
 
-LOW_RATE = 16000  # Hz, what PESQ, CREPE, DNSMOS, the speaker encoder, speech recognition and UTMOS take
-PITCH_SIZE, PITCH_STEP = 1024, 160
+pesq 0.0.4 (pesqmod.c, id_searchwindows) has tables for 50 utterances. At the 51st it writes past their end: it
+crashes, or the score is wrong. An utterance and the pause after it take at least 0.388 s, so 19 s hold fewer than 50.
+"""
+
+LOW_RATE = 16000  # Hz, of PESQ, ViSQOL, CREPE, DNSMOS, speaker encoder, speech recognition and UTMOS
+PITCH_SIZE, PITCH_STEP = 1024, 160  # samples at 16 kHz
 PITCH_RANGE = (50.0, 550.0)  # Hz
-CREPE_BATCH = 64  # frames at a time; each takes 5 MB
+CREPE_BATCH = 64  # frames; each takes 5 MB
 UNVOICED_BELOW = 0.21  # periodicity
-SILENCE_DB = -60.0  # mean A-weighted level, 20 dB of reference subtracted, below which a frame counts as unvoiced
+SILENCE_DB = -60.0  # mean A-weighted level, minus 20 dB of reference, below which a frame counts as unvoiced
 NUM_CEPSTRA = 13
 
 
@@ -51,12 +52,12 @@ class CannotScoreError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """Options of some metrics.
+    """Options of the metrics.
 
     Args:
-        utmos: TorchScript file of UTMOS. No package contains it.
+        utmos: TorchScript file of UTMOS, which no package contains. None: UTMOS is not available.
         crepe: Size of CREPE: "full" as in the paper, or "tiny", which is about 50 times as fast.
-        asr: Name or folder of a speech recognizer for transformers' pipeline. None: pocketsphinx (English).
+        asr: Name or folder of a speech recognition model for transformers' pipeline. None: pocketsphinx (English).
     """
 
     utmos: str | None = None
@@ -70,7 +71,7 @@ class Options:
 
 @dataclass
 class Clip:
-    """One clip, with intermediate results that several metrics share. Each is computed once.
+    """A clip with intermediate results that several metrics share. Each is computed once.
 
     Args:
         audio: float32 of shape (T,) at 24 kHz.
@@ -82,17 +83,14 @@ class Clip:
 
     @cached_property
     def at_16k(self) -> np.ndarray:
-        """(N,) float32 at 16 kHz, resampled by soxr, as audio files are."""
-        soxr = package("soxr")
+        """Audio (N,) at 16 kHz, float32, resampled by soxr, as audio files are."""
+        soxr = import_package("soxr")
         return soxr.resample(self.audio, SAMPLING_RATE, LOW_RATE, quality="HQ")
 
     @cached_property
     def pitch(self) -> np.ndarray:
-        """
-        (F,) fundamental frequency in Hz by CREPE, NaN where unvoiced or silent; frames are not centred, as in the
-        paper.
-        """
-        torchcrepe = package("torchcrepe")
+        """Pitch (F,) in Hz by CREPE, NaN if unvoiced or silent. Frames are not centered, as in the paper."""
+        torchcrepe = import_package("torchcrepe")
         if len(self.at_16k) < PITCH_SIZE:
             raise CannotScoreError(f"shorter than one pitch frame of {PITCH_SIZE / LOW_RATE * 1000:.0f} ms")
         audio = torch.from_numpy(self.at_16k)[None]
@@ -107,12 +105,12 @@ class Clip:
 
     @cached_property
     def voice(self) -> np.ndarray:
-        """(256,) embedding of the speaker, of length 1."""
+        """Speaker embedding (256,) of norm 1."""
         return _speaker_encoder()(self.at_16k)
 
     @cached_property
     def words(self) -> str:
-        """Transcript of a speech recognizer, in lower case."""
+        """Transcript by speech recognition, in lower case."""
         recognize = _pocketsphinx() if self.options.asr is None else _asr_pipeline(self.options.asr)
         return recognize(self.at_16k).lower()
 
@@ -122,39 +120,40 @@ class Clip:
 
 
 def pesq_wb(reference: Clip, estimate: Clip) -> float:
-    """Wide-band PESQ (ITU-T P.862.2) at 16 kHz: MOS-LQO, about 1 to 4.64. A clip over 19 s: mean of equal pieces."""
-    pesq = package("pesq")
+    """Wideband PESQ (ITU-T P.862.2) at 16 kHz: MOS-LQO, about 1 to 4.64. Over 19 s, the mean of equal segments."""
+    pesq = import_package("pesq")
     _refuse_silence(reference, estimate)
-    pieces = -(-len(reference.at_16k) // (PESQ_SECONDS * LOW_RATE))
-    pairs = zip(np.array_split(reference.at_16k, pieces), np.array_split(estimate.at_16k, pieces), strict=True)
+    num_segments = -(-len(reference.at_16k) // (PESQ_SECONDS * LOW_RATE))
+    segments = (np.array_split(clip.at_16k, num_segments) for clip in (reference, estimate))
     try:
-        with np.errstate(invalid="ignore"):  # a piece without a sound is divided by its level before it is refused
-            return float(np.mean([pesq.pesq(LOW_RATE, one, other, "wb") for one, other in pairs]))
+        with np.errstate(invalid="ignore"):  # pesq divides a silent segment by its level before it raises
+            return float(np.mean([pesq.pesq(LOW_RATE, *pair, "wb") for pair in zip(*segments, strict=True)]))
     except pesq.PesqError as error:  # its messages are bytes
         reason = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
-        raise CannotScoreError(reason + (f", in one of {pieces} pieces" if pieces > 1 else "")) from error
+        suffix = f", in one of {num_segments} segments" if num_segments > 1 else ""
+        raise CannotScoreError(reason + suffix) from error
 
 
 def stoi(reference: Clip, estimate: Clip, extended: bool = False) -> float:
-    """Short-time objective intelligibility, given 24 kHz: at most 1."""
-    pystoi = package("pystoi")
+    """Short-time objective intelligibility (STOI), with 24 kHz input: at most 1."""
+    pystoi = import_package("pystoi")
     _refuse_silence(reference)
-    with warnings.catch_warnings():  # where nothing can be scored, pystoi warns and returns 1e-5
+    with warnings.catch_warnings():  # pystoi warns and returns 1e-5 if it cannot compute a score
         warnings.filterwarnings("error", message="Not enough STFT frames")
         try:
             return pystoi.stoi(reference.audio, estimate.audio, SAMPLING_RATE, extended=extended)
         except (RuntimeWarning, np.exceptions.AxisError) as error:
-            raise CannotScoreError("less than 0.4 s of sound, which STOI needs") from error
+            raise CannotScoreError("less than 0.4 s of audio that is not silent, which STOI needs") from error
 
 
 def estoi(reference: Clip, estimate: Clip) -> float:
-    """Extended STOI (Jensen and Taal 2016), which also looks at how bands vary together: at most 1."""
+    """Extended STOI (Jensen and Taal 2016), which includes correlations between bands: at most 1."""
     return stoi(reference, estimate, extended=True)
 
 
 def si_sdr(reference: Clip, estimate: Clip) -> float:
-    """Scale-invariant signal-to-distortion ratio (Le Roux et al. 2019) in dB, means removed."""
-    auraloss = package("auraloss")
+    """Scale-invariant signal-to-distortion ratio (Le Roux et al. 2019) in dB, without the means."""
+    auraloss = import_package("auraloss")
     _refuse_silence(reference, estimate)
     tiny = np.finfo(np.float64).tiny  # avoids a division by zero and changes no value
     loss = auraloss.time.SISDRLoss(zero_mean=True, eps=tiny)
@@ -169,23 +168,21 @@ def si_sdr(reference: Clip, estimate: Clip) -> float:
 
 
 def mel_distance(reference: Clip, estimate: Clip) -> float:
-    """The mel loss of the training objective: L1 of the natural logarithms of 100-band mel magnitudes."""
+    """Mel loss of training: L1 distance of natural logarithms of 100-band mel magnitudes."""
     return float((_log_mel(reference.audio) - _log_mel(estimate.audio)).abs().mean())
 
 
 def stft_distance(reference: Clip, estimate: Clip) -> float:
-    """Multi-resolution STFT distance (Yamamoto et al. 2020): spectral convergence + L1 of log magnitudes, 3 sizes."""
-    auraloss = package("auraloss")
+    """STFT distance at 3 resolutions (Yamamoto et al. 2020): spectral convergence + L1 of log magnitudes."""
+    auraloss = import_package("auraloss")
     _refuse_silence(reference)
     loss = auraloss.freq.MultiResolutionSTFTLoss()
     return float(loss(*(torch.from_numpy(clip.audio)[None, None] for clip in (estimate, reference))))
 
 
 def mcd(reference: Clip, estimate: Clip) -> float:
-    """
-    Mel-cepstral distortion in dB (Kubichek 1993): of 13 cepstra without the level, frame by frame, without warping.
-    """
-    scipy_fft = package("scipy.fft")
+    """Mel-cepstral distortion in dB (Kubichek 1993): 13 cepstra without the level, per frame, without time warping."""
+    scipy_fft = import_package("scipy.fft")
     cepstra = [scipy_fft.dct(_log_mel(clip.audio).numpy(), axis=1) / 100 for clip in (reference, estimate)]
     difference = (cepstra[0] - cepstra[1])[:, 1 : 1 + NUM_CEPSTRA]
     return float((10 / math.log(10) * np.sqrt(2 * np.square(difference).sum(axis=1))).mean())
@@ -200,30 +197,29 @@ def visqol(reference: Clip, estimate: Clip) -> float:
 
 
 def dnsmos(reference: Clip, estimate: Clip) -> float:
-    """DNSMOS P.835 (Reddy et al. 2022), overall quality of the estimate alone as a listener would rate it: 1 to 5."""
-    run = package("speechmos.dnsmos").run
+    """DNSMOS P.835 (Reddy et al. 2022): predicted overall quality of the estimate alone, 1 to 5."""
+    run = import_package("speechmos.dnsmos").run
     _refuse_silence(estimate)
-    return float(
-        run(np.clip(estimate.at_16k, -1, 1), LOW_RATE)["ovrl_mos"]
-    )  # DNSMOS repeats clips shorter than 9.01 s
+    # speechmos repeats clips shorter than 9.01 s
+    return float(run(np.clip(estimate.at_16k, -1, 1), LOW_RATE)["ovrl_mos"])
 
 
 def speaker_similarity(reference: Clip, estimate: Clip) -> float:
-    """Cosine of the angle between the speaker embeddings (Wan et al. 2018) of both clips: at most 1."""
+    """Cosine similarity of the speaker embeddings (Wan et al. 2018) of both clips: at most 1."""
     _refuse_silence(reference, estimate)
     return float(reference.voice @ estimate.voice)
 
 
 def word_error_rate(reference: Clip, estimate: Clip) -> float:
-    """Errors in what a recognizer understands, against what it understands of the reference, per word, in per cent."""
-    jiwer = package("jiwer")
+    """Word error rate in percent, between transcripts of the estimate and of the reference by speech recognition."""
+    jiwer = import_package("jiwer")
     if not reference.words.strip():
         raise CannotScoreError("the recognizer understands no word of the reference")
     return 100 * float(jiwer.wer(reference.words, estimate.words))
 
 
 def f0_error(reference: Clip, estimate: Clip) -> float:
-    """Root mean square of the difference in pitch, in cents, over the frames that are voiced in both."""
+    """Root mean square difference in pitch, in cents, over frames that are voiced in both clips."""
     voiced = ~np.isnan(reference.pitch) & ~np.isnan(estimate.pitch)
     if not voiced.any():
         raise CannotScoreError("no frame is voiced in both")
@@ -232,40 +228,40 @@ def f0_error(reference: Clip, estimate: Clip) -> float:
 
 
 def voicing_f1(reference: Clip, estimate: Clip) -> float:
-    """F1 of the decision voiced or unvoiced, frame by frame, the reference's being the truth: 0 to 1."""
-    truth, found = ~np.isnan(reference.pitch), ~np.isnan(estimate.pitch)
-    if not truth.any() and not found.any():
+    """F1 score of the voiced/unvoiced decision per frame, with the reference as ground truth: 0 to 1."""
+    expected, actual = ~np.isnan(reference.pitch), ~np.isnan(estimate.pitch)
+    if not expected.any() and not actual.any():
         raise CannotScoreError("no frame is voiced in either")
-    return float(2 * (truth & found).sum() / (truth.sum() + found.sum()))
+    return float(2 * (expected & actual).sum() / (expected.sum() + actual.sum()))
 
 
 def utmos(reference: Clip, estimate: Clip) -> float:
-    """Predicted mean opinion score (Saeki et al. 2022) of the estimate alone, at 16 kHz: about 1 to 5."""
+    """UTMOS (Saeki et al. 2022) at 16 kHz: predicted mean opinion score of the estimate alone, about 1 to 5."""
     with torch.inference_mode():
         score = _load_torchscript(str(estimate.options.utmos))(torch.from_numpy(estimate.at_16k)[None])
     if not isinstance(score, torch.Tensor) or score.numel() != 1:
         raise CannotScoreError(
-            f"{estimate.options.utmos} gave {type(score).__name__}, expected a tensor of one number"
+            f"{estimate.options.utmos} returned {type(score).__name__}, expected a tensor of one number"
         )
     return float(score)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All of them
+# Table of metrics
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric, with everything that a reader of its values needs.
+    """A metric, with the facts that are needed to read its values.
 
     Args:
-        function: (reference, estimate) -> number.
-        title: for tables and plots.
-        unit: "" for none.
-        higher_is_better: else lower.
-        packages: what computes it, besides this package.
-        settings: how.
+        function: Function (reference, estimate) -> number.
+        title: Title in tables and plots.
+        unit: Unit of the values, or "".
+        higher_is_better: Whether higher values are better. Else lower ones are.
+        packages: Modules that the metric needs, besides this package and torch.
+        settings: Description of its settings.
     """
 
     function: Callable[..., float]
@@ -315,17 +311,17 @@ PRESETS = {
     "paper": ("utmos", "pesq_wb", "stoi", "voicing_f1"),
     "full": tuple(METRICS),
 }
-"""Sets of metrics by name: what takes little time, the table of the WavTokenizer paper, and all."""
+"""Sets of metrics: fast ones, those in the table of the WavTokenizer paper, and all."""
 
 IMPORTED_AS = {"speechmos": "speechmos.dnsmos"}
-"""Packages whose import alone does not show that they work -> the module to import."""
+"""Package -> module that must be imported to show that the package works."""
 
 DISTRIBUTIONS = {"visqol": "visqol-python"}
-"""Modules whose package has another name for pip."""
+"""Module -> name of its package for pip, if it differs."""
 
 
 def unavailable_reason(name: str, options: Options | None = None) -> str | None:
-    """Return the reason why this metric cannot run here, or None."""
+    """Return the reason why this metric cannot run here, or None if it can."""
     options = options or Options()
     try:
         for each in METRICS[name].packages:
@@ -334,20 +330,20 @@ def unavailable_reason(name: str, options: Options | None = None) -> str | None:
             elif each == "pocketsphinx" and options.asr is not None:
                 _asr_pipeline(options.asr)
             else:
-                package(IMPORTED_AS.get(each, each))
+                import_package(IMPORTED_AS.get(each, each))
         if name == "utmos":
             if options.utmos is None:
                 return "no weights given: name a TorchScript file of UTMOS with --utmos"
             _load_torchscript(str(options.utmos))
     except (ImportError, FileNotFoundError) as error:
         return str(error)
-    except Exception as error:  # a broken package or file can raise anything
+    except Exception as error:  # a broken package or file can raise any error
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def score(reference: Clip, estimate: Clip, names: list[str]) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Compute metrics of one pair. Return name -> value or None, and name -> reason for each None."""
+    """Compute metrics of a pair of clips. Return name -> value or None, and name -> reason for each None."""
     values: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
     for name in names:
@@ -358,13 +354,13 @@ def score(reference: Clip, estimate: Clip, names: list[str]) -> tuple[dict[str, 
             values[name] = float(value)
         except CannotScoreError as error:
             values[name], reasons[name] = None, str(error)
-        except Exception as error:  # third-party code can fail on unusual audio: lose one value, not the evaluation
+        except Exception as error:  # third-party code can fail on unusual audio, which must not end the evaluation
             values[name], reasons[name] = None, f"{type(error).__name__}: {error}"
     return values, reasons
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What they share
+# Shared functions
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -381,7 +377,7 @@ def _mel() -> LogMel:
 
 
 def _log_mel(audio: np.ndarray) -> torch.Tensor:
-    """(T,) -> (frames, 100)"""
+    """Return the log-mel spectrogram (frames, 100) of audio (T,)."""
     return _mel()(torch.from_numpy(audio)).T
 
 
@@ -393,37 +389,37 @@ def _load_torchscript(weights: str) -> torch.jit.ScriptModule:
 
 
 def _viterbi(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """torchcrepe's Viterbi decoder: bins and their frequencies in Hz, without the random dither that it adds."""
-    bins, _ = package("torchcrepe").decode.viterbi(logits)
+    """Run torchcrepe's Viterbi decoder without its random dither. Return bins and their frequencies in Hz."""
+    bins, _ = import_package("torchcrepe").decode.viterbi(logits)
     return bins, 10 * 2 ** ((20 * bins + 1997.3794084376191) / 1200)
 
 
 @cache
 def _visqol_api() -> Any:
-    api = package("visqol").VisqolApi()
+    api = import_package("visqol").VisqolApi()
     api.create(mode="speech")
     return api
 
 
 def _speaker_weights() -> Path:
-    """The weights in the package resemblyzer, whose code is not imported."""
-    found = importlib.util.find_spec("resemblyzer")
-    if found is None or found.origin is None:
+    """Return the path of the weights in the package resemblyzer, without importing its code."""
+    spec = importlib.util.find_spec("resemblyzer")
+    if spec is None or spec.origin is None:
         raise ImportError("This needs resemblyzer: pip install 'wavtokenizer_hf[evaluation]'")
-    path = Path(found.origin).with_name("pretrained.pt")
+    path = Path(spec.origin).with_name("pretrained.pt")
     if not path.is_file():
-        raise FileNotFoundError(f"The package resemblyzer has no weights where they used to be, {path}.")
+        raise FileNotFoundError(f"The package resemblyzer has no weights in {path}, where they are in other versions.")
     return path
 
 
 @cache
 def _speaker_encoder() -> Callable[[np.ndarray], np.ndarray]:
-    """Resemblyzer's encoder (GE2E): audio (N,) at 16 kHz -> embedding (256,).
+    """Return Resemblyzer's speaker encoder (GE2E): a function from audio (N,) at 16 kHz to an embedding (256,).
 
-    Its own code needs webrtcvad, which needs a module that setuptools dropped in version 82. So the network is built
-    here, and the voice detector that would shorten pauses is left out.
+    Resemblyzer's code needs webrtcvad, which needs a module that setuptools removed in version 82. So the network is
+    built here, without the voice activity detection that shortens pauses.
     """
-    librosa = package("librosa")
+    librosa = import_package("librosa")
     weights = torch.load(_speaker_weights(), map_location="cpu", weights_only=True)["model_state"]
     lstm, linear = torch.nn.LSTM(40, 256, 3, batch_first=True), torch.nn.Linear(256, 256)
     for prefix, module in (("lstm.", lstm), ("linear.", linear)):
@@ -434,8 +430,8 @@ def _speaker_encoder() -> Callable[[np.ndarray], np.ndarray]:
     def embed(audio: np.ndarray) -> np.ndarray:
         level = np.sqrt(np.mean(np.square(audio, dtype=np.float64)))
         audio = audio * np.float32(max(1.0, 10 ** (-30 / 20) / max(level, 1e-9)))  # amplify quiet clips to -30 dBFS
-        window = 160  # frames of 10 ms; each is embedded, at 1.3 a second, and the mean is taken
-        step = round(16000 / 1.3 / 160)
+        window = 160  # frames of 10 ms; the result is the mean of window embeddings
+        step = round(16000 / 1.3 / 160)  # 1.3 windows per second
         mel = librosa.feature.melspectrogram(y=audio, sr=LOW_RATE, n_fft=400, hop_length=160, n_mels=40).T
         starts = list(range(0, max(1, len(mel) - window + step + 1), step))
         if len(starts) > 1 and (len(mel) - starts[-1]) / window < 0.75:
@@ -453,17 +449,17 @@ def _speaker_encoder() -> Callable[[np.ndarray], np.ndarray]:
 
 @cache
 def _pocketsphinx() -> Callable[[np.ndarray], str]:
-    pocketsphinx = package("pocketsphinx")
+    pocketsphinx = import_package("pocketsphinx")
     decoder = pocketsphinx.Decoder(samprate=LOW_RATE, loglevel="FATAL")
 
     def recognize(audio: np.ndarray) -> str:
-        # the recognizer adapts to earlier clips; reset it, so that results do not depend on their order
+        # pocketsphinx adapts to earlier clips; reset it, so that results do not depend on their order
         decoder.reinit()
         decoder.start_utt()
         decoder.process_raw((np.clip(audio, -1, 1) * 32767).astype(np.int16).tobytes(), full_utt=True)
         decoder.end_utt()
-        found = decoder.hyp()
-        return "" if found is None else found.hypstr
+        hypothesis = decoder.hyp()
+        return "" if hypothesis is None else hypothesis.hypstr
 
     return recognize
 
@@ -476,16 +472,17 @@ def _asr_pipeline(name: str) -> Callable[[np.ndarray], str]:
     return lambda audio: recognizer({"raw": audio, "sampling_rate": LOW_RATE})["text"]
 
 
-def package(name: str) -> Any:
-    """Import a module of the extra `evaluation`. Raises ImportError that names the extra."""
+def import_package(name: str) -> Any:
+    """Import a module of the extra `evaluation`. Raises an ImportError that names the extra."""
     with _without_torchaudio() if name == "torchcrepe" else nullcontext():
         return require(name, "evaluation")
 
 
 @contextmanager
 def _without_torchaudio() -> Iterator[None]:
-    """
-    Lets torchcrepe import where torchaudio does not, as beside many builds of torch: only its file reader needs it.
+    """Let torchcrepe import without a working torchaudio, which only its file reader needs.
+
+    torchaudio does not import with many builds of torch.
     """
     try:
         importlib.import_module("torchaudio")

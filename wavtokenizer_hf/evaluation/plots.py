@@ -1,4 +1,4 @@
-"""Pictures of an evaluation. Needs the extra `evaluation` (matplotlib)."""
+"""Plots of an evaluation. Needs the extra `evaluation` (matplotlib)."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def plot_metrics(path: Path, report: "Report") -> Path:
-    """Draw one dot for each file and system, for each metric that gave numbers; a line joins what is of the same file.
+    """Plot each metric that has values: one dot per file and system, with lines between the dots of a file.
 
     Args:
-        path: where to write; the ending names the format.
-        report: a `Report`.
+        path: Image file to write. Its extension sets the format.
+        report: Report to plot.
     """
     names = [
         name
@@ -39,16 +39,16 @@ def plot_metrics(path: Path, report: "Report") -> Path:
             for system in report.systems
         ]
         values = np.stack(columns_of)  # (systems, files)
-        # spread the files of a system sideways, in the order of the first system, so that dots do not overlap
+        # spread the dots of a system horizontally, sorted by the first system, so that they do not overlap
         shift = np.empty(values.shape[1])
         shift[np.argsort(values[0], kind="stable")] = np.linspace(-0.3, 0.3, values.shape[1])
-        places = np.arange(len(values))[:, None] + shift
+        positions = np.arange(len(values))[:, None] + shift
         if len(values) > 1:
-            axes.plot(places, values, color="0.8", linewidth=0.5, zorder=1)
-        for index, each in enumerate(values):
-            axes.scatter(places[index], each, s=8, color=f"C{index}", zorder=2)
-            if np.isfinite(each).any():
-                axes.hlines(np.nanmean(each), index - 0.4, index + 0.4, color=f"C{index}", zorder=3)
+            axes.plot(positions, values, color="0.8", linewidth=0.5, zorder=1)
+        for index, system_values in enumerate(values):
+            axes.scatter(positions[index], system_values, s=8, color=f"C{index}", zorder=2)
+            if np.isfinite(system_values).any():
+                axes.hlines(np.nanmean(system_values), index - 0.4, index + 0.4, color=f"C{index}", zorder=3)
         metric = METRICS[name]
         better = "higher is better" if metric.higher_is_better else "lower is better"
         axes.set(title=metric.title, ylabel=", ".join(filter(None, (metric.unit, better))), xticks=[])
@@ -57,7 +57,7 @@ def plot_metrics(path: Path, report: "Report") -> Path:
 
 
 def plot_codebook(path: Path, report: "Report") -> Path:
-    """Plot how often each codebook entry occurs, most frequent first, and equal use; one line per model."""
+    """Plot how often each codebook entry occurs, most frequent first. Each model has a line, and a dotted mean."""
     figure = new_figure((8, 4.5))
     axes = figure.subplots()
     for index, system in enumerate(report.systems):

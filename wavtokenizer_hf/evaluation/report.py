@@ -1,7 +1,7 @@
-"""Results of an evaluation: per file, means and differences, as a table, JSON, CSV and pictures.
+"""Results of an evaluation: values per file, means and differences, as a table, JSON, CSV and plots.
 
-A value that could not be computed is None (null, an empty cell). Such values are counted, and their reasons are
-listed.
+A value that could not be computed is None (null in JSON, an empty cell in CSV). The report counts such values and
+lists the reasons.
 """
 
 import csv
@@ -21,12 +21,12 @@ from .codebook import CodebookUsage
 from .metrics import METRICS, SAMPLING_RATE
 
 
-CODEBOOK_FIGURES = {
+CODEBOOK_METRICS = {
     "codebook_utilization": ("codebook use", ""),
     "codebook_perplexity": ("perplexity", ""),
     "codebook_entropy": ("entropy", "bit/s"),
 }
-"""Further values per file, for models: title and unit."""
+"""Codebook metric of a model -> title and unit."""
 
 REPORT_FILES = ("report.json", "files.csv", "metrics.png", "codebook.png")
 
@@ -40,9 +40,9 @@ class FileResult:
     Args:
         file: Path of the reference, relative to its folder.
         seconds: Length of the reference. None if it could not be read.
-        values: Name of a metric or codebook figure -> value, or None.
-        reasons: Name of a metric without a value -> reason. Metrics that could not run at all are left out.
-        samples_cut: Samples by which a decoded file was longer (> 0) or shorter (< 0) than its reference.
+        values: Name of a metric or codebook metric -> value, or None.
+        reasons: Name of a metric without a value -> reason. Unavailable metrics are left out.
+        samples_cut: Samples by which the decoded file was longer (> 0) or shorter (< 0) than its reference.
         codes: Counts of the codes. None for a folder of decoded files, or after a failure.
     """
 
@@ -63,7 +63,7 @@ class FileResult:
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean over files, or over differences. `count` files have a value, `failures` have none."""
+    """Mean and 95 % interval of the values, or differences, of `count` files. `failures` files have no value."""
 
     mean: float | None
     low: float | None
@@ -73,8 +73,9 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> "Summary":
-        """
-        Return the mean and the 95 % interval by Student's t, without None. Fewer than two values have no interval.
+        """Return the mean and 95 % interval (Student's t) of the values that are not None.
+
+        Fewer than two values have no interval.
         """
         from scipy.stats import t
 
@@ -94,10 +95,10 @@ class SystemResult:
     """Results of one system, in the order of the references.
 
     Args:
-        name: Name that the user gave.
+        name: Name of the system.
         description: Facts for the JSON report.
         files: One result per reference.
-        unavailable: Metric that could not run at all -> reason.
+        unavailable: Metric that cannot run on this machine -> reason.
     """
 
     name: str
@@ -125,7 +126,7 @@ class SystemResult:
 
 @dataclass
 class WorstClip:
-    """A clip with one of the worst values, to listen to.
+    """One of the clips with the worst values, to listen to.
 
     Args:
         file: Path of the reference, relative to its folder.
@@ -145,12 +146,12 @@ class WorstClip:
 
 @dataclass
 class Report:
-    """Result of `evaluate`. Differences are the values of each further system minus those of the first, file by file.
+    """Result of `evaluate`. Differences are per file: values of each further system minus those of the first.
 
     Args:
         systems: One result per system.
         versions: Versions of the packages that computed the metrics.
-        settings: Metric -> settings, as text.
+        settings: Metric -> description of its settings.
         worst: Clips with the worst values, worst first.
     """
 
@@ -161,7 +162,7 @@ class Report:
 
     @property
     def ranking(self) -> str | None:
-        """The metric by which clips are ranked: the first one with values."""
+        """Metric by which clips are ranked: the first one with values."""
         names = (name for name in METRICS if any(name in system.names for system in self.systems))
         return next(
             (n for n in names if any(v is not None for s in self.systems if n in s.names for v in s.column(n))), None
@@ -169,14 +170,12 @@ class Report:
 
     @property
     def names(self) -> list[str]:
-        """Metrics and codebook figures that at least one system has."""
+        """Metrics and codebook metrics that at least one system has."""
         return list(dict.fromkeys(name for system in self.systems for name in system.names))
 
     @property
     def failures(self) -> list[dict]:
-        """
-        Files without a value: file, system, metrics and reason. Metrics that could not run at all are not repeated.
-        """
+        """Missing values: file, system, metrics and reason. Unavailable metrics are left out."""
         return [
             {"file": file.file, "system": system.name, "metrics": names, "reason": reason}
             for system in self.systems
@@ -185,9 +184,13 @@ class Report:
         ]
 
     def differences(self) -> list[tuple[str, str, dict[str, Summary]]]:
-        """(system, first system, metric -> summary of the differences), over files for which both have a value."""
+        """Return the differences to the first system, over files for which both have a value.
+
+        Returns:
+            Tuples (system, first system, metric -> summary of the differences).
+        """
         first = self.systems[0]
-        found = []
+        differences = []
         for system in self.systems[1:]:
             summaries = {}
             for name in system.names:
@@ -195,11 +198,11 @@ class Report:
                     continue
                 pairs = zip(system.column(name), first.column(name), strict=True)
                 summaries[name] = Summary.of([None if a is None or b is None else a - b for a, b in pairs])
-            found.append((system.name, first.name, summaries))
-        return found
+            differences.append((system.name, first.name, summaries))
+        return differences
 
     def to_dict(self) -> dict:
-        """Return the report for JSON, without the single files."""
+        """Return the report for JSON, without the values of single files."""
         first, names = self.systems[0], self.names
         return {
             "num_files": len(first.files),
@@ -216,7 +219,7 @@ class Report:
                         name: {**asdict(Summary.of(system.column(name))), "not_run": system.unavailable.get(name)}
                         for name in system.names
                     },
-                    "all_codes": _pooled(system),
+                    "all_codes": _all_codes(system),
                     "num_files_cut": system.num_cut,
                 }
                 for system in self.systems
@@ -258,11 +261,16 @@ class Report:
         return "\n".join(lines)
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
-        """Write report.json, files.csv, metrics.png, worst.md with its audio files, and codebook.png if a model was
-        measured.
+        """Write the report to files.
+
+        The files are report.json, files.csv, metrics.png, and worst.md with its audio files. If a model was measured,
+        codebook.png is written too.
+
+        Args:
+            folder: Output folder (created if missing).
 
         Returns:
-            Paths of the files, without the audio in worst/.
+            Paths of the files, without the audio files in worst/.
         """
         from .plots import plot_codebook, plot_metrics
 
@@ -280,49 +288,49 @@ class Report:
         return written
 
     def _write_worst(self, folder: Path) -> Path:
-        """Write worst.md, and worst/NN_original.wav and worst/NN_reconstruction.wav for each of its rows."""
-        sounds = folder / "worst"
-        sounds.mkdir(exist_ok=True)
+        """Write worst.md, and for each of its rows worst/NN_original.wav and worst/NN_reconstruction.wav."""
+        audio_folder = folder / "worst"
+        audio_folder.mkdir(exist_ok=True)
         title = METRICS[self.worst[0].metric].title
         lines = [f"# The {len(self.worst)} worst clips by {title}", ""]
         lines += [f"| {title} | file | system | original | reconstruction |", "|---|---|---|---|---|"]
         for index, clip in enumerate(self.worst):
             links = []
             for kind, waveform in (("original", clip.original), ("reconstruction", clip.reconstruction)):
-                path = audio.save(sounds / f"{index:02d}_{kind}.wav", waveform, SAMPLING_RATE)
+                path = audio.save(audio_folder / f"{index:02d}_{kind}.wav", waveform, SAMPLING_RATE)
                 links.append(f"[listen](worst/{path.name})")
             lines.append(f"| {clip.value:.3f} | {clip.file} | {clip.system} | {' | '.join(links)} |")
         return write_text(folder / "worst.md", "\n".join(lines) + "\n")
 
     def _csv(self) -> str:
-        """Return one row per file and system, with the reasons in the last column."""
+        """Return CSV text with one row per file and system. The last column holds the reasons of missing values."""
         names = self.names
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(["file", "system", "seconds", "samples_cut", *names, "failures"])
         for system in self.systems:
             for file in system.files:
-                failures = "; ".join(f"{', '.join(lacking)}: {reason}" for lacking, reason in file.failures())
+                failures = "; ".join(f"{', '.join(missing)}: {reason}" for missing, reason in file.failures())
                 values = [file.values.get(name) for name in names]
                 writer.writerow([file.file, system.name, file.seconds, file.samples_cut, *values, failures])
         return buffer.getvalue()
 
 
-def _pooled(system: SystemResult) -> dict | None:
+def _all_codes(system: SystemResult) -> dict | None:
     usage = system.codes
     if usage is None:
         return None
-    return {"num_codes": usage.num_codes, "num_used": usage.num_used, **usage.figures()}
+    return {"num_codes": usage.num_codes, "num_used": usage.num_used, **usage.metrics()}
 
 
 def _title(name: str) -> str:
-    if name in CODEBOOK_FIGURES:
-        return CODEBOOK_FIGURES[name][0] + " per file"
+    if name in CODEBOOK_METRICS:
+        return CODEBOOK_METRICS[name][0] + " per file"
     return METRICS[name].title + (" ↑" if METRICS[name].higher_is_better else " ↓")
 
 
 def _unit(name: str) -> str:
-    return CODEBOOK_FIGURES[name][1] if name in CODEBOOK_FIGURES else METRICS[name].unit
+    return CODEBOOK_METRICS[name][1] if name in CODEBOOK_METRICS else METRICS[name].unit
 
 
 def _row(name: str, summary: Summary, sign: str = "") -> str:

@@ -1,7 +1,7 @@
-"""Run an evaluation: reconstruct every reference with every system, and compute every metric of each pair.
+"""Run an evaluation: reconstruct every reference with every system, and compute the metrics of each pair.
 
-Systems run in this process, one clip after another; metrics run beside them in `num_workers` processes. Results do not
-depend on the number of processes: each metric computes on one thread wherever it runs.
+Systems run in this process, one clip at a time. Metrics run at the same time in `num_workers` processes. Results do
+not depend on the number of processes, because each metric uses one thread in any process.
 """
 
 import multiprocessing
@@ -28,14 +28,25 @@ from ..modeling_wavtokenizer import WavTokenizerModel
 from ..progress import Progress
 from ..worker_processes import end_with_parent
 from .codebook import CodebookUsage
-from .metrics import DISTRIBUTIONS, METRICS, PRESETS, SAMPLING_RATE, Clip, Options, package, score, unavailable_reason
-from .report import CODEBOOK_FIGURES, FileResult, Report, SystemResult, WorstClip
+from .metrics import (
+    DISTRIBUTIONS,
+    METRICS,
+    PRESETS,
+    SAMPLING_RATE,
+    Clip,
+    Options,
+    import_package,
+    score,
+    unavailable_reason,
+)
+from .report import CODEBOOK_METRICS, FileResult, Report, SystemResult, WorstClip
 
 
 MAX_SAMPLES_CUT = SAMPLING_RATE // 10
-"""How much a decoded file may differ in length: other codecs fill the last frame up, or drop it. 0.1 s is more than a
-frame of any codec in use, and less than a wrong file."""
+"""Maximum difference in length of a decoded file, because other codecs pad or drop the last frame.
 
+0.1 s is more than a frame of any codec in use, and less than the difference to a wrong file.
+"""
 
 References = Sequence[tuple[Path, Path]]
 """Audio files, each with its relative path in the report."""
@@ -49,16 +60,16 @@ class System(Protocol):
 
     def describe(self) -> dict: ...
 
-    def reconstruct(self, place: Path, waveform: np.ndarray) -> tuple[np.ndarray, CodebookUsage | None]: ...
+    def reconstruct(self, relative_path: Path, waveform: np.ndarray) -> tuple[np.ndarray, CodebookUsage | None]: ...
 
 
 class Model:
-    """A WavTokenizer to measure.
+    """WavTokenizer model to measure.
 
     Args:
         name: Name in the report.
         model: `WavTokenizerModel` at 24 kHz, on any device.
-        peak_level: Level in dBFS that clips are scaled to before they are encoded, as its feature extractor says.
+        peak_level: Peak level in dBFS that clips are scaled to before encoding, as the model's feature extractor does.
             Decoded audio is scaled back. Defaults to no scaling.
     """
 
@@ -84,8 +95,8 @@ class Model:
         }
 
     @torch.inference_mode()
-    def reconstruct(self, place: Path, waveform: np.ndarray) -> tuple[np.ndarray, CodebookUsage]:
-        """Encode and decode (T,) -> (T,), cut to the length of the input. Return counts of the codes too."""
+    def reconstruct(self, relative_path: Path, waveform: np.ndarray) -> tuple[np.ndarray, CodebookUsage]:
+        """Encode and decode audio (T,). Return audio of the same length, and counts of the codes."""
         peak = np.abs(waveform).max()
         (scaled,) = scale_to_peak([waveform], self.peak_level)
         audio_codes = self.model.encode(torch.from_numpy(scaled)[None, None].to(self.model.device)).audio_codes
@@ -96,7 +107,7 @@ class Model:
 
     @torch.inference_mode()
     def decode(self, audio_codes: np.ndarray, num_samples: int) -> tuple[np.ndarray, CodebookUsage]:
-        """Decode codes (L,) int64 -> audio, cut to `num_samples`. Return counts of the codes too."""
+        """Decode codes (L,), int64. Return audio of `num_samples` samples, and counts of the codes."""
         config = self.model.config
         decoded = self.model.decode(torch.from_numpy(audio_codes)[None, None].to(self.model.device)).audio_values
         usage = CodebookUsage.of(audio_codes, config.codebook_size, config.frame_rate)
@@ -104,10 +115,12 @@ class Model:
 
 
 class DecodedFolder:
-    """Folder of audio files that another codec decoded. Each has the relative path of its reference, in any format.
+    """Folder of audio files that another codec decoded.
+
+    Each file has the relative path of its reference. Its extension may differ.
 
     Args:
-        folder: Folder of the files.
+        folder: Folder of the decoded files.
         name: Name in the report. Defaults to the folder as given.
     """
 
@@ -122,16 +135,26 @@ class DecodedFolder:
     def describe(self) -> dict:
         return {"kind": "decoded files"}
 
-    def reconstruct(self, place: Path, waveform: np.ndarray) -> tuple[np.ndarray, None]:
-        return audio.load(self.find(place), SAMPLING_RATE, max_seconds=MAX_CLIP_SECONDS), None
+    def reconstruct(self, relative_path: Path, waveform: np.ndarray) -> tuple[np.ndarray, None]:
+        return audio.load(self.find(relative_path), SAMPLING_RATE, max_seconds=MAX_CLIP_SECONDS), None
 
-    def find(self, place: Path) -> Path:
-        """Return the decoded file of a reference, of any extension. Raises ValueError if there are several."""
-        if (self.folder / place).is_file():
-            return self.folder / place
-        found = [path for suffix in audio.SUFFIXES if (path := self.folder / place.with_suffix(suffix)).is_file()]
+    def find(self, relative_path: Path) -> Path:
+        """Return the decoded file of a reference.
+
+        Args:
+            relative_path: Relative path of the reference. The decoded file may have another extension.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: There are several.
+        """
+        if (self.folder / relative_path).is_file():
+            return self.folder / relative_path
+        found = [
+            path for suffix in audio.SUFFIXES if (path := self.folder / relative_path.with_suffix(suffix)).is_file()
+        ]
         if not found:
-            raise FileNotFoundError(f"no decoded file {self.folder / place}, nor one of another format")
+            raise FileNotFoundError(f"no decoded file {self.folder / relative_path}, nor one of another format")
         if len(found) > 1:
             raise ValueError(f"several decoded files for one: {', '.join(map(str, found))}")
         return found[0]
@@ -153,43 +176,43 @@ def evaluate(
     Measure one or more systems on the same audio files.
 
     Args:
-        references: For each file its path, and its place: a relative path that names it in the report and finds its
-            partner in a `DecodedFolder`.
-        systems: `Model`, `DecodedFolder`, or anything with their interface; at least one. The others are compared with
+        references: Tuples of the path of an audio file and a relative path. The relative path is its name in the
+            report, and its path in a `DecodedFolder`.
+        systems: One or more of `Model`, `DecodedFolder`, or objects with their interface. The others are compared with
             the first, file by file.
-        metrics: Names from `METRICS`, each of which must be able to run here. Defaults to those of the preset; one
-            that cannot run is then reported as not run.
+        metrics: Names from `METRICS`. A metric that cannot run here raises ValueError. Defaults to the metrics of the
+            preset, of which those that cannot run are reported as not run.
         utmos_weights: TorchScript file of UTMOS, which takes float32 (1, N) at 16 kHz, nominally in [-1, 1], and
             returns one number. It adds UTMOS to the metrics. Nothing is downloaded.
-        num_workers: Number of processes for the metrics; 0: this process. Workers are spawned, so a script with some
-            needs `if __name__ == "__main__":`.
-        progress: Show progress on standard error.
+        num_workers: Number of worker processes for the metrics. 0: compute them in this process. Workers are spawned,
+            so a script that uses them needs `if __name__ == "__main__":`.
+        progress: Whether to show progress on standard error.
         channel: Channel of references that have several: `"mean"`, `"left"`, `"right"` or a number from 0.
         crepe: Size of the pitch tracker CREPE: `"full"`, as in the paper, or `"tiny"`, about fifty times as fast.
-        asr: Speech recognizer for the word error rate: name or folder for the pipeline of transformers. Defaults to
-            pocketsphinx, for English.
-        preset: Key of `PRESETS`, which names the metrics if `metrics` is None.
+        asr: Speech recognition model for the word error rate: name or folder for the pipeline of transformers.
+            Defaults to pocketsphinx, for English.
+        preset: Key of `PRESETS`, the set of metrics if `metrics` is None.
 
     Returns:
-        `Report` on all files. Files that cannot be read or have no partner, and metrics without a number, are in it
-        with the reason.
+        Report on all files. It lists, with the reason, files that cannot be read or have no decoded file, and metrics
+        without a value.
 
     Raises:
-        ValueError: Nothing to measure, an unknown preset or size of CREPE, a metric that is unknown or was asked for
-            and cannot run, two files of one place, or a system without a single reconstruction.
+        ValueError: There is nothing to measure; a preset, metric or size of CREPE is unknown; a requested metric
+            cannot run; two references have the same relative path; or a system has no reconstruction of any file.
         ImportError: scipy, soundfile or soxr is missing, which every evaluation needs.
         ChildProcessError: A worker process was killed.
     """
-    package("scipy")  # needed for the report at the end: fail before the work if it is missing
+    import_package("scipy")  # the report needs it at the end; fail before the work if it is missing
 
-    asked = list(dict.fromkeys([*(metrics or ()), *(["utmos"] if utmos_weights is not None else [])]))
+    requested = list(dict.fromkeys([*(metrics or ()), *(["utmos"] if utmos_weights is not None else [])]))
     if preset not in PRESETS:
         raise ValueError(f"Got preset={preset!r}, expected one of {', '.join(PRESETS)}.")
-    metrics = list(dict.fromkeys([*PRESETS[preset], *asked])) if metrics is None else asked
+    metrics = list(dict.fromkeys([*PRESETS[preset], *requested])) if metrics is None else requested
     _check(references, systems, metrics)
     options = Options(None if utmos_weights is None else str(utmos_weights), crepe, asr)
     unavailable = {name: reason for name in metrics if (reason := unavailable_reason(name, options)) is not None}
-    for name in asked:
+    for name in requested:
         if name in unavailable:
             raise ValueError(f"{name} cannot run: {unavailable[name]}")
     runnable = [name for name in metrics if name not in unavailable]
@@ -199,12 +222,14 @@ def evaluate(
     scored = _score_all(jobs, runnable, options, num_workers)
     measured = set()
     with Progress(len(references), "files", shown=progress) as shown:
-        for place, seconds, reconstructions, scores in scored:
+        for relative_path, seconds, reconstructions, scores in scored:
             rows = zip(systems, results, reconstructions, scores, strict=True)
-            for system, result, reconstruction, scored_pair in rows:
-                if scored_pair is not None:
+            for system, result, reconstruction, system_score in rows:
+                if system_score is not None:
                     measured.add(system.name)
-                file_result = _file_result(place, seconds, system, reconstruction, scored_pair, metrics, runnable)
+                file_result = _file_result(
+                    relative_path, seconds, system, reconstruction, system_score, metrics, runnable
+                )
                 result.files.append(file_result)
             shown.update()
     for result in results:
@@ -227,7 +252,7 @@ def evaluate(
 def _worst_clips(
     report: Report, references: References, systems: Sequence[System], channel: str | int, count: int = 10
 ) -> list[WorstClip]:
-    """Return the clips with the worst values of the first metric that has any, reconstructed again."""
+    """Return the clips with the worst values of the ranking metric. They are reconstructed again."""
     name = report.ranking
     if name is None:
         return []
@@ -240,23 +265,19 @@ def _worst_clips(
     ]
     worst = []
     for _, index, number, value in sorted(scored)[:count]:
-        source, place = references[index]
+        source, relative_path = references[index]
         try:
             waveform = audio.load(source, SAMPLING_RATE, channel=channel, max_seconds=MAX_CLIP_SECONDS)
-            estimate, _ = systems[number].reconstruct(place, waveform)
-        except (
-            ValueError,
-            OSError,
-            torch.OutOfMemoryError,
-        ):  # the file has changed since it was measured; its values stay
-            continue
+            estimate, _ = systems[number].reconstruct(relative_path, waveform)
+        except (ValueError, OSError, torch.OutOfMemoryError):
+            continue  # the file has changed since it was measured; its values stay
         result = report.systems[number]
-        worst.append(WorstClip(place.as_posix(), result.name, name, value, waveform, estimate))
+        worst.append(WorstClip(relative_path.as_posix(), result.name, name, value, waveform, estimate))
     return worst
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One file after another
+# Reconstruct and score
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -270,22 +291,23 @@ class _Reconstruction:
     failure: str | None = None
 
 
-_Job = tuple[str, np.ndarray | None, list[_Reconstruction]]  # place, audio, one reconstruction for each system
+_Job = tuple[str, np.ndarray | None, list[_Reconstruction]]  # relative path, audio, one reconstruction per system
 _Score = tuple[dict[str, float | None], dict[str, str]]  # values and reasons, see `score`
 _Scored = tuple[str, float | None, list[_Reconstruction], list[_Score | None]]
 
 
 def _reconstruct_all(references: References, systems: Sequence[System], channel: str | int) -> Iterator[_Job]:
-    """Yield (place, waveform or None, one reconstruction per system) for each reference."""
-    for source, place in references:
+    """Yield (relative path, waveform or None, one reconstruction per system) for each reference."""
+    for source, relative_path in references:
+        name = utf8_name(relative_path.as_posix())
         try:
             waveform = audio.load(source, SAMPLING_RATE, channel=channel, max_seconds=MAX_CLIP_SECONDS)
         except ImportError:
             raise
         except Exception as error:
-            yield utf8_name(place.as_posix()), None, [_Reconstruction(failure=_reason(error)) for _ in systems]
+            yield name, None, [_Reconstruction(failure=_reason(error)) for _ in systems]
             continue
-        yield utf8_name(place.as_posix()), waveform, [_reconstruct(system, place, waveform) for system in systems]
+        yield name, waveform, [_reconstruct(system, relative_path, waveform) for system in systems]
 
 
 def _reason(error: Exception) -> str:
@@ -293,9 +315,9 @@ def _reason(error: Exception) -> str:
     return str(error) if is_known else f"{type(error).__name__}: {error}"
 
 
-def _reconstruct(system: System, place: Path, waveform: np.ndarray) -> _Reconstruction:
+def _reconstruct(system: System, relative_path: Path, waveform: np.ndarray) -> _Reconstruction:
     try:
-        estimate, usage = system.reconstruct(place, waveform)
+        estimate, usage = system.reconstruct(relative_path, waveform)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         return _Reconstruction(failure=str(error))
     samples_cut = len(estimate) - len(waveform)
@@ -308,37 +330,37 @@ def _reconstruct(system: System, place: Path, waveform: np.ndarray) -> _Reconstr
 
 
 def _score_all(jobs: Iterable[_Job], names: list[str], options: Options, num_workers: int) -> Iterator[_Scored]:
-    """Yield (place, seconds, reconstructions, scores) for each job, in order. A score is None after a failure."""
+    """Yield (relative path, seconds, reconstructions, scores) for each job, in order. A failure has the score None."""
     if num_workers == 0:
-        for place, waveform, reconstructions in jobs:
-            with _one_thread():
+        for relative_path, waveform, reconstructions in jobs:
+            with _single_thread():
                 scores = _score(waveform, [one.estimate for one in reconstructions], names, options)
-            yield place, _seconds(waveform), reconstructions, scores
+            yield relative_path, _seconds(waveform), reconstructions, scores
         return
 
     # not fork: a forked process inherits the locks of torch's threads, but not the threads
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, context, _start_worker) as executor:
-        waiting: deque[tuple[str, float | None, list[_Reconstruction], Future]] = deque()
+        pending: deque[tuple[str, float | None, list[_Reconstruction], Future]] = deque()
 
-        def first_in_line() -> _Scored:
-            place, seconds, reconstructions, future = waiting.popleft()
-            return place, seconds, reconstructions, future.result()
+        def next_result() -> _Scored:
+            relative_path, seconds, reconstructions, future = pending.popleft()
+            return relative_path, seconds, reconstructions, future.result()
 
         try:
-            for place, waveform, reconstructions in jobs:
+            for relative_path, waveform, reconstructions in jobs:
                 estimates = [one.estimate for one in reconstructions]
                 future = executor.submit(_score, waveform, estimates, names, options)
                 for one in reconstructions:
                     one.estimate = None  # only the worker's copy is needed from here on
-                waiting.append((place, _seconds(waveform), reconstructions, future))
-                if len(waiting) > 2 * num_workers:  # so that audio does not pile up in memory
-                    yield first_in_line()
-            while waiting:
-                yield first_in_line()
+                pending.append((relative_path, _seconds(waveform), reconstructions, future))
+                if len(pending) > 2 * num_workers:  # bounds the audio in memory
+                    yield next_result()
+            while pending:
+                yield next_result()
         except BrokenProcessPool as error:
             raise ChildProcessError(
-                "A worker process was killed, perhaps for want of memory. Use fewer workers or shorter files."
+                "A worker process was killed, perhaps because memory ran out. Use fewer workers or shorter files."
             ) from error
         finally:
             executor.shutdown(cancel_futures=True)
@@ -362,34 +384,34 @@ def _score(
             scores.append(None)
             continue
         length = min(len(waveform), len(estimate))
-        same = reference if length == len(waveform) else Clip(waveform[:length], options)
-        scores.append(score(same, Clip(estimate[:length], options), names))
+        shortened = reference if length == len(waveform) else Clip(waveform[:length], options)
+        scores.append(score(shortened, Clip(estimate[:length], options), names))
     return scores
 
 
 def _file_result(
-    place: str,
+    relative_path: str,
     seconds: float | None,
     system: System,
     reconstruction: _Reconstruction,
-    scored: _Score | None,
+    system_score: _Score | None,
     metrics: Iterable[str],
     runnable: Iterable[str],
 ) -> FileResult:
-    figures = list(CODEBOOK_FIGURES) if system.gives_codes else []
-    values: dict[str, float | None] = dict.fromkeys([*metrics, *figures])
-    if scored is None:
-        failure = reconstruction.failure or ""  # it is there where nothing was scored
-        return FileResult(place, seconds, values, dict.fromkeys([*runnable, *figures], failure))
-    scores, reasons = scored
+    codebook_metrics = list(CODEBOOK_METRICS) if system.gives_codes else []
+    values: dict[str, float | None] = dict.fromkeys([*metrics, *codebook_metrics])
+    if system_score is None:
+        failure = reconstruction.failure or ""  # always set without a score
+        return FileResult(relative_path, seconds, values, dict.fromkeys([*runnable, *codebook_metrics], failure))
+    scores, reasons = system_score
     values |= scores
     if reconstruction.usage is not None:
-        values |= reconstruction.usage.figures()
-    return FileResult(place, seconds, values, reasons, reconstruction.samples_cut, reconstruction.usage)
+        values |= reconstruction.usage.metrics()
+    return FileResult(relative_path, seconds, values, reasons, reconstruction.samples_cut, reconstruction.usage)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What they share
+# Shared functions
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -403,12 +425,17 @@ def _check(references: References, systems: Sequence[System], metrics: list[str]
     if unknown:
         raise ValueError(f"Got the metrics {', '.join(unknown)}, expected some of {', '.join(METRICS)}.")
     if len({system.name for system in systems}) < len(systems):
-        raise ValueError(f"Got systems of one name: {', '.join(system.name for system in systems)}. Name them apart.")
+        raise ValueError(
+            f"Got systems of the same name: {', '.join(system.name for system in systems)}. Give each its own name."
+        )
     seen: dict[Path, Path] = {}
-    for source, place in references:
-        if place in seen:
-            raise ValueError(f"{seen[place]} and {source} would both be {place} in the report. Evaluate them apart.")
-        seen[place] = source
+    for source, relative_path in references:
+        if relative_path in seen:
+            raise ValueError(
+                f"{seen[relative_path]} and {source} would both be {relative_path} in the report. Evaluate them "
+                "separately."
+            )
+        seen[relative_path] = source
 
 
 def _seconds(waveform: np.ndarray | None) -> float | None:
@@ -416,8 +443,8 @@ def _seconds(waveform: np.ndarray | None) -> float | None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread, as in a worker process: the last bits of float32 sums depend on the number of threads."""
+def _single_thread() -> Iterator[None]:
+    """Use one thread, as in a worker process, because float32 sums depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -428,8 +455,8 @@ def _one_thread() -> Iterator[None]:
 
 def _versions(names: list[str]) -> dict[str, str]:
     packages = ["torch", "transformers", "numpy", "soxr", *(each for name in names for each in METRICS[name].packages)]
-    found = {"wavtokenizer_hf": __version__}
+    versions = {"wavtokenizer_hf": __version__}
     for name in dict.fromkeys(packages):
-        with suppress(PackageNotFoundError):  # not needed with the options that were given
-            found[name] = version(DISTRIBUTIONS.get(name, name))
-    return found
+        with suppress(PackageNotFoundError):  # the options can make a package unnecessary
+            versions[name] = version(DISTRIBUTIONS.get(name, name))
+    return versions

@@ -1,6 +1,4 @@
-"""
-Ways out of this package: models as ONNX files, and token folders as the files that language models are trained from.
-"""
+"""Export models as ONNX files, and token folders as training files for language models."""
 
 from typing import TYPE_CHECKING
 
@@ -14,6 +12,6 @@ if TYPE_CHECKING:
 __all__ = ["OnnxReport", "WavTokenizerOnnx", "export_onnx"]
 
 
-# these need torch, `WavTokenizerOnnx` does not
-if not TYPE_CHECKING:  # to a type checker every name would exist, and be Any
+# onnx_export needs torch, and `WavTokenizerOnnx` does not
+if not TYPE_CHECKING:  # a type checker would accept every name, as Any
     __getattr__, __dir__ = lazy_names(__name__, {"OnnxReport": "onnx_export", "export_onnx": "onnx_export"})

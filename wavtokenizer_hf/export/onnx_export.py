@@ -1,4 +1,4 @@
-"""A model as a folder of ONNX files, compared with the model before the folder appears."""
+"""Export a model to a folder of ONNX files, and compare them with the model before the folder appears."""
 
 import json
 import os
@@ -23,23 +23,23 @@ DTYPES = ("float32", "float16", "int8")
 QUANTIZATIONS = ("int8",)
 MAX_AUDIO_DIFFERENCE = 1e-4  # of float32 decoders, on audio in [-1, 1]; float32 sums in another order give about 1e-6
 MIN_SNR = 20.0  # dB, of decoders in float16 or int8
-NEAR_TIE = 1e-5  # of the latents' length: another order of float32 sums moved latents by at most 1.4e-6 of it
-MAX_COMPARED_CODES = 2400  # in one piece; 30 s at the published rates. Attention is quadratic
-SMALL_WEIGHT = 1024  # numbers; smaller weights stay in float32: they are no part of the size
+NEAR_TIE = 1e-5  # relative to the latent's norm; float32 sums in another order moved latents by at most 1.4e-6 of it
+MAX_COMPARED_CODES = 2400  # decoded at once, 30 s or more at the published rates; attention is quadratic
+SMALL_WEIGHT = 1024  # values; smaller weights stay in float32, since they hardly count in the file size
 
 
 @dataclass
 class OnnxReport:
     """
-    What the exported files give, compared with the model on speech-like audio, noise, one sample and 30 s.
+    Comparison of the exported files with the model, on speech-like audio, noise, one sample and 30 s.
 
     Args:
-        num_codes: codes that were compared.
-        num_near_ties: codes that differ, all of them where two entries are equally near within the rounding of
-            float32.
-        max_audio_difference: largest difference of a sample.
-        snr: ratio of the model's audio to the difference, in dB, over all audio together.
-        sizes: bytes of each file.
+        num_codes: Number of codes that were compared.
+        num_near_ties: Number of codes that differ. In each case, two codebook entries are equally near within the
+            rounding of float32.
+        max_audio_difference: Largest difference of a sample.
+        snr: Ratio of the model's audio to the difference, in dB, over all audio together.
+        sizes: Size of each file, in bytes.
     """
 
     num_codes: int
@@ -58,28 +58,28 @@ def export_onnx(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> OnnxReport:
     """
-    Write `encoder.onnx`, `encoder_stream.onnx`, `decoder.onnx`, and what runs them without torch.
+    Write `encoder.onnx`, `encoder_stream.onnx`, `decoder.onnx`, and a module that runs them without torch.
 
-    The encoder is always float32: in any other type most codes change.
+    The encoder is always float32, since any other type changes most codes.
 
     Args:
-        model: model in float32, on any device.
-        output: Folder to make; it must not exist, or be empty.
+        model: Model in float32, on any device.
+        output: Folder to create. It must not exist, or must be empty.
         source: Name of the model, for the files' metadata.
-        dtype: type in which the decoder's weights are stored, `"float32"`, `"float16"` or `"int8"`; it computes in
-            float32.
-        quantize: `"int8"` computes the decoder's matrix products in 8-bit integers, but for the last layer and the
-            inverse DFT.
-        on_progress: Called with the number of steps that are done and of all: three files and the signals of the
-            comparison.
+        dtype: Type in which the decoder's weights are stored, `"float32"`, `"float16"` or `"int8"`. The decoder
+            computes in float32.
+        quantize: `"int8"` computes the decoder's matrix products in 8-bit integers, except the last layer and the
+            inverse DFT. None: no quantization.
+        on_progress: Called with the number of finished steps and of all steps. Each of the three files is a step, and
+            so is each signal of the comparison.
 
     Returns:
         `OnnxReport`: the comparison with the model.
 
     Raises:
-        ValueError: bad arguments, the output exists, or the files give something else than the model; then nothing is
-            left.
-        ImportError: a package of the extra `onnx` is missing.
+        ValueError: The arguments are invalid, the output exists, or the files differ from the model. Nothing is
+            written then.
+        ImportError: A package of the extra `onnx` is missing.
     """
     if dtype not in DTYPES:
         raise ValueError(f"Got dtype={dtype!r}, expected one of {', '.join(DTYPES)}.")
@@ -91,7 +91,7 @@ def export_onnx(
         )
     onnx, _ = require("onnx", "onnx"), require("onnxruntime", "onnx")
     config, encoder = model.config, model.encoder_model.encoder
-    lstm: Any = next(layer.lstm for layer in encoder.layers if hasattr(layer, "lstm"))
+    lstm = encoder.lstm.lstm
     facts = {
         "codebook_fingerprint": model.codebook_fingerprint,
         "sampling_rate": config.sampling_rate,
@@ -118,9 +118,15 @@ def export_onnx(
         del decoder
         sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.onnx"))}
         shutil.copyfile(wavtokenizer_onnx.__file__, folder / "wavtokenizer_onnx.py")
-        state = {"num_lstm_layers": lstm.num_layers, "lstm_size": lstm.hidden_size}
+        encoder_facts = {
+            "frames_back": encoder.left_context,
+            "frames_ahead": encoder.right_context,
+            "last_reach": encoder.output_context,
+            "num_lstm_layers": lstm.num_layers,
+            "lstm_size": lstm.hidden_size,
+        }
         content = {
-            "model": {**facts, **graph.encoder_reach(encoder), **state},
+            "model": {**facts, **encoder_facts},
             "decoder": {"dtype": dtype, "quantize": quantize},
             "files": list(sizes),
             "written_by": f"wavtokenizer_hf {__version__}",
@@ -138,37 +144,37 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _quantize(decoder: Any, folder: Path) -> Any:
-    """The decoder with its products in int8, as onnxruntime's dynamic quantization makes it."""
+    """Return the decoder with matrix products in int8, by onnxruntime's dynamic quantization."""
     onnx, quantization = require("onnx", "onnx"), require("onnxruntime.quantization", "onnx")
     constants = {weight.name for weight in decoder.graph.initializer}
-    # the last layer gives log magnitudes and phases, and what comes after it the waveform: 27 dB with them, 53 dB
-    # without
+    # Excluded are the last layer, which predicts log magnitudes and phases, and the inverse DFT after it. The SNR is
+    # 53 dB without them and 27 dB with them.
     excluded = [
         node.name
         for node in decoder.graph.node
         if node.op_type == "MatMul" and (node.name == "head" or node.input[1] not in constants)
     ]
-    plain, quantized = folder / "decoder_float32.onnx", folder / "decoder_int8.onnx"
-    onnx.save(decoder, plain)
+    float32_path, int8_path = folder / "decoder_float32.onnx", folder / "decoder_int8.onnx"
+    onnx.save(decoder, float32_path)
     quantization.quantize_dynamic(
-        plain,
-        quantized,
+        float32_path,
+        int8_path,
         op_types_to_quantize=["MatMul"],
         nodes_to_exclude=excluded,
         per_channel=True,
-        reduce_range=True,  # 7 bits: products of 8 overflow on x86 processors without VNNI
+        reduce_range=True,  # 7 bits, since products of 8 bits overflow on x86 processors without VNNI
         weight_type=quantization.QuantType.QInt8,
     )
-    model = onnx.load(quantized)
+    model = onnx.load(int8_path)
     onnx.helper.set_model_props(model, {prop.key: prop.value for prop in decoder.metadata_props})
-    plain.unlink()
-    quantized.unlink()
+    float32_path.unlink()
+    int8_path.unlink()
     return model
 
 
 def _store_weights(decoder: Any, dtype: str) -> None:
     """
-    Stores large float32 weights as float16 or int8, and computes float32 of them, which runtimes do once, at load.
+    Store large float32 weights as float16 or int8, and convert them back in the graph. Runtimes do that once, at load.
     """
     onnx = require("onnx", "onnx")
     float32, from_array, make_node = onnx.TensorProto.FLOAT, onnx.numpy_helper.from_array, onnx.helper.make_node
@@ -182,7 +188,7 @@ def _store_weights(decoder: Any, dtype: str) -> None:
             weight.CopyFrom(from_array(values.astype(np.float16), stored))
             nodes.append(make_node("Cast", [stored], [name], name=cast, to=float32))
             continue
-        # one scale for each output channel, or entry of the codebook: the first axis, but the last of a matrix product
+        # one scale per output channel or codebook entry: the first axis, or the last axis for a matrix product
         axes = tuple(range(1, values.ndim)) if values.ndim == 3 or name == "codebook" else (0,)
         scale = np.abs(values).max(axis=axes, keepdims=True) / 127
         scale[scale == 0] = 1
@@ -210,11 +216,21 @@ def compare(
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> OnnxReport:
     """
-    Run the files and the model on the same audio and codes.
+    Compare the files with the model on the same audio and codes.
+
+    Args:
+        model: Model that was exported.
+        exported: Exported files.
+        sizes: Size of each file in bytes, for the report.
+        exact: Whether to limit the difference of the audio by `MAX_AUDIO_DIFFERENCE` instead of `MIN_SNR`.
+        on_progress: Called with the number of finished signals.
+
+    Returns:
+        `OnnxReport`.
 
     Raises:
-        ValueError: codes differ where no tie explains it, or audio differs by more than `MAX_AUDIO_DIFFERENCE` if
-            `exact`, else by so much that its SNR is below `MIN_SNR`.
+        ValueError: Codes differ without a near tie, the audio differs by more than `MAX_AUDIO_DIFFERENCE`, or its SNR
+            is below `MIN_SNR`.
     """
     entries = model.encoder_model.quantizer.codebook.embed.double().cpu().numpy()
     num_codes = num_near_ties = 0
@@ -231,13 +247,16 @@ def compare(
         for file, encode in encoders.items():
             found = encode(audio)
             if found.shape != expected.shape:
-                raise ValueError(f"{file} gives {len(found)} codes of the {name}, the model {len(expected)}.")
+                raise ValueError(
+                    f"{file} returns {len(found)} codes for the {name}, the model {len(expected)}. Nothing was "
+                    "written. Please report this."
+                )
             num_near_ties += _count_near_ties(latents, entries, expected, found, f"{file} on the {name}")
             num_codes += len(found)
-        difference = _decode_difference(model, exported, expected[:MAX_COMPARED_CODES])
-        largest = max(largest, float(np.abs(difference[1]).max()))
-        signal += float(np.square(difference[0]).sum())
-        noise += float(np.square(difference[1]).sum())
+        decoded, difference = _decode_difference(model, exported, expected[:MAX_COMPARED_CODES])
+        largest = max(largest, float(np.abs(difference).max()))
+        signal += float(np.square(decoded).sum())
+        noise += float(np.square(difference).sum())
     snr = float(10 * np.log10(signal / noise)) if noise > 0 else float("inf")
     if exact and not largest <= MAX_AUDIO_DIFFERENCE:
         raise ValueError(
@@ -246,8 +265,8 @@ def compare(
         )
     if not exact and not snr >= MIN_SNR:
         raise ValueError(
-            f"The decoder's audio has an SNR of {snr:.1f} dB, expected at least {MIN_SNR:.0f}: this model does not "
-            "bear it. Nothing was written. Export it in float32."
+            f"The decoder's audio has an SNR of {snr:.1f} dB, expected at least {MIN_SNR:.0f} dB. This model is too "
+            "sensitive to this dtype or quantization. Nothing was written. Export it in float32."
         )
     return OnnxReport(num_codes, num_near_ties, largest, snr, sizes)
 
@@ -261,6 +280,7 @@ def _stream(exported: WavTokenizerOnnx, audio: np.ndarray) -> np.ndarray:
 def _decode_difference(
     model: WavTokenizerModel, exported: WavTokenizerOnnx, codes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Return the model's audio of codes (L,), and the difference of the exported decoder's audio from it."""
     audio_codes = torch.from_numpy(codes)[None, None]
     expected = model.decode(audio_codes.to(model.device)).audio_values[0, 0].cpu().numpy()
     found = exported.decode(audio_codes.numpy()).audio_values[0, 0]
@@ -270,12 +290,12 @@ def _decode_difference(
 def _count_near_ties(
     latents: np.ndarray, entries: np.ndarray, expected: np.ndarray, found: np.ndarray, where: str
 ) -> int:
-    """Number of codes that differ. Raises ValueError if one of them is no near tie."""
+    """Return the number of codes that differ. Raises ValueError if one of them is no near tie."""
     (frames,) = np.nonzero(expected != found)
     for frame in frames:
         latent, nearest, other = latents[:, frame], entries[expected[frame]], entries[found[frame]]
-        farther = (np.square(latent - other).sum() - np.square(latent - nearest).sum()) / 2
-        if farther > NEAR_TIE * np.linalg.norm(latent) * np.linalg.norm(nearest - other):
+        margin = (np.square(latent - other).sum() - np.square(latent - nearest).sum()) / 2
+        if margin > NEAR_TIE * np.linalg.norm(latent) * np.linalg.norm(nearest - other):
             raise ValueError(
                 f"{where} gives the code {found[frame]} in frame {frame}, the model {expected[frame]}, and they are "
                 "no near tie. Nothing was written. Please report this."
@@ -284,7 +304,7 @@ def _count_near_ties(
 
 
 def check_signals(sampling_rate: int) -> dict[str, np.ndarray]:
-    """Audio to compare on: speech-like audio of 3 s, noise, one sample, and 30 s of both, float32."""
+    """Return float32 signals for the comparison: 3 s of speech-like audio, noise, one sample, and 30 s of both."""
     random = np.random.default_rng(0)
     time = np.arange(3 * sampling_rate) / sampling_rate
     phase = 2 * np.pi * np.cumsum(120 + 40 * np.sin(2 * np.pi * 0.6 * time)) / sampling_rate

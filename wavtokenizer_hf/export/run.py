@@ -1,10 +1,11 @@
-"""Token folder -> training files, in chunks: by several processes, resumable, with the same bytes however often it was
-interrupted.
+"""Write training files from a token folder, in chunks and by several processes.
+
+Runs are resumable, and the bytes of the files do not depend on interruptions.
 
 OUTPUT/
   the files of the format
-  export.json     what the files were made of and how; written last, so its presence says that all is complete
-  skipped.jsonl   rows that became no sequence, with the reason (on_error="skip")
+  export.json     settings and totals; written last, so the export is complete if it exists
+  skipped.jsonl   rows that could not be exported, with the reason (on_error="skip")
   .parts/         finished chunks, until the export is complete
 """
 
@@ -33,23 +34,23 @@ from .token_folder import Index, TokenFolder
 
 EXPORT = "export.json"
 PARTS = ".parts"
-MAX_SUMMARY_BYTES = 2**28  # of a chunk, whose skipped rows it lists
-_IGNORED = (".lock", PARTS, EXPORT)  # of this command, beside the files of a format
+MAX_SUMMARY_BYTES = 2**28  # size limit of a chunk's summary, which lists the skipped rows
+_OWN_NAMES = (".lock", PARTS, EXPORT)  # written by this module, not by a format
 
 
 @dataclass
 class ExportResult:
     """
-    What an export holds.
+    Totals of an export.
 
     Args:
-        num_clips: rows that were written.
-        num_samples: samples of audio of these rows.
-        num_codes: codes of these rows.
-        num_sequences: sequences, or clips for formats without sequences.
-        num_ids: token ids of all sequences, padding included; codes for formats without sequences.
-        num_skipped: rows that were skipped.
-        num_bytes: size of the files.
+        num_clips: Number of rows that were written.
+        num_samples: Number of audio samples of these rows.
+        num_codes: Number of codes of these rows.
+        num_sequences: Number of sequences, or of clips for formats without sequences.
+        num_ids: Number of token ids of all sequences, including padding; of codes for formats without sequences.
+        num_skipped: Number of rows that were skipped.
+        num_bytes: Size of the files, in bytes.
     """
 
     num_clips: int = 0
@@ -66,7 +67,7 @@ class ExportResult:
 
 @dataclass
 class Job:
-    """What a worker has to know."""
+    """Arguments of an export that every worker needs."""
 
     folder: TokenFolder
     format: Format
@@ -85,24 +86,24 @@ def export_tokens(
     """
     Write the rows of a token folder as training files. Needs no model.
 
-    Runs are resumable: after a crash run the same again. The bytes do not depend on the number of processes.
+    Runs are resumable: after a crash, make the same call again. The bytes do not depend on the number of processes.
 
     Args:
-        tokens: Folder that `tokenize` wrote.
-        output: Folder for the files, created if missing; new, empty, or of an interrupted run of the same export.
+        tokens: Token folder that `tokenize` wrote.
+        output: Folder for the files, created if missing. It must be empty, or hold an earlier run of the same export.
         format: `MegatronFormat`, `WebDatasetFormat`, `JsonlFormat` or `LhotseFormat`.
         num_processes: Number of worker processes. A script with several needs `if __name__ == "__main__":`.
-        on_error: `"fail"` stops at the first row that cannot be exported, `"skip"` lists it in skipped.jsonl.
-        on_progress: called with the number of chunks that are done and of all.
+        on_error: `"fail"` stops at the first row that cannot be exported, `"skip"` lists such rows in skipped.jsonl.
+        on_progress: Called with the number of finished chunks and the number of all chunks.
 
     Returns:
         `ExportResult`: totals of the whole export.
 
     Raises:
-        ValueError: no token folder; a row without codes, of another codebook, or longer than a sequence; an output
-            that holds something else.
-        OSError: another run works on the output, or a file cannot be written.
-        ImportError: a package of an extra is missing.
+        ValueError: `tokens` is not a token folder. A row has no codes, codes of another codebook, or more ids than a
+            sequence may have. `output` holds other files, or another export.
+        OSError: Another run writes to the output, or a file cannot be written.
+        ImportError: A package of an extra is missing.
     """
     if num_processes > 1:
         stop_in_unguarded_script()
@@ -117,7 +118,7 @@ def export_tokens(
     settings = _settings(folder, index, format, on_error)
     job = Job(folder, format, output, on_error)
     filelock = require("filelock", "bulk")
-    _check_output(output, format)
+    _check_output(output)
     output.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(output / ".lock", timeout=0)
     try:
@@ -125,14 +126,14 @@ def export_tokens(
     except filelock.Timeout as error:
         raise OSError(f"Another process is exporting to {output}. Wait for it, or end it.") from error
     try:
-        if (done := _complete(output, settings)) is not None:
+        if (result := _completed_result(output, settings)) is not None:
             shutil.rmtree(output / PARTS, ignore_errors=True)
-            return done
-        _begin(output, settings)
-        to_do = [number for number in range(len(chunks)) if not _summary_path(output, number).exists()]
-        on_progress(len(chunks) - len(to_do), len(chunks))
-        num_done = itertools.count(len(chunks) - len(to_do) + 1)
-        _run(job, index, chunks, to_do, num_processes, lambda number: on_progress(next(num_done), len(chunks)))
+            return result
+        _prepare_parts(output, settings)
+        pending = [number for number in range(len(chunks)) if not _summary_path(output, number).exists()]
+        on_progress(len(chunks) - len(pending), len(chunks))
+        num_done = itertools.count(len(chunks) - len(pending) + 1)
+        _write_chunks(job, index, chunks, pending, num_processes, lambda _: on_progress(next(num_done), len(chunks)))
         return _finish(job, settings, len(chunks))
     finally:
         lock.release()
@@ -141,7 +142,7 @@ def export_tokens(
 
 
 def _settings(folder: TokenFolder, index: Index, format: Format, on_error: str) -> dict:
-    """What the bytes depend on."""
+    """Return the settings that determine the bytes of the files, for JSON."""
     return {
         "format": format.describe(),
         "tokens": {
@@ -153,49 +154,49 @@ def _settings(folder: TokenFolder, index: Index, format: Format, on_error: str) 
     }
 
 
-def _check_output(output: Path, format: Format) -> None:
+def _check_output(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file, expected the name of a folder.")
     if not output.is_dir() or (output / EXPORT).exists() or (output / PARTS / EXPORT).exists():
         return
-    strange = sorted(path.name for path in output.iterdir() if path.name not in _IGNORED)
-    if strange:
+    foreign = sorted(path.name for path in output.iterdir() if path.name not in _OWN_NAMES)
+    if foreign:
         raise ValueError(
-            f"The folder {output} holds {strange[0]}, which is not of this command. Name a new or an empty one."
+            f"The folder {output} holds {foreign[0]}, which is not of this command. Name a new or an empty one."
         )
 
 
-def _complete(output: Path, settings: dict) -> ExportResult | None:
-    """The totals if the export is complete. Raises ValueError if it, or what was begun, is another one."""
+def _completed_result(output: Path, settings: dict) -> ExportResult | None:
+    """Return the totals if the export is complete. Raises ValueError if the folder holds another export."""
     for path in (output / EXPORT, output / PARTS / EXPORT):
         if not path.exists():
             continue
         try:
-            before = read_json_object(path)
-            before_settings, result = before["settings"], before.get("totals")
-            result = None if result is None else ExportResult(**result)
+            content = read_json_object(path)
+            found_settings, totals = content["settings"], content.get("totals")
+            result = None if totals is None else ExportResult(**totals)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {one_line(error)}. Name another folder.") from error
-        plain = json.loads(json.dumps(settings))
-        if before_settings != plain:
+        expected = json.loads(json.dumps(settings))  # in the form that the file has
+        if found_settings != expected:
             names = [
                 f"{group}.{name}"
                 for group in ("format", "tokens")
-                for name in plain[group]
-                if before_settings.get(group, {}).get(name) != plain[group][name]
+                for name in expected[group]
+                if found_settings.get(group, {}).get(name) != expected[group][name]
             ] or ["on_error"]
             raise ValueError(
-                f"The folder {output} holds an export with other settings ({', '.join(names)}). Run it as before, or "
-                "name another folder."
+                f"The folder {output} holds an export with other settings ({', '.join(names)}). Use the same "
+                "settings, or name another folder."
             )
         if result is not None:
             return result
     return None
 
 
-def _begin(output: Path, settings: dict) -> None:
+def _prepare_parts(output: Path, settings: dict) -> None:
     (output / PARTS).mkdir(exist_ok=True)
-    for leftover in (*output.glob(".*.partial"), *(output / PARTS).glob(".*.partial")):  # of a run that was killed
+    for leftover in (*output.glob(".*.partial"), *(output / PARTS).glob(".*.partial")):  # from a killed run
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if not (output / PARTS / EXPORT).exists():
         _write_json(output / PARTS / EXPORT, {"settings": settings})
@@ -215,41 +216,42 @@ def _summary_path(output: Path, number: int) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _run(
+def _write_chunks(
     job: Job,
     index: Index,
     chunks: list[np.ndarray],
-    to_do: list[int],
+    pending: list[int],
     num_processes: int,
     on_done: Callable[[int], None],
 ) -> None:
-    """Make the chunks, and call `on_done` with the number of each that is done."""
-    if num_processes == 1 or len(to_do) < 2:
-        for number in to_do:
-            _make_chunk(job, index, chunks[number], number)
+    """Write the pending chunks, and call `on_done` with the number of each finished chunk."""
+    if num_processes == 1 or len(pending) < 2:
+        for number in pending:
+            _write_chunk(job, index, chunks[number], number)
             on_done(number)
         return
-    rows = ((Index(index.files[chunks[number]], index.rows[chunks[number]], {}), number) for number in to_do)
-    run_workers(partial(_start, job), rows, on_done, min(num_processes, len(to_do)), f"{__package__}.worker")
+    # workers get the index of their chunk only, since the whole index may be large
+    rows = ((Index(index.files[chunks[number]], index.rows[chunks[number]], {}), number) for number in pending)
+    run_workers(partial(_start_worker, job), rows, on_done, min(num_processes, len(pending)), f"{__package__}.worker")
 
 
-def _start(job: Job, rank: int) -> Work:
-    def make(chunk: tuple[Index, int], report: Callable[[int], None]) -> None:
+def _start_worker(job: Job, rank: int) -> Work:
+    def write(chunk: tuple[Index, int], report: Callable[[int], None]) -> None:
         rows, number = chunk
-        _make_chunk(job, rows, np.arange(len(rows)), number)
+        _write_chunk(job, rows, np.arange(len(rows)), number)
         report(number)
 
-    return make
+    return write
 
 
-def _make_chunk(job: Job, index: Index, numbers: np.ndarray, number: int) -> int:
-    """Writes one chunk, and then its summary, which says that it is complete."""
-    rows = job.folder.read(index, numbers, job.format.columns(job.folder))
+def _write_chunk(job: Job, index: Index, positions: np.ndarray, number: int) -> None:
+    """Write the files of a chunk, then its summary. A chunk with a summary is complete."""
+    rows = job.folder.read(index, positions, job.format.columns(job.folder))
     other = {row["codebook_fingerprint"] for row in rows} - {job.folder.codebook_fingerprint, None}
     if other:
         raise ValueError(
-            f"{job.folder.folder} has rows of the codebook {sorted(other)[0]}, and its manifest.json says "
-            f"{job.folder.codebook_fingerprint}. Make it anew."
+            f"{job.folder.folder} has rows of the codebook {sorted(other)[0]}, and its manifest.json names "
+            f"{job.folder.codebook_fingerprint}. Tokenize the clips again, into a new folder."
         )
     problems = [job.folder.problem(row) for row in rows]
     bad = [BadRow(row["id"], problem) for row, problem in zip(rows, problems, strict=True) if problem is not None]
@@ -259,31 +261,32 @@ def _make_chunk(job: Job, index: Index, numbers: np.ndarray, number: int) -> int
         for path in job.format.chunk_files(job.output, PARTS, number):
             path.unlink(missing_ok=True)
         raise ValueError(
-            f"The row {bad[0].id!r} cannot be exported: {bad[0].reason}. Mend or remove it, or skip such rows "
+            f"The row {bad[0].id!r} cannot be exported: {bad[0].reason}. Repair or remove it, or skip such rows "
             "(--on-error skip)."
         )
-    skipped = {row.id for row in bad}
-    there = [row for row in rows if row["id"] not in skipped]
+    bad_ids = {row.id for row in bad}
+    exported = [row for row in rows if row["id"] not in bad_ids]
     result = ExportResult(
-        num_clips=len(there),
-        num_samples=sum(row["num_samples"] for row in there),
-        num_codes=sum(len(row["audio_codes"]) for row in there),
+        num_clips=len(exported),
+        num_samples=sum(row["num_samples"] for row in exported),
+        num_codes=sum(len(row["audio_codes"]) for row in exported),
         num_skipped=len(bad),
         **summary,
     )
     _write_json(_summary_path(job.output, number), {"totals": asdict(result), "skipped": [asdict(row) for row in bad]})
-    return number
 
 
 def _finish(job: Job, settings: dict, num_chunks: int) -> ExportResult:
-    """Puts the chunks together, and says that all is complete."""
+    """Merge the chunks, and write export.json, which marks the export as complete."""
     totals, skipped = ExportResult(), []
     for number in range(num_chunks):
         summary = read_json_object(_summary_path(job.output, number), MAX_SUMMARY_BYTES)
         totals += ExportResult(**summary["totals"])
         skipped += summary["skipped"]
     if totals.num_sequences == 0:
-        raise ValueError(f"No row of {job.folder.folder} can be exported; the first: {skipped[0]['reason']}.")
+        raise ValueError(
+            f"No row of {job.folder.folder} can be exported. Reason of the first: {skipped[0]['reason']}."
+        )
     totals.num_bytes += job.format.finish(job.folder, job.output, PARTS, num_chunks)
     if skipped:
         with open_atomic(job.output / "skipped.jsonl", "w") as file:
@@ -301,8 +304,9 @@ def _finish(job: Job, settings: dict, num_chunks: int) -> ExportResult:
 
 def estimate(tokens: str | os.PathLike, format: Format) -> tuple[ExportResult, float]:
     """
-    What an export would hold, and about how many seconds one process would take: its first chunk is made and thrown
-    away.
+    Estimate the totals of an export, and how many seconds one process would take.
+
+    Exports the first chunk to a temporary folder, and extrapolates from it.
     """
     import tempfile
 
@@ -320,12 +324,12 @@ def estimate(tokens: str | os.PathLike, format: Format) -> tuple[ExportResult, f
         (Path(temporary) / PARTS).mkdir()
         started = time.monotonic()
         job = Job(folder, format, Path(temporary), "skip")
-        _make_chunk(job, index, chunks[0], 0)
+        _write_chunk(job, index, chunks[0], 0)
         seconds = time.monotonic() - started
         first = ExportResult(**json.loads(_summary_path(Path(temporary), 0).read_text(encoding="utf-8"))["totals"])
         size = sum(path.stat().st_size for path in format.chunk_files(Path(temporary), PARTS, 0))
-    share = len(index) / len(chunks[0])
-    total.num_sequences = round(first.num_sequences * share)
-    total.num_ids, total.num_bytes = round(first.num_ids * share), round(size * share)
-    total.num_skipped = round(first.num_skipped * share)
-    return total, seconds * share
+    ratio = len(index) / len(chunks[0])  # of all rows to those of the first chunk
+    total.num_sequences = round(first.num_sequences * ratio)
+    total.num_ids, total.num_bytes = round(first.num_ids * ratio), round(size * ratio)
+    total.num_skipped = round(first.num_skipped * ratio)
+    return total, seconds * ratio

@@ -1,4 +1,4 @@
-"""Token folder -> sequences of token ids for language-model training, by the templates and the vocabulary of `llm`."""
+"""Turn rows of a token folder into sequences of token ids for language-model training, with templates of `llm`."""
 
 import os
 import re
@@ -10,16 +10,16 @@ import numpy as np
 
 from ..limited_files import one_line, read_json_object
 from ..llm import AudioVocabulary, PackedRows, Template, TrainingRows
+from ..llm.rows import NO_LOSS
 from .token_folder import Index
 
 
 KINDS = ("audio", "text-to-audio", "audio-to-text", "both", "interleaved")
-NO_LOSS = -100
 
 
 @dataclass
 class BadRow:
-    """A row that became no sequence, and why."""
+    """A row that could not become a sequence, and the reason."""
 
     id: str
     reason: str
@@ -28,20 +28,22 @@ class BadRow:
 @dataclass
 class Sequences:
     """
-    How rows become sequences.
+    Settings for turning rows into sequences.
+
+    By default, sequences begin and end with the tokenizer's BOS and EOS, where it has them.
 
     Args:
-        kind: `audio`: the codes of each clip. `text-to-audio`, `audio-to-text`: with the text before or after. `both`:
-            one sequence of each of these. `interleaved`: all clips of a `source_id` in the order of `clip_num`, each
-            with its text before it if there is a column of text. Text begins and ends with the tokenizer's BOS and
-            EOS, where it has them.
-        vocabulary: where the codes lie among the token ids.
-        tokenizer: of the language model; None for `audio` without BOS and EOS.
-        text_column: name of the column of text.
-        template: replaces that of `kind`, but for `interleaved`.
-        max_length: ids in a sequence; longer rows are bad rows, and interleaved sources are cut between clips.
-        pack: Put whole examples together into sequences of exactly this length.
-        pad_token_id: id that fills packed sequences up.
+        kind: `audio`: the codes of each clip. `text-to-audio`: text, then codes. `audio-to-text`: codes, then text.
+            `both`: one sequence of each of these two. `interleaved`: all clips of a `source_id` in the order of
+            `clip_num`, each with its text before it if there is a text column.
+        vocabulary: Token ids of the codes.
+        tokenizer: Tokenizer of the language model. None for `audio` without BOS and EOS.
+        text_column: Name of the text column. None for sequences without text.
+        template: Template that replaces the default of `kind`. Not for `interleaved`.
+        max_length: Maximum number of ids in a sequence. Longer rows are bad rows, and interleaved sources are cut
+            between clips.
+        pack: Pack whole examples into sequences of exactly this length.
+        pad_token_id: Id of the padding in packed sequences.
     """
 
     kind: str
@@ -57,35 +59,36 @@ class Sequences:
         if self.kind not in KINDS:
             raise ValueError(f"Got the sequences {self.kind!r}, expected one of {', '.join(KINDS)}.")
         if self.template is not None and self.kind == "interleaved":
-            raise ValueError("Got a template for interleaved sequences, which have one of their own. Leave it out.")
-        text = any(name != "audio" for template in self.templates for name in _field_names(template))
-        if self.tokenizer is None and (text or self.template is not None):
+            raise ValueError("Got a template for interleaved sequences, which have a fixed template. Leave it out.")
+        has_text = any(name != "audio" for template in self.templates for name in _field_names(template))
+        if self.tokenizer is None and (has_text or self.template is not None):
             raise ValueError(f"The sequences {self.kind!r} hold text. Name the tokenizer.")
         for name, length in (("max_length", self.max_length), ("pack", self.pack)):
             if length is not None and length < 1:
                 raise ValueError(f"Got {name}={length}, expected at least 1.")
         if self.pack is not None and self.max_length is not None:
-            raise ValueError(f"Got max_length={self.max_length} and pack={self.pack}, expected one of them.")
+            raise ValueError(f"Got max_length={self.max_length} and pack={self.pack}, expected at most one of them.")
         self.packed_rows = None
         if self.pack is not None:
             if self.pad_token_id is None:
-                raise ValueError(
-                    "Packed sequences are filled up with a padding id. Name one, or a tokenizer that has one."
-                )
+                raise ValueError("Packed sequences need a padding id. Name one, or a tokenizer that has one.")
             self.packed_rows = PackedRows(self.pack, self.pad_token_id)
         self.training_rows = TrainingRows(self.tokenizer, self.vocabulary, self.templates)
-        self._around = self._ids_around_codes() if self.kind == "audio" and self.template is None else None
+        self._constant_ids = self._ids_around_codes() if self.kind == "audio" and self.template is None else None
 
     def _ids_around_codes(self) -> tuple[list[int], list[int]]:
         """
-        What stands before and after the codes of every clip where there is no text: ten times as fast as row by row.
+        Return the ids before and after the codes of a clip.
+
+        Without text they are the same for every clip. Reusing them is ten times as fast as row by row.
         """
         (ids,) = self.training_rows({"audio_codes": [[0]]})["input_ids"]
-        place = ids.index(self.vocabulary.first_token_id)
-        return ids[:place], ids[place + 1 :]
+        position = ids.index(self.vocabulary.first_token_id)
+        return ids[:position], ids[position + 1 :]
 
     @property
     def templates(self) -> list[Template]:
+        """Templates of `kind`. For `interleaved` they lack BOS and EOS, which enclose a whole source."""
         if self.template is not None:
             return [self.template]
         begin, end = (getattr(self.tokenizer, f"{name}_token", None) or "" for name in ("bos", "eos"))
@@ -102,7 +105,7 @@ class Sequences:
 
     @property
     def columns(self) -> list[str]:
-        """Columns of the token folder that are needed."""
+        """Names of the columns of the token folder to read."""
         fields = {name for template in self.templates for name in _field_names(template)} - {"audio"}
         by_source = ["source_id", "clip_num"] if self.kind == "interleaved" else []
         return ["id", "audio_codes", "codebook_fingerprint", *by_source, *sorted(fields - {"id"})]
@@ -114,7 +117,7 @@ class Sequences:
         return max(*sizes, 0 if self.pad_token_id is None else self.pad_token_id + 1)
 
     def describe(self) -> dict:
-        """What the sequences depend on, for the files beside them."""
+        """Return the settings that determine the sequences, for JSON files."""
         return {
             "kind": self.kind,
             "vocabulary": asdict(self.vocabulary),
@@ -128,55 +131,61 @@ class Sequences:
         }
 
     def make(self, rows: list[dict]) -> tuple[list[np.ndarray], list[np.ndarray], list[BadRow]]:
-        """Rows, of whole sources if interleaved -> ids and loss masks (bool) of the sequences, and the rows that
-        became none.
+        """
+        Turn rows into sequences.
 
-        Raises ValueError for codes of another codebook.
+        Args:
+            rows: Rows of a token folder. For `interleaved`, all rows of each source.
+
+        Returns:
+            Ids of each sequence, its loss mask (bool), and the bad rows.
+
+        Raises:
+            ValueError: The rows hold codes of another codebook.
         """
         for fingerprint in {row["codebook_fingerprint"] for row in rows} - {None}:
             self.vocabulary.check_codebook_fingerprint(fingerprint)
         good, bad, ids, labels = [], [], [], []
         for row in rows:
-            made = self._make_row(row)
-            if isinstance(made, BadRow):
-                bad.append(made)
+            examples = self._row_examples(row)
+            if isinstance(examples, BadRow):
+                bad.append(examples)
                 continue
             good.append(row)
-            ids.append(made["input_ids"])
-            labels.append(made["labels"])
+            ids.append(examples["input_ids"])
+            labels.append(examples["labels"])
         if self.kind == "interleaved":
             ids, labels = self._join_sources(good, ids, labels)
         else:
-            ids, labels = (
-                [example for of_row in ids for example in of_row],
-                [part for of_row in labels for part in of_row],
-            )
+            ids = [example_ids for row_ids in ids for example_ids in row_ids]
+            labels = [example_labels for row_labels in labels for example_labels in row_labels]
         if self.packed_rows is not None and ids:
             packed = self.packed_rows({"input_ids": list(map(list, ids)), "labels": list(map(list, labels))})
             ids, labels = packed["input_ids"], packed["labels"]
-        return [np.asarray(each) for each in ids], [np.asarray(each) != NO_LOSS for each in labels], bad
+        masks = [np.asarray(sequence_labels) != NO_LOSS for sequence_labels in labels]
+        return [np.asarray(sequence_ids) for sequence_ids in ids], masks, bad
 
-    def _make_row(self, row: dict) -> dict[str, list] | BadRow:
+    def _row_examples(self, row: dict) -> dict[str, list] | BadRow:
         if row["audio_codes"] is None or len(row["audio_codes"]) == 0:
             return BadRow(row["id"], "it has no codes")
-        made: dict[str, list]
+        examples: dict[str, list]
         try:
-            if self._around is None:
-                made = self.training_rows({name: [value] for name, value in row.items()})
+            if self._constant_ids is None:
+                examples = self.training_rows({name: [value] for name, value in row.items()})
             else:
-                span = self.vocabulary.codes_to_ids(row["audio_codes"])
-                ids = np.concatenate([self._around[0], span, self._around[1]])
-                made = {"input_ids": [ids], "labels": [ids]}
+                before, after = self._constant_ids
+                ids = np.concatenate([before, self.vocabulary.codes_to_ids(row["audio_codes"]), after])
+                examples = {"input_ids": [ids], "labels": [ids]}
         except ValueError as error:
             return BadRow(row["id"], str(error))
-        limit, longest = self.pack or self.max_length, max(map(len, made["input_ids"]))
+        limit, longest = self.pack or self.max_length, max(map(len, examples["input_ids"]))
         if limit is not None and longest + (2 if self.kind == "interleaved" else 0) > limit:
             return BadRow(row["id"], f"it makes a sequence of {longest} ids, and {limit} is the limit")
-        return made
+        return examples
 
     def _join_sources(self, rows: list[dict], ids: list, labels: list) -> tuple[list, list]:
         """
-        Clips of one source, one after another, between BOS and EOS; cut between clips where `max_length` is reached.
+        Join the clips of each source between BOS and EOS. Cut between clips where the length limit is reached.
         """
         begin = [id for id in (getattr(self.tokenizer, "bos_token_id", None),) if id is not None]
         end = [id for id in (getattr(self.tokenizer, "eos_token_id", None),) if id is not None]
@@ -190,7 +199,7 @@ class Sequences:
                 current = []
             source = row["source_id"]
             current += clip_ids
-            assert NO_LOSS not in clip_labels  # all of it carries loss
+            assert NO_LOSS not in clip_labels  # the ids are returned as labels too, so every id must carry loss
         if current:
             documents.append(begin + current + end)
         return documents, documents
@@ -202,8 +211,9 @@ def _field_names(template: Template) -> set[str]:
 
 def load_vocabulary(path: str | os.PathLike) -> AudioVocabulary:
     """
-    An `AudioVocabulary` from the vocabulary.json beside an export, or a JSON file of its fields alone. Raises
-    ValueError.
+    Load an `AudioVocabulary` from the vocabulary.json of an export, or from a JSON file of its fields only.
+
+    Raises ValueError if the file cannot be read or holds no vocabulary.
     """
     try:
         fields = read_json_object(path)
@@ -213,16 +223,22 @@ def load_vocabulary(path: str | os.PathLike) -> AudioVocabulary:
 
 
 def order_by_source(index: Index, columns: Sequence[str] = ("source_id", "clip_num")) -> np.ndarray:
-    """Numbers of the rows, by source and clip. Raises ValueError if a row has none, or its clip is no number."""
+    """
+    Return the positions of the rows in the index, sorted by source and clip number.
+
+    Raises ValueError if a row lacks a source or clip number, or its clip number is not a number.
+    """
     sources, clips = (index.columns[name] for name in columns)
     for name, values in zip(columns, (sources, clips), strict=True):
         if any(value is None or value != value for value in values.tolist()):
-            raise ValueError(f"A row has nothing in the column {name!r}. Interleaved sequences need it in every row.")
-    return np.lexsort((_numbers(clips, columns[1]), sources.astype(str)))
+            raise ValueError(
+                f"A row has no value in the column {name!r}. Interleaved sequences need one in every row."
+            )
+    return np.lexsort((_to_numbers(clips, columns[1]), sources.astype(str)))
 
 
-def _numbers(values: np.ndarray, name: str) -> np.ndarray:
-    """A column as numbers; a CSV list gives them as text."""
+def _to_numbers(values: np.ndarray, name: str) -> np.ndarray:
+    """Convert a column to numbers, since columns of a CSV list hold text."""
     if np.issubdtype(values.dtype, np.number):
         return values
     numbers = np.zeros(len(values))

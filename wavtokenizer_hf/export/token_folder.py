@@ -1,4 +1,4 @@
-"""Token folders, as `wavtokenizer tokenize` writes them, as an input."""
+"""Read token folders, which `wavtokenizer tokenize` writes."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -14,20 +14,26 @@ from ..limited_files import one_line, read_json_object
 
 
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 2**28  # a million parts
-_NUMBERS = {"codebook_size": 2**16, "hop_length": 2**20, "sampling_rate": 768_000}  # of the settings -> largest value
-_TEXTS = ("codebook_fingerprint", "model")  # of the settings
+MAX_MANIFEST_BYTES = 2**28  # enough to list a million files
+_MAX_SETTINGS = {"codebook_size": 2**16, "hop_length": 2**20, "sampling_rate": 768_000}  # integers, from 1 to this
+_TEXT_SETTINGS = ("codebook_fingerprint", "model")
+_NEVER_NULL = ("id", "num_samples")  # columns
 
 
 def is_token_folder(path: str | os.PathLike) -> bool:
-    """Whether the path is an output folder of `tokenize`."""
+    """Return whether the path is an output folder of `tokenize`."""
     return Path(path, MANIFEST).is_file() and Path(path, "data").is_dir()
 
 
 @dataclass
 class Index:
     """
-    Where the rows of a token folder lie, in the order of its files: `files` and `rows` (N,), and columns by name (N,).
+    Location of every row of a token folder, in the order of its files.
+
+    Attributes:
+        files: Index of the file in `TokenFolder.files`, (N,).
+        rows: Index of the row in that file, (N,).
+        columns: Values of the requested columns by name, (N,) each.
     """
 
     files: np.ndarray
@@ -40,19 +46,19 @@ class Index:
 
 class TokenFolder:
     """
-    The rows of a token folder.
+    Reader of the rows of a token folder.
 
     Args:
-        folder: what `tokenize` wrote, complete or not.
+        folder: Output folder of `tokenize`, complete or not.
 
     Attributes:
-        settings: what the rows were made with, as in manifest.json: `codebook_fingerprint`, `codebook_size`,
+        settings: Settings of the tokenization, from manifest.json: `codebook_fingerprint`, `codebook_size`,
             `hop_length`, `sampling_rate`, `model` and more.
-        complete: whether every clip of the source has a row or failed.
-        column_names: names of the columns.
+        complete: Whether every clip of the source either has a row or failed.
+        column_names: Names of the columns.
 
     Raises:
-        ValueError: it is not such a folder, is damaged, or holds no rows.
+        ValueError: The path is not a token folder, or the folder is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -74,17 +80,17 @@ class TokenFolder:
         if self.files:
             with self._open(self.files[0]) as file:
                 self.column_names = file.schema_arrow.names
-        self._held: tuple[Any, Any] = (None, None)  # the row group that was read last
+        self._cached_group: tuple[Any, Any] = (None, None)  # key and table of the row group that was read last
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": (None, None)}
+        return {**self.__dict__, "_cached_group": (None, None)}
 
     def _check_settings(self) -> None:
         settings = self.settings if isinstance(self.settings, dict) else {}
-        wrong = [name for name in _TEXTS if not isinstance(settings.get(name), str)]
+        wrong = [name for name in _TEXT_SETTINGS if not isinstance(settings.get(name), str)]
         wrong += [
-            name for name, most in _NUMBERS.items()
-            if type(settings.get(name)) is not int or not 1 <= settings[name] <= most
+            name for name, maximum in _MAX_SETTINGS.items()
+            if type(settings.get(name)) is not int or not 1 <= settings[name] <= maximum
         ]  # fmt: skip
         if wrong:
             raise ValueError(
@@ -95,7 +101,9 @@ class TokenFolder:
     @contextmanager
     def _open(self, path: Path) -> Iterator:
         """
-        A Parquet file, whose page checksums are compared. Raises ValueError if it is damaged, here or in the block.
+        Open a Parquet file with verification of its page checksums.
+
+        Raises ValueError if the file is damaged. Errors of reading inside the `with` block become ValueError too.
         """
         parquet, pyarrow = require("pyarrow.parquet", "bulk"), require("pyarrow", "bulk")
         try:
@@ -108,16 +116,19 @@ class TokenFolder:
 
     def index(self, columns: Sequence[str] = ()) -> Index:
         """
-        Where each row lies. Raises ValueError for a column that is not there, or a folder without rows.
+        Return the location of every row.
 
         Args:
-            columns: names of columns to read for every row.
+            columns: Names of columns to read for every row.
+
+        Raises:
+            ValueError: A column is missing, or the folder holds no rows.
         """
         if missing := sorted(set(columns) - set(self.column_names)):
             raise ValueError(f"{self.folder} has no column {missing[0]!r}, but {', '.join(self.column_names)}.")
         files, rows = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
         values: dict[str, list] = {name: [] for name in columns}
-        for number, path in enumerate(self.files):
+        for file_index, path in enumerate(self.files):
             with self._open(path) as file:
                 size = file.metadata.num_rows
                 if columns and size:
@@ -126,7 +137,7 @@ class TokenFolder:
                         if name in _NEVER_NULL and table[name].null_count:
                             raise ValueError(f"it has rows without {name}")
                         values[name].append(table[name].to_numpy())
-            files.append(np.full(size, number, np.int32))
+            files.append(np.full(size, file_index, np.int32))
             rows.append(np.arange(size, dtype=np.int32))
         index = Index(
             np.concatenate(files),
@@ -139,7 +150,9 @@ class TokenFolder:
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """
-        Samples and codes of every row, each (N,) int64. Raises ValueError for a row whose lengths do not fit together.
+        Return the numbers of samples and of codes of every row, each (N,) int64.
+
+        Raises ValueError for a row whose two numbers do not match, or a folder without rows.
         """
         compute = require("pyarrow.compute", "bulk")
         samples, codes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -150,11 +163,11 @@ class TokenFolder:
                     if table["num_samples"].null_count:
                         raise ValueError("it has rows without num_samples")
                     samples.append(table["num_samples"].to_numpy())
-                    found = compute.fill_null(compute.list_value_length(table["audio_codes"]), 0).to_numpy()
-                    codes.append(found.astype(np.int64))
-                    fits = (samples[-1] > 0) & (-(-samples[-1] // self.hop_length) == codes[-1])
-                    if not fits.all():
-                        row = int(np.argmin(fits))
+                    num_codes = compute.fill_null(compute.list_value_length(table["audio_codes"]), 0).to_numpy()
+                    codes.append(num_codes.astype(np.int64))
+                    matches = (samples[-1] > 0) & (-(-samples[-1] // self.hop_length) == codes[-1])
+                    if not matches.all():
+                        row = int(np.argmin(matches))
                         raise ValueError(
                             f"the row {table['id'][row].as_py()!r} has {codes[-1][row]} codes of {self.hop_length} "
                             f"samples each for num_samples={table['num_samples'][row].as_py()}"
@@ -164,43 +177,52 @@ class TokenFolder:
         return np.concatenate(samples), np.concatenate(codes)
 
     def read(self, index: Index, numbers: np.ndarray, columns: Sequence[str] | None = None) -> list[dict]:
-        """Rows of an index by their numbers in it, in that order; `audio_codes` as uint16 arrays (L,), or None."""
-        places: dict[Any, Any] = {}  # file -> rows and their positions; then (file, row) -> values
+        """
+        Return rows by their positions in an index, in the order of `numbers`.
+
+        Args:
+            index: Index of this folder.
+            numbers: Positions in the index, (n,).
+            columns: Names of the columns to read. Defaults to all.
+
+        Returns:
+            One dictionary per row. `audio_codes` is a uint16 array (L,), or None.
+        """
+        wanted: dict[int, list[tuple[int, int]]] = {}  # file -> its rows, each with its position in the result
         for position, number in enumerate(numbers.tolist()):
-            places.setdefault(int(index.files[number]), []).append((int(index.rows[number]), position))
+            wanted.setdefault(int(index.files[number]), []).append((int(index.rows[number]), position))
         result: list[dict] = [{}] * len(numbers)
-        for file, wanted in sorted(places.items()):
-            for row, values in self._rows_of(file, sorted(row for row, _ in wanted), columns):
-                places[file, row] = values
-            for row, position in wanted:
-                result[position] = places.pop((file, row))
+        for file, rows in sorted(wanted.items()):
+            values = dict(self._read_rows(file, sorted(row for row, _ in rows), columns))
+            for row, position in rows:
+                result[position] = values.pop(row)
         return result
 
-    def _rows_of(self, file: int, rows: list[int], columns: Sequence[str] | None) -> Iterator[tuple[int, dict]]:
-        """The rows of one file, whose numbers are sorted."""
+    def _read_rows(self, file: int, rows: list[int], columns: Sequence[str] | None) -> Iterator[tuple[int, dict]]:
+        """Yield rows of one file with their indices. `rows` must be sorted."""
         columns = self.column_names if columns is None else list(columns)
-        with self._open(self.files[file]) as opened:
+        with self._open(self.files[file]) as parquet_file:
             start = 0
-            for group in range(opened.num_row_groups):
-                size = opened.metadata.row_group(group).num_rows
-                inside = [row for row in rows if start <= row < start + size]
-                if inside:
+            for group in range(parquet_file.num_row_groups):
+                size = parquet_file.metadata.row_group(group).num_rows
+                group_rows = [row for row in rows if start <= row < start + size]
+                if group_rows:
                     key = (file, group, tuple(columns))
-                    if self._held[0] != key:
-                        self._held = (key, opened.read_row_group(group, columns=columns))
-                    table = self._held[1].take([row - start for row in inside])
-                    yield from zip(inside, _to_rows(table), strict=True)
+                    if self._cached_group[0] != key:
+                        self._cached_group = (key, parquet_file.read_row_group(group, columns=columns))
+                    table = self._cached_group[1].take([row - start for row in group_rows])
+                    yield from zip(group_rows, _to_rows(table), strict=True)
                 start += size
 
     def iter_rows(self, columns: Sequence[str] | None = None) -> Iterator[dict]:
-        """All rows, file by file."""
-        for number, path in enumerate(self.files):
+        """Yield all rows, file by file."""
+        for file_index, path in enumerate(self.files):
             with self._open(path) as file:
                 size = file.metadata.num_rows
-            yield from (row for _, row in self._rows_of(number, list(range(size)), columns))
+            yield from (row for _, row in self._read_rows(file_index, list(range(size)), columns))
 
     def problem(self, row: dict) -> str | None:
-        """Why a row with `audio_codes` and `num_samples` cannot be used, or None."""
+        """Return why a row with `audio_codes` and `num_samples` is invalid, or None if it is valid."""
         codes, num_samples = row["audio_codes"], row["num_samples"]
         if codes is None or len(codes) == 0:
             return "it has no codes"
@@ -212,18 +234,18 @@ class TokenFolder:
 
     def check_model(self, model: Any) -> None:
         """
-        Raise ValueError unless a model has the codebook, the sampling rate and the samples per code of these rows.
+        Raise ValueError unless a model has the codebook, the sampling rate and the hop length of these rows.
         """
         model.check_codebook_fingerprint(self.codebook_fingerprint)
         for name in ("sampling_rate", "hop_length"):
             if getattr(self, name) != getattr(model.config, name):
                 raise ValueError(
                     f"The tokens in {self.folder} have {name}={getattr(self, name)}, and the model has "
-                    f"{getattr(model.config, name)}. Use the model that made them, {self.settings['model']}."
+                    f"{getattr(model.config, name)}. Use the model that made the tokens, {self.settings['model']}."
                 )
 
     def find(self, ids: Sequence[str]) -> list[dict]:
-        """The rows of these ids. Raises ValueError for an id that has none."""
+        """Return the rows with these ids. Raises ValueError if an id has no row."""
         index = self.index(["id"])
         numbers = {id: number for number, id in enumerate(index.columns["id"])}
         if missing := [id for id in ids if id not in numbers]:
@@ -234,11 +256,8 @@ class TokenFolder:
         return self.read(index, np.array([numbers[id] for id in ids]))
 
 
-_NEVER_NULL = ("id", "num_samples")
-
-
 def _wrong_columns(schema: Any) -> str | None:
-    """What is wrong with the columns that every token file has, or None."""
+    """Return the first error in the columns that every token file must have, or None."""
     types = require("pyarrow", "bulk").types
     checks = {
         "id": types.is_string,
@@ -246,25 +265,25 @@ def _wrong_columns(schema: Any) -> str | None:
         "num_samples": types.is_int64,
         "codebook_fingerprint": types.is_string,
     }
-    for name, is_right in checks.items():
+    for name, has_type in checks.items():
         if name not in schema.names:
             return f"no column {name}"
-        if not is_right(schema.field(name).type):
+        if not has_type(schema.field(name).type):
             return f"{name} of type {schema.field(name).type}"
     return None
 
 
 def _to_rows(table: Any) -> list[dict]:
     """
-    A table as dictionaries. Codes stay arrays: as lists of Python's numbers they are slow, and 20 times as large.
+    Convert a table to dictionaries. Codes stay arrays: lists of Python integers are slow, and 20 times as large.
     """
     columns = {name: table[name].to_pylist() for name in table.column_names if name != "audio_codes"}
     if "audio_codes" in table.column_names:
         codes = table["audio_codes"].combine_chunks()
         offsets, values = codes.offsets.to_numpy(), codes.values.to_numpy()
-        there = codes.is_valid().to_pylist()
+        validity = codes.is_valid().to_pylist()
         columns["audio_codes"] = [
-            values[start:stop] if valid else None
-            for start, stop, valid in zip(offsets[:-1], offsets[1:], there, strict=True)
+            values[start:stop] if is_valid else None
+            for start, stop, is_valid in zip(offsets[:-1], offsets[1:], validity, strict=True)
         ]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

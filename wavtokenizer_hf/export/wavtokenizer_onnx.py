@@ -1,7 +1,7 @@
 """Run an exported WavTokenizer with onnxruntime: audio to codes and back, numpy in and out.
 
 `wavtokenizer export-model` copies this file into every folder that it writes. It imports numpy and onnxruntime only,
-so the folder runs where neither torch nor transformers is installed:
+so the folder works without torch and transformers:
 
     from wavtokenizer_onnx import WavTokenizerOnnx  # with the folder on sys.path
 
@@ -29,10 +29,10 @@ _LIMITS = {
     "sampling_rate": (1000, 768_000), "hop_length": (1, 2**20), "codebook_size": (1, 2**20), "frames_back": (0, 2**20),
     "frames_ahead": (0, 2**20), "last_reach": (0, 2**20), "num_lstm_layers": (1, 64), "lstm_size": (1, 2**14),
 }  # fmt: skip
-"""Numbers of the configuration -> smallest and largest value, so that a damaged file takes no memory."""
-NO_SAMPLE = 1e10  # what lies beyond is refused: it overflows inside, and codes of it would look valid
+"""Fields of the configuration -> smallest and largest value, so that a damaged file cannot exhaust the memory."""
+NO_SAMPLE = 1e10  # larger samples overflow inside the model, and their codes would look valid
 CHUNK_SECONDS, CHUNKS_ABOVE_SECONDS = 10, 60
-"""`encode` takes audio above the second length in chunks of the first."""
+"""`encode` splits audio longer than the second length into chunks of the first length."""
 
 
 class EncoderOutput(NamedTuple):
@@ -52,20 +52,20 @@ class WavTokenizerOnnx:
     """
     An exported WavTokenizer.
 
-    Rows of a batch go one by one, so each row gets what it gets alone.
+    The rows of a batch run one after another, so each row gets what it gets alone.
 
     Args:
-        folder: what `wavtokenizer export-model` wrote.
-        providers: onnxruntime's execution providers, first choice first.
-        num_threads: threads of each session. Defaults to onnxruntime's choice.
+        folder: Folder that `wavtokenizer export-model` wrote.
+        providers: onnxruntime's execution providers, in order of preference.
+        num_threads: Number of threads of each session. Defaults to onnxruntime's choice.
 
     Attributes:
         config: `sampling_rate` (Hz), `hop_length` (samples per code), `frame_rate` (codes per second),
             `codebook_size`.
-        codebook_fingerprint: short hash of the codebook, as `WavTokenizerModel.codebook_fingerprint`.
+        codebook_fingerprint: Short hash of the codebook, equal to `WavTokenizerModel.codebook_fingerprint`.
 
     Raises:
-        ValueError: the folder is not such a folder, a file is missing, or a file belongs to another model.
+        ValueError: The folder is not an exported model, a file is missing, or a file belongs to another model.
         ImportError: onnxruntime is missing.
     """
 
@@ -90,7 +90,7 @@ class WavTokenizerOnnx:
                 codebook_size=fields["codebook_size"],
             )
             self.codebook_fingerprint = fields["codebook_fingerprint"]
-            self._reach = {name: fields[name] for name in ("frames_back", "frames_ahead", "last_reach")}
+            self._context = {name: fields[name] for name in ("frames_back", "frames_ahead", "last_reach")}
             self._state_shape = fields["num_lstm_layers"], fields["lstm_size"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {str(error)[:200]}. Export the model again.") from error
@@ -103,7 +103,9 @@ class WavTokenizerOnnx:
 
     def session(self, name: str) -> Any:
         """
-        The `onnxruntime.InferenceSession` of a file, `encoder`, `encoder_stream` or `decoder`; loaded on first use.
+        Return the `onnxruntime.InferenceSession` of a file, `encoder`, `encoder_stream` or `decoder`.
+
+        It is loaded on first use.
         """
         if name not in self._sessions:
             self._sessions[name] = self._load(f"{name}.onnx")
@@ -118,7 +120,7 @@ class WavTokenizerOnnx:
             raise ValueError(f"{self.folder} has no {name}: it holds {', '.join(self.files)}. Export the model again.")
         if unknown := set(self.providers) - set(onnxruntime.get_available_providers()):
             raise ValueError(
-                f"Got the provider {sorted(unknown)[0]}; this onnxruntime has "
+                f"Got the provider {sorted(unknown)[0]}, expected one of this onnxruntime: "
                 f"{', '.join(onnxruntime.get_available_providers())}."
             )
         options = onnxruntime.SessionOptions()
@@ -126,23 +128,23 @@ class WavTokenizerOnnx:
             options.intra_op_num_threads = self.num_threads
         try:
             session = onnxruntime.InferenceSession(self.folder / name, options, providers=self.providers)
-        except Exception as error:  # onnxruntime's own classes, which derive from Exception alone
+        except Exception as error:  # the only base class of onnxruntime's errors
             raise ValueError(f"onnxruntime cannot load {self.folder / name}: {error}") from error
-        found = session.get_modelmeta().custom_metadata_map
+        metadata = session.get_modelmeta().custom_metadata_map
         for field, expected in (
             ("hop_length", self.config.hop_length),
             ("sampling_rate", self.config.sampling_rate),
             ("codebook_fingerprint", self.codebook_fingerprint),
         ):
-            if found.get(field) != str(expected):
+            if metadata.get(field) != str(expected):
                 raise ValueError(
-                    f"{self.folder / name} has {field} {found.get(field)}, and {CONFIG_NAME} has {expected}: they "
-                    "are of different models. Export the model again."
+                    f"{self.folder / name} has {field} {metadata.get(field)}, and {CONFIG_NAME} has {expected}. They "
+                    "belong to different models. Export the model again."
                 )
         return session
 
     def check_codebook_fingerprint(self, fingerprint: str) -> None:
-        """Raises ValueError unless codes made with the codebook of that fingerprint are this model's."""
+        """Raise ValueError unless this model's codebook has that fingerprint."""
         if fingerprint != self.codebook_fingerprint:
             raise ValueError(
                 f"These codes were made with the codebook {fingerprint}, this model has the codebook "
@@ -160,16 +162,18 @@ class WavTokenizerOnnx:
         Encode audio.
 
         Args:
-            input_values: float (B, 1, T) at `config.sampling_rate`, nominally in [-1, 1]; computed in float32.
-            padding_mask: (B, T), 1 for real samples and 0 for padding, which may stand on either side.
-            chunk_seconds: Encode in chunks of this length, in memory that does not grow with T. By default audio above
-                60 s is encoded in chunks of 10 s, if the folder has `encoder_stream.onnx`.
+            input_values: Floats (B, 1, T) at `config.sampling_rate`, nominally in [-1, 1]. Computed in float32.
+            padding_mask: (B, T), 1 for real samples and 0 for padding. Each row may be padded on the left or on the
+                right. Default: no padding.
+            chunk_seconds: Encode in chunks of this length, in seconds, with memory that does not grow with T. By
+                default, audio longer than 60 s is encoded in chunks of 10 s if the folder has `encoder_stream.onnx`.
 
         Returns:
-            `EncoderOutput`. A row padded on the left has its codes at the right end.
+            `EncoderOutput`. A row that is padded on the left has its codes at the right end.
 
         Raises:
-            ValueError: another shape or type, audio that is not finite, a mask with gaps or without a real sample.
+            ValueError: `input_values` has another shape or type, or is not finite. The mask has gaps, or a row without
+                a real sample.
         """
         input_values = np.asarray(input_values)
         if (
@@ -221,17 +225,19 @@ class WavTokenizerOnnx:
         Decode codes, with `bandwidth_id` 0.
 
         Args:
-            audio_codes: integers (B, 1, L) in [0, codebook_size).
-            audio_codes_mask: (B, 1, L), 1 for real codes and 0 for padding, which may stand on either side.
-            window_seconds, overlap_seconds: Decode in windows of this length that share the second length, in memory
-                that does not grow with L. Approximate: the decoder looks at all codes of a window. Default: no
-                windows.
+            audio_codes: Integers (B, 1, L) in [0, codebook_size).
+            audio_codes_mask: (B, 1, L), 1 for real codes and 0 for padding. Each row may be padded on the left or on
+                the right. Default: no padding.
+            window_seconds: Decode in windows of this length, in seconds, with memory that does not grow with L. Audio
+                is then approximate, since each code affects the audio of its whole window. Default: no windows.
+            overlap_seconds: Overlap of two windows, in seconds; at most half a window.
 
         Returns:
             `DecoderOutput`, zero where the mask is zero.
 
         Raises:
-            ValueError: another shape or type, codes outside the codebook, a bad mask or window.
+            ValueError: The codes have another shape or type, or are outside the codebook. The mask or the windows are
+                invalid.
         """
         audio_codes = np.asarray(audio_codes)
         if audio_codes.ndim != 3 or audio_codes.shape[1] != 1 or audio_codes.size == 0:
@@ -252,13 +258,15 @@ class WavTokenizerOnnx:
         return DecoderOutput(audio_values)
 
     def _decode_row(self, codes: np.ndarray) -> np.ndarray:
-        """Codes (L,) -> audio (L * hop,)."""
+        """Decode codes (L,) to audio (L * hop,)."""
         codes = self._check_codes(codes)
         return self.session("decoder").run(["waveform"], {"codes": codes[None]})[0][0]
 
     def _check_codes(self, codes: np.ndarray) -> np.ndarray:
         """
-        Codes as int64. Raises ValueError for others; onnxruntime would take a negative one from the codebook's end.
+        Return the codes as int64. Raises ValueError if they are not integers in [0, codebook_size).
+
+        onnxruntime does not reject negative codes: it counts them from the end of the codebook.
         """
         if not np.issubdtype(codes.dtype, np.integer):
             raise ValueError(f"Got audio_codes of type {codes.dtype}, expected integers.")
@@ -273,16 +281,16 @@ class WavTokenizerOnnx:
     # -----------------------------------------------------------------------------------------------------------------
 
     def encode_stream(self) -> "EncodeStream":
-        """A stream that encodes audio as it comes; needs `encoder_stream.onnx`."""
+        """Return a stream that encodes audio chunk by chunk. Needs `encoder_stream.onnx`."""
         return EncodeStream(self)
 
     def decode_stream(self, window_seconds: float = 3.0, overlap_seconds: float = 0.25) -> "DecodeStream":
-        """A stream that decodes codes as they come, in windows of `decoder.onnx`."""
+        """Return a stream that decodes codes chunk by chunk, in windows."""
         return DecodeStream(self, window_seconds, overlap_seconds)
 
 
 def _bounds(mask: np.ndarray | None, values: np.ndarray, name: str) -> list[tuple[int, int]]:
-    """Start and end of what is real in each row. Raises ValueError unless it is one run at an end of the row."""
+    """Return start and end of the real values of each row. They must be one run at either end of the row."""
     size = values.shape[-1]
     if mask is None:
         return [(0, size)] * len(values)
@@ -291,12 +299,14 @@ def _bounds(mask: np.ndarray | None, values: np.ndarray, name: str) -> list[tupl
         raise ValueError(f"Got {name} of shape {mask.shape}, expected one entry for each entry of {values.shape}.")
     bounds = []
     for row, real in enumerate(mask.reshape(len(values), size)):
-        places = np.flatnonzero(real)
-        if len(places) == 0:
+        indices = np.flatnonzero(real)
+        if len(indices) == 0:
             raise ValueError(f"Row {row} of {name} has nothing real in it. Drop the row.")
-        start, stop = int(places[0]), int(places[-1]) + 1
-        if len(places) != stop - start or (start > 0 and stop < size) or not np.isin(real, (0, 1)).all():
-            raise ValueError(f"Row {row} of {name} is not a single run of ones at the row's beginning or end.")
+        start, stop = int(indices[0]), int(indices[-1]) + 1
+        if len(indices) != stop - start or (start > 0 and stop < size) or not np.isin(real, (0, 1)).all():
+            raise ValueError(
+                f"Row {row} of {name} is not a single run of ones at the row's beginning or end. Pad on one side only."
+            )
         bounds.append((start, stop))
     return bounds
 
@@ -307,7 +317,9 @@ def _is_audio(audio: np.ndarray) -> bool:
 
 def _read_config(path: Path) -> tuple[list[str], dict]:
     """
-    Names of the files, and the model's fields, whose numbers are checked. Raises ValueError and the like for others.
+    Return the names of the files and the fields of the model, whose numbers are checked against their limits.
+
+    A damaged file raises ValueError, KeyError, TypeError or RecursionError.
     """
     with path.open("rb") as file:
         content = file.read(MAX_CONFIG_BYTES + 1)
@@ -318,31 +330,30 @@ def _read_config(path: Path) -> tuple[list[str], dict]:
     if not isinstance(files, list) or not all(
         isinstance(name, str) and name == os.path.basename(name) for name in files
     ):
-        raise ValueError("its list of files is none")
-    for name, (least, most) in _LIMITS.items():
-        if type(fields[name]) is not int or not least <= fields[name] <= most:
-            raise ValueError(f"{name}={str(fields[name])[:50]}, expected {least} to {most}")
+        raise ValueError("files is not a list of file names")
+    for name, (minimum, maximum) in _LIMITS.items():
+        if type(fields[name]) is not int or not minimum <= fields[name] <= maximum:
+            raise ValueError(f"{name}={str(fields[name])[:50]}, expected {minimum} to {maximum}")
     return files, fields
 
 
 class EncodeStream:
     """
-    Encode audio as it comes. The codes are those of the whole audio, however it is cut.
+    Encode audio chunk by chunk. The codes equal those of the whole audio, wherever the chunks are cut.
 
-    All but the LSTM reaches a fixed distance, and the LSTM runs forward. So each step encodes the new frames with as
-    many samples around them as they reach to; what is mirrored at the ends of a step shows only where the audio itself
-    ends.
+    The LSTM runs forward only, and its state is passed from step to step. All other layers see a fixed context. So
+    each step encodes the new frames together with the samples of their context. The padding at the ends of a step
+    affects the codes only where the audio itself begins or ends.
     """
 
     def __init__(self, model: WavTokenizerOnnx):
         self._session = model.session("encoder_stream")
         self._hop = model.config.hop_length
-        self._frames_back, self._last_reach = model._reach["frames_back"], model._reach["last_reach"]
-        self._frames_ahead = max(
-            1, model._reach["frames_ahead"]
-        )  # so that the end of the stream has a frame left to encode
+        # in frames: of the layers before the LSTM, and of the last convolution to either side
+        self._left_context, self._last_context = model._context["frames_back"], model._context["last_reach"]
+        self._right_context = max(1, model._context["frames_ahead"])  # at least 1, so flush() has a frame to encode
         layers, size = model._state_shape
-        self._audio, self._audio_start = np.zeros((1, 1, 0), np.float32), 0  # the latter in frames
+        self._audio, self._audio_start = np.zeros((1, 1, 0), np.float32), 0  # the start is in frames
         self._hidden = self._cell = np.zeros((layers, 1, size), np.float32)
         self._frames, self._frames_start = np.zeros((1, size, 0), np.float32), 0
         self._num_convolved = self._num_codes = 0
@@ -350,18 +361,18 @@ class EncodeStream:
 
     @property
     def delay(self) -> int:
-        """Samples from the first sample of a code to the last one that it depends on, at most."""
-        return (1 + self._frames_ahead + self._last_reach) * self._hop
+        """Maximum number of samples from the first sample of a code to the last sample that it depends on."""
+        return (1 + self._right_context + self._last_context) * self._hop
 
     def push(self, audio: np.ndarray) -> np.ndarray:
-        """Take the next samples (n,), n >= 0, and return the codes (m,) int64 that are complete with them."""
+        """Take the next samples (n,), n >= 0, and return the codes (m,) int64 that they complete."""
         audio = np.asarray(audio)
         if audio.ndim != 1 or not np.issubdtype(audio.dtype, np.floating) or not _is_audio(audio):
             raise ValueError(f"Got audio of shape {audio.shape}, {audio.dtype}; expected finite floats of shape (n,).")
         return self._step(audio.astype(np.float32), final=False)
 
     def flush(self) -> np.ndarray:
-        """End the stream and return the codes of what is still inside."""
+        """End the stream and return the codes of the remaining audio."""
         codes = self._step(np.zeros(0, np.float32), final=True)
         self._flushed = True
         return codes
@@ -372,9 +383,9 @@ class EncodeStream:
         self._audio = np.concatenate([self._audio, audio[None, None]], axis=-1)
         end = self._audio_start * self._hop + self._audio.shape[-1]  # samples seen
         first = self._num_convolved
-        last = -(-end // self._hop) if final else end // self._hop - self._frames_ahead
-        ready = last if final else last - self._last_reach
-        if end == 0 or last <= first or ready <= self._num_codes:  # no code is complete, so nothing is encoded yet
+        last = -(-end // self._hop) if final else end // self._hop - self._right_context
+        ready = last if final else last - self._last_context
+        if end == 0 or last <= first or ready <= self._num_codes:  # no new code is complete
             return np.zeros(0, np.int64)
         bounds = [first - self._audio_start, last - self._audio_start]
         bounds += [self._num_codes - self._frames_start, ready - self._frames_start]
@@ -389,7 +400,7 @@ class EncodeStream:
             },
         )
         self._num_convolved, self._num_codes = last, ready
-        audio_start, frames_start = max(0, last - self._frames_back), max(0, ready - self._last_reach)
+        audio_start, frames_start = max(0, last - self._left_context), max(0, ready - self._last_context)
         self._audio = self._audio[..., (audio_start - self._audio_start) * self._hop :].copy()
         self._frames = frames[..., frames_start - self._frames_start :].copy()
         self._audio_start, self._frames_start = audio_start, frames_start
@@ -398,12 +409,15 @@ class EncodeStream:
 
 class DecodeStream:
     """
-    Decode codes as they come, in windows that fade into each other; see `WavTokenizerOnnx.decode`.
+    Decode codes chunk by chunk, in windows that are crossfaded; see `WavTokenizerOnnx.decode`.
 
     Args:
-        model: an exported WavTokenizer.
-        window_seconds, overlap_seconds: length of a window, and of what it shares with the next; at most half a
-            window.
+        model: Exported WavTokenizer.
+        window_seconds: Length of a window, in seconds.
+        overlap_seconds: Overlap of two windows, in seconds; at most half a window.
+
+    Raises:
+        ValueError: The window is shorter than one frame, or than twice the overlap.
     """
 
     def __init__(self, model: WavTokenizerOnnx, window_seconds: float = 3.0, overlap_seconds: float = 0.25):
@@ -416,44 +430,44 @@ class DecodeStream:
         self._model = model
         self._size = round(window_seconds * rate)
         self._overlap = min(round(overlap_seconds * rate), self._size // 2)
-        self._codes = np.zeros(0, np.int64)  # those of the last window, and those that wait for the next
-        self._next_start = 0  # where the next window starts in them
-        self._tail = np.zeros(0, np.float32)  # audio of the last window from there on
+        self._codes = np.zeros(0, np.int64)  # codes of the last window, and pending codes for the next one
+        self._next_start = 0  # index in `_codes` where the next window starts
+        self._tail = np.zeros(0, np.float32)  # audio of the last window from `_next_start` on
         self._flushed = False
 
     @property
     def delay(self) -> int:
-        """Codes that have to come before the first audio does."""
+        """Number of codes that the first audio needs."""
         return self._size
 
     def push(self, audio_codes: np.ndarray) -> np.ndarray:
-        """Take the next codes (n,), n >= 0, and return the audio (m,) float32 that is complete with them."""
+        """Take the next codes (n,), n >= 0, and return the audio (m,) float32 that they complete."""
         if self._flushed:
             raise ValueError("The stream has been flushed. Make a new one.")
         self._codes = np.concatenate([self._codes, self._model._check_codes(np.asarray(audio_codes))])
-        hop, done = self._model.config.hop_length, []
+        hop, complete = self._model.config.hop_length, []
         while len(self._codes) - self._next_start >= self._size:
             self._codes, self._next_start = self._codes[self._next_start :], self._size - self._overlap
-            audio = _join(self._tail, self._model._decode_row(self._codes[: self._size]))
-            done.append(audio[: self._next_start * hop])
+            audio = _crossfade(self._tail, self._model._decode_row(self._codes[: self._size]))
+            complete.append(audio[: self._next_start * hop])
             self._tail = audio[self._next_start * hop :]
-        return np.concatenate([np.zeros(0, np.float32), *done])
+        return np.concatenate([np.zeros(0, np.float32), *complete])
 
     def flush(self) -> np.ndarray:
         """End the stream and return the rest of its audio."""
         if self._flushed:
             raise ValueError("The stream has been flushed. Make a new one.")
         self._flushed = True
-        hop, waiting = self._model.config.hop_length, len(self._codes) - self._next_start
-        if waiting > len(self._tail) // hop:
-            last = self._codes[-self._size :]  # as long as the others, so it may start before the last one's end
-            audio = self._model._decode_row(last)
-            return _join(self._tail, audio[(len(last) - waiting) * hop :])
+        hop, num_pending = self._model.config.hop_length, len(self._codes) - self._next_start
+        if num_pending > len(self._tail) // hop:
+            window = self._codes[-self._size :]  # a full window where possible, so it may start before `_next_start`
+            audio = self._model._decode_row(window)
+            return _crossfade(self._tail, audio[(len(window) - num_pending) * hop :])
         return self._tail
 
 
-def _join(tail: np.ndarray, audio: np.ndarray) -> np.ndarray:
-    """Fades the end of a window into the next, over the middle half of what they share."""
+def _crossfade(tail: np.ndarray, audio: np.ndarray) -> np.ndarray:
+    """Join two windows with a crossfade over the middle half of their overlap."""
     size = len(tail)
     if size == 0:
         return audio

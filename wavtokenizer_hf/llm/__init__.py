@@ -1,12 +1,12 @@
-"""Audio in a language model: codes as ids of its vocabulary, rows to train on, and sound while it generates.
+"""Audio in a language model: codes as token ids, training examples, and streamed audio.
 
-mapping.py       codes <-> token ids <-> text, spans of audio among other ids
-tokenizer.py     AudioVocabulary: the mapping in a tokenizer
-resizing.py      embeddings for the codes
-rows.py          codes and text -> input_ids and labels, and packing
-generation.py    generate() that keeps to audio inside a span, and sound while it runs
+mapping.py       map codes <-> token ids <-> text, and find spans of audio among other ids
+tokenizer.py     AudioVocabulary: the mapping, stored in a tokenizer
+resizing.py      add embeddings for the codes
+rows.py          turn codes and text into input_ids and labels, and pack them
+generation.py    constrain generate() to valid spans, and stream their audio
 
-Needs nothing beyond the core; chat templates need jinja2, as in transformers.
+Needs no extra of the package. Chat templates need jinja2, as in transformers.
 """
 
 from typing import TYPE_CHECKING
@@ -38,6 +38,6 @@ __all__ = [
 ]
 
 
-# what generates needs torch, and exports of training files do not
-if not TYPE_CHECKING:  # to a type checker every name would exist, and be Any
+# generation.py needs torch, and exports of training files do not
+if not TYPE_CHECKING:  # a type checker would accept every name, as Any
     __getattr__, __dir__ = lazy_names(__name__, dict.fromkeys(_GENERATION, "generation"))

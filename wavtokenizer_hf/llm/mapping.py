@@ -1,5 +1,6 @@
-"""
-Codes <-> token ids <-> text, and spans of codes among other ids. Needs numpy alone, so that exports start at once.
+"""Map codes <-> token ids <-> text, and find spans of codes among other ids.
+
+This module imports numpy only, so exports start fast.
 """
 
 import re
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AudioSpan:
-    """Consecutive codes: `ids[start:stop]` are their token ids, without the boundary tokens around them."""
+    """Consecutive codes. `ids[start:stop]` are their token ids, without the boundary tokens around them."""
 
     start: int
     stop: int
@@ -28,7 +29,7 @@ class AudioSpan:
 
 @dataclass(frozen=True)
 class MalformedSpan:
-    """`ids[start:stop]` hold audio ids or boundary tokens that are no span; `reason` says why."""
+    """Audio ids or boundary tokens `ids[start:stop]` that form no valid span, with the `reason`."""
 
     start: int
     stop: int
@@ -38,9 +39,9 @@ class MalformedSpan:
 @dataclass(frozen=True)
 class CodeMapping:
     """
-    Codes of one codebook as consecutive token ids: code c is token id `first_token_id` + c.
+    Map the codes of one codebook to consecutive token ids: code c is token id `first_token_id` + c.
 
-    `AudioVocabulary` adds what needs a tokenizer or a language model, and explains the fields.
+    The subclass `AudioVocabulary` documents the fields, and adds methods that need a tokenizer or a language model.
     """
 
     first_token_id: int
@@ -70,16 +71,18 @@ class CodeMapping:
                 f"outside the codes, which are {self.first_token_id} to {self.last_token_id}."
             )
         if self.token_format.count("{}") != 1:
-            raise ValueError(f"Got token_format={self.token_format!r}, expected one {{}} in it, as '<|audio_{{}}|>'.")
+            raise ValueError(
+                f"Got token_format={self.token_format!r}, expected one {{}} in it, for example '<|audio_{{}}|>'."
+            )
 
     @property
     def last_token_id(self) -> int:
-        """Id of code K - 1."""
+        """Token id of the last code, K - 1."""
         return self.first_token_id + self.codebook_size - 1
 
     @property
     def has_boundary_tokens(self) -> bool:
-        """Whether spans of audio stand between two boundary tokens."""
+        """Whether two boundary tokens enclose each span of audio."""
         return self.begin_token_id is not None
 
     @property
@@ -106,16 +109,16 @@ class CodeMapping:
         Return the token ids of codes: code + `first_token_id`.
 
         Args:
-            audio_codes: codes in [0, K), of any integer type and shape: numpy array, torch tensor or list.
+            audio_codes: Codes in [0, K), of any integer type and shape: numpy array, torch tensor or list.
 
         Returns:
             int64 ids of the same shape; a torch tensor on the same device for a tensor, else a numpy array.
 
         Raises:
-            ValueError: no integers, or a code outside [0, K).
+            ValueError: The values are not integers, or a code is outside [0, K).
         """
         audio_codes = _integers(audio_codes, "audio_codes")
-        _check_range(audio_codes, 0, self.codebook_size - 1, "code", "Are they ids already, or padding?")
+        _check_range(audio_codes, 0, self.codebook_size - 1, "code", "Are these token ids already, or padding?")
         return audio_codes + self.first_token_id
 
     @overload
@@ -134,7 +137,7 @@ class CodeMapping:
             array.
 
         Raises:
-            ValueError: No integers, or an id that is no code.
+            ValueError: The values are not integers, or an id is not a code.
         """
         token_ids = _integers(token_ids, "token_ids")
         hint = "find_spans finds the audio among other ids."
@@ -142,30 +145,31 @@ class CodeMapping:
         return token_ids - self.first_token_id
 
     def codes_to_text(self, audio_codes: "torch.Tensor | np.ndarray | Sequence[int]") -> str:
-        """Return the text of codes (L,), `<|audio_17|><|audio_4|>…`, which the tokenizer reads as their token ids."""
+        """Return the text of codes (L,), `<|audio_17|><|audio_4|>…`, which the tokenizer maps to their token ids."""
         token_ids = self.codes_to_ids(_one_row(audio_codes, "audio_codes"))
         return "".join(self.token_format.format(id - self.first_token_id) for id in token_ids.tolist())
 
     def text_to_codes(self, text: str) -> np.ndarray:
         """
-        Return the codes of a text, the inverse of `codes_to_text`: int64 (L,). Blanks between the codes, as some
-        tokenizers write them, are skipped.
+        Return the codes of a text, the inverse of `codes_to_text`: int64 (L,).
+
+        Whitespace between the codes is skipped, since some tokenizers add it.
 
         Raises:
-            ValueError: there is something else in the text, or a code outside [0, K).
+            ValueError: The text contains something other than codes, or a code is outside [0, K).
         """
         before, after = (re.escape(part) for part in self.token_format.split("{}"))
-        one = re.compile(rf"\s*{before}(0|[1-9][0-9]*){after}\s*")
-        audio_codes, place = [], 0
-        while place < len(text):
-            found = one.match(text, place)
-            if found is None:
+        code_pattern = re.compile(rf"\s*{before}(0|[1-9][0-9]*){after}\s*")
+        audio_codes, position = [], 0
+        while position < len(text):
+            match = code_pattern.match(text, position)
+            if match is None:
                 raise ValueError(
-                    f"Got {text[place : place + 30]!r} at character {place}, expected codes only, as "
-                    f"{self.token_format.format(17)!r}. Take the tokenizer and find_spans for a text with more in it."
+                    f"Got {text[position : position + 30]!r} at character {position}, expected only codes such as "
+                    f"{self.token_format.format(17)!r}. For mixed text, use the tokenizer and find_spans."
                 )
-            audio_codes.append(int(found[1]))
-            place = found.end()
+            audio_codes.append(int(match[1]))
+            position = match.end()
         _check_range(np.array(audio_codes), 0, self.codebook_size - 1, "code", "Are they of another codebook?")
         return np.array(audio_codes, dtype=np.int64)
 
@@ -175,8 +179,9 @@ class CodeMapping:
 
     def span(self, audio_codes: "torch.Tensor | np.ndarray | Sequence[int]") -> list[int]:
         """
-        Return the token ids of codes (L,), with the boundary tokens around them. Raises ValueError for a code outside
-        [0, K).
+        Return the token ids of codes (L,), enclosed by the boundary tokens if there are any.
+
+        Raises ValueError for a code outside [0, K).
         """
         token_ids = self.codes_to_ids(_one_row(audio_codes, "audio_codes")).tolist()
         if self.begin_token_id is None or self.end_token_id is None:
@@ -187,42 +192,42 @@ class CodeMapping:
         self, token_ids: "torch.Tensor | np.ndarray | Sequence[int]"
     ) -> tuple[list[AudioSpan], list[MalformedSpan]]:
         """
-        Find the spans of audio in the output of a language model, prompt and padding included.
+        Find the spans of audio in the output of a language model, which may include prompt and padding.
 
-        Malformed are: a span without an end, an end without a begin, codes outside a span, other tokens inside a span,
-        and a span without codes. Without boundary tokens a span is a run of codes, and nothing is malformed.
+        These are malformed: a span without an end token, an end token without a begin token, codes outside a span,
+        other tokens inside a span, and a span without codes. Without boundary tokens each run of codes is a span, and
+        nothing is malformed.
 
         Args:
-            token_ids: ids of one row, (L,).
+            token_ids: Token ids of one row, (L,).
 
         Returns:
             Spans with their codes, and malformed spans with a reason, both in the order of the row.
 
         Raises:
-            ValueError: ids of another shape, or no integers.
+            ValueError: The ids have another shape, or are not integers.
         """
         row = _one_row(token_ids, "token_ids")
         ids: np.ndarray = row.cpu().numpy() if _is_tensor(row) else row
-        audio = self.is_audio(ids)
-        runs = _runs(audio)
+        runs = _runs(self.is_audio(ids))
         if not self.has_boundary_tokens:
             return [AudioSpan(start, stop, self.ids_to_codes(ids[start:stop])) for start, stop in runs], []
         spans, malformed, begin, covered = [], [], None, []
-        for place in np.flatnonzero((ids == self.begin_token_id) | (ids == self.end_token_id)).tolist():
-            if ids[place] == self.begin_token_id:
+        for index in np.flatnonzero((ids == self.begin_token_id) | (ids == self.end_token_id)).tolist():
+            if ids[index] == self.begin_token_id:
                 if begin is not None:
-                    malformed.append(MalformedSpan(begin, place, "It has no end before the next one begins."))
-                    covered.append((begin, place))
-                begin = place
+                    malformed.append(MalformedSpan(begin, index, "It has no end before the next one begins."))
+                    covered.append((begin, index))
+                begin = index
             elif begin is None:
-                malformed.append(MalformedSpan(place, place + 1, "It has an end and no begin."))
+                malformed.append(MalformedSpan(index, index + 1, "It has an end and no begin."))
             else:
-                reason = self._reason(ids[begin + 1 : place], begin + 1)
+                reason = self._malformed_reason(ids[begin + 1 : index], begin + 1)
                 if reason is None:
-                    spans.append(AudioSpan(begin + 1, place, self.ids_to_codes(ids[begin + 1 : place])))
+                    spans.append(AudioSpan(begin + 1, index, self.ids_to_codes(ids[begin + 1 : index])))
                 else:
-                    malformed.append(MalformedSpan(begin, place + 1, reason))
-                covered.append((begin, place))
+                    malformed.append(MalformedSpan(begin, index + 1, reason))
+                covered.append((begin, index))
                 begin = None
         if begin is not None:
             malformed.append(MalformedSpan(begin, len(ids), "It has no end."))
@@ -230,42 +235,42 @@ class CodeMapping:
         for start, stop in runs:
             if not any(first <= start < last for first, last in covered):
                 malformed.append(MalformedSpan(start, stop, "Its codes are not between a begin and an end."))
-        return spans, sorted(malformed, key=lambda each: each.start)
+        return spans, sorted(malformed, key=lambda span: span.start)
 
-    def _reason(self, inside: np.ndarray, start: int) -> str | None:
-        """Why the ids between two boundary tokens are no span; None if they are one."""
-        if len(inside) == 0:
+    def _malformed_reason(self, span_ids: np.ndarray, start: int) -> str | None:
+        """Return why the ids between two boundary tokens form no valid span, or None if they do."""
+        if len(span_ids) == 0:
             return "It has no codes."
-        others = np.flatnonzero(~self.is_audio(inside))
+        others = np.flatnonzero(~self.is_audio(span_ids))
         if len(others) == 0:
             return None
-        return f"The token id {inside[others[0]]} at place {start + others[0]} inside it is not audio."
+        return f"The token id {span_ids[others[0]]} at index {start + others[0]} inside it is not audio."
 
     # -----------------------------------------------------------------------------------------------------------------
-    # What it has to fit
+    # Checks against a codec
     # -----------------------------------------------------------------------------------------------------------------
 
     def check_codebook_fingerprint(self, fingerprint: str | None) -> None:
-        """Raise ValueError if this vocabulary is for the codes of another codebook than that of `fingerprint`."""
+        """Raise ValueError if this vocabulary is for another codebook than that of `fingerprint`."""
         if self.codebook_fingerprint is not None and fingerprint != self.codebook_fingerprint:
             raise ValueError(
-                f"Got codes of the codebook {fingerprint}, and this vocabulary is for those of "
-                f"{self.codebook_fingerprint}: to each other they are noise. Take the WavTokenizer that made the "
-                "codes which the language model learned."
+                f"Got codes of the codebook {fingerprint}, expected codes of the codebook "
+                f"{self.codebook_fingerprint}, which this vocabulary is for. Codes of one codebook are noise to the "
+                "other. Use the WavTokenizer whose codes the language model was trained on."
             )
 
     def check_codec(self, codec: "WavTokenizerModel") -> None:
-        """Raise ValueError if this vocabulary is for the codes of another WavTokenizer than `codec`."""
+        """Raise ValueError if this vocabulary is for another codebook than that of `codec`."""
         if codec.config.codebook_size != self.codebook_size:
             raise ValueError(
-                f"Got a WavTokenizer of {codec.config.codebook_size} codes, expected {self.codebook_size}. Take the "
-                "one that made the codes which the language model learned."
+                f"Got a WavTokenizer of {codec.config.codebook_size} codes, expected {self.codebook_size}. Use the "
+                "one whose codes the language model was trained on."
             )
         self.check_codebook_fingerprint(codec.codebook_fingerprint)
 
 
 def _integers(values: Any, name: str) -> Any:
-    """As an int64 tensor or array: sums in a narrower type, such as the uint16 of token files, would overflow."""
+    """Return an int64 tensor or array. Sums in a narrower type, such as the uint16 of token files, would overflow."""
     if _is_tensor(values):
         if values.is_floating_point() or values.is_complex() or str(values.dtype) == "torch.bool":
             raise ValueError(f"Got {name} of type {values.dtype}, expected integers.")
@@ -286,18 +291,18 @@ def _one_row(values: Any, name: str) -> Any:
 def _check_range(values: Any, low: int, high: int, name: str, hint: str) -> None:
     outside = (values < low) | (values > high)
     if outside.any():
-        place = int(outside.reshape(-1).nonzero()[0][0])
+        index = int(outside.reshape(-1).nonzero()[0][0])
         raise ValueError(
-            f"Got the {name} {int(values.reshape(-1)[place])} at place {place}, expected {low} to {high}. {hint}"
+            f"Got the {name} {int(values.reshape(-1)[index])} at index {index}, expected {low} to {high}. {hint}"
         )
 
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
-    """Start and stop of each run of True in (L,)."""
+    """Return start and stop of each run of True in (L,)."""
     edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def _is_tensor(values: object) -> bool:
-    torch = sys.modules.get("torch")  # without it there are no tensors
+    torch = sys.modules.get("torch")  # if it was never imported, there are no tensors
     return torch is not None and isinstance(values, torch.Tensor)

@@ -1,15 +1,15 @@
-"""Training: new models, and more training for converted ones. Needs the extra `training` (accelerate, TensorBoard).
+"""Train new models, or fine-tune converted ones. Needs the extra `training` (accelerate, TensorBoard).
 
-loop.py              the loop, one step, validation: read this first
-state.py             what a run consists of; making it, saving it, going on from it
-settings.py          one dataclass; YAML recipes and command-line arguments follow from it
-data.py              segments of sound from lists, folders and datasets
-losses.py            all losses by name
+loop.py              training loop, training step and validation; read this first
+state.py             state of a run: build, save, restore
+settings.py          settings; YAML recipes and command-line options follow from this dataclass
+data.py              audio segments from list files, folders and datasets
+losses.py            losses
 discriminators.py    the three discriminators
-codebook.py          k-means, moving averages, replacement of unused entries
-checkpoints.py       folders that are whole or absent
-log.py               TensorBoard, samples to hear, a picture of the curves
-memory.py            whether a run fits, from the memory of two small steps
+codebook.py          codebook learning: k-means, moving averages, replacement of unused entries
+checkpoints.py       checkpoint folders, written atomically
+log.py               TensorBoard log, audio samples and a plot of the curves
+memory.py            memory estimate of a step, from two small steps
 
 from wavtokenizer_hf.training import Settings, train
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .state import State
 
 
-# these import torch, and the settings are arguments of the command line, whose help must not wait for it
-if not TYPE_CHECKING:  # to a type checker every name would exist, and be Any
+# `loop` and `state` import torch. The command line imports the settings, and its help must not wait for torch.
+if not TYPE_CHECKING:  # for a type checker, __getattr__ would make every name exist as Any
     __getattr__, __dir__ = lazy_names(__name__, {"State": "state", "train": "loop"})
 
 

@@ -1,9 +1,8 @@
-"""Folders of a run that are whole or absent: what from_pretrained loads, the discriminators, and the state to go on
-from.
+"""Read and write the checkpoint folders of a run. They are written atomically.
 
-best/, last/    config.json, model.safetensors, preprocessor_config.json, the code, discriminators.safetensors
-last/training_state/    state.json, optimizers.pt
-previous/    the last/ before, to go on from if last/ is damaged
+best/, last/            model files for from_pretrained, with the remote code, and discriminators.safetensors
+last/training_state/    state.json and optimizers.pt, to resume from
+previous/               the last/ before the current one, to resume from if last/ is damaged
 """
 
 import json
@@ -38,37 +37,38 @@ def save_checkpoint(
     folder: Path,
     model: WavTokenizerModel,
     discriminators: Discriminators | None,
-    facts: dict[str, Any] | None = None,
-    optimizers: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | None = None,
+    tensors: dict[str, Any] | None = None,
 ) -> None:
     """
-    Write a checkpoint beside `folder`, then put it in its place; whatever fails, the one that was there stays whole.
+    Write a checkpoint atomically: to a temporary folder, which then replaces `folder`.
 
-    The checkpoint that a `last` replaces stays as `previous`.
+    If anything fails, the existing checkpoint stays intact. A `last` that is replaced is kept as `previous`.
 
     Args:
-        folder: Where, named `best` or `last`.
-        model, discriminators: Of the run; the latter only if it has them.
-        facts: Plain values of the state, for state.json; None where nobody will go on from here.
-        optimizers: State dicts and tensors of the state, for optimizers.pt.
+        folder: Folder of the checkpoint, named `best` or `last`.
+        model: Model of the run.
+        discriminators: Discriminators of the run, if it trains any.
+        metadata: Plain values of the state, for state.json. None: a checkpoint that cannot be resumed from.
+        tensors: State dicts and tensors of the state, for optimizers.pt.
 
     Raises:
-        OSError: It cannot be written, as on a full disk.
+        OSError: The checkpoint cannot be written, for example on a full disk.
     """
     recover(folder)
-    remove_leftovers(folder.parent)  # left by runs that were killed; each may hold gigabytes
-    previous = _replaced(folder)
+    remove_leftovers(folder.parent)  # temporary folders of killed runs, which can hold gigabytes
+    previous = _replaced_folder(folder)
     try:
         with atomic_folder(folder, previous) as partial:
             _write_model(partial, model)
             if discriminators is not None:
                 save_file(discriminators.state_dict(), partial / DISCRIMINATORS)
-            for file in partial.glob("*.safetensors"):  # safetensors 0.8 gives only the owner read permission
+            for file in partial.glob("*.safetensors"):  # safetensors 0.8 lets only the owner read its files
                 shutil.copymode(partial / "config.json", file)
-            if facts is not None:
+            if metadata is not None:
                 (partial / STATE).mkdir()
-                torch.save(optimizers, partial / STATE / "optimizers.pt")
-                text = json.dumps(facts, indent=1, allow_nan=False)
+                torch.save(tensors, partial / STATE / "optimizers.pt")
+                text = json.dumps(metadata, indent=1, allow_nan=False)
                 (partial / STATE / "state.json").write_text(text, encoding="utf-8")
     except (SafetensorError, RuntimeError, OSError) as error:  # raised by safetensors and torch on a full disk
         raise OSError(
@@ -79,22 +79,22 @@ def save_checkpoint(
 
 
 def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return `facts` and `optimizers` of a checkpoint. Raises DamagedError if they cannot be read."""
+    """Return `metadata` and `tensors` of a checkpoint. Raises DamagedError if they cannot be read."""
     file = folder / STATE / "optimizers.pt"
     try:
-        facts = read_json_object(folder / STATE / "state.json")
+        metadata = read_json_object(folder / STATE / "state.json")
         check_archive(file)
-        optimizers = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make torch.load raise anything
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load can raise any error for a damaged file
         reason = "it holds more than tensors and plain values" if "weights_only" in str(error) else one_line(error)
         raise DamagedError(f"The state of training in {folder} cannot be read: {reason}") from error
-    if not isinstance(optimizers, dict):
-        raise DamagedError(f"{file} holds a {type(optimizers).__name__}, expected the state of the optimizers")
-    return facts, optimizers
+    if not isinstance(tensors, dict):
+        raise DamagedError(f"{file} holds a {type(tensors).__name__}, expected the state of the optimizers")
+    return metadata, tensors
 
 
 def load_discriminators(source: str, discriminators: Discriminators) -> bool:
-    """Load the discriminators from the second file of a model, on disk or on the Hub. Return False if it has none."""
+    """Load discriminators.safetensors of a model, from a folder or the Hub. Return False if the model has none."""
     path = cached_file(source, DISCRIMINATORS, _raise_exceptions_for_missing_entries=False)
     if path is None:
         return False
@@ -104,8 +104,8 @@ def load_discriminators(source: str, discriminators: Discriminators) -> bool:
         tensors = {name: tensor for name, tensor in load_file(path).items() if name.startswith(prefixes)}
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read: {one_line(error)}. Get the file again, or remove it.") from error
-    if broken := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
-        raise ValueError(f"{path} holds NaN or infinite numbers in {broken}. Use another file, or remove it.")
+    if non_finite := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
+        raise ValueError(f"{path} holds NaN or infinite numbers in {non_finite}. Use another file, or remove it.")
     try:
         discriminators.load_state_dict(tensors)
     except RuntimeError as error:
@@ -117,25 +117,25 @@ def load_discriminators(source: str, discriminators: Discriminators) -> bool:
 
 
 def recover(folder: Path) -> None:
-    """Complete a replacement of `best` that was interrupted between its two renames."""
-    previous = _replaced(folder)
+    """Finish a replacement of `best` that was interrupted between its two renames."""
+    previous = _replaced_folder(folder)
     if folder.name != LAST and previous.is_dir():
         if folder.exists():
             shutil.rmtree(previous, ignore_errors=True)
         else:
-            with suppress(FileNotFoundError):  # another process of the run did it first
+            with suppress(FileNotFoundError):  # another process of the run renamed it first
                 os.replace(previous, folder)
 
 
-def _replaced(folder: Path) -> Path:
-    """Return the folder to which the replaced checkpoint is moved."""
+def _replaced_folder(folder: Path) -> Path:
+    """Return the folder that the replaced checkpoint is moved to."""
     return folder.with_name(PREVIOUS if folder.name == LAST else f"{folder.name}.old")
 
 
 def _write_model(folder: Path, model: WavTokenizerModel) -> None:
     extractor_class = WavTokenizerFeatureExtractor
     module = extractor_class.__module__.rsplit(".", 1)[-1]
-    # saving the model writes auto_map without the feature extractor
+    # save_pretrained adds the model to auto_map, but not the feature extractor
     model.config.auto_map = {"AutoFeatureExtractor": f"{module}.{extractor_class.__name__}"}
     model.save_pretrained(folder)
     extractor_class(sampling_rate=model.config.sampling_rate, hop_length=model.config.hop_length).save_pretrained(

@@ -1,8 +1,7 @@
-"""Segments of sound to train on. What a run sees is a function of (seed, epoch, clip): not of workers, processes or
-resumption.
+"""Load audio segments for training.
 
-Clips come from a list file, a folder, or a dataset of the datasets library; clips that cannot be read are skipped,
-counted and named.
+Segments depend only on (seed, epoch, clip), not on the number of workers or processes or on resuming. Clips come from
+a list file, a folder, or a dataset of the datasets library. Clips that cannot be read are skipped and reported.
 """
 
 import logging
@@ -26,11 +25,11 @@ from .settings import derived_seed
 
 logger = logging.getLogger(__name__)
 
-TRAINING_PEAKS = (-6.0, -1.0)  # range of the peak level of training clips in dBFS, drawn uniformly
-VALIDATION_PEAK = -3.0
-SAVED_DATASETS = (("state.json", "dataset_info.json"), ("dataset_dict.json",))  # files that mark such a folder
-COLUMN = "audio"  # names of the audio column of a dataset
-MOST_SKIPPED = 100  # so many unreadable clips in a row mean another fault, such as a missing folder
+TRAINING_PEAKS = (-6.0, -1.0)  # dBFS; the peak level of a training clip is uniform in this range
+VALIDATION_PEAK = -3.0  # dBFS
+SAVED_DATASETS = (("state.json", "dataset_info.json"), ("dataset_dict.json",))  # files of a saved dataset
+AUDIO_COLUMN = "audio"  # name of the audio column of a dataset
+MAX_SKIPPED = 100  # so many unreadable clips in a row stop the run: the cause is probably not a single clip
 
 
 @dataclass
@@ -38,35 +37,35 @@ class Batch:
     """Segments, with counts of short and unreadable clips."""
 
     audio: torch.Tensor  # (B, 1, T)
-    num_repeated: int = 0  # clips shorter than a segment
-    skipped: dict[str, str] = field(default_factory=dict)  # clip -> reason why it could not be read
+    num_repeated: int = 0  # number of clips shorter than a segment
+    skipped: dict[str, str] = field(default_factory=dict)  # unreadable clip -> reason
 
-    def pin_memory(self) -> "Batch":  # the name that DataLoader looks for
+    def pin_memory(self) -> "Batch":  # DataLoader calls this method
         self.audio = self.audio.pin_memory()
         return self
 
 
 Clips = str | os.PathLike | Sequence[Any]
-"""A folder, a list file, a folder saved by `save_to_disk`, or a dataset, see `open_clips`."""
+"""A folder, a list file, a folder saved by `save_to_disk`, or a dataset; see `open_clips`."""
 
 
 def open_clips(source: Clips) -> Sequence[Any]:
     """
-    The clips of a data source, of which `read_clip` gives the sound.
+    Return the clips of a data source. `read_clip` reads the audio of a clip.
 
     Args:
-        source: a folder, which is searched for sound files; a text file with one path a line, relative to that file; a
-            folder saved by `datasets.Dataset.save_to_disk`; or a dataset itself, of the datasets library or any
-            sequence of paths or of rows; the column of the sound is `audio`.
+        source: One of these: a folder to search for audio files; a text file with one path per line, relative to that
+            file; a folder saved by `datasets.Dataset.save_to_disk`; a dataset; or a sequence of paths or rows. The
+            audio column of a dataset is `audio`.
 
     Raises:
-        ValueError: there is no such source, or no clip in it; a dataset of several splits, without a length or that
+        ValueError: The source does not exist or has no clips, or a dataset has several splits, no length or no audio
             column.
     """
     if not isinstance(source, (str, os.PathLike)):
-        clips = _undecoded(source)
+        clips = _without_decoding(source)
     elif any(all(Path(source, name).is_file() for name in names) for names in SAVED_DATASETS):
-        clips = _undecoded(_load_dataset(source))
+        clips = _without_decoding(_load_dataset(source))
     elif Path(source).is_dir():
         found = find_files(source, audio.SUFFIXES)
         clips = found.files
@@ -74,34 +73,37 @@ def open_clips(source: Clips) -> Sequence[Any]:
             logger.warning("%s: %s", source, describe_passed_over(found.passed_over))
     elif Path(source).is_file():
         try:
-            text = Path(source).read_text(encoding="utf-8-sig", errors="surrogateescape")  # names may not be UTF-8
+            # surrogateescape: file names may not be UTF-8
+            text = Path(source).read_text(encoding="utf-8-sig", errors="surrogateescape")
             if "\0" in text:
                 raise ValueError("it holds zero bytes")
         except ValueError as error:
             raise ValueError(
-                f"{source} is not text, expected a list with the path of one sound file a line."
+                f"{source} is not text, expected a list with one path of an audio file per line."
             ) from error
-        lines = text.replace("\r", "\n").split("\n")  # no other characters: they occur in names
+        lines = text.replace("\r", "\n").split("\n")  # not splitlines: file names can contain its other line ends
         clips = [str(Path(source).parent / line.strip()) for line in lines if line.strip()]
     else:
-        raise ValueError(f"There is no file or folder {str(source)!r} to take sound from. Check the path.")
+        raise ValueError(f"There is no file or folder {str(source)!r} with audio. Check the path.")
     if len(clips) == 0:
         shown = source if isinstance(source, (str, os.PathLike)) else f"the {type(source).__name__}"
         raise ValueError(
-            f"There is no clip in {shown}, expected sound files ({', '.join(audio.SUFFIXES)}) or a list of them."
+            f"There is no clip in {shown}, expected audio files ({', '.join(audio.SUFFIXES)}) or a list of them."
         )
     return clips
 
 
 def read_clip(clips: Sequence, index: int, sampling_rate: int, channel: str | int = "mean") -> np.ndarray:
-    """Sound (T,) of one clip, mono, float32, as `audio.load_clip` reads it. Raises what that raises."""
+    """Return the audio (T,) of one clip, mono, float32. Raises the errors of `audio.load_clip`."""
     row = clips[index]
     if isinstance(row, dict) and not {"bytes", "path", "array"} & set(row):
-        if COLUMN not in row:
-            raise AudioError(f"Got a row of {', '.join(row) or 'nothing'}, expected sound as {COLUMN!r}.", "no-audio")
-        row = row[COLUMN]
+        if AUDIO_COLUMN not in row:
+            raise AudioError(
+                f"Got a row of {', '.join(row) or 'nothing'}, expected audio as {AUDIO_COLUMN!r}.", "no-audio"
+            )
+        row = row[AUDIO_COLUMN]
     clip = audio.load_clip(row, sampling_rate, channel)
-    audio.say_what_changes(
+    audio.log_conversion(
         name_of(clips, index), clip.source_channels, clip.source_sampling_rate, sampling_rate, channel
     )
     audio.log_warnings(name_of(clips, index), clip.warnings)
@@ -110,20 +112,25 @@ def read_clip(clips: Sequence, index: int, sampling_rate: int, channel: str | in
 
 def cut_segment(waveform: np.ndarray, length: int, random: np.random.Generator | None) -> np.ndarray:
     """
-    A segment (length,) of a clip (T,), as training sees it: the clip scaled to a peak, a piece of it cut out.
+    Scale a clip to a peak level and cut a segment out of it.
 
-    Clips shorter than the segment are repeated to its length; silence stays silence.
+    A clip shorter than the segment is repeated to its length. Silence stays silence.
 
     Args:
-        random: draws the peak from -6 to -1 dBFS, and the place of the piece; None for validation: -3 dBFS, the
-            beginning.
+        waveform: Audio of the clip, of shape (T,).
+        length: Samples of the segment.
+        random: Generator of the peak level, from -6 to -1 dBFS, and of the start of the segment. None, for validation:
+            -3 dBFS, and the start of the clip.
+
+    Returns:
+        Segment of shape (length,).
     """
     peak = VALIDATION_PEAK if random is None else random.uniform(*TRAINING_PEAKS)
-    highest = np.abs(waveform).max()
-    if highest > 0:
-        waveform = waveform * np.float32(10 ** (peak / 20) / highest)
+    current_peak = np.abs(waveform).max()
+    if current_peak > 0:
+        waveform = waveform * np.float32(10 ** (peak / 20) / current_peak)
     if len(waveform) < length:
-        return np.resize(waveform, length)  # numpy.resize repeats short clips
+        return np.resize(waveform, length)  # repeats the clip
     start = 0 if random is None else int(random.integers(len(waveform) - length + 1))
     return waveform[start : start + length]
 
@@ -135,50 +142,51 @@ class Segments(Dataset):
         self.clips, self.length, self.sampling_rate = clips, length, sampling_rate
         self.seed, self.channel = seed, channel
 
-    def __getitem__(self, place: tuple[int, int]) -> Batch:
-        epoch, index = place
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        epoch, index = key
         random = np.random.default_rng(derived_seed(self.seed, "segment", epoch, index))
         skipped = {}
-        for _ in range(MOST_SKIPPED):
+        for _ in range(MAX_SKIPPED):
             try:
                 waveform = read_clip(self.clips, index, self.sampling_rate, self.channel)
             except ImportError:
                 raise
             except Exception as error:
                 skipped[name_of(self.clips, index)] = _reason(error)
-                index = int(random.integers(len(self.clips)))  # use another clip, the same one in every run
+                index = int(random.integers(len(self.clips)))  # replace it by a random clip, the same one in every run
                 continue
             segment = torch.from_numpy(cut_segment(waveform, self.length, random))
             return Batch(segment[None, None], int(len(waveform) < self.length), skipped)
         name, reason = next(iter(skipped.items()))
         raise ValueError(
-            f"{MOST_SKIPPED} clips in a row could not be read, such as {name}: {reason} Check the training data."
+            f"{MAX_SKIPPED} clips in a row could not be read, such as {name}: {reason} Check the training data."
         )
 
 
 class EndlessBatches(Sampler):
-    """Batches of (epoch, clip) without end: every epoch a new order of all clips, one epoch right after another.
+    """Yield batches of (epoch, clip index) forever. Every epoch has a new order of all clips.
 
-    A joint batch is cut into equal parts for the processes, so one process with the whole of it sees the same.
+    A joint batch is split equally among the processes. So a single process with the whole joint batch gets the same
+    clips. Batches can cross the end of an epoch.
     """
 
     def __init__(self, num_clips: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0):
-        """`start`: number of joint batches that the resumed run has used."""
+        """`start`: Number of joint batches that a resumed run has already used."""
         self.num_clips, self.batch_size, self.seed = num_clips, batch_size, seed
         self.rank, self.world_size, self.start = rank, world_size, start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        joint, batch = self.batch_size * self.world_size, self.start
+        joint_batch_size, batch = self.batch_size * self.world_size, self.start
         epoch, order = -1, np.zeros(0, np.int64)
         while True:
-            first = batch * joint + self.rank * self.batch_size
-            places = []
+            first = batch * joint_batch_size + self.rank * self.batch_size
+            keys = []
             for position in range(first, first + self.batch_size):
                 if position // self.num_clips != epoch:
                     epoch = position // self.num_clips
                     order = np.random.default_rng(derived_seed(self.seed, "order", epoch)).permutation(self.num_clips)
-                places.append((epoch, int(order[position % self.num_clips])))
-            yield places
+                keys.append((epoch, int(order[position % self.num_clips])))
+            yield keys
             batch += 1
 
 
@@ -195,7 +203,7 @@ def training_batches(
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_quiet_worker,
-            # no seed from torch's global generator, which has to stay where the step left it
+            # by default, DataLoader draws a seed from torch's global generator and so changes its state
             generator=torch.Generator().manual_seed(0),
         )
     )
@@ -203,8 +211,9 @@ def training_batches(
 
 def validation_clips(source: Clips, length: int, sampling_rate: int, most: int, channel: str | int = "mean") -> Batch:
     """
-    Return the starts of at most `most` clips at -3 dBFS. The clips are evenly spread over the source, and always the
-    same.
+    Return the first `length` samples of at most `most` clips, scaled to -3 dBFS.
+
+    The clips are evenly spaced over the source, and are the same in every run.
     """
     clips = open_clips(source)
     segments, skipped, num_repeated = [], {}, 0
@@ -226,38 +235,39 @@ def validation_clips(source: Clips, length: int, sampling_rate: int, most: int, 
 
 
 def _reason(error: Exception) -> str:
-    """Whatever reading one clip raises is the reason why that clip is skipped."""
+    """Return the text that reports why a clip could not be read."""
     return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
 
 
 def name_of(clips: Sequence, index: int) -> str:
     """Return the name of a clip in reports: its path, or its index in the dataset."""
     row = clips[index]
-    row = row.get(COLUMN) if isinstance(row, dict) else row
+    row = row.get(AUDIO_COLUMN) if isinstance(row, dict) else row
     path = row.get("path") if isinstance(row, dict) else row
     return utf8_name(str(path)) if isinstance(path, (str, os.PathLike)) else f"clip {index}"
 
 
-def _undecoded(dataset: Any) -> Sequence:
-    """Return a dataset whose audio wavtokenizer_hf.audio decodes, and not torchcodec."""
+def _without_decoding(dataset: Any) -> Sequence:
+    """Return a dataset whose audio is not decoded by torchcodec, but by wavtokenizer_hf.audio."""
     if isinstance(dataset, dict):
         raise ValueError(f"Got a dataset of the splits {', '.join(dataset)}. Give one of them.")
     if not hasattr(dataset, "__len__"):
         raise ValueError(
-            f"Got {type(dataset).__name__}, which has no length, expected a dataset whose clips can be taken in any "
-            "order. Load it without streaming."
+            f"Got {type(dataset).__name__}, which has no length, expected a dataset with random access. Load it "
+            "without streaming."
         )
     if not hasattr(dataset, "cast_column"):
         return dataset
-    if COLUMN not in dataset.column_names:
+    if AUDIO_COLUMN not in dataset.column_names:
         raise ValueError(
-            f"The dataset has no column {COLUMN!r}, but {', '.join(dataset.column_names)}. Rename that of the sound."
+            f"The dataset has no column {AUDIO_COLUMN!r}, but {', '.join(dataset.column_names)}. Rename the audio "
+            "column."
         )
-    if type(dataset.features[COLUMN]).__name__ != "Audio":  # paths, or rows with arrays
-        return dataset.select_columns(COLUMN)
+    if type(dataset.features[AUDIO_COLUMN]).__name__ != "Audio":  # paths, or rows with arrays
+        return dataset.select_columns(AUDIO_COLUMN)
     import datasets
 
-    return dataset.select_columns(COLUMN).cast_column(COLUMN, datasets.Audio(decode=False))
+    return dataset.select_columns(AUDIO_COLUMN).cast_column(AUDIO_COLUMN, datasets.Audio(decode=False))
 
 
 def _load_dataset(folder: str | os.PathLike) -> Any:
@@ -273,7 +283,7 @@ def _join(batches: list[Batch]) -> Batch:
     return Batch(torch.cat([batch.audio for batch in batches]), sum(batch.num_repeated for batch in batches), skipped)
 
 
-class _OneOfAKind(logging.Filter):
+class _OncePerKind(logging.Filter):
     """Log each kind of message once, not once per file."""
 
     def __init__(self) -> None:
@@ -281,15 +291,15 @@ class _OneOfAKind(logging.Filter):
         self.seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        new = record.msg not in self.seen
+        is_first = record.msg not in self.seen
         self.seen.add(record.msg)
-        return new
+        return is_first
 
 
 @contextmanager
-def one_warning_of_a_kind() -> Iterator[None]:
-    """Log each kind of message once inside: a stereo corpus would give a warning for every clip of every epoch."""
-    once = _OneOfAKind()
+def log_each_kind_once() -> Iterator[None]:
+    """Log each kind of message once in a `with` block. A stereo corpus would give a warning per clip and epoch."""
+    once = _OncePerKind()
     audio.logger.addFilter(once)
     try:
         yield
@@ -298,4 +308,4 @@ def one_warning_of_a_kind() -> Iterator[None]:
 
 
 def _quiet_worker(worker: int) -> None:
-    audio.logger.addFilter(_OneOfAKind())  # never removed: the process lives as long as the loader
+    audio.logger.addFilter(_OncePerKind())  # never removed, because the process ends with the loader

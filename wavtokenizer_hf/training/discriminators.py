@@ -1,10 +1,10 @@
-"""The three discriminators: multi-period, multi-resolution and DAC-style. Tensor names are those of the reference
-implementation.
+"""The three discriminators: multi-period, multi-resolution and DAC-style.
 
-Shape letters: B rows of a batch, T samples, N time steps, p a period, F frequency bins, C channels.
+Tensor names are those of the reference implementation. Each discriminator takes audio (B, T) and returns one
+`DiscriminatorOutput` per sub-discriminator. All layers are weight-normalized convolutions, each followed by leaky ReLU
+0.1 except for the last one of a sub-discriminator.
 
-Each discriminator takes audio (B, T) and gives one `Judgement` per sub-discriminator. All layers are weight-normalised
-convolutions with leaky ReLU 0.1 between them; only the last one of each sub-discriminator stands alone.
+Shape letters: B batch size, T samples, N time steps, p period, F frequency bins.
 """
 
 from collections.abc import Iterator
@@ -22,23 +22,23 @@ RESOLUTIONS = ((1024, 256), (2048, 512), (512, 128))  # (n_fft, hop)
 RESOLUTION_CHANNELS = 64
 BAND_RESOLUTIONS = (2048, 1024, 512)  # n_fft; the hop is a quarter of it
 BAND_CHANNELS = 32
-BANDS = ((0.0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))  # shares of the frequency bins
+BANDS = ((0.0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))  # fractions of the frequency bins
 
 NAMES = {"multi_period": "multiperioddisc", "multi_resolution": "multiresddisc", "dac": "dac"}
-"""The discriminators' names here -> the original's, under which their tensors stand in files."""
+"""Name of a discriminator -> its name in the reference implementation, which prefixes its tensors in files."""
 
 
 @dataclass
-class Judgement:
+class DiscriminatorOutput:
     """Output of one sub-discriminator for a batch."""
 
-    scores: torch.Tensor  # (B, any): high for audio that is judged as real
+    scores: torch.Tensor  # (B, any): high for audio classified as real
     features: list[torch.Tensor]  # feature maps, for the feature matching loss
 
-    def halves(self) -> tuple["Judgement", "Judgement"]:
-        """Of a batch that is two batches one after the other: what was said of each."""
+    def split_halves(self) -> tuple["DiscriminatorOutput", "DiscriminatorOutput"]:
+        """Return the outputs of the first and of the second half of the batch."""
         scores, features = self.scores.chunk(2), [each.chunk(2) for each in self.features]
-        first, second = (Judgement(scores[half], [each[half] for each in features]) for half in (0, 1))
+        first, second = (DiscriminatorOutput(scores[half], [each[half] for each in features]) for half in (0, 1))
         return first, second
 
 
@@ -48,34 +48,35 @@ class Discriminators(nn.Module):
     def __init__(self, num_embeddings: int = 4, scale: float = 1.0, names: tuple[str, ...] = tuple(NAMES)):
         """
         Args:
-            num_embeddings: values of `bandwidth_id`, on which multi-period and multi-resolution are conditioned.
-            scale: all inner channels are multiplied by this; 1 is the original's size, 41 M numbers each in the two
-                that look at periods.
-            names: which to make, of `NAMES`.
+            num_embeddings: Number of values of `bandwidth_id`, on which multi-period and multi-resolution are
+                conditioned.
+            scale: Factor of all inner channel counts. 1 is the size of the reference implementation, with 41 M
+                parameters each in multi-period and DAC.
+            names: Discriminators to create, as keys of `NAMES`.
         """
         super().__init__()
-        makers = {
+        factories = {
             "multi_period": lambda: MultiPeriodDiscriminator(num_embeddings, scale),
             "multi_resolution": lambda: MultiResolutionDiscriminator(num_embeddings, scale),
             "dac": lambda: DACDiscriminator(scale),
         }
         self.names = tuple(names)
         for name in self.names:
-            setattr(self, NAMES[name], makers[name]())
+            setattr(self, NAMES[name], factories[name]())
 
-    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> dict[str, list[Judgement]]:
-        """audio (B, T), float -> by name of the discriminator, the judgement of each of its sub-discriminators."""
+    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> dict[str, list[DiscriminatorOutput]]:
+        """Return, by name of the discriminator, the output of each of its sub-discriminators for audio (B, T)."""
         return {name: getattr(self, NAMES[name])(audio, bandwidth_id) for name in self.names}
 
 
 class MultiPeriodDiscriminator(nn.Module):
-    """Multi-period discriminator: every p-th sample, for five periods p. Conditioned on `bandwidth_id`."""
+    """Multi-period discriminator: audio folded by five periods. Conditioned on `bandwidth_id`."""
 
     def __init__(self, num_embeddings: int, scale: float = 1.0):
         super().__init__()
         self.discriminators = nn.ModuleList(PeriodDiscriminator(period, num_embeddings, scale) for period in PERIODS)
 
-    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> list[Judgement]:
+    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> list[DiscriminatorOutput]:
         return [discriminator(audio, bandwidth_id) for discriminator in self.discriminators]
 
 
@@ -88,21 +89,19 @@ class PeriodDiscriminator(nn.Module):
         self.emb = _zero_embedding(num_embeddings, channels)
         self.conv_post = weight_norm(nn.Conv2d(channels, 1, (3, 1), padding=(1, 0)))
 
-    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> Judgement:
-        missing = -audio.shape[-1] % self.period
-        hidden_states = _fold(audio, self.period, missing)
+    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> DiscriminatorOutput:
+        hidden_states = _fold(audio, self.period, -audio.shape[-1] % self.period)
         features = []
         for conv in self.convs:
             hidden_states = F.leaky_relu(conv(hidden_states), 0.1)
             features.append(hidden_states)
         scores = _conditioned_scores(self, hidden_states, bandwidth_id)
-        return Judgement(
-            scores.flatten(1), [*features[1:], scores]
-        )  # the map of the first layer is not used for feature matching
+        # as in the reference implementation, feature matching leaves out the first layer
+        return DiscriminatorOutput(scores.flatten(1), [*features[1:], scores])
 
 
 class MultiResolutionDiscriminator(nn.Module):
-    """Multi-resolution discriminator: magnitude spectrograms of three resolutions. Conditioned on `bandwidth_id`."""
+    """Multi-resolution discriminator: magnitude spectrograms at three resolutions. Conditioned on `bandwidth_id`."""
 
     def __init__(self, num_embeddings: int, scale: float = 1.0):
         super().__init__()
@@ -110,7 +109,7 @@ class MultiResolutionDiscriminator(nn.Module):
             ResolutionDiscriminator(*resolution, num_embeddings, scale) for resolution in RESOLUTIONS
         )
 
-    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> list[Judgement]:
+    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> list[DiscriminatorOutput]:
         return [discriminator(audio, bandwidth_id) for discriminator in self.discriminators]
 
 
@@ -132,18 +131,18 @@ class ResolutionDiscriminator(nn.Module):
         self.emb = _zero_embedding(num_embeddings, channels)
         self.conv_post = weight_norm(nn.Conv2d(channels, 1, (3, 3), padding=(1, 1)))
 
-    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> Judgement:
+    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> DiscriminatorOutput:
         hidden_states = _stft(audio, self.n_fft, self.hop_length).abs()[:, None]  # (B, 1, F, N)
         features = []
         for conv in self.convs:
             hidden_states = F.leaky_relu(conv(hidden_states), 0.1)
             features.append(hidden_states)
         scores = _conditioned_scores(self, hidden_states, bandwidth_id)
-        return Judgement(scores.flatten(1), [*features, scores])
+        return DiscriminatorOutput(scores.flatten(1), [*features, scores])
 
 
 class DACDiscriminator(nn.Module):
-    """Multi-period and multi-band discriminators of the Descript Audio Codec, on audio freed of DC and of its level."""
+    """Multi-period and multi-band discriminators of the Descript Audio Codec. Removes DC and normalizes the peak."""
 
     def __init__(self, scale: float = 1.0):
         super().__init__()
@@ -152,7 +151,7 @@ class DACDiscriminator(nn.Module):
             + [DACBandDiscriminator(n_fft, scale) for n_fft in BAND_RESOLUTIONS]
         )
 
-    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> list[Judgement]:  # not conditioned on it
+    def forward(self, audio: torch.Tensor, bandwidth_id: int) -> list[DiscriminatorOutput]:  # ignores bandwidth_id
         audio = audio - audio.mean(dim=-1, keepdim=True)
         audio = 0.8 * audio / (audio.abs().amax(dim=-1, keepdim=True) + 1e-9)
         return [discriminator(audio) for discriminator in self.discriminators]
@@ -162,24 +161,23 @@ class DACPeriodDiscriminator(nn.Module):
     def __init__(self, period: int, scale: float):
         super().__init__()
         self.period = period
-        self.convs = nn.ModuleList(
-            nn.ModuleList([conv]) for conv in _period_convs(scale)
-        )  # nested as in the reference implementation
+        # nested as in the reference implementation, for its tensor names
+        self.convs = nn.ModuleList(nn.ModuleList([conv]) for conv in _period_convs(scale))
         self.conv_post = weight_norm(nn.Conv2d(_scaled(PERIOD_CHANNELS[-1], scale), 1, (3, 1), padding=(1, 0)))
 
-    def forward(self, audio: torch.Tensor) -> Judgement:
-        # unlike the discriminator above, a whole period is added where no sample is missing
+    def forward(self, audio: torch.Tensor) -> DiscriminatorOutput:
+        # unlike PeriodDiscriminator, this pads a whole period if the length is a multiple of the period
         hidden_states = _fold(audio, self.period, self.period - audio.shape[-1] % self.period)
         features = []
         for nested in self.convs:
             (conv,) = nested.children()
             hidden_states = F.leaky_relu(conv(hidden_states), 0.1)
             features.append(hidden_states)
-        return Judgement(self.conv_post(hidden_states).flatten(1), features)
+        return DiscriminatorOutput(self.conv_post(hidden_states).flatten(1), features)
 
 
 class DACBandDiscriminator(nn.Module):
-    """Multi-band discriminator: real and imaginary parts of a spectrum, band by band."""
+    """Multi-band discriminator: real and imaginary parts of a spectrogram, with separate convolutions per band."""
 
     def __init__(self, n_fft: int, scale: float):
         super().__init__()
@@ -192,7 +190,7 @@ class DACBandDiscriminator(nn.Module):
         )
         self.conv_post = weight_norm(nn.Conv2d(channels, 1, (3, 3), padding=(1, 1)))
 
-    def forward(self, audio: torch.Tensor) -> Judgement:
+    def forward(self, audio: torch.Tensor) -> DiscriminatorOutput:
         spectrum = torch.view_as_real(_stft(audio, self.n_fft, self.n_fft // 4))
         spectrum = spectrum.permute(0, 3, 2, 1)  # (B, 2, N, F)
         features, bands = [], []
@@ -203,11 +201,11 @@ class DACBandDiscriminator(nn.Module):
                 hidden_states = F.leaky_relu(conv(hidden_states), 0.1)
                 features.append(hidden_states)
             bands.append(hidden_states)
-        return Judgement(self.conv_post(torch.cat(bands, dim=-1)).flatten(1), features)
+        return DiscriminatorOutput(self.conv_post(torch.cat(bands, dim=-1)).flatten(1), features)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pieces
+# Building blocks
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -237,21 +235,21 @@ def _zero_embedding(num_embeddings: int, channels: int) -> nn.Embedding:
 def _conditioned_scores(
     discriminator: PeriodDiscriminator | ResolutionDiscriminator, hidden_states: torch.Tensor, bandwidth_id: int
 ) -> torch.Tensor:
-    """Score map (B, 1, any, any), the inner product of the last map with an embedding added to it."""
-    row = torch.full((), bandwidth_id, device=hidden_states.device)
-    agreement = (discriminator.emb(row)[:, None, None] * hidden_states).sum(dim=1, keepdim=True)
-    return discriminator.conv_post(hidden_states) + agreement
+    """Return scores (B, 1, any, any), plus the inner product of the last feature map with the embedding."""
+    index = torch.full((), bandwidth_id, device=hidden_states.device)
+    projection = (discriminator.emb(index)[:, None, None] * hidden_states).sum(dim=1, keepdim=True)
+    return discriminator.conv_post(hidden_states) + projection
 
 
-def _fold(audio: torch.Tensor, period: int, missing: int) -> torch.Tensor:
-    """(B, T) -> (B, 1, (T + missing) / p, p), with reflection padding."""
-    if missing:
-        audio = F.pad(audio[:, None], (0, missing), mode="reflect")
+def _fold(audio: torch.Tensor, period: int, padding: int) -> torch.Tensor:
+    """Fold audio (B, T) to (B, 1, (T + padding) / p, p), with reflection padding at the end."""
+    if padding:
+        audio = F.pad(audio[:, None], (0, padding), mode="reflect")
     return audio.reshape(len(audio), 1, -1, period)
 
 
 def _stft(audio: torch.Tensor, n_fft: int, hop_length: int) -> torch.Tensor:
-    """(B, T) -> complex (B, F, N): centred, with a rectangular window, in float32 also under autocast."""
+    """Return the complex STFT (B, F, N) of audio (B, T): centered, rectangular window, float32 even under autocast."""
     with torch.autocast(audio.device.type, enabled=False):
-        window = torch.ones(n_fft, device=audio.device)  # the default of torch, given explicitly to avoid its warning
+        window = torch.ones(n_fft, device=audio.device)  # explicit, because torch warns without a window
         return torch.stft(audio.float(), n_fft, hop_length, window=window, return_complex=True)

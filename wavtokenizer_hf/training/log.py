@@ -1,4 +1,4 @@
-"""Logs of a run: TensorBoard curves, audio and spectrograms of the same clips at every validation, and a picture."""
+"""Log a run: TensorBoard scalars, audio and spectrograms of the validation clips, and a plot of the curves."""
 
 import io
 import logging
@@ -25,47 +25,47 @@ PANELS = {
     "discriminators": {"discriminator/total": "their loss"},
     "learning rate": {"learning_rate/codec": "codec", "learning_rate/discriminators": "discriminators"},
 }
-"""Title -> name in the log -> label of a line."""
+"""Title of a plot -> name in the log -> label of the line."""
 
 
 class Log:
-    """Writes log/ for TensorBoard and samples/ to hear; only in the main process.
+    """Write log/ for TensorBoard and audio files in samples/. Only for the main process.
 
-    If they cannot be written any more, as on a full disk, one warning says so and the training goes on without them.
+    If a write fails, such as on a full disk, one warning is logged and the training continues without a log.
 
     Args:
-        output: folder of the run.
-        sampling_rate: Hz of its audio.
-        first_step: that will be logged; what was logged from it on, by a run that was interrupted, is taken back.
+        output: Folder of the run.
+        sampling_rate: Sampling rate of the audio in Hz.
+        first_step: First step to log. Entries of an interrupted run from this step on are removed.
     """
 
     def __init__(self, output: Path, sampling_rate: int, first_step: int):
-        require("tensorboard", "training")  # the import of torch's module does not name the package
+        require("tensorboard", "training")  # names the missing package; the import of torch's module does not
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder, self.samples = output / "log", output / "samples"
         self.sampling_rate = sampling_rate
-        self._hook, threading.excepthook = threading.excepthook, self._on_thread_error
-        self.writer: Any = None  # SummaryWriter, None if it cannot be opened
+        self._previous_hook, threading.excepthook = threading.excepthook, self._on_thread_error
+        self.writer: Any = None  # SummaryWriter; None if it cannot be opened
         self.failed = False
-        # a resumed run removes entries that were logged after its checkpoint
         self._try(lambda: setattr(self, "writer", SummaryWriter(self.folder, purge_step=first_step)))
 
-    def figures(self, figures: dict[str, float], step: int) -> None:
-        self._try(lambda: [self.writer.add_scalar(name, value, step) for name, value in figures.items()])
+    def scalars(self, metrics: dict[str, float], step: int) -> None:
+        self._try(lambda: [self.writer.add_scalar(name, value, step) for name, value in metrics.items()])
 
     def clip(self, name: str, audio: torch.Tensor, mel_loss: MelLoss, step: int) -> None:
         """
-        Log audio (T,) from any device, and write it to samples/NAME.wav. The file of the previous validation is
-        replaced.
+        Log audio (T,) and its spectrogram, and write the audio to samples/NAME.wav.
+
+        The file of the previous validation is replaced. The audio may be on any device.
         """
         audio = audio.float().cpu().clamp(-1, 1)
         log_mel = mel_loss.log_mel(audio[None].to(mel_loss.log_mel.window.device))[0].cpu()
-        picture = draw_mel(log_mel, len(audio) / self.sampling_rate)
+        image = draw_mel(log_mel, len(audio) / self.sampling_rate)
 
         def add() -> None:
             self.writer.add_audio(name, audio, step, self.sampling_rate)
-            self.writer.add_image(f"{name}/mel", picture, step, dataformats="HWC")
+            self.writer.add_image(f"{name}/mel", image, step, dataformats="HWC")
             self.samples.mkdir(exist_ok=True)
             audio_files.save(self.samples / f"{name.replace('/', '_')}.wav", audio.numpy(), self.sampling_rate)
 
@@ -73,7 +73,7 @@ class Log:
 
     def close(self) -> None:
         self._try(lambda: self.writer.close())
-        threading.excepthook = self._hook
+        threading.excepthook = self._previous_hook
 
     def _try(self, write: Callable[[], object]) -> None:
         if self.failed:
@@ -85,19 +85,19 @@ class Log:
             logger.warning("Cannot write the log in %s (%s): nothing more is logged.", self.folder, one_line(error))
 
     def _on_thread_error(self, arguments: threading.ExceptHookArgs) -> None:
-        # the next call raises the error of TensorBoard's thread; Python would print a traceback too
+        # the next call of the writer raises the error of TensorBoard's thread, so do not print its traceback too
         if not (
             type(arguments.thread).__module__.startswith("tensorboard.") and issubclass(arguments.exc_type, OSError)
         ):
-            self._hook(arguments)
+            self._previous_hook(arguments)
 
 
 def draw_mel(log_mel: torch.Tensor, seconds: float) -> np.ndarray:
-    """Draw a mel spectrogram (num_mels, frames) with axes: (height, width, 3) of uint8, 80 dB from black to white."""
+    """Draw a mel spectrogram (num_mels, frames) with axes. Return uint8 (height, width, 3); colors span 80 dB."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3), dpi=100)  # a fixed layout: a computed one takes seconds on a CPU
+    figure = Figure(figsize=(6, 3), dpi=100)  # fixed layout, because a computed one takes seconds on a CPU
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0.1, 0.17, 0.75, 0.78))
     decibels = log_mel.numpy() * (20 / np.log(10))
@@ -110,12 +110,12 @@ def draw_mel(log_mel: torch.Tensor, seconds: float) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def write_curves(log: Path, picture: Path) -> None:
-    """Draw the curves of a run, with what it logged before it was resumed, as PNG.
+def write_curves(log: Path, path: Path) -> None:
+    """Draw the curves of a run as PNG, including those from before it was resumed.
 
     Args:
-        log: folder of its TensorBoard log.
-        picture: file to write.
+        log: Folder of the TensorBoard log.
+        path: PNG file to write.
     """
     from matplotlib.figure import Figure
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -136,4 +136,4 @@ def write_curves(log: Path, picture: Path) -> None:
         axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
-    write_bytes(picture, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())

@@ -1,6 +1,4 @@
-"""
-Whether a run fits: the memory of its steps, estimated from steps on one and on two segments before the first real one.
-"""
+"""Check that a run fits into memory, with an estimate from steps on one and on two segments."""
 
 import logging
 import math
@@ -17,55 +15,60 @@ from .settings import Settings
 logger = logging.getLogger(__name__)
 
 GB = 1e9
-CGROUP_LIMITS = (  # (limit, usage) of the control group that a container runs in
+CGROUP_LIMITS = (  # (limit, usage) of the control group of a container: version 2, version 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Memory of a run's steps in bytes.
+class MemoryEstimate:
+    """Estimated memory of a training step in bytes.
 
     Args:
-        fixed: what does not depend on the batch: weights, gradients, optimizers, and the process itself on a CPU.
-        per_segment: what each segment of a batch adds.
+        fixed: Memory that does not depend on the batch: weights, gradients, optimizers; on a CPU also the process.
+        per_segment: Memory per segment of the batch.
     """
 
     fixed: float
     per_segment: float
 
-    def of(self, batch_size: int) -> float:
-        """Return the bytes that a step of this many segments takes."""
+    def bytes_for(self, batch_size: int) -> float:
+        """Return the bytes that a step on this many segments takes."""
         return self.fixed + batch_size * self.per_segment
 
     def largest_batch(self, available: float) -> int:
-        """Return the largest batch whose step fits into `available` bytes; 0 if none does."""
+        """Return the largest batch size that fits into `available` bytes, or 0."""
         return max(0, int((available - self.fixed) // max(self.per_segment, 1.0)))
 
 
-def estimate(measure: Callable[[int], int | None], optimizer_bytes: int, segments: int) -> Estimate | None:
+def estimate_memory(
+    measure: Callable[[int], int | None], optimizer_bytes: int, segments: int
+) -> MemoryEstimate | None:
     """
-    The memory of steps, from two small ones.
+    Estimate the memory of a step by extrapolation from two small steps.
 
     Args:
-        measure: (segments) -> peak in bytes of a step on so many segments that changes nothing; None where the system
-            does not tell.
-        optimizer_bytes: what the optimizers will add at their first step.
-        segments: size of the smaller step; the larger has twice as many.
+        measure: Function (segments) -> peak memory in bytes of a step on this many segments that changes nothing. None
+            if the system does not report it.
+        optimizer_bytes: Bytes that the optimizers will allocate at their first step.
+        segments: Number of segments of the smaller step. The larger step has twice as many.
+
+    Returns:
+        The estimate, or None if the system does not report memory.
     """
-    if measure(segments) is None:  # not counted: the first step of a process also loads libraries
+    if measure(segments) is None:  # warm-up: the first step of a process also loads libraries
         return None
     small, large = measure(segments), measure(2 * segments)
     if small is None or large is None:
         return None
     per_segment = max(large - small, 0) / segments
-    return Estimate(small - segments * per_segment + optimizer_bytes, per_segment)
+    return MemoryEstimate(small - segments * per_segment + optimizer_bytes, per_segment)
 
 
-def refusal(found: Estimate, available: float, settings: Settings) -> str | None:
-    """Return why a run does not fit and which settings would, or None if it fits."""
-    needed = found.of(settings.batch_size)
+def refusal_reason(found: MemoryEstimate, available: float, settings: Settings) -> str | None:
+    """Return why a run does not fit and which settings fit, or None if it fits."""
+    needed = found.bytes_for(settings.batch_size)
     if needed <= available:
         return None
     text = (
@@ -78,7 +81,7 @@ def refusal(found: Estimate, available: float, settings: Settings) -> str | None
         accumulation = math.ceil(settings.batch_size * settings.gradient_accumulation / fitting)
         return text + (
             f"Use --batch-size {fitting} --gradient-accumulation {accumulation}, which needs about "
-            f"{found.of(fitting) / GB:.1f} GB and learns from as many segments a step."
+            f"{found.bytes_for(fitting) / GB:.1f} GB and uses as many segments per step."
         )
     seconds = settings.segment_seconds * (0.9 * available - found.fixed) / max(found.per_segment, 1.0)
     if seconds >= 0.25:
@@ -90,9 +93,9 @@ def refusal(found: Estimate, available: float, settings: Settings) -> str | None
 
 
 def available_memory(device: torch.device, settings: Settings, num_processes: int = 1) -> float | None:
-    """Bytes that this process may hold in all, with what it holds now; None where the system does not tell.
+    """Return the bytes that this process may use in total, including what it uses now.
 
-    On a CPU the free memory is shared out evenly among the processes of the run.
+    On a CPU, the free memory is divided evenly among the processes of the run. None if the system does not report it.
     """
     if settings.memory_gb is not None:
         return settings.memory_gb * GB
@@ -100,8 +103,8 @@ def available_memory(device: torch.device, settings: Settings, num_processes: in
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     available = _meminfo().get("MemAvailable")
-    held = _status().get("VmRSS")
-    if available is None or held is None:
+    resident = _process_status().get("VmRSS")
+    if available is None or resident is None:
         return None
     limits = [available]
     for limit, usage in CGROUP_LIMITS:
@@ -109,12 +112,14 @@ def available_memory(device: torch.device, settings: Settings, num_processes: in
             limits.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
         except (OSError, ValueError):  # no such control group, or "max"
             continue
-    return min(limits) / num_processes + held
+    return min(limits) / num_processes + resident
 
 
 class PeakMemory:
-    """
-    The highest memory of this process, or of a GPU, while a block runs: `bytes`, None where the system does not tell.
+    """Measure the peak memory of this process, or of a GPU, in a `with` block.
+
+    Attributes:
+        bytes: Peak memory. None if the system does not report it.
     """
 
     def __init__(self, device: torch.device):
@@ -126,20 +131,20 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             try:
-                Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
-                self.known = True
+                Path("/proc/self/clear_refs").write_text("5")  # Linux: reset VmHWM
+                self.can_measure = True
             except OSError:
-                self.known = False
+                self.can_measure = False
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_reserved(self.device)
-        elif self.known:
-            self.bytes = _status().get("VmHWM")
+        elif self.can_measure:
+            self.bytes = _process_status().get("VmHWM")
 
 
-def _status() -> dict[str, int]:
+def _process_status() -> dict[str, int]:
     return _read_kilobytes(f"/proc/{os.getpid()}/status")
 
 
@@ -148,10 +153,10 @@ def _meminfo() -> dict[str, int]:
 
 
 def _read_kilobytes(path: str) -> dict[str, int]:
-    """The lines `Name:  123 kB` of a file, in bytes; empty where there is no such file."""
+    """Return the lines `Name:  123 kB` of a file as name -> bytes. Empty if the file does not exist."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:
         return {}
-    parts = [line.split() for line in lines]
-    return {part[0].rstrip(":"): int(part[1]) * 1024 for part in parts if len(part) == 3 and part[2] == "kB"}
+    rows = [line.split() for line in lines]
+    return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if len(row) == 3 and row[2] == "kB"}

@@ -1,4 +1,4 @@
-"""The settings of a training run: one dataclass, from which YAML recipes and command-line arguments follow."""
+"""Settings of a training run. One dataclass defines the YAML recipes and the command-line options."""
 
 import argparse
 import dataclasses
@@ -19,10 +19,10 @@ RECIPES = Path(__file__).parent / "recipes"
 
 WEIGHTS = {
     "mel": 45.0,
-    "mel_scales": 0.0,  # not in the published objective, see losses.MelScalesLoss
-    "instantaneous_frequency": 0.0,  # nor in it, see losses.InstantaneousFrequencyLoss
+    "mel_scales": 0.0,  # not in the published objective; see losses.MelScalesLoss
+    "instantaneous_frequency": 0.0,  # not in the published objective; see losses.InstantaneousFrequencyLoss
     "commitment": 1000.0,
-    # nor is this: how far decoded audio, encoded again, lands from the entries that it was decoded from
+    # not in the published objective: re-encoded decoder output against the entries that it was decoded from
     "reencoding": 0.0,
     "multi_period": 1.0,
     "multi_period_features": 1.0,
@@ -31,132 +31,147 @@ WEIGHTS = {
     "dac": 1.0,
     "dac_features": 1.0,
 }
-"""The published weights of the generator's losses. A discriminator whose two weights are 0 is not made."""
+"""Default weights of the generator's losses, as published. A discriminator with both weights 0 is not created."""
 
 
 def _field(
-    help: str, default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, free: bool = False
+    help: str, default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, may_change: bool = False
 ) -> Any:
     """
-    A field with its documentation. `free`: a resumed run may have another value, since the result does not depend on
-    it.
+    Return a dataclass field with a help text.
+
+    Args:
+        help: Help text of the command-line option.
+        default, factory: As in `dataclasses.field`.
+        may_change: Whether a resumed run may have another value, because the result does not depend on it.
     """
-    return field(default=default, default_factory=factory, metadata={"help": help, "free": free})
+    return field(default=default, default_factory=factory, metadata={"help": help, "may_change": may_change})
 
 
 @dataclass
 class Settings:
-    """What a training run does. The defaults are the published training at 40 tokens/s, but for the number of GPUs."""
+    """Settings of a training run. Defaults: the published training at 40 tokens/s, except for the number of GPUs."""
 
-    output: str = _field("folder of the run, which gets best/, last/, previous/ and log/", "", free=True)
+    output: str = _field("folder of the run; it gets best/, last/, previous/ and log/", "", may_change=True)
     train_data: str = _field(
-        "audio to train on: a folder to search, a text file with one path per line (relative to the file), or a "
-        "folder saved by save_to_disk of datasets",
+        "training audio: a folder to search for audio files, a text file with one path per line (relative to that "
+        "file), or a folder that datasets.Dataset.save_to_disk wrote",
         "",
     )
-    validation_data: str = _field("audio to validate on, given likewise; never trained on", "")
+    validation_data: str = _field("validation audio, in the same forms as --train-data; never trained on", "")
     model: str | None = _field(
-        "model to start from: a folder, a published checkpoint or a name on the Hub; its discriminators.safetensors "
-        "is used too (default: random weights)",
+        "model to start from: a folder, a published checkpoint or a name on the Hub. Its discriminators.safetensors "
+        "is loaded too (default: random weights)",
         None,
     )
     config: dict[str, Any] = _field(
-        "fields of a new model's config, such as 'upsampling_ratios=[8, 5, 4, 2]' for 75 tokens/s; a model that is "
-        "given must have these values",
+        "config fields of a new model, such as 'upsampling_ratios=[8, 5, 4, 2]' for 75 tokens/s. With --model, that "
+        "model must have these values",
         factory=dict,
     )
 
-    steps: int = _field("number of steps in all; may grow when the run is resumed", 1_000_000, free=True)
-    mel_only_steps: int = _field("number of first steps without discriminators, on mel and commitment losses alone", 0)
+    steps: int = _field("total number of training steps; a resumed run may have more", 1_000_000, may_change=True)
+    mel_only_steps: int = _field("number of steps without discriminators at the start of the run", 0)
     freeze: str | None = _field(
-        "part of the model that is not trained: encoder (with the codebook, so that codes keep their meaning); none "
-        "overrides a recipe",
+        "part of the model that is not trained. encoder: encoder and codebook, so that codes keep their meaning. "
+        "none: override the recipe and train everything (default: train everything)",
         None,
     )
     continuous_steps: int = _field(
-        "number of first steps in which the decoder gets the encoder's output without the codebook; then k-means "
-        "chooses the entries. For short runs, whose encoder has to learn something first",
+        "number of steps at the start of the run without the codebook: the decoder gets the encoder output. Then "
+        "k-means initializes the codebook. For short runs, whose encoder must learn something first",
         0,
     )
-    batch_size: int = _field("segments per batch and process", 40)
-    gradient_accumulation: int = _field("batches per step and process", 1)
-    segment_seconds: float = _field("length of a segment, in seconds; shorter clips are repeated", 3.0)
-    channel: str = _field(
-        "channel to take of clips that have several: mean, left, right, or its number from 0", "mean"
+    batch_size: int = _field("number of segments per batch and process", 40)
+    gradient_accumulation: int = _field("number of batches per step and process", 1)
+    segment_seconds: float = _field("length of a training segment in seconds; shorter clips are repeated", 3.0)
+    channel: str = _field("channel of audio that has several: left, right, a number from 0, or mean of all", "mean")
+    num_workers: int = _field(
+        "number of data loading processes per training process; 0: load audio in the training process",
+        8,
+        may_change=True,
     )
-    num_workers: int = _field("processes that load audio, for each process that trains; 0: none", 8, free=True)
-    seed: int = _field("seed of all random numbers; equal settings give equal runs on a CPU", 0)
+    seed: int = _field("seed of all random numbers; on a CPU, runs with equal settings are identical", 0)
 
-    learning_rate: float = _field("learning rate of the AdamW optimizers; decays to 0 by a cosine", 2e-4)
+    learning_rate: float = _field("peak learning rate of AdamW, with cosine decay to 0", 2e-4)
     discriminator_learning_rate: float | None = _field(
-        "learning rate of the discriminators (default: learning_rate)", None
+        "peak learning rate of the discriminators (default: learning_rate)", None
     )
-    warmup_steps: int = _field("number of first steps of each optimizer in which its learning rate rises from 0", 0)
+    warmup_steps: int = _field("number of warmup steps per optimizer, in which its learning rate rises from 0", 0)
     max_gradient_norm: float | None = _field(
-        "largest norm of the gradients, which are clipped to it (default: no clipping); none overrides a recipe", None
+        "gradient norm to clip to. none: override the recipe and do not clip (default: no clipping)", None
     )
     precision: str = _field(
-        "float32, or bfloat16 for autocast of decoder and discriminators; encoder and codebook always use float32",
+        "data type of decoder and discriminators: float32, or bfloat16 by autocast. Encoder and codebook always use "
+        "float32",
         "float32",
     )
     compile: bool = _field(
-        "compile the decoder and the discriminators with torch.compile: faster on a GPU after a wait at the first "
-        "step",
+        "compile decoder and discriminators with torch.compile: faster on a GPU after a slow first step (default: no)",
         False,
-        free=True,
+        may_change=True,
     )
-    dropout: float = _field("dropout of the residual blocks at the front of the backbone", 0.1)
+    dropout: float = _field("dropout rate of the residual blocks at the start of the decoder backbone", 0.1)
     loss_weights: dict[str, float] = _field(
-        "weights of the losses that differ from the published "
+        "loss weights to change. Defaults: "
         + ", ".join(f"{name}={weight:g}" for name, weight in WEIGHTS.items())
-        + "; 0 for both of a discriminator (multi_period, multi_resolution, dac) leaves it out",
+        + ". A discriminator (multi_period, multi_resolution, dac) with both weights 0 is left out",
         factory=dict,
     )
-    discriminator_scale: float = _field("channels of the discriminators, as a factor of the published ones", 1.0)
+    discriminator_scale: float = _field(
+        "factor by which the published channel counts of the discriminators are multiplied", 1.0
+    )
 
-    codebook_decay: float = _field("decay of the codebook's moving averages", 0.99)
+    codebook_decay: float = _field("decay per step of the moving averages of the codebook", 0.99)
     dead_code_threshold: float = _field(
-        "replace codebook entries that are used less than this share of an even count", 0.1
+        "usage below which a codebook entry is replaced, as a fraction of the mean usage of all entries", 0.1
     )
     normalize_encoder: bool = _field(
-        "initialize a new encoder so that each layer has mean 0 and deviation 1 on the first batch (data-dependent "
-        "initialization of weight norm). PyTorch's default gives latents that hardly vary, and a slow start",
+        "initialize a new encoder so that each layer has mean 0 and standard deviation 1 on the first batch "
+        "(data-dependent initialization of weight norm). PyTorch's initialization gives latents that hardly vary, and "
+        "a slow start (default: no)",
         False,
     )
     kmeans_iterations: int = _field(
-        "largest number of iterations of k-means, which chooses the first codebook of a new model", 200
+        "maximum number of iterations of k-means, which initializes the codebook of a new model", 200
     )
-    kmeans_latents: int = _field("number of encoder outputs for k-means, over all processes", 72_000)
+    kmeans_latents: int = _field("number of encoder output vectors for k-means, over all processes", 72_000)
 
-    log_every: int = _field("steps between entries in the log", 100, free=True)
+    log_every: int = _field("number of steps between log entries", 100, may_change=True)
     validate_every: int = _field(
-        "steps between validations. Each saves last/, and best/ if the score fell (mel loss + weighted commitment "
-        "loss)",
+        "number of steps between validations. Each validation saves last/, and best/ if the score (mel loss + "
+        "weighted commitment loss) fell",
         5000,
     )
-    num_validation_clips: int = _field("largest number of validation clips; of each the first segment_seconds", 200)
-    num_logged_clips: int = _field("number of validation clips in the log, to hear and see", 4, free=True)
+    num_validation_clips: int = _field(
+        "maximum number of validation clips; only the first segment_seconds of a clip are used", 200
+    )
+    num_logged_clips: int = _field(
+        "number of validation clips whose audio and spectrogram are logged", 4, may_change=True
+    )
     resume: bool = _field(
         "resume from last/ in the output folder, or from previous/ if last/ is damaged. The settings must be the "
         "same, but steps may be larger",
         False,
-        free=True,
+        may_change=True,
     )
     memory_gb: float | None = _field(
-        "memory that the run may take, in GB (default: what the GPU, or the machine and its control group, has "
-        "free). The run stops after the first step if the next ones need more",
+        "memory limit of the run in GB (default: the free memory of the GPU, or of the machine and its control "
+        "group). A run that needs more is refused before its first step",
         None,
-        free=True,
+        may_change=True,
     )
-    push_to_hub: str | None = _field("repository on the Hub to which best/ is uploaded at the end", None, free=True)
+    push_to_hub: str | None = _field(
+        "Hub repository to upload best/ to at the end of the run (default: no upload)", None, may_change=True
+    )
 
     def __post_init__(self) -> None:
         self.loss_weights = {**WEIGHTS, **self.loss_weights}
-        self.config = json.loads(json.dumps(self.config))  # lists for tuples, as it will be read from files
+        self.config = json.loads(json.dumps(self.config))  # tuples become lists, as in a file that is read back
         self.check()
 
     def check(self) -> None:
-        """Raises ValueError for values that no run can have; whether the data exist is seen when they are opened."""
+        """Raise ValueError for an invalid value. Paths of data are checked when the data are opened."""
         unknown = sorted(set(self.loss_weights) - set(WEIGHTS))
         if unknown:
             raise ValueError(f"Got loss_weights for {', '.join(unknown)}; the losses are {', '.join(WEIGHTS)}.")
@@ -166,7 +181,8 @@ class Settings:
         at_least = {
             "steps": 1, "mel_only_steps": 0, "continuous_steps": 0, "batch_size": 1, "gradient_accumulation": 1,
             "num_workers": 0, "warmup_steps": 0, "kmeans_iterations": 1, "kmeans_latents": 1, "log_every": 1,
-            "validate_every": 1, "num_validation_clips": 1, "num_logged_clips": 0, "dropout": 0, "dead_code_threshold": 0, "codebook_decay": 0,
+            "validate_every": 1, "num_validation_clips": 1, "num_logged_clips": 0, "dropout": 0,
+            "dead_code_threshold": 0, "codebook_decay": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
@@ -200,16 +216,16 @@ class Settings:
     @classmethod
     def load(cls, recipe: str | None, changes: dict[str, Any] | None = None) -> "Settings":
         """
-        Settings from a YAML recipe, with changes.
+        Load settings from a YAML recipe, and override some of them.
 
         Args:
-            recipe: a YAML file of fields, or the name of one in `training/recipes`; None for the defaults.
-            changes: values by field that go before the recipe's; those of a dict field are merged into it.
+            recipe: YAML file of fields, or the name of a bundled recipe in `training/recipes`. Defaults to no recipe.
+            changes: Field -> value. They override the recipe; those of a dict field are merged into it.
 
         Raises:
-            ValueError: no such recipe, not YAML, an unknown field, or a value of the wrong type.
+            ValueError: The recipe does not exist or is not YAML, a field is unknown, or a value has the wrong type.
         """
-        values = {} if recipe is None else _read_yaml(_find(recipe))
+        values = {} if recipe is None else _read_yaml(_find_recipe(recipe))
         types_ = typing.get_type_hints(cls)
         for name, value in (changes or {}).items():
             values[name] = {**(values.get(name) or {}), **value} if isinstance(value, dict) else value
@@ -218,20 +234,20 @@ class Settings:
             raise ValueError(
                 f"Got unknown settings: {', '.join(unknown)}. `wavtokenizer train --help` lists them all."
             )
-        return cls(**{name: _typed(name, value, types_[name]) for name, value in values.items()})
+        return cls(**{name: _convert(name, value, types_[name]) for name, value in values.items()})
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """Settings on which the result of a run depends and that differ from those of another run, in words."""
+        """Describe each setting that differs from the given settings of another run and changes the result."""
         return [
             f"{f.name} was {other.get(f.name, f.default)!r} and is now {getattr(self, f.name)!r}"
             for f in dataclasses.fields(self)
-            if not f.metadata["free"]
-            and other.get(f.name, f.default) != getattr(self, f.name)  # older runs lack fields
+            if not f.metadata["may_change"]
+            and other.get(f.name, f.default) != getattr(self, f.name)  # runs of older versions lack some fields
         ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the recipe and one argument for each field; `read_arguments` takes them back."""
+    """Add the recipe and one option per field to a parser. `read_arguments` reads them."""
     recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     parser.add_argument("recipe", nargs="?", help=f"YAML file of settings, or the name of a bundled recipe: {recipes}")
     types_ = typing.get_type_hints(Settings)
@@ -241,15 +257,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if types_[f.name] is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(types_[f.name]) is dict:
-            options |= {"nargs": "+", "metavar": "NAME=VALUE", "type": _pair}
+            options |= {"nargs": "+", "metavar": "NAME=VALUE", "type": _parse_pair}
         else:
             options["metavar"] = "X"
             if f.default not in ("", None):
-                help += f" (default {f.default:g})" if isinstance(f.default, float) else f" (default {f.default})"
-        # no default here: what is not given must not go before the recipe's value
+                help += f" (default: {f.default:g})" if isinstance(f.default, float) else f" (default: {f.default})"
+        # no default: an option that was not given must not override the recipe
         options |= {"dest": f.name, "default": argparse.SUPPRESS}
         parser.add_argument(f"--{f.name.replace('_', '-')}", help=help.replace("%", "%%"), **options)
-        if "_" in f.name:  # as the field is called in a recipe
+        if "_" in f.name:  # the spelling of the field in a recipe
             parser.add_argument(f"--{f.name}", help=argparse.SUPPRESS, **options)
 
 
@@ -261,12 +277,12 @@ def read_arguments(arguments: argparse.Namespace) -> Settings:
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A seed that depends on all of its parts and on nothing else, such as Python's hash of strings."""
+    """Return a seed that depends on all parts alone. Python's hash of strings would differ between processes."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _find(recipe: str) -> Path:
+def _find_recipe(recipe: str) -> Path:
     for path in (Path(recipe), RECIPES / recipe, RECIPES / f"{recipe}.yaml"):
         if path.is_file():
             return path
@@ -284,7 +300,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _pair(text: str) -> tuple[str, Any]:
+def _parse_pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=VALUE")
@@ -294,17 +310,17 @@ def _pair(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"got {text[:100]!r}: {one_line(error)}") from error
 
 
-def _number(value: Any) -> Any:
-    """1e-6, which YAML takes for text, as the number that it is; all else as it came."""
+def _parse_number(value: Any) -> Any:
+    """Convert text such as 1e-6 to a float, because YAML reads it as a string. Return other values unchanged."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
 
 
-def _typed(name: str, value: Any, type_: Any) -> Any:
+def _convert(name: str, value: Any, type_: Any) -> Any:
     """
-    The value in the field's type; text, as the command line gives it, and 2e-4, which YAML takes for text, are read.
+    Return the value in the type of its field. Text is converted: options are text, and YAML reads 2e-4 as text.
     """
     choices = typing.get_args(type_) if isinstance(type_, types.UnionType) else (type_,)
     if value is None or value == "none":
@@ -312,7 +328,7 @@ def _typed(name: str, value: Any, type_: Any) -> Any:
             return None
     elif dict in (typing.get_origin(choice) for choice in choices):
         if isinstance(value, dict):
-            return {key: _number(each) for key, each in value.items()}
+            return {key: _parse_number(each) for key, each in value.items()}
     else:
         kind = choices[0]
         if kind is bool and isinstance(value, bool):

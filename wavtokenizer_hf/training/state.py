@@ -1,4 +1,4 @@
-"""What a run consists of: making it, saving it, and going on from what was saved."""
+"""State of a training run: build, save and restore it."""
 
 import hashlib
 import logging
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Codec(nn.Module):
-    """The model as training sees it: encoder, codebook and decoder in one differentiable pass."""
+    """Encoder, codebook and decoder of a model in one differentiable forward pass."""
 
     def __init__(
         self, model: WavTokenizerModel, precision: str = "float32", reencode: bool = False, frozen: bool = False
@@ -44,14 +44,20 @@ class Codec(nn.Module):
     def forward(
         self, audio: torch.Tensor, bandwidth_id: int, quantize: bool = True
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-        """audio (B, 1, T) -> made (B, 1, T), the codebook's losses by name, latents (B, D, L) and their codes (B, 1,
-        L).
+        """
+        Encode, quantize and decode.
 
-        Without `quantize` the decoder gets the latents themselves, there are no losses, and the codes are the nearest
-        all the same. With a frozen encoder there is no commitment loss, which nothing could lower.
+        Args:
+            audio: Audio of shape (B, 1, T).
+            bandwidth_id: Condition of the decoder.
+            quantize: Whether the decoder gets codebook entries. Else it gets the latents, and there are no losses.
+
+        Returns:
+            Decoded audio (B, 1, T), codebook losses by name, latents (B, D, L) and their nearest codes (B, 1, L). A
+            frozen encoder has no commitment loss, because nothing could lower it.
         """
         model = self.model
-        # codes are always decided in float32
+        # codes are always computed in float32
         with (
             torch.autocast(audio.device.type, enabled=False),
             torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen),
@@ -59,25 +65,26 @@ class Codec(nn.Module):
             latents = model.encoder_model.encoder(audio)
             audio_codes = model.quantizer.encode(latents.detach())
             entries = model.quantizer.decode(audio_codes)
-            # gradients pass straight through the choice
+            # straight-through gradients
             quantized = latents + (entries - latents).detach() if quantize else latents
         with autocast(audio.device, self.precision):
-            made = model.head(model.backbone(quantized, bandwidth_id))[..., : audio.shape[-1]]
+            decoded = model.head(model.backbone(quantized, bandwidth_id))[..., : audio.shape[-1]]
         losses = {}
         if quantize:
             if not self.frozen:
                 losses["commitment"] = F.mse_loss(latents, entries)
-            if self.reencode:  # what the encoder makes of the decoder's audio should be where that audio came from
+            if self.reencode:  # re-encoded audio should give the entries that it was decoded from
                 with torch.autocast(audio.device.type, enabled=False):
-                    losses["reencoding"] = F.mse_loss(model.encoder_model.encoder(made.float()), entries)
-        return made, losses, latents.detach(), audio_codes
+                    losses["reencoding"] = F.mse_loss(model.encoder_model.encoder(decoded.float()), entries)
+        return decoded, losses, latents.detach(), audio_codes
 
 
 @dataclass
 class State:
     """
-    All that a run consists of. Prepared modules are wrapped for several GPUs; `model` and `discriminators` are what is
-    inside.
+    State of a training run.
+
+    `codec` and `prepared_discriminators` are wrapped for several GPUs. `model` and `discriminators` are not.
     """
 
     settings: Settings
@@ -85,8 +92,8 @@ class State:
     model: WavTokenizerModel
     codec: nn.Module
     mel_loss: MelLoss
-    mel_scales_loss: MelScalesLoss | None  # only if it has a weight
-    frequency_loss: InstantaneousFrequencyLoss | None  # likewise
+    mel_scales_loss: MelScalesLoss | None  # None if its weight is 0
+    frequency_loss: InstantaneousFrequencyLoss | None  # None if its weight is 0
     learner: CodebookLearner
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
@@ -94,15 +101,15 @@ class State:
     prepared_discriminators: nn.Module | None = None
     discriminator_optimizer: torch.optim.Optimizer | None = None
     discriminator_schedule: torch.optim.lr_scheduler.LambdaLR | None = None
-    frozen_digest: str | None = None  # of the encoder and codebook, if they are frozen
-    step: int = 0  # steps done
+    frozen_digest: str | None = None  # digest of encoder and codebook, if they are frozen
+    step: int = 0  # number of finished steps
     best_score: float = math.inf
-    num_clips: int = 0  # to train on
-    # since the process began, of all processes at the last entry in the log
-    skipped: dict[str, str] = field(default_factory=dict)  # clips that could not be read, and why
-    # of this process, since it began
-    num_taken: int = 0  # segments
-    num_repeated: int = 0  # of those, from clips shorter than a segment
+    num_clips: int = 0  # number of training clips
+    # since the start of the process; clips of other processes are added with each log entry
+    skipped: dict[str, str] = field(default_factory=dict)  # clip that could not be read -> reason
+    # of this process, since its start
+    num_taken: int = 0  # number of segments
+    num_repeated: int = 0  # number of segments from clips shorter than a segment
 
     @property
     def quantizes(self) -> bool:
@@ -118,23 +125,28 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def build(settings: Settings) -> State:
-    """A run at its beginning: model, discriminators, optimizers. Raises ValueError for a model that cannot be had."""
+    """Build the initial state of a run.
+
+    Raises:
+        ValueError: The model cannot be loaded, or contradicts the settings.
+    """
     accelerate = require("accelerate", "training")
-    # the codebook, the only buffer, agrees over workers by its own sums; nothing has to be broadcast at every pass
+    # the only buffer is the codebook, which CodebookLearner synchronizes, so no broadcast is needed at every pass
     handlers = [accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)]
-    # unless it is told that there is nothing but CPUs, accelerate takes each process that torchrun started for the
-    # only one the settings say what is computed in bfloat16, and not what accelerate was once configured to
+    # cpu: without it, on a machine without accelerator, accelerate takes each process of torchrun for the only one.
+    # mixed_precision: the settings decide what is computed in bfloat16, not a configuration of accelerate.
     accelerator = accelerate.Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=handlers
     )
     torch.manual_seed(derived_seed(settings.seed, "weights"))
     config = _new_config(settings.config)
     model = _load_model(settings.model) if settings.model else WavTokenizerModel(config)
-    for name in settings.config:  # a recipe may be used for a model of its shape
+    for name in settings.config:  # a recipe with a config also works with a model of that config
         if getattr(model.config, name) != getattr(config, name):
             raise ValueError(
                 f"The model {settings.model!r} has {name}={getattr(model.config, name)} and the settings' config "
-                f"{name}={getattr(config, name)}. A model keeps its shape: choose another recipe, or leave config out."
+                f"{name}={getattr(config, name)}. A model keeps its config: choose another "
+                "recipe, or leave config out."
             )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -142,7 +154,7 @@ def build(settings: Settings) -> State:
     if settings.freeze:
         _freeze_encoder(settings, model)
     model.to(accelerator.device)
-    if settings.compile:  # in place, so that names in checkpoints stay; the encoder decides codes and is left as it is
+    if settings.compile:  # in place, to keep tensor names; not the encoder, whose codes must not change
         model.backbone.compile()
         model.head.compile()
     optimizer = _adamw(model, settings.learning_rate)
@@ -166,7 +178,7 @@ def build(settings: Settings) -> State:
         state.discriminators = Discriminators(model.config.adanorm_num_embeddings, settings.discriminator_scale, names)
         if settings.model and not load_discriminators(settings.model, state.discriminators):
             logger.warning(
-                "%s has no discriminators.safetensors: the discriminators begin with random weights.", settings.model
+                "%s has no discriminators.safetensors: the discriminators start with random weights.", settings.model
             )
         state.discriminators.to(accelerator.device)
         if settings.compile:
@@ -182,13 +194,13 @@ def build(settings: Settings) -> State:
 
 
 def save(state: State, output: Path, improved: bool) -> None:
-    """Writes last/, and best/ if the score fell. Raises RuntimeError if what is frozen has changed."""
+    """Write last/, and best/ if the score improved. Raises RuntimeError if frozen weights have changed."""
     accelerator = state.accelerator
     if state.frozen_digest is not None and _digest(state.model.encoder_model) != state.frozen_digest:
         raise RuntimeError("The encoder or codebook has changed although it is frozen. No checkpoint was written.")
     if accelerator.is_main_process:
         discriminators = state.discriminators if state.trains_discriminators else None
-        facts = {
+        metadata = {
             "step": state.step,
             "best_score": state.best_score if math.isfinite(state.best_score) else None,  # JSON has no infinity
             "num_processes": accelerator.num_processes,
@@ -196,8 +208,11 @@ def save(state: State, output: Path, improved: bool) -> None:
             "settings": asdict(state.settings),
             "num_restarts": state.learner.num_restarts,
         }
-        tensors = {"usage": state.learner.usage, **{name: part.state_dict() for name, part in _steered(state).items()}}
-        save_checkpoint(output / LAST, state.model, discriminators, facts, tensors)
+        tensors = {
+            "usage": state.learner.usage,
+            **{name: part.state_dict() for name, part in _stateful_parts(state).items()},
+        }
+        save_checkpoint(output / LAST, state.model, discriminators, metadata, tensors)
         if improved:
             save_checkpoint(output / "best", state.model, discriminators)
     accelerator.wait_for_everyone()
@@ -205,12 +220,12 @@ def save(state: State, output: Path, improved: bool) -> None:
 
 def restore(state: State, output: Path) -> None:
     """
-    Go back to last/, or to previous/ if last/ is missing or damaged.
+    Restore the state from last/, or from previous/ if last/ is missing or damaged.
 
-    A damaged last/ is renamed to last.damaged/, and the log says why in one line.
+    A damaged last/ is renamed to last.damaged/, and one line with the reason is logged.
 
     Raises:
-        ValueError: Neither can be read, or they were made with other settings.
+        ValueError: Neither can be read, or the settings differ from those of the run.
     """
     reasons = []
     for folder in (output / LAST, output / PREVIOUS):
@@ -221,7 +236,7 @@ def restore(state: State, output: Path) -> None:
         except DamagedError as error:
             reasons.append(str(error))
             continue
-        state.accelerator.wait_for_everyone()  # until the others have read last/ as well
+        state.accelerator.wait_for_everyone()  # until the other processes have read last/
         if reasons and state.accelerator.is_main_process:
             damaged = output / f"{LAST}.damaged"
             shutil.rmtree(damaged, ignore_errors=True)
@@ -231,20 +246,25 @@ def restore(state: State, output: Path) -> None:
             )
         return
     if not reasons:
-        raise ValueError(f"There is no state of training in {output} to go on from.")
+        raise ValueError(f"There is no state of training in {output} to resume from.")
     raise ValueError(
-        f"There is no checkpoint in {output} to go on from: {'; '.join(reasons)}. Start another run, for example with "
-        f"model={output / 'best'}."
+        f"There is no checkpoint in {output} to resume from: {'; '.join(reasons)}. Start another run, for example "
+        f"with model={output / 'best'}."
     )
 
 
 def _restore_from(state: State, folder: Path) -> None:
-    """Raises DamagedError if the checkpoint cannot be read, ValueError if it was made with other settings."""
-    facts, tensors = read_state(folder)
+    """Restore the state from a checkpoint.
+
+    Raises:
+        DamagedError: The checkpoint cannot be read.
+        ValueError: The settings differ from those of the run.
+    """
+    metadata, tensors = read_state(folder)
     try:
-        step, num_processes, best_score = facts["step"], facts["num_processes"], facts["best_score"]
-        differences = state.settings.differences(facts["settings"])
-        num_restarts, steps_before = facts["num_restarts"], int(facts["settings"]["steps"])
+        step, num_processes, best_score = metadata["step"], metadata["num_processes"], metadata["best_score"]
+        differences = state.settings.differences(metadata["settings"])
+        num_restarts, steps_before = metadata["num_restarts"], int(metadata["settings"]["steps"])
     except (KeyError, AttributeError, TypeError) as error:
         raise DamagedError(f"The state of training in {folder} cannot be read: it lacks {error}") from error
     if type(step) is not int or step < 0:
@@ -253,58 +273,58 @@ def _restore_from(state: State, folder: Path) -> None:
         differences.append(f"steps were {steps_before} and are now {state.settings.steps}, which is fewer")
     if num_processes != state.accelerator.num_processes:
         differences.append(f"processes were {num_processes} and are now {state.accelerator.num_processes}")
-    if (num_clips := facts.get("num_clips", state.num_clips)) != state.num_clips:
+    if (num_clips := metadata.get("num_clips", state.num_clips)) != state.num_clips:
         differences.append(f"clips were {num_clips} and are now {state.num_clips}")
     if differences:
         raise ValueError(
-            f"The run in {folder.parent} had other settings: {'; '.join(differences)}. Resume it with its own, or "
-            f"start another from it with model={folder}."
+            f"The run in {folder.parent} had other settings: {'; '.join(differences)}. Resume it with its own "
+            f"settings, or start another run from it with model={folder}."
         )
     try:
         state.model.load_state_dict(_load_model(str(folder)).state_dict())
         needed = step >= state.settings.mel_only_steps
         if state.discriminators is not None and needed and not load_discriminators(str(folder), state.discriminators):
             raise ValueError("it lacks its discriminators")
-        for name, part in _steered(state).items():
+        for name, part in _stateful_parts(state).items():
             _load_part(name, part, tensors[name])
         if state.settings.steps != steps_before:
             for schedule in filter(None, (state.schedule, state.discriminator_schedule)):
-                _follow_new_length(schedule)
+                _update_learning_rate(schedule)
         state.learner.usage.copy_(tensors["usage"])
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # a damaged file can make any of these raise anything
+    except Exception as error:  # any of these can raise any error for a damaged file
         raise DamagedError(f"The checkpoint {folder} cannot be read: {one_line(error)}") from error
     state.learner.num_restarts = num_restarts
     state.step, state.best_score = step, math.inf if best_score is None else best_score
 
 
 def _load_part(name: str, part: Any, values: Any) -> None:
-    """Load an optimizer or schedule. Raises an error where PyTorch would take what belongs to something else."""
+    """Load the state of an optimizer or schedule. Raises ValueError for keys or shapes that PyTorch does not check."""
     if not isinstance(values, dict) or set(values) != set(part.state_dict()):
         raise ValueError(f"optimizers.pt holds no state of the {name}")
     part.load_state_dict(values)
-    for parameter, numbers in getattr(part, "state", {}).items():
-        for key, tensor in numbers.items():
+    for parameter, moments in getattr(part, "state", {}).items():
+        for key, tensor in moments.items():
             if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape != parameter.shape:
                 raise ValueError(f"optimizers.pt holds {key} of another shape in the {name}")
 
 
 def check_output(settings: Settings, output: Path) -> None:
-    """Raises ValueError if a run would overwrite another, or the best model of one."""
+    """Raise ValueError if the run would overwrite the checkpoints of another run."""
     recover(output / "best")
     if any((output / name).exists() for name in (LAST, PREVIOUS, "best")) and not settings.resume:
-        raise ValueError(f"{output} holds a run already. Resume it (--resume), or choose another output.")
+        raise ValueError(f"{output} already holds a run. Resume it (--resume), or choose another output.")
 
 
 def prepare_hub(state: State) -> None:
-    """Makes the repository before the first step, rather than fail after the last one."""
+    """Create the Hub repository before the first step, so that errors do not appear after the last one."""
     if state.settings.push_to_hub and state.accelerator.is_main_process:
         _hub().create_repo(state.settings.push_to_hub, exist_ok=True)
 
 
 def upload(state: State, output: Path) -> None:
-    """Sends best/ to the Hub, if the settings say so."""
+    """Upload best/ to the Hub, if `push_to_hub` is set."""
     if state.settings.push_to_hub and state.accelerator.is_main_process:
         _hub().upload_folder(
             repo_id=state.settings.push_to_hub,
@@ -320,8 +340,8 @@ def _hub() -> "HfApi":
     return HfApi()
 
 
-def _steered(state: State) -> dict[str, Any]:
-    """The parts with a state of their own beside the weights."""
+def _stateful_parts(state: State) -> dict[str, Any]:
+    """Return optimizers and schedules by name."""
     parts: dict[str, Any] = {"optimizer": state.optimizer, "schedule": state.schedule}
     if state.discriminators is not None:
         parts |= {
@@ -331,10 +351,8 @@ def _steered(state: State) -> dict[str, Any]:
     return parts
 
 
-def _follow_new_length(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
-    """
-    Sets the learning rate to that of the schedule's own function, where the state came from one of another length.
-    """
+def _update_learning_rate(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Set the learning rate for a schedule whose state came from a run of another length."""
     rates = [
         base * function(schedule.last_epoch)
         for base, function in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
@@ -356,7 +374,7 @@ def _freeze_encoder(settings: Settings, model: WavTokenizerModel) -> None:
 
 
 def _digest(module: nn.Module) -> str:
-    """SHA-256 over the names and values of all tensors of a module."""
+    """Return the SHA-256 of the names and values of all tensors of a module."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -371,7 +389,7 @@ def _load_model(name: str) -> WavTokenizerModel:
 def _new_config(values: dict[str, Any]) -> WavTokenizerConfig:
     known = {f.name for f in fields(WavTokenizerConfig)}
     unknown = sorted(set(values) - known)
-    if unknown:  # transformers would keep them without a word
+    if unknown:  # transformers would accept them silently
         raise ValueError(f"Got config fields that a WavTokenizer does not have: {', '.join(unknown)}.")
     return WavTokenizerConfig(**values)
 

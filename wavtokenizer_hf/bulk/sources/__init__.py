@@ -1,7 +1,7 @@
 """
-Sources of clips, one module for each kind.
+Sources of clips, one module per kind.
 
-A source lists its clips first, each with an id and a locator. Workers then read each clip by its locator.
+A source first lists its clips, each with an id and a locator. Workers then read each clip by its locator.
 """
 
 from .base import Item, Source

@@ -1,4 +1,4 @@
-"""What all sources of clips have in common."""
+"""Base class of the sources of clips, and helpers that they share."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,13 @@ from ..records import NO_FILE, Stamp
 
 @dataclass(frozen=True)
 class Item:
-    """One clip: its id, the same in every run over the same source, and where the source finds it."""
+    """
+    One clip of a source, before its audio is read.
+
+    Args:
+        id: Id of the clip, the same in every run over the same source.
+        locator: Position of the clip in the source. Each class of sources has its own kind.
+    """
 
     id: str
     locator: Any
@@ -21,14 +27,13 @@ class Item:
 
 class Source:
     """
-    Clips, listed when the source is opened and read later, by worker processes.
+    Source of clips. It lists them when it is opened. Worker processes read them later.
 
-    Args:
-        schema: Schema (pyarrow) of the extra columns, which the output gets too.
+    Attributes:
+        schema: Schema (pyarrow) of the extra columns, which are copied to the output.
         items: All clips, in a fixed order.
-        selection: What was taken of a source that has more: its column, config, split and revision, as far as it has
-            them.
-        passed_over: Files and members of shards that are no clips and belong to none.
+        selection: Column, config, split and revision that were selected, as far as this kind of source has them.
+        passed_over: Files, and members of tar shards, that were skipped because they belong to no clip.
     """
 
     schema: Any
@@ -38,7 +43,10 @@ class Source:
 
     def read(self, locator: Any) -> Any:
         """
-        Return the audio of a clip, as `audio.load_clip` takes it. Raises ValueError or OSError if it cannot be read.
+        Return the audio of a clip, as `audio.load_clip` takes it.
+
+        Raises:
+            ValueError, OSError: The audio cannot be read.
         """
         raise NotImplementedError
 
@@ -47,14 +55,11 @@ class Source:
         raise NotImplementedError
 
     def file(self, locator: Any) -> str | None:
-        """
-        Return the path of the file that holds a clip: its own, or the shard or table that it is in. None for a
-        dataset.
-        """
+        """Return the path of the audio file, tar shard or table with a clip. None for a dataset."""
         return locator[0] if isinstance(locator, tuple) else None
 
     def stamp(self, locator: Any) -> Stamp:
-        """Return size and time of that file as it is now."""
+        """Return the current size and time of the file with a clip."""
         try:
             status = os.stat(self.file(locator) or "")
         except (OSError, ValueError):
@@ -62,14 +67,14 @@ class Source:
         return status.st_size, status.st_mtime_ns
 
     def without_items(self) -> "Source":
-        """Return a copy for workers, which get the items of each Parquet file one after another."""
-        worker = object.__new__(type(self))
-        worker.__dict__.update(self.__dict__, items=(), passed_over=())
-        return worker
+        """Return a copy without the list of clips, for workers: they get the clips of one Parquet file at a time."""
+        source = object.__new__(type(self))
+        source.__dict__.update(self.__dict__, items=(), passed_over=())
+        return source
 
 
 def relative_path(file: str, base: Path) -> str:
-    """Return the path below a folder, with `/` on every system."""
+    """Return the path of a file relative to a folder, with `/` on every system."""
     return Path(os.path.relpath(file, base)).as_posix()
 
 
@@ -77,18 +82,18 @@ def check_column(names: list[str], column: str, where: str) -> None:
     """Raise ValueError if a table has no such column. `where` names the table."""
     if column not in names:
         raise ValueError(
-            f"There is no column {column!r} in {where}, which has {', '.join(names)}. Name the one of sound."
+            f"There is no column {column!r} in {where}, which has {', '.join(names)}. Name the column with the audio."
         )
 
 
 def row_id(value: Any, where: str) -> str:
-    """Return the id in a column `id` as text. Raises ValueError if there is none."""
+    """Return a value of the column `id` as text. Raises ValueError for null. `where` names the table."""
     if value is None:
         raise ValueError(f"A row of {where} has nothing in the column 'id'. Fill it, or rename the column.")
     return str(value)
 
 
 def typed_field(field: Any) -> Any:
-    """Return a field of pyarrow; one of nothing but nulls becomes one of text."""
+    """Return a pyarrow field. A field of type null, whose values are all missing, gets the type string."""
     pyarrow = require("pyarrow", "bulk")
     return field.with_type(pyarrow.string()) if pyarrow.types.is_null(field.type) else field

@@ -1,4 +1,4 @@
-"""Datasets of the datasets library: in memory, on disk, on the Hub."""
+"""Read clips from datasets of the datasets library: in memory, on disk, or on the Hub."""
 
 from pathlib import Path
 from typing import Any
@@ -8,21 +8,21 @@ from .base import Item, Source, check_column, row_id
 
 
 class HFDatasetSource(Source):
-    """A `datasets.Dataset`, read as it is stored: nothing is decoded by it. A locator is a row's number."""
+    """A `datasets.Dataset`, read without decoding its audio. A locator is the index of a row."""
 
     def __init__(self, dataset: Any, column: str, **selection: str | None):
         if not isinstance(dataset, require("datasets", "bulk").Dataset):
             raise ValueError(
-                f"Got a {type(dataset).__name__} as the source, expected a path or a datasets.Dataset. Of a "
-                "dictionary take a split; a stream is for tokenize_dataset."
+                f"Got a {type(dataset).__name__} as the source, expected a path or a datasets.Dataset. Pass one split "
+                "of a dictionary. For a stream, call tokenize_dataset."
             )
         check_column(dataset.column_names, column, "the dataset")
         ids = [row_id(id, "the dataset") for id in dataset["id"]] if "id" in dataset.column_names else None
         self.items = [Item(f"{row:09d}" if ids is None else ids[row], row) for row in range(len(dataset))]
         self.column, self.dataset = column, dataset.with_format("arrow")
         self.selection = {"column": column, **selection}
-        kept = {name: feature for name, feature in dataset.features.items() if name not in (column, "id")}
-        self.schema = type(dataset.features)(kept).arrow_schema
+        extra_features = {name: feature for name, feature in dataset.features.items() if name not in (column, "id")}
+        self.schema = type(dataset.features)(extra_features).arrow_schema
 
     def read(self, locator: int) -> Any:
         return self.dataset.select_columns([self.column])[locator].to_pylist()[0][self.column]
@@ -34,7 +34,7 @@ class HFDatasetSource(Source):
 
 
 def open_disk(path: Path, column: str, split: str | None) -> HFDatasetSource:
-    """Open a folder of `save_to_disk`. Raises ValueError if it is damaged or has no such split."""
+    """Open a folder that `save_to_disk` wrote. Raises ValueError if it is damaged or has no such split."""
     datasets = require("datasets", "bulk")
     try:
         dataset = datasets.load_from_disk(str(path))
@@ -44,7 +44,7 @@ def open_disk(path: Path, column: str, split: str | None) -> HFDatasetSource:
         split = split or "train"
         if split not in dataset:
             raise ValueError(
-                f"The dataset {path} has the splits {', '.join(dataset)}, and no {split!r}. Name one of them."
+                f"The dataset {path} has the splits {', '.join(dataset)}, but no {split!r}. Name one of them."
             )
         return HFDatasetSource(dataset[split], column, split=split)
     return HFDatasetSource(dataset, column)

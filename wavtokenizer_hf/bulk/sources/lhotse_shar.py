@@ -1,4 +1,4 @@
-"""Cuts of Lhotse Shar."""
+"""Read clips from a folder of Lhotse Shar."""
 
 import gzip
 import os
@@ -18,64 +18,65 @@ from .base import Item, Source
 from .recent_values import RecentValues
 
 
-MAX_CUT_BYTES = 2**24  # of one line of a CutSet; real ones have a few kilobytes
+MAX_CUT_BYTES = 2**24  # largest line of a CutSet that is read; real lines have a few kilobytes
 
 
 def is_shar(folder: Path) -> bool:
-    """Whether a folder holds Lhotse Shar: a CutSet and recordings in tar shards."""
+    """Return whether a folder holds Lhotse Shar: a CutSet, and recordings in tar shards."""
     return any(folder.glob("cuts*.jsonl*")) and any(folder.glob("recording*.tar"))
 
 
 class LhotseSource(Source):
     """
-    Cuts of a Lhotse Shar folder, with `recording` as audio. A locator is the numbers of shard and cut.
+    Cuts of a Lhotse Shar folder. The field `recording` is the audio. A locator is (index of the shard, index of the
+    cut in it).
 
-    Text and speaker of the first supervision are carried along. A shard is read whole, as Shar is meant to be. Two
-    shards are held in memory, and those that readers are at.
+    Extra columns are the text and speaker of the first supervision. A tar shard is read as a whole, because Shar is
+    made for sequential reading. Memory holds the last two shards, and the shards that reader threads wait for.
     """
 
     def __init__(self, folder: Path):
         require("lhotse", "lhotse")
         pyarrow = require("pyarrow", "bulk")
         self.folder = folder
-        self._shards = [(str(cuts), str(folder / _beside(cuts.name))) for cuts in sorted(folder.glob("cuts*.jsonl*"))]
-        self._cuts = RecentValues()
+        self._shards = [
+            (str(cuts), str(folder / _recordings_name(cuts.name))) for cuts in sorted(folder.glob("cuts*.jsonl*"))
+        ]
+        self._cuts = RecentValues()  # index of a shard -> its cuts
         self.items = []
-        for number, (cuts, recordings) in enumerate(self._shards):
+        for shard_index, (cuts, recordings) in enumerate(self._shards):
             if not os.path.isfile(recordings):
-                raise ValueError(
-                    f"{cuts} has no {os.path.basename(recordings)} beside it, in which its recordings lie."
-                )
-            for position, id in enumerate(_cut_ids(cuts)):
-                self.items.append(Item(id, (number, position)))
+                raise ValueError(f"{cuts} has no recordings: expected the file {recordings}.")
+            for cut_index, id in enumerate(_read_cut_ids(cuts)):
+                self.items.append(Item(id, (shard_index, cut_index)))
         self.schema = pyarrow.schema([("text", pyarrow.string()), ("speaker", pyarrow.string())])
-        used = {path for shard in self._shards for path in shard}
-        self.passed_over = [path for path in walk(folder) if path not in used]
+        shard_paths = {path for shard in self._shards for path in shard}
+        self.passed_over = [path for path in walk(folder) if path not in shard_paths]
 
     def file(self, locator: tuple[int, int]) -> str:
         return self._shards[locator[0]][1]
 
     def _cut(self, locator: tuple[int, int]) -> Any:
-        number, position = locator
+        shard_index, cut_index = locator
 
         def read() -> list:
-            cuts, recordings = self._shards[number]
+            cuts, recordings = self._shards[shard_index]
             fields = {"cuts": [cuts], "recording": [recordings]}
             try:
                 return list(require("lhotse", "lhotse").CutSet.from_shar(fields=fields))
-            except Exception as error:  # of lhotse, tarfile and gzip
+            except Exception as error:  # lhotse, tarfile and gzip raise errors of many classes
                 raise AudioError(f"lhotse cannot read the shard {recordings}: {_reason(error)}") from error
 
-        return self._cuts.get(number, read)[position]
+        return self._cuts.get(shard_index, read)[cut_index]
 
     def read(self, locator: tuple[int, int]) -> audio.Channels:
         cut = self._cut(locator)
         recording, name = getattr(cut, "recording", None), f"the cut {cut.id!r}"
         if recording is not None and not recording.transforms and isinstance(recording.sources[0].source, bytes):
-            return _of_recording(cut, recording, name)
+            return _read_cut(cut, recording, name)
         try:  # mixed or augmented cuts
             samples = cut.load_audio()
-        except Exception as error:  # lhotse's own classes, which derive from Exception alone
+        except Exception as error:  # the classes of lhotse's errors have no other common base
             raise AudioError(f"lhotse cannot read {name}: {_reason(error)}") from error
         return audio.Channels(np.atleast_2d(samples).T, cut.sampling_rate, name)
 
@@ -85,37 +86,39 @@ class LhotseSource(Source):
         return {"text": getattr(first, "text", None), "speaker": getattr(first, "speaker", None)}
 
 
-def _of_recording(cut: Any, recording: Any, name: str) -> audio.Channels:
-    """A cut of a recording that lies in the shard, decoded as the same bytes in any other source are."""
+def _read_cut(cut: Any, recording: Any, name: str) -> audio.Channels:
+    """Return the audio of a cut. Its recording's bytes are decoded as those of any other source."""
     whole = audio.read_channels(recording.sources[0].source, name)
     if whole.sampling_rate != recording.sampling_rate:
-        raise AudioError(f"{name} has {whole.sampling_rate} Hz, and its manifest says {recording.sampling_rate} Hz.")
-    first, count = round(cut.start * whole.sampling_rate), cut.num_samples
-    if first + count > len(whole.samples) + whole.sampling_rate // 100:
+        raise AudioError(f"{name} has {whole.sampling_rate} Hz, but its manifest says {recording.sampling_rate} Hz.")
+    start, num_samples = round(cut.start * whole.sampling_rate), cut.num_samples
+    if start + num_samples > len(whole.samples) + whole.sampling_rate // 100:
         raise AudioError(
-            f"{name} needs {first + count} samples, and its recording has {len(whole.samples)}.", "truncated"
+            f"{name} needs {start + num_samples} samples, but its recording has {len(whole.samples)}.", "truncated"
         )
-    wanted = cut.channel if isinstance(cut.channel, list) else [cut.channel]
+    channels = cut.channel if isinstance(cut.channel, list) else [cut.channel]
     try:
-        samples = whole.samples[first : first + count, [recording.channel_ids.index(number) for number in wanted]]
+        columns = [recording.channel_ids.index(channel) for channel in channels]
+        samples = whole.samples[start : start + num_samples, columns]
     except (ValueError, IndexError) as error:
         raise AudioError(
-            f"{name} names the channels {wanted}, and its recording has {whole.samples.shape[1]}.", "no-channel"
+            f"{name} needs the channels {channels}, but its recording has {whole.samples.shape[1]} channels.",
+            "no-channel",
         ) from error
     return audio.Channels(samples, whole.sampling_rate, name)
 
 
 def _reason(error: Exception) -> str:
-    """Without addresses in memory, which are others each time."""
+    """Return the message of an error without memory addresses, which differ from run to run."""
     return one_line(re.sub(r" at 0x[0-9a-f]+", "", str(error) or type(error).__name__))
 
 
-def _beside(cuts: str) -> str:
-    """cuts.000000.jsonl.gz -> recording.000000.tar"""
+def _recordings_name(cuts: str) -> str:
+    """Return the name of the tar shard for a file of cuts: cuts.000000.jsonl.gz -> recording.000000.tar."""
     return cuts.replace("cuts", "recording", 1).removesuffix(".gz").removesuffix(".jsonl") + ".tar"
 
 
-def _cut_ids(path: str) -> list[str]:
+def _read_cut_ids(path: str) -> list[str]:
     ids: list[str] = []
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
@@ -126,7 +129,7 @@ def _cut_ids(path: str) -> list[str]:
                     continue
                 cut = parse_json(line)
                 if not isinstance(cut, dict) or not isinstance(cut.get("id"), str):
-                    raise ValueError(f"line {len(ids) + 1} is no cut with an id of text")
+                    raise ValueError(f"line {len(ids) + 1} is not a cut whose id is a string")
                 ids.append(cut["id"])
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"Cannot read the cuts of {path}: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Parquet files with a column of audio."""
+"""Read clips from Parquet files with a column of audio."""
 
 import os
 import threading
@@ -10,9 +10,10 @@ from .base import Item, Source, check_column, relative_path, row_id, typed_field
 
 
 class ParquetSource(Source):
-    """Parquet files with a column of sound: an Audio column (`bytes` or `path`), bytes, or paths relative to the file.
+    """
+    Parquet files with a column of audio: an Audio column (`bytes` or `path`), bytes, or paths relative to the file.
 
-    A locator is (file, row group, row in it). A reader holds one row group at a time.
+    A locator is (file, index of the row group, index of the row in it). Memory holds one row group at a time.
     """
 
     def __init__(self, files: list[str], base: Path, column: str):
@@ -20,19 +21,21 @@ class ParquetSource(Source):
         self.column, self.items, schema = column, [], None
         self.selection = {"column": column}
         self._lock = threading.Lock()
-        self._held: tuple[Any, Any] = (None, None)  # place and table of the row group that was read last
+        self._cached_group: tuple[Any, Any] = (None, None)  # (file, index) and table of the last row group
         for file in files:
             try:
                 with parquet.ParquetFile(file) as opened:
-                    own = opened.schema_arrow.remove_metadata()
+                    file_schema = opened.schema_arrow.remove_metadata()
                     sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
-                    check_column(own.names, column, file)
-                    ids = opened.read(columns=["id"])["id"].to_pylist() if "id" in own.names else None
+                    check_column(file_schema.names, column, file)
+                    ids = opened.read(columns=["id"])["id"].to_pylist() if "id" in file_schema.names else None
             except pyarrow.ArrowException as error:
                 raise ValueError(f"Cannot read {file} as Parquet: {error}") from error
-            if schema is not None and own != schema:
-                raise ValueError(f"{file} has other columns than {files[0]}: {own.names}, expected {schema.names}.")
-            schema, number = own, 0
+            if schema is not None and file_schema != schema:
+                raise ValueError(
+                    f"{file} has other columns or types than {files[0]}: {file_schema.names}, expected {schema.names}."
+                )
+            schema, number = file_schema, 0
             for group, size in enumerate(sizes):
                 for row in range(size):
                     id = f"{relative_path(file, base)}/{number}" if ids is None else row_id(ids[number], file)
@@ -43,7 +46,7 @@ class ParquetSource(Source):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "_held": (None, None)}
+        return {**self.__dict__, "_lock": None, "_cached_group": (None, None)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
@@ -51,21 +54,21 @@ class ParquetSource(Source):
     def _row(self, locator: tuple[str, int, int], names: list[str]) -> dict[str, Any]:
         file, group, row = locator
         with self._lock:
-            if self._held[0] != (file, group):
+            if self._cached_group[0] != (file, group):
                 with require("pyarrow.parquet", "bulk").ParquetFile(file) as opened:
-                    self._held = ((file, group), opened.read_row_group(group))
-            table = self._held[1]
+                    self._cached_group = ((file, group), opened.read_row_group(group))
+            table = self._cached_group[1]
         return table.select(names).slice(row, 1).to_pylist()[0]
 
     def read(self, locator: tuple[str, int, int]) -> Any:
-        return _from_folder(self._row(locator, [self.column])[self.column], os.path.dirname(locator[0]))
+        return _resolve_path(self._row(locator, [self.column])[self.column], os.path.dirname(locator[0]))
 
     def extra_columns(self, locator: tuple[str, int, int]) -> dict[str, Any]:
         return self._row(locator, self.schema.names)
 
 
-def _from_folder(value: Any, folder: str) -> Any:
-    """Paths that are relative to a folder, from there."""
+def _resolve_path(value: Any, folder: str) -> Any:
+    """Resolve the path in a value relative to a folder. Return a value without a path unchanged."""
     if isinstance(value, str):
         return os.path.join(folder, value)
     if isinstance(value, dict) and value.get("bytes") is None and isinstance(value.get("path"), str):

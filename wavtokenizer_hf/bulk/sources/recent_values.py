@@ -1,4 +1,4 @@
-"""A cache of the last values that readers of one process share."""
+"""A cache of the last values, which the reader threads of a process share."""
 
 import threading
 from collections import deque
@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 
 
 class _Entry:
-    """A value that is read once, by the first thread that needs it."""
+    """A value that the first thread that needs it reads, once."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -17,9 +17,10 @@ class _Entry:
 
 class RecentValues:
     """
-    Values by key: the last two, and those that a thread waits for.
+    Cache of the last two values, and of those that a thread waits for.
 
-    Readers at the end of one recording and at the beginning of the next share both, so each is read once.
+    Two, because some threads may still read the end of one recording while others begin the next. So each recording is
+    read once.
     """
 
     def __init__(self) -> None:
@@ -28,10 +29,10 @@ class RecentValues:
         self._recent: deque[_Entry] = deque(maxlen=2)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RecentValues, ()  # another process reads for itself
+        return RecentValues, ()  # another process starts with an empty cache
 
     def get(self, key: Hashable, read: Callable[[], Any]) -> Any:
-        """The value of `key`, by calling `read` if it is not there."""
+        """Return the value of a key. Call `read` if it is not in the cache."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:

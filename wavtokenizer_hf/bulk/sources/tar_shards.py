@@ -1,4 +1,4 @@
-"""Tar shards, read without unpacking them."""
+"""Read clips from tar shards without unpacking them."""
 
 import os
 import tarfile
@@ -11,38 +11,44 @@ from ..options import check_tar_names
 from .base import Item, Source, relative_path
 
 
-TEXTS = ("cls", "csv", "json", "lab", "srt", "text", "tsv", "txt", "vtt")
-"""Endings of what is carried along as text from tar shards."""
+TEXT_EXTENSIONS = ("cls", "csv", "json", "lab", "srt", "text", "tsv", "txt", "vtt")
+"""Extensions of the files in tar shards that become text columns. Other files become columns of bytes."""
+
+_Member = tuple[int, int]  # offset and size in the tar shard, in bytes
+_Samples = dict[
+    str, tuple[_Member, dict[str, _Member]]
+]  # key -> audio file, and extension -> other file of the sample
 
 
 class TarSource(Source):
-    """Tar files of sounds and what lies beside them, which is carried along as text or bytes.
+    """
+    Tar shards of audio files. Other files of the same sample become extra columns: text or bytes.
 
-    A locator is the shard, the sound's (offset, size) and those of the other members of its name, by their ending.
-    Members are found by reading the headers once; nothing is unpacked.
+    A locator is (path of the tar shard, (offset, size) of the audio file, extension -> (offset, size) of the sample's
+    other files). The headers are read once, when the source is opened.
     """
 
     def __init__(self, shards: list[str], base: Path, tar_names: str = "ending"):
         pyarrow = require("pyarrow", "bulk")
         check_tar_names(tar_names)
-        group = _by_ending if tar_names == "ending" else _by_first_dot
+        group_members = _group_by_extension if tar_names == "ending" else _group_by_first_dot
         self.items, self.passed_over = [], []
-        endings: set[str] = set()
+        extensions: set[str] = set()
         for shard in shards:
-            samples, others = group(shard, self._members(shard))
-            self.passed_over += [f"{relative_path(shard, base)}/{name}" for name in others]
-            for key, (sound, beside) in samples.items():
-                beside = {utf8_name(ending): member for ending, member in beside.items()}
-                endings.update(beside)
-                self.items.append(Item(f"{relative_path(shard, base)}/{key}", (shard, sound, beside)))
+            samples, skipped_names = group_members(shard, self._members(shard))
+            self.passed_over += [f"{relative_path(shard, base)}/{name}" for name in skipped_names]
+            for key, (audio_member, other_members) in samples.items():
+                columns = {utf8_name(extension): member for extension, member in other_members.items()}
+                extensions.update(columns)
+                self.items.append(Item(f"{relative_path(shard, base)}/{key}", (shard, audio_member, columns)))
         self.schema = pyarrow.schema(
-            [(ending, pyarrow.string() if _is_text(ending) else pyarrow.binary()) for ending in sorted(endings)]
+            [(name, pyarrow.string() if _is_text(name) else pyarrow.binary()) for name in sorted(extensions)]
         )
 
     @staticmethod
-    def _members(shard: str) -> dict[str, tuple[int, int]]:
-        """Name -> (offset, size) of each file in the shard."""
-        members: dict[str, tuple[int, int]] = {}
+    def _members(shard: str) -> dict[str, _Member]:
+        """Return name -> (offset, size) of each file in a tar shard."""
+        members: dict[str, _Member] = {}
         try:
             with tarfile.open(shard, "r:") as file:
                 for member in file:
@@ -59,10 +65,10 @@ class TarSource(Source):
             with open(shard, "rb") as file:
                 file.seek(end)
                 while block := file.read(2**20):
-                    if block.count(0) < len(block):  # tarfile would be content with what comes before
+                    if block.count(0) < len(block):  # tarfile silently ignores the rest
                         raise ValueError(
                             f"{shard} goes on after the end of the archive, at byte {end}. It is damaged, or several "
-                            "in one file: write each to a file of its own."
+                            "archives were joined to one file. Write each archive to its own file."
                         )
         except tarfile.TarError as error:
             raise ValueError(
@@ -71,75 +77,82 @@ class TarSource(Source):
         return members
 
     @staticmethod
-    def _content(shard: str, locator: tuple[int, int]) -> bytes:
+    def _read_member(shard: str, member: _Member) -> bytes:
+        offset, size = member
         with open(shard, "rb") as file:
-            file.seek(locator[0])
-            content = file.read(locator[1])
-        if len(content) < locator[1]:
+            file.seek(offset)
+            content = file.read(size)
+        if len(content) < size:
             raise ValueError(f"{shard} ends within this clip. The shard may be damaged.")
         return content
 
     def read(self, locator: Any) -> bytes:
-        return self._content(locator[0], locator[1])
+        return self._read_member(locator[0], locator[1])
 
     def extra_columns(self, locator: Any) -> dict[str, Any]:
-        contents = {name: self._content(locator[0], where) for name, where in locator[2].items()}
+        shard, _, columns = locator
+        contents = {name: self._read_member(shard, member) for name, member in columns.items()}
         try:
             return {name: content.decode() if _is_text(name) else content for name, content in contents.items()}
         except UnicodeDecodeError as error:
-            raise ValueError(f"The text beside it in {locator[0]} is not UTF-8: {error}") from error
+            raise ValueError(f"A text file of this clip in {shard} is not UTF-8: {error}") from error
 
 
-_Member = tuple[int, int]
-_Samples = dict[str, tuple[_Member, dict[str, _Member]]]  # key -> its sound, and what lies beside it by ending
-
-
-def _by_ending(shard: str, members: dict[str, _Member]) -> tuple[_Samples, list[str]]:
+def _group_by_extension(shard: str, members: dict[str, _Member]) -> tuple[_Samples, list[str]]:
     """
-    Sounds are known by their ending, the rest of the name may hold dots. Gives the samples, and members without a
-    sound.
+    Split names before the known extension of an audio file, so that the key may contain dots.
+
+    Returns:
+        The samples by key, and the names of the members that belong to no audio file.
     """
     samples: _Samples = {}
     for name, member in members.items():
-        key, ending = os.path.splitext(name)
-        if ending.lower() in SUFFIXES:
+        key, extension = os.path.splitext(name)
+        if extension.lower() in SUFFIXES:
             if key in samples:
-                raise ValueError(f"{shard} holds several sounds for {key!r}. Expected one for each name.")
+                raise ValueError(f"{shard} holds several audio files for {key!r}. Expected one per name.")
             samples[key] = (member, {})
-    others = []
+    skipped_names = []
     for name, member in members.items():
-        key, ending = os.path.splitext(name)
-        if ending.lower() in SUFFIXES:
+        key, extension = os.path.splitext(name)
+        if extension.lower() in SUFFIXES:
             continue
-        while ending and key not in samples:
-            key, ending = os.path.splitext(key)
+        while extension and key not in samples:
+            key, extension = os.path.splitext(key)
         if key in samples:
             samples[key][1][name[len(key) + 1 :]] = member
         else:
-            others.append(name)
-    return samples, others
+            skipped_names.append(name)
+    return samples, skipped_names
 
 
-def _by_first_dot(shard: str, members: dict[str, _Member]) -> tuple[_Samples, list[str]]:
-    """WebDataset's rule: names are split at the first dot. Gives the samples, and members without a sound."""
-    groups: dict[str, dict[str, str]] = {}
+def _group_by_first_dot(shard: str, members: dict[str, _Member]) -> tuple[_Samples, list[str]]:
+    """
+    Split names at the first dot, as WebDataset does.
+
+    Returns:
+        The samples by key, and the names of the members that belong to no audio file.
+    """
+    names_by_key: dict[str, dict[str, str]] = {}  # key -> extension -> name
     for name in members:
         folder, base = os.path.split(name)
-        key, _, ending = base.partition(".")
-        groups.setdefault(os.path.join(folder, key) if key else name, {})[ending] = name
+        key, _, extension = base.partition(".")
+        names_by_key.setdefault(os.path.join(folder, key) if key else name, {})[extension] = name
     samples = {}
-    others: list[str] = []
-    for key, names in groups.items():
-        sounds = [ending for ending in names if f".{ending.lower()}".endswith(SUFFIXES)]
-        if len(sounds) > 1:
-            raise ValueError(f"{shard} holds several sounds for {key!r}: {sounds}. Expected one for each name.")
-        if not sounds:
-            others += names.values()
+    skipped_names: list[str] = []
+    for key, names in names_by_key.items():
+        audio_extensions = [extension for extension in names if f".{extension.lower()}".endswith(SUFFIXES)]
+        if len(audio_extensions) > 1:
+            raise ValueError(
+                f"{shard} holds several audio files for {key!r}: {audio_extensions}. Expected one per name."
+            )
+        if not audio_extensions:
+            skipped_names += names.values()
             continue
-        sound = members[names.pop(sounds[0])]
-        samples[key] = (sound, {ending: members[name] for ending, name in names.items()})
-    return samples, others
+        audio_member = members[names.pop(audio_extensions[0])]
+        samples[key] = (audio_member, {extension: members[name] for extension, name in names.items()})
+    return samples, skipped_names
 
 
-def _is_text(ending: str) -> bool:
-    return ending.lower().rpartition(".")[2] in TEXTS
+def _is_text(extension: str) -> bool:
+    return extension.lower().rpartition(".")[2] in TEXT_EXTENSIONS
