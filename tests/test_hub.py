@@ -375,7 +375,7 @@ def test_missing_write_permission_is_reported_and_the_folder_is_kept(hub, small,
     monkeypatch.setenv("HF_TOKEN", "hf_stranger")
     assert push(small, tmp_path) == 2
     said = one_line(capsys)
-    assert "Use a token that may write there" in said and "is complete: run this again" in said
+    assert "Use a token with write access" in said and "is complete: run this again" in said
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     assert push(small, tmp_path) == 0
 
