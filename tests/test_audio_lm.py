@@ -235,8 +235,12 @@ def test_an_existing_language_model_is_fine_tuned_on_two_processes(output, tmp_p
 def with_text(tokens: Path, folder: Path) -> Path:
     """Write the tokens with a text column, like those of a dataset that has one."""
     import pyarrow.parquet as parquet
+    from huggingface_hub import DatasetCard
 
     shutil.copytree(tokens, folder)
+    card = DatasetCard.load(folder / "README.md")
+    card.data.dataset_info["features"].append({"name": "text", "dtype": "string"})
+    card.save(folder / "README.md")
     for path in (folder / "data").glob("*.parquet"):
         table = parquet.read_table(path)
         parquet.write_table(table.append_column("text", [[f"clip {id}" for id in table["id"].to_pylist()]]), path)

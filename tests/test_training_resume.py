@@ -60,9 +60,9 @@ def test_the_log_holds_every_loss_and_the_clips(finished):
     assert {"gradient_norm/codec", "gradient_norm/discriminators", "learning_rate/codec"} <= names
     assert {"codebook/utilization", "codebook/perplexity", "codebook/restarts", "validation/score"} <= names
     assert [event.step for event in log.Scalars("loss/mel")] == [1, 2, 3, 4]
-    assert log.Tags()["audio"] == ["clip_0/real", "clip_0/made"]
-    assert log.Tags()["images"] == ["clip_0/real/mel", "clip_0/made/mel"]
-    assert [event.step for event in log.Images("clip_0/made/mel")] == [2, 4]
+    assert log.Tags()["audio"] == ["clip_0/real", "clip_0/decoded"]
+    assert log.Tags()["images"] == ["clip_0/real/mel", "clip_0/decoded/mel"]
+    assert [event.step for event in log.Images("clip_0/decoded/mel")] == [2, 4]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_path, monkeypatch):
@@ -137,7 +137,7 @@ def test_a_finished_run_writes_curves_and_audio_samples(finished):
     _, folder = finished
     picture = (folder / "run" / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
-    real, fake = (soundfile.read(folder / "run" / "samples" / f"clip_0_{name}.wav") for name in ("real", "made"))
+    real, fake = (soundfile.read(folder / "run" / "samples" / f"clip_0_{name}.wav") for name in ("real", "decoded"))
     assert len(real[0]) == len(fake[0]) == 2400 and real[1] == 24000
     assert abs(abs(real[0]).max() - 10 ** (-3 / 20)) < 1e-3  # the validation clip at -3 dBFS
 

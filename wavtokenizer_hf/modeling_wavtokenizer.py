@@ -435,8 +435,8 @@ class WavTokenizerPreTrainedModel(TypedModel, PicklableModel, PreTrainedAudioTok
         own = self.codebook_fingerprint
         if fingerprint != own:
             raise ValueError(
-                f"These codes were made with the codebook {fingerprint}, this model has the codebook {own}: it would "
-                "decode them to sound that is not theirs. Load the checkpoint that made them."
+                f"These codes were made with the codebook {fingerprint}, this model has the codebook {own}, so it would "
+                "decode them to wrong audio. Load the checkpoint that made them."
             )
 
     @classmethod

@@ -330,7 +330,7 @@ def validate(state: State, clips: Batch, log: Log | None) -> dict[str, float]:
             usage += torch.bincount(encoded.audio_codes.flatten(), minlength=len(usage))
             if log and index // accelerator.num_processes < state.settings.num_logged_clips:
                 log.clip(f"clip_{index}/real", audio[0, 0], state.mel_loss, state.step)
-                log.clip(f"clip_{index}/made", decoded[0, 0], state.mel_loss, state.step)
+                log.clip(f"clip_{index}/decoded", decoded[0, 0], state.mel_loss, state.step)
     mel, commitment, count = all_reduce_sum(sums).tolist()
     metrics = {"mel": mel / count, "commitment": commitment / count, **usage_metrics(all_reduce_sum(usage))}
     metrics["score"] = metrics["mel"] + state.settings.loss_weights["commitment"] * metrics["commitment"]
