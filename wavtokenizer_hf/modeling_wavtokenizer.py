@@ -435,7 +435,7 @@ class WavTokenizerPreTrainedModel(TypedModel, PicklableModel, PreTrainedAudioTok
         own = self.codebook_fingerprint
         if fingerprint != own:
             raise ValueError(
-                f"These codes were made with the codebook {fingerprint}, this model has the codebook {own}, so it would "
+                f"These codes were made with the codebook {fingerprint}, this model has the codebook {own}. It would "
                 "decode them to wrong audio. Load the checkpoint that made them."
             )
 
