@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE
+from conftest import FIXTURES, REFERENCE
 
 from wavtokenizer_hf.training.discriminators import Discriminators
 from wavtokenizer_hf.training.losses import (
@@ -97,9 +97,9 @@ def test_mel_loss_equals_the_reference_with_its_fft():
     # MKL reads Intel's variable when it is loaded, so this needs a separate process
     code = (
         "import test_training_losses as t; from wavtokenizer_hf.training.losses import MelLoss;"
-        "real, made = t.signals(); print(MelLoss()(made, real).item())"
+        "real, fake = t.signals(); print(MelLoss()(fake, real).item())"
     )
-    paths = [os.path.dirname(__file__), str(REFERENCE), os.path.dirname(os.path.dirname(__file__))]
+    paths = [os.path.dirname(__file__), str(FIXTURES), str(REFERENCE), os.path.dirname(os.path.dirname(__file__))]
     environment = {**os.environ, "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "PYTHONPATH": os.pathsep.join(paths)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert float(result.stdout) == pytest.approx(EXPECTED["mel_loss"], rel=TOLERANCE)
