@@ -108,7 +108,7 @@ def test_a_documented_training_command_fits_16_gb(recipe, folders, tmp_path):
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, (tmp_path / "stderr.txt").read_text()[-2000:]
-    memory = usage.ru_maxrss / 1e6  # GB: the largest of the process and its children, which only read clips
+    memory = usage.ru_maxrss * 1024 / 1e9  # GB: the largest of the process and its children, which only read clips
     print(f"{recipe}: {memory:.1f} GB")
     assert memory < 15
 
