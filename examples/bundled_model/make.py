@@ -285,7 +285,8 @@ def _metrics_table(name: str, result: HeldOutResult) -> str:
             continue
         unit = f" {report['units'][metric]}" if report["units"][metric] else ""
         interval = f" ({value['low']:.3f} to {value['high']:.3f})" if value["low"] is not None else ""
-        lines.append(f"| {ALL_METRICS[metric].title} | {value['mean']:.3f}{unit}{interval} |")
+        files = f", {value['count']} files" if value["count"] < report["num_files"] else ""
+        lines.append(f"| {ALL_METRICS[metric].title} | {value['mean']:.3f}{unit}{interval}{files} |")
     codes = system["all_codes"]
     lines += [
         "",

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from ..bulk.output import MAX_MANIFEST_BYTES
 from ..extras import require
 from ..limited_files import one_line, read_json_object
 
 
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 2**28  # enough to list a million files
 _MAX_SETTINGS = {"codebook_size": 2**16, "hop_length": 2**20, "sampling_rate": 768_000}  # integers, from 1 to this
 _TEXT_SETTINGS = ("codebook_fingerprint", "model")
 _NEVER_NULL = ("id", "num_samples")  # columns
